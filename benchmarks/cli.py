@@ -36,16 +36,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="list the suites and stop")
     level = parser.add_mutually_exclusive_group()
     level.add_argument("--quick", dest="level", action="store_const", const="quick", help="fewer rows and samples")
-    level.add_argument("--smoke", dest="level", action="store_const", const="smoke", help="tiny sizes, seconds: does it run")
+    level.add_argument(
+        "--smoke", dest="level", action="store_const", const="smoke", help="tiny sizes, seconds: does it run"
+    )
     level.add_argument("--full", dest="level", action="store_const", const="full", help="every row, many samples")
     parser.set_defaults(level="default")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (default: cuda where there is one)")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's own choice)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the generated inputs (default: 0)")
     parser.add_argument("--data", default=os.environ.get("FASTROBUST_DATA"), help="folder of the optional data sets")
-    parser.add_argument("--out", type=Path, default=None, help="JSON file of the run (default: in benchmarks/results in a checkout, else in the current folder)")
-    parser.add_argument("--plot", nargs="?", type=Path, const=Path(), default=None, metavar="PNG", help="also draw the run (default: beside the JSON)")
-    parser.add_argument("--check", action="store_true", help="exit 1 when a target ratio is missed, a peer's result differs, or a row fails")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=None,
+        help="JSON file of the run (default: in benchmarks/results in a checkout, else in the current folder)",
+    )
+    parser.add_argument(
+        "--plot",
+        nargs="?",
+        type=Path,
+        const=Path(),
+        default=None,
+        metavar="PNG",
+        help="also draw the run (default: beside the JSON)",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="exit 1 when a target ratio is missed, a peer's result differs, or a row fails",
+    )
     parser.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bar")
 
 
@@ -127,5 +146,3 @@ def run_from_argv(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m " + __package__, description="Benchmark suites of fastrobust.")
     add_arguments(parser)
     return main(parser.parse_args(argv))
-
-

@@ -51,7 +51,9 @@ def plot(run: Run, path: Path) -> None:
     right.axvline(1, color="black", lw=0.8)
     right.set_xlabel("floor / ours (1: nothing left to gain)")
     about = run.metadata
-    figure.suptitle(f"fastrobust on {about['gpu'] or about['cpu']}, {about['threads']} threads, torch {about['torch']}", fontsize=9)
+    figure.suptitle(
+        f"fastrobust on {about['gpu'] or about['cpu']}, {about['threads']} threads, torch {about['torch']}", fontsize=9
+    )
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .harness import DIFFERS, FAILED, MISSED, OK, SKIPPED, Progress, Result, Row, Run, Silent
+from .case import FLOOR
+from .harness import DIFFERS, FAILED, MISSED, SKIPPED, Progress, Result, Row, Run, Silent
 from .timing import Spread
 
 SCHEMA = 1
@@ -43,8 +45,8 @@ def ratio_text(result: Result) -> str:
 def verdict_text(row: Row) -> str:
     parts = []
     for verdict in row.verdicts:
-        goal = verdict.target.at_least
-        wanted = f"{100 * goal:.0f}% of floor" if verdict.target.against == "floor" else f"{goal:g}x {verdict.target.against}"
+        goal, against = verdict.target.at_least, verdict.target.against
+        wanted = f"{100 * goal:.0f}% of floor" if against == FLOOR else f"{goal:g}x {against}"
         parts.append(f"{wanted} {verdict.verdict if verdict.verdict != MISSED else 'MISSED'}")
     return "; ".join(parts)
 
@@ -53,7 +55,7 @@ def columns(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Header and cells of one table; the rows have the same axes and peers."""
     axes = list(rows[0].axes)
     peers = [peer.name for peer in rows[0].peers]
-    header = ["work", *axes, "ours", "noise", "floor", "bound by", "of floor", "peak", "peak of peer", *peers, "targets"]
+    header = ["work", *axes, "ours", "noise", "floor", "bound by", "of floor", "peak", "peer's", *peers, "targets"]
     cells = []
     for row in rows:
         ours = row.ours
@@ -98,20 +100,22 @@ def groups(rows: Sequence[Row]) -> list[list[Row]]:
     return list(found.values())
 
 
+LEGEND = """\
+ratios: peer / ours in the same rounds (above 1x ours is faster), ± half the span of the 20th and 80th percentiles;
+"!" the peer's result differs from ours, "-" the peer is missing; noise: the same span of ours; floor: the least time
+the work can take, measured in the same rounds; peak: memory of one call beyond its inputs, ours and the best peer's"""
+
+
 def head(run: Run) -> list[str]:
     about = run.metadata
-    device = about["gpu"] or about["cpu"]
     build = about["build"]
     version = f"fastrobust {build['version']}, " if "version" in build else ""
+    copy, matrix = run.machine.copy_bandwidth / 1e9, run.machine.matrix_rate / 1e9
     return [
-        f"{device}, {about['threads']} of {about['cpus']} CPUs, load {about['load']}; {version}torch {about['torch']}, "
-        f"Python {about['python']}; {about['date']}",
-        f"measured here: copy {run.machine.copy_bandwidth / 1e9:.1f} GB/s (read plus written), "
-        f"matrix product {run.machine.matrix_rate / 1e9:.0f} GFLOP/s",
-        "ratios are peer / ours, taken in the same rounds (above 1x: ours is faster), ± half the span of the 20th and "
-        "80th percentiles;",
-        "'!': the result differs from ours; '-': the peer is not installed; floor: the least time the work can take, "
-        "measured in the same rounds",
+        f"{about['gpu'] or about['cpu']}, {about['threads']} of {about['cpus']} CPUs, load {about['load']}",
+        f"{version}torch {about['torch']}, Python {about['python']}, {about['date']}, level {about['level']}",
+        f"measured here: copy {copy:.1f} GB/s (read plus written), matrix product {matrix:.0f} GFLOP/s",
+        LEGEND,
     ]
 
 
@@ -178,20 +182,20 @@ def as_dict(run: Run) -> dict[str, Any]:
     }
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no inf and NaN: they become the strings "inf", "-inf" and "nan"."""
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+    if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value
 
 
 def write_json(run: Run, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_finite(as_dict(run)), indent=1, allow_nan=False, default=str)
+    text = json.dumps(finite(as_dict(run)), indent=1, allow_nan=False, default=str)
     path.write_text(text + "\n")
 
 
@@ -205,6 +209,3 @@ def progress_bar(wanted: bool) -> Progress:
         return Silent()
     bar: Progress = tqdm(total=0, unit="row", file=sys.stderr, dynamic_ncols=True, leave=False)
     return bar
-
-
-__all__ = ["OK", "as_dict", "progress_bar", "table", "write_json"]

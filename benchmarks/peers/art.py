@@ -19,9 +19,7 @@ def pgd(
 ) -> Call:
     install = "adversarial-robustness-toolbox"
     estimators = require("art.estimators.classification.pytorch", install)
-    attacks = require(
-        "art.attacks.evasion.projected_gradient_descent.projected_gradient_descent_pytorch", install
-    )
+    attacks = require("art.attacks.evasion.projected_gradient_descent.projected_gradient_descent_pytorch", install)
     with torch.no_grad():
         classes = model(x[:1]).shape[1]
     classifier = estimators.PyTorchClassifier(
