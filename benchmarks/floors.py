@@ -27,7 +27,7 @@ def parse_size(text: str) -> int:
 
 
 def cache_sizes(root: str = "/sys/devices/system/cpu/cpu0/cache") -> dict[str, int]:
-    """Bytes of the data caches one core sees, {"L1": ..., "L2": ..., "L3": ...}; empty where the system does not say."""
+    """Bytes of the data caches one core sees, by "L1", "L2", "L3"; empty where the system does not say."""
     sizes: dict[str, int] = {}
     for index in sorted(Path(root).glob("index*")):
         try:

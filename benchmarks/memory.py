@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import sys
@@ -42,11 +43,9 @@ def peak_bytes(call: Call, device: torch.device) -> int | None:
     if not sys.platform.startswith("linux"):
         return None
     gc.collect()
-    try:
+    with contextlib.suppress(AttributeError):  # raised by another C library than glibc
         # free heap pages would otherwise hide what the call takes from them
         ctypes.CDLL(None).malloc_trim(0)
-    except AttributeError:
-        pass  # another C library than glibc
     try:
         with open(_RESET, "w") as reset:
             reset.write("5")

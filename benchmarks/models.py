@@ -9,7 +9,7 @@ from .case import Context, Unavailable
 
 
 def small_cnn(channels: int = 1, size: int = 28, classes: int = 10, seed: int = 0) -> nn.Sequential:
-    """Two convolutions and two linear layers, the CNN of the certification papers: conv(16,4,2,1)-conv(32,4,2,1)-100."""
+    """Two convolutions and two linear layers, the certification papers' CNN: conv(16,4,2,1)-conv(32,4,2,1)-100."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         side = size // 4

@@ -146,7 +146,7 @@ def atas_step(
     low: float,
     high: float,
 ) -> tuple[Tensor, Tensor]:
-    """v' = beta v + (1 - beta) ||g||^2, step / sqrt(v' + c) within [low, high], then the Linf step (thesis 5.15, 5.16)."""
+    """v' = beta v + (1 - beta) ||g||^2, step / sqrt(v' + c) in [low, high], then the Linf step (thesis 5.15, 5.16)."""
     average = beta * v + (1 - beta) * grad.flatten(1).square().sum(1)
     size = (step / (average + c).sqrt()).clamp(low, high)
     moved = x + per_example(size, x) * grad.sign()
