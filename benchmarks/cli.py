@@ -114,10 +114,8 @@ def main(args: argparse.Namespace) -> int:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     try:
-        bar = report.progress_bar(args.progress)
-        run = harness.run(chosen, Context(device, args.level, args.data, args.seed), bar)
-        if hasattr(bar, "close"):
-            bar.close()
+        context = Context(device, args.level, args.data, args.seed)
+        run = harness.run(chosen, context, report.progress_bar if args.progress else report.no_bar)
     finally:
         torch.set_num_threads(before)
     print(report.table(run))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -77,10 +77,11 @@ class Run:
 
 
 class Progress(Protocol):
-    """The part of tqdm that is used."""
+    """The part of tqdm that is used; one unit is one row."""
 
     def set_description_str(self, desc: str) -> object: ...
     def update(self, n: int = 1) -> object: ...
+    def close(self) -> object: ...
 
 
 class Silent:
@@ -88,6 +89,9 @@ class Silent:
         pass
 
     def update(self, n: int = 1) -> None:
+        pass
+
+    def close(self) -> None:
         pass
 
 
@@ -220,8 +224,8 @@ def remarks(row: Row, notes: Notes) -> None:
             )
 
 
-def run(suites: Iterable[Suite], context: Context, progress: Progress | None = None) -> Run:
-    """Runs every case of the suites. `progress` advances by one a row; its `total` is set when it has one."""
+def run(suites: Iterable[Suite], context: Context, progress: Callable[[int], Progress] = lambda rows: Silent()) -> Run:
+    """Runs every case of the suites; `progress` makes the bar from the number of rows."""
     notes = Notes()
     queue: deque[tuple[str, Case]] = deque()
     for suite in suites:
@@ -230,21 +234,22 @@ def run(suites: Iterable[Suite], context: Context, progress: Progress | None = N
         except Unavailable as missing:
             notes.add(f"{suite.name}: skipped: {missing}")
     about = metadata.collect(context.device, context.level)
-    bar = progress or Silent()
-    if hasattr(bar, "total"):
-        bar.total = len(queue)
+    bar = progress(len(queue))
     scale = 1 / 32 if context.level == "smoke" else 1.0
     machine = floors.Machine.measure(context.device, torch.get_num_threads(), scale=scale)
     effort = timing.EFFORT[context.level]
     rows = []
-    while queue:
-        name, case = queue.popleft()  # lets a row's inputs go before the next row makes its own
-        bar.set_description_str(f"{name}: {case.title}"[:48].ljust(48))
-        row = run_case(name, case, context, machine, effort)
-        del case
-        remarks(row, notes)
-        rows.append(row)
-        bar.update(1)
+    try:
+        while queue:
+            name, case = queue.popleft()  # lets a row's inputs go before the next row makes its own
+            bar.set_description_str(f"{name}: {case.title}"[:48].ljust(48))
+            row = run_case(name, case, context, machine, effort)
+            del case
+            remarks(row, notes)
+            rows.append(row)
+            bar.update(1)
+    finally:
+        bar.close()
     return Run(about, machine, rows, notes.lines)
 
 

@@ -31,7 +31,8 @@ def peak_bytes(call: Call, device: torch.device) -> int | None:
     """Bytes one call needs at its peak, its result included; None where the system cannot tell.
 
     On a GPU the caching allocator's own count. On the CPU the growth of the resident set (Linux only), so it holds
-    for torch, numpy and compiled code alike; pages make it coarse below about 100 KB.
+    for torch, numpy and compiled code alike; it includes what the C library's heap leaves unused between blocks, and
+    pages make it coarse below about 100 KB.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -63,12 +63,18 @@ def candidate(name: str, inputs: Inputs, function: Callable[..., Any], *args: An
     return Candidate(name, lambda: partial(function, *inputs(), *args))
 
 
-def compiled(context: Context, inputs: Inputs, function: Callable[..., Any], *args: Any) -> Candidate:
+def compiled(
+    context: Context, inputs: Inputs, function: Callable[..., Any], *args: Any, level: str = "full"
+) -> tuple[Candidate, ...]:
+    """function under torch.compile, from the given level on: each compilation takes seconds."""
+    if not context.at_least(level):
+        return ()
+
     def build() -> Call:
         fast = inductor.compiled(lambda *tensors: function(*tensors, *args), context.device)
         return partial(fast, *inputs())
 
-    return Candidate("torch.compile", build)
+    return (Candidate("torch.compile", build),)
 
 
 def tuned(inputs: Inputs, make: Callable[[Tensor, float, float], eager.Step], step: float, eps: float) -> Candidate:
@@ -112,7 +118,7 @@ def step_cases(context: Context) -> Iterator[Case]:
             (
                 candidate("eager torch", inputs, eager.linf_step, STEP, EPS),
                 tuned(inputs, eager.tuned_linf_step, STEP, EPS),
-                compiled(context, inputs, eager.linf_step, STEP, EPS),
+                *compiled(context, inputs, eager.linf_step, STEP, EPS, level="smoke"),
             ),
             Floor(bytes=16 * math.prod(shape)),
             STEP_TOLERANCE,
@@ -127,7 +133,7 @@ def step_cases(context: Context) -> Iterator[Case]:
             (
                 candidate("eager torch", inputs, eager.l2_step, L2_STEP, L2_EPS),
                 tuned(inputs, eager.tuned_l2_step, L2_STEP, L2_EPS),
-                compiled(context, inputs, eager.l2_step, L2_STEP, L2_EPS),
+                *compiled(context, inputs, eager.l2_step, L2_STEP, L2_EPS, level="default"),
             ),
             Floor(bytes=16 * math.prod(shape)),
             STEP_TOLERANCE,
@@ -167,7 +173,7 @@ def fused_cases(context: Context) -> Iterator[Case]:
             candidate(OURS, inputs, ours_fosc),
             (
                 candidate("eager torch", inputs, eager.fosc, EPS),
-                compiled(context, inputs, eager.fosc, EPS),
+                *compiled(context, inputs, eager.fosc, EPS),
             ),
             Floor(bytes=12 * elements),
             # sums of up to 150 528 products in float32; ours adds in float64
@@ -183,7 +189,7 @@ def fused_cases(context: Context) -> Iterator[Case]:
             candidate(OURS, inputs, ours_step_fosc),
             (
                 candidate("eager torch", inputs, eager.linf_step_fosc, STEP, EPS, FOSC_THRESHOLD),
-                compiled(context, inputs, eager.linf_step_fosc, STEP, EPS, FOSC_THRESHOLD),
+                *compiled(context, inputs, eager.linf_step_fosc, STEP, EPS, FOSC_THRESHOLD),
             ),
             Floor(bytes=16 * elements + 8 * batch),
             1e-3,
@@ -200,7 +206,7 @@ def fused_cases(context: Context) -> Iterator[Case]:
             candidate(OURS, with_v, ours_atas),
             (
                 candidate("eager torch", with_v, partial(eager.atas_step, **ATAS), EPS),
-                compiled(context, with_v, partial(eager.atas_step, **ATAS), EPS),
+                *compiled(context, with_v, partial(eager.atas_step, **ATAS), EPS),
             ),
             Floor(bytes=16 * elements + 8 * batch),
             1e-5,
@@ -242,7 +248,7 @@ def start_cases(context: Context) -> Iterator[Case]:
                 "random_start",
                 {"norm": "Linf" if norm == math.inf else "L2", "shape": shape_text(shape)},
                 candidate(OURS, inputs, ours),
-                (candidate("eager torch", inputs, peers[norm], eps), compiled(context, inputs, peers[norm], eps)),
+                (candidate("eager torch", inputs, peers[norm], eps), *compiled(context, inputs, peers[norm], eps)),
                 Floor(bytes=8 * math.prod(shape)),
                 20 * spread / math.sqrt(math.prod(shape)),
                 same_distribution,
@@ -282,12 +288,15 @@ def loss_cases(context: Context) -> Iterator[Case]:
             def compiled_build(peer: Callable[..., Any] = peer, inputs: Inputs = inputs) -> Call:
                 return eager.with_gradient(inductor.compiled(peer, context.device), *inputs())
 
+            peers = [Candidate("eager torch", peer_build)]
+            if context.at_least("full"):
+                peers.append(Candidate("torch.compile", compiled_build))
             read = 2 if name == "kl_divergence" else 1
             yield Case(
                 name,
                 {"shape": f"{batch}x{classes}"},
                 candidate(OURS, inputs, ours),
-                (Candidate("eager torch", peer_build), Candidate("torch.compile", compiled_build)),
+                tuple(peers),
                 Floor(bytes=4 * batch * classes * (read + 1) + 12 * batch),
                 1e-5,
             )

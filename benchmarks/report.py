@@ -199,13 +199,15 @@ def write_json(run: Run, path: Path) -> None:
     path.write_text(text + "\n")
 
 
-def progress_bar(wanted: bool) -> Progress:
+def no_bar(rows: int) -> Progress:
+    return Silent()
+
+
+def progress_bar(rows: int) -> Progress:
     """tqdm where it is installed, on stderr so that the table alone goes to stdout."""
-    if not wanted:
-        return Silent()
     try:
         from tqdm import tqdm
     except ImportError:
         return Silent()
-    bar: Progress = tqdm(total=0, unit="row", file=sys.stderr, dynamic_ncols=True, leave=False)
+    bar: Progress = tqdm(total=rows, unit="row", file=sys.stderr, dynamic_ncols=True, leave=False)
     return bar
