@@ -20,7 +20,7 @@ EPS, STEP = 8 / 255, 2 / 255
 L2_EPS, L2_STEP = 0.5, 0.125
 L1_EPS, L1_STEP = 12.0, 3.0
 FOSC_THRESHOLD = 0.05
-ATAS = {"step": 16 / 255, "beta": 0.5, "c": 0.01, "low": 4 / 255, "high": 14 / 255}
+ATAS_STEP, ATAS_BETA, ATAS_C = 16 / 255 * 0.01, 0.5, 0.01  # thesis section 5.2
 # values in [0, 1] of 150 000 per example are rounded in every step and sum; ours rounds inwards where others to nearest
 STEP_TOLERANCE = 2e-6
 
@@ -165,7 +165,7 @@ def fused_cases(context: Context) -> Iterator[Case]:
         elements, batch = math.prod(shape), shape[0]
 
         def ours_fosc(x: Tensor, x0: Tensor, grad: Tensor) -> Tensor:
-            return fr.ops.fosc(x, x0, grad, EPS, norm=math.inf)
+            return fr.ops.fosc(x, x0, grad, EPS)
 
         yield Case(
             "fosc",
@@ -181,7 +181,7 @@ def fused_cases(context: Context) -> Iterator[Case]:
         )
 
         def ours_step_fosc(x: Tensor, x0: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            return fr.ops.pgd_step_fosc(x, x0, grad, STEP, EPS, norm=math.inf, threshold=FOSC_THRESHOLD)
+            return fr.ops.pgd_step_fosc(x, x0, grad, STEP, EPS, FOSC_THRESHOLD)
 
         yield Case(
             "pgd_step_fosc",
@@ -196,17 +196,16 @@ def fused_cases(context: Context) -> Iterator[Case]:
         )
         with_v = once(partial(atas_inputs, context, shape))
 
-        def ours_atas(x: Tensor, x0: Tensor, grad: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            result = fr.ops.atas_step(x, x0, grad, v, EPS)
-            return result[0], result[1]
+        def ours_atas(x: Tensor, x0: Tensor, grad: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return fr.ops.atas_step(x, x0, grad, v, ATAS_STEP, EPS, beta=ATAS_BETA, c=ATAS_C)
 
         yield Case(
             "atas_step",
             axes,
             candidate(OURS, with_v, ours_atas),
             (
-                candidate("eager torch", with_v, partial(eager.atas_step, **ATAS), EPS),
-                *compiled(context, with_v, partial(eager.atas_step, **ATAS), EPS),
+                candidate("eager torch", with_v, eager.atas_step, ATAS_STEP, EPS, ATAS_BETA, ATAS_C),
+                *compiled(context, with_v, eager.atas_step, ATAS_STEP, EPS, ATAS_BETA, ATAS_C),
             ),
             Floor(bytes=16 * elements + 8 * batch),
             1e-5,

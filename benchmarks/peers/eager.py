@@ -126,31 +126,19 @@ def fosc(x: Tensor, x0: Tensor, grad: Tensor, eps: float) -> Tensor:
 def linf_step_fosc(
     x: Tensor, x0: Tensor, grad: Tensor, step_size: float, eps: float, threshold: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A step of the examples whose criterion is above the threshold; criterion and mask beside it."""
+    """The step, the criterion at the incoming x, and which examples are still above the threshold."""
     criterion = fosc(x, x0, grad, eps)
-    active = criterion > threshold
-    moved = linf_step(x, x0, grad, step_size, eps)
-    return torch.where(per_example(active, x), moved, x), criterion, active
+    return linf_step(x, x0, grad, step_size, eps), criterion, criterion > threshold
 
 
 def atas_step(
-    x: Tensor,
-    x0: Tensor,
-    grad: Tensor,
-    v: Tensor,
-    eps: float,
-    *,
-    step: float,
-    beta: float,
-    c: float,
-    low: float,
-    high: float,
-) -> tuple[Tensor, Tensor]:
-    """v' = beta v + (1 - beta) ||g||^2, step / sqrt(v' + c) in [low, high], then the Linf step (thesis 5.15, 5.16)."""
+    x: Tensor, x0: Tensor, grad: Tensor, v: Tensor, step_size: float, eps: float, beta: float, c: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """v' = beta v + (1 - beta) ||g||^2, alpha = step_size / sqrt(v' + c), the Linf step (thesis eqs. 5.15, 5.16)."""
     average = beta * v + (1 - beta) * grad.flatten(1).square().sum(1)
-    size = (step / (average + c).sqrt()).clamp(low, high)
-    moved = x + per_example(size, x) * grad.sign()
-    return torch.clamp(x0 + torch.clamp(moved - x0, -eps, eps), 0, 1), average
+    alpha = step_size / (average + c).sqrt()
+    moved = x + per_example(alpha, x) * grad.sign()
+    return torch.clamp(x0 + torch.clamp(moved - x0, -eps, eps), 0, 1), average, alpha
 
 
 # ---- losses: value and gradient with respect to the logits ----
