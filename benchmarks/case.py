@@ -94,6 +94,19 @@ def difference(ours: Any, theirs: Any) -> float:
     return math.inf
 
 
+def relative_difference(ours: Any, theirs: Any, tolerance: float) -> Agreement:
+    """Every number within `tolerance` of ours, relative to one plus its size: for results of any magnitude."""
+    mine, others = list(tensors(ours)), list(tensors(theirs))
+    if len(mine) != len(others) or any(a.shape != b.shape for a, b in zip(mine, others, strict=True)):
+        return Agreement(math.inf, False, "max relative")
+    gap = 0.0
+    for a, b in zip(mine, others, strict=True):
+        x, y = a.detach().double().cpu(), b.detach().double().cpu()
+        scale = torch.where(x.isfinite(), 1 + x.abs(), torch.ones_like(x))
+        gap = max(gap, difference(x / scale, y / scale))
+    return Agreement(gap, gap <= tolerance, "max relative")
+
+
 def max_abs_difference(ours: Any, theirs: Any, tolerance: float) -> Agreement:
     """The default comparison: every number within `tolerance`."""
     gap = difference(ours, theirs)

@@ -260,6 +260,7 @@ def problems(run: Run) -> list[str]:
         title = " ".join([row.suite + ":", row.work, *(str(value) for value in row.axes.values())])
         if row.ours.status == FAILED:
             found.append(f"{title}: {row.ours.reason}")
+            continue
         for peer in row.peers:
             if peer.status == DIFFERS and peer.agreement:
                 found.append(f"{title}: {peer.name} differs by {peer.agreement.difference:.3g}")

@@ -13,7 +13,20 @@ from torch import Tensor
 import fastrobust as fr
 
 from . import pgd_attacks
-from .case import FLOOR, OURS, Agreement, Call, Candidate, Case, Context, Floor, Suite, Target, once
+from .case import (
+    FLOOR,
+    OURS,
+    Agreement,
+    Call,
+    Candidate,
+    Case,
+    Context,
+    Floor,
+    Suite,
+    Target,
+    once,
+    relative_difference,
+)
 from .peers import eager, inductor
 
 EPS, STEP = 8 / 255, 2 / 255
@@ -71,8 +84,9 @@ def compiled(
         return ()
 
     def build() -> Call:
-        fast = inductor.compiled(lambda *tensors: function(*tensors, *args), context.device)
-        return partial(fast, *inputs())
+        tensors = inputs()
+        fast = inductor.compiled(lambda *values: function(*values, *args), *tensors)
+        return partial(fast, *tensors)
 
     return (Candidate("torch.compile", build),)
 
@@ -234,7 +248,7 @@ def start_inputs(context: Context, shape: Shape) -> tuple[Tensor]:
 def start_cases(context: Context) -> Iterator[Case]:
     """random_start; the floor reads x0 and writes the start. The draws differ, so the deciles are compared."""
     peers = {math.inf: eager.linf_random_start, 2.0: eager.l2_random_start}
-    for shape in shapes(context):
+    for shape in shapes(context, large=context.at_least("full")):
         for norm, eps in ((math.inf, EPS), (2.0, L2_EPS)):
             inputs = once(partial(start_inputs, context, shape))
 
@@ -285,7 +299,9 @@ def loss_cases(context: Context) -> Iterator[Case]:
                 return eager.with_gradient(peer, *inputs())
 
             def compiled_build(peer: Callable[..., Any] = peer, inputs: Inputs = inputs) -> Call:
-                return eager.with_gradient(inductor.compiled(peer, context.device), *inputs())
+                logits, other = inputs()
+                fast = inductor.compiled(peer, logits.clone().requires_grad_(), other)
+                return eager.with_gradient(fast, logits, other)
 
             peers = [Candidate("eager torch", peer_build)]
             if context.at_least("full"):
@@ -298,6 +314,7 @@ def loss_cases(context: Context) -> Iterator[Case]:
                 tuple(peers),
                 Floor(bytes=4 * batch * classes * (read + 1) + 12 * batch),
                 1e-5,
+                relative_difference,
             )
 
 

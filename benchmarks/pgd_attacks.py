@@ -32,8 +32,8 @@ def random_problem(context: Context) -> Problem:
 
 def digits_problem(context: Context) -> Problem:
     images, labels = models.digits()
-    epochs, batch = (1, 4) if context.level == "smoke" else (4, 128)
-    model = models.trained_cnn(images[256:], labels[256:], epochs=epochs, seed=context.seed)
+    batch, last = (4, 512) if context.level == "smoke" else (128, len(images))
+    model = models.trained_cnn(images[256:last], labels[256:last], seed=context.seed)
     return models.frozen(model).to(context.device), images[:batch].to(context.device), labels[:batch].to(context.device)
 
 

@@ -107,7 +107,7 @@ class Effort:
 EFFORT = {
     "smoke": Effort(0.02, rounds=3, least=3, sample_seconds=5e-5),
     "quick": Effort(0.4, rounds=30, least=5),
-    "default": Effort(1.2, rounds=60, least=5),
+    "default": Effort(0.9, rounds=60, least=5),
     "full": Effort(6.0, rounds=200, least=9, sample_seconds=2e-3),
 }
 

@@ -9,26 +9,24 @@ import torch
 
 from ..case import Unavailable
 
-_BROKEN: dict[str, str] = {}
+_BROKEN: dict[str, str] = {}  # by kind of device; on the CPU the backend needs a C++ compiler
 
 
-def _probe(device: torch.device) -> str:
-    """Why torch.compile cannot be used on the device; "" when it can. On the CPU it needs a C++ compiler."""
-    key = device.type
-    if key not in _BROKEN:
-        try:
-            torch.compile(lambda x: x + 1, dynamic=False)(torch.zeros(4, device=device))
-            _BROKEN[key] = ""
-        except Exception as error:  # the compiler's, the backend's or the driver's
-            text = str(error).strip().splitlines() or [type(error).__name__]
-            _BROKEN[key] = f"torch.compile does not work here ({text[0][:120]})"
-    return _BROKEN[key]
+def compiled(function: Callable[..., Any], *example: torch.Tensor) -> Callable[..., Any]:
+    """The function compiled for the shapes of the example, and called once with it.
 
-
-def compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """The function compiled for fixed shapes; raises `Unavailable` where torch.compile does not work."""
-    reason = _probe(device)
-    if reason:
-        raise Unavailable(reason)
+    Raises `Unavailable` where torch.compile does not work; the first failure stands for all that follow, since each
+    attempt takes seconds.
+    """
+    kind = example[0].device.type
+    if kind in _BROKEN:
+        raise Unavailable(_BROKEN[kind])
     torch._dynamo.reset()  # rows share code objects: earlier shapes would count towards the recompile limit
-    return torch.compile(function, dynamic=False, fullgraph=True)
+    try:
+        fast = torch.compile(function, dynamic=False, fullgraph=True)
+        fast(*example)
+    except Exception as error:  # the compiler's, the backend's or the driver's
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        _BROKEN[kind] = f"torch.compile does not work here ({lines[0][:120]})"
+        raise Unavailable(_BROKEN[kind]) from None
+    return fast

@@ -5,6 +5,9 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 if importlib.util.find_spec("fastrobust.benchmarks") is None:
     folder = Path(__file__).resolve().parents[2] / "benchmarks"
     spec = importlib.util.spec_from_file_location(
@@ -14,3 +17,12 @@ if importlib.util.find_spec("fastrobust.benchmarks") is None:
     package = importlib.util.module_from_spec(spec)
     sys.modules["fastrobust.benchmarks"] = package
     spec.loader.exec_module(package)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Rounds of short calls on a busy machine: waiting for a second thread would be most of the test."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

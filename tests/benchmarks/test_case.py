@@ -40,6 +40,18 @@ def test_agreement_at_the_tolerance_and_beyond():
     assert not case.max_abs_difference(torch.zeros(1), torch.full((1,), 0.5), 0.25).agrees
 
 
+def test_relative_agreement_scales_with_the_result():
+    large, one = torch.tensor([1e6, math.inf]), torch.tensor([1e6 + 1, math.inf])
+    assert case.relative_difference(large, one, 2e-6).agrees
+    assert not case.relative_difference(large, one, 5e-7).agrees
+    assert not case.relative_difference(large, torch.tensor([1e6, -math.inf]), 1.0).agrees
+    assert not case.relative_difference(torch.zeros(2), torch.zeros(3), 1.0).agrees
+    assert not case.relative_difference((torch.zeros(2),), (torch.zeros(2), torch.zeros(2)), 1.0).agrees
+    assert case.relative_difference(
+        (torch.zeros(1), torch.ones(1)), [torch.zeros(1), torch.full((1,), 3.0)], 1.0
+    ).agrees
+
+
 def test_kept_results_do_not_change_with_the_buffer_they_came_from():
     out = torch.zeros(3)
     kept = case.keep({"x": (out, [out])})
