@@ -165,6 +165,35 @@ def step_cases(context: Context) -> Iterator[Case]:
         )
 
 
+def half_inputs(context: Context, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
+    x, x0, grad = step_inputs(context, shape)
+    return x, x0, grad.bfloat16()
+
+
+def half_step(x: Tensor, x0: Tensor, grad: Tensor, step: float, eps: float) -> Tensor:
+    """A bfloat16 gradient widened first: step * sign(g) in bfloat16 would round the step itself."""
+    return eager.linf_step(x, x0, grad.float(), step, eps)
+
+
+def half_cases(context: Context) -> Iterator[Case]:
+    """The Linf step on the gradient of a model under autocast: state and result stay float32."""
+    if context.level != "smoke" and not context.at_least("full"):
+        return
+    for shape in shapes(context):
+        inputs = once(partial(half_inputs, context, shape))
+        yield Case(
+            "pgd_step bf16",
+            {"norm": "Linf", "shape": shape_text(shape)},
+            ours_step(inputs, math.inf, STEP, EPS),
+            (
+                candidate("eager torch", inputs, half_step, STEP, EPS),
+                *compiled(context, inputs, half_step, STEP, EPS),
+            ),
+            Floor(bytes=14 * math.prod(shape)),
+            STEP_TOLERANCE,
+        )
+
+
 def atas_inputs(context: Context, shape: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, x0, grad = step_inputs(context, shape)
     v = torch.rand(len(x), generator=context.generator()).to(context.device)
@@ -320,6 +349,7 @@ def loss_cases(context: Context) -> Iterator[Case]:
 
 def cases(context: Context) -> Iterator[Case]:
     yield from step_cases(context)
+    yield from half_cases(context)
     yield from fused_cases(context)
     yield from start_cases(context)
     yield from loss_cases(context)

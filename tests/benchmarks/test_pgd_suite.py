@@ -9,6 +9,7 @@ def test_the_suite_runs_and_agrees_with_its_peers():
     done = harness.run([pgd.SUITE], Context(level="smoke"))
     assert {row.work for row in done.rows} == {
         "pgd_step",
+        "pgd_step bf16",
         "fosc",
         "pgd_step_fosc",
         "atas_step",
