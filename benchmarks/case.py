@@ -117,7 +117,8 @@ def max_abs_difference(ours: Any, theirs: Any, tolerance: float) -> Agreement:
 class Case:
     """One row. `axes` name what varies (size, norm, dtype); `work` names what is done.
 
-    compare(ours, theirs, tolerance) decides whether a peer computed the same thing.
+    compare(ours, theirs, tolerance) decides whether a peer computed the same thing. `weight` multiplies the time the
+    row is sampled for: more where the ratios are near one.
     """
 
     work: str
@@ -128,6 +129,7 @@ class Case:
     tolerance: float = 0.0
     compare: Compare = max_abs_difference
     targets: tuple[Target, ...] = ()
+    weight: float = 1.0
 
     @property
     def title(self) -> str:

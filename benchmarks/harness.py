@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -196,6 +196,7 @@ def run_case(suite: str, case: Case, context: Context, machine: floors.Machine, 
     for name, result in by_name.items():
         result.peak_bytes = memory.peak_bytes(calls[name], context.device)
     bounds = floor_calls(case, context)
+    effort = replace(effort, seconds=effort.seconds * case.weight)
     samples = timing.interleave({**calls, **bounds}, timing.clock_for(context.device), effort)
     ours = samples[case.ours.name]
     for name, result in by_name.items():

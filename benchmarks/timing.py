@@ -135,7 +135,8 @@ def interleave(
         repeats, cost = calibrate(clock, call, effort.sample_seconds)
         tick()
         share = effort.seconds / len(calls)
-        wanted = int(share / max(cost * (repeats + 1), 1e-9))
+        calls_a_round = repeats + (repeats > 1)  # a warm-up call goes before repeated ones
+        wanted = int(share / max(cost * calls_a_round, 1e-9))
         least = effort.least if cost * effort.least <= effort.seconds else min(3, effort.least)
         plan[name] = (repeats, max(least, min(effort.rounds, wanted)))
     samples: dict[str, list[float]] = {name: [] for name in calls}

@@ -170,6 +170,14 @@ def test_targets():
     assert row.floor.fraction.median == pytest.approx(0.5)
 
 
+def test_a_heavier_row_is_sampled_longer():
+    effort = timing.Effort(0.02, rounds=100, least=3, sample_seconds=0.0)
+    light, heavy = (
+        harness.run_case("s", case(weight=weight), CONTEXT, MACHINE, effort).ours.samples for weight in (1.0, 4.0)
+    )
+    assert (light, heavy) == (10, 40)  # 2 ms a call
+
+
 def test_the_floor_is_the_largest_bound():
     # 1e6 operations at 1e9 a second take 1 ms, the copy of 8 kB 4 us, the part 0.2 ms; ours takes 2 ms
     row = run(case(floor=Floor(bytes=8000, flops=1_000_000, part=takes(0.2, None))))
