@@ -26,14 +26,17 @@ class Victim:
             raise TypeError(f"model: got {ck.describe(model)}, expected an nn.Module or a callable")
         self.model = model
         self.autocast = autocast
-        with torch.inference_mode(False):  # autograd saves them
-            self.mean, self.std = (None, None) if normalize is None else _mean_std(normalize, x)
+        self.mean: Tensor | None = None
+        self.std: Tensor | None = None
+        if normalize is not None:
+            with torch.inference_mode(False):  # autograd saves them
+                self.mean, self.std = _mean_std(normalize, x)
         self.feed = _weight_dtype(model) if autocast is None else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """(B, K) logits in float32 (float64 for float64 images)."""
         wide = x.dtype
-        if self.mean is not None:
+        if self.mean is not None and self.std is not None:
             x = (x - self.mean) / self.std
         if self.feed is not None and x.dtype != self.feed:
             x = x.to(self.feed)
@@ -65,7 +68,9 @@ def _mean_std(normalize: Any, x: Tensor | None) -> tuple[Tensor, Tensor]:
         channels = x.shape[1] if x.dim() > 1 else 1
         for v, name in ((mean, "mean"), (std, "std")):
             if v.numel() not in (1, channels):
-                raise ValueError(f"normalize: got {v.numel()} values of {name}, expected 1 or one per channel ({channels})")
+                raise ValueError(
+                    f"normalize: got {v.numel()} values of {name}, expected 1 or one per channel ({channels})"
+                )
         mean, std = (v.reshape(shape).to(x.device, x.dtype) for v in (mean, std))
     return mean, std
 

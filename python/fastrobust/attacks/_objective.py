@@ -22,7 +22,9 @@ class Objective:
     def __init__(self, loss: str | Callable[[Tensor, Tensor], Tensor], targeted: bool, multi: bool = False) -> None:
         if isinstance(loss, str):
             if loss not in _ALIASES:
-                raise ValueError(f"loss: got {loss!r}, expected one of {', '.join(LOSSES)} or a callable(logits, labels)")
+                raise ValueError(
+                    f"loss: got {loss!r}, expected one of {', '.join(LOSSES)} or a callable(logits, labels)"
+                )
             self.name: str | None = _ALIASES[loss]
         elif callable(loss):
             self.name = None
@@ -34,7 +36,9 @@ class Objective:
         if self.name == "kl" and (targeted or multi):
             raise ValueError("loss: got 'kl', which has no target class, for a targeted attack; use 'ce' or 'margin'")
         if self.name == "dlr" and targeted:
-            raise ValueError("targeted: got True with loss 'dlr'; its targeted form needs the true labels: give targets=")
+            raise ValueError(
+                "targeted: got True with loss 'dlr'; its targeted form needs the true labels: give targets="
+            )
 
     def compiled(self, logits: Tensor, labels: Tensor, extra: Tensor | None) -> ops.LossValue:
         """A named loss: value and logit gradient from one kernel. ``extra``: targets (dlr) or clean logits (kl)."""

@@ -90,7 +90,9 @@ class Run:
             self.queries += 1
             return self.judge(objective, logits, objective.value(logits, goal.labels, goal.extra), goal)
 
-    def update(self, objective: Objective, x: Tensor, x0: Tensor, grad: Tensor, step: float | Tensor, eps: float | Tensor) -> None:
+    def update(
+        self, objective: Objective, x: Tensor, x0: Tensor, grad: Tensor, step: float | Tensor, eps: float | Tensor
+    ) -> None:
         ops.pgd_step(x, x0, grad, step, eps, self.norm, self.clip, out=x, targeted=objective.targeted)
 
     def plain(self, objective: Objective, x: Tensor, x0: Tensor, goal: Goal) -> Tensor:
@@ -104,7 +106,9 @@ class Run:
         tensors = [x, x0, goal.labels] + ([] if goal.extra is None else [goal.extra])
         if self.cuda_graph:
             self.queries += self.steps
-            return _graph.captured(self.victim.model, self._key(objective), step, tensors).run(tensors, self.steps, self.tick)
+            return _graph.captured(self.victim.model, self._key(objective), step, tensors).run(
+                tensors, self.steps, self.tick
+            )
         for _ in range(self.steps):
             step(tensors)
             self.tick(1)
@@ -113,8 +117,22 @@ class Run:
     def _key(self, objective: Objective) -> tuple[object, ...]:
         model, victim = self.victim.model, self.victim
         flags = tuple(m.training for m in model.modules()) if isinstance(model, torch.nn.Module) else ()
-        scale = None if victim.mean is None or victim.std is None else (tuple(victim.mean.flatten().tolist()), tuple(victim.std.flatten().tolist()))
-        return (self.eps, self.step_size, self.norm, self.clip, objective.loss, objective.targeted, flags, victim.autocast, scale)
+        scale = (
+            None
+            if victim.mean is None or victim.std is None
+            else (tuple(victim.mean.flatten().tolist()), tuple(victim.std.flatten().tolist()))
+        )
+        return (
+            self.eps,
+            self.step_size,
+            self.norm,
+            self.clip,
+            objective.loss,
+            objective.targeted,
+            flags,
+            victim.autocast,
+            scale,
+        )
 
     def full(self, objective: Objective, x: Tensor, x0: Tensor, index: Tensor, goal: Goal, best: Best) -> None:
         """One run that offers points to ``best``; ``index`` says which examples the rows are."""

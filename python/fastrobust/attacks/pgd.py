@@ -19,21 +19,12 @@ from ._model import Victim, undisturbed, usable
 from ._objective import Objective
 from ._run import Best, Goal, Run
 
-class AttackResult(NamedTuple):
-    """``adv`` (B, ...); ``fooled`` (B,) bool and ``loss`` (B,) at ``adv``; ``queries``: forward passes of the batch."""
-
-    adv: Tensor
-    fooled: Tensor
-    loss: Tensor
-    queries: int
-
-
 INF = math.inf
 Loss = str | Callable[[Tensor, Tensor], Tensor]
 
 
 class AttackResult(NamedTuple):
-    """``adv`` (B, ...); ``fooled`` (B,) bool and ``loss`` (B,) at ``adv``; ``queries``: forward passes of an example."""
+    """``adv`` (B, ...); ``fooled`` (B,) bool and ``loss`` (B,) at ``adv``; ``queries``: forward passes of the batch."""
 
     adv: Tensor
     fooled: Tensor
@@ -157,7 +148,10 @@ def pgd(
                 details = run.evaluate(objective, adv, goals[0])
         else:
             if cuda_graph:
-                warnings.warn("cuda_graph: one run with keep='last' and no early stop can be replayed; running eagerly", stacklevel=2)
+                warnings.warn(
+                    "cuda_graph: one run with keep='last' and no early stop can be replayed; running eagerly",
+                    stacklevel=2,
+                )
             best = Best(x0)
             for k in range(restarts * len(goals)):
                 goal = goals[k % len(goals)]
@@ -223,7 +217,9 @@ def _goals(targets: Any, labels: Tensor, clean: Tensor, objective: Objective) ->
     classes = clean.shape[1]
     if isinstance(targets, Tensor):
         if targets.dim() != 2 or targets.shape[0] != len(labels) or targets.dtype.is_floating_point:
-            raise ValueError(f"targets: got {ck.describe(targets)}, expected integer classes of shape ({len(labels)}, T)")
+            raise ValueError(
+                f"targets: got {ck.describe(targets)}, expected integer classes of shape ({len(labels)}, T)"
+            )
         ck.check_label_values(targets, "targets", classes)
         plan = targets.long()
     else:
@@ -238,7 +234,9 @@ def _goals(targets: Any, labels: Tensor, clean: Tensor, objective: Objective) ->
     return [Goal(c, None, labels) for c in columns]
 
 
-def ifgsm(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor | None = None, *, eps: float | Tensor, **options: Any) -> Any:
+def ifgsm(
+    model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor | None = None, *, eps: float | Tensor, **options: Any
+) -> Any:
     """Iterative FGSM (Kurakin et al. 2017; thesis eq. 2.2): :func:`pgd` from x itself, with steps of ``eps / steps`` unless
     ``step_size`` is given. Options as in :func:`pgd`."""
     steps = options.setdefault("steps", 10)
@@ -248,7 +246,9 @@ def ifgsm(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor | None = None,
     return pgd(model, x, y, eps=eps, **options)
 
 
-def fgsm(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor | None = None, *, eps: float | Tensor, **options: Any) -> Any:
+def fgsm(
+    model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor | None = None, *, eps: float | Tensor, **options: Any
+) -> Any:
     r"""Fast gradient sign method (Goodfellow et al. 2015; thesis eq. 2.1): one step of length eps from x.
 
     For norms 2 and 1 the step is the steepest one of that length. ``random_start=True, step_size=1.25 * eps`` is the
