@@ -58,4 +58,3 @@ def take(value: float | Tensor, index: Tensor, batch: int) -> float | Tensor:
     if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch:
         return value[index]
     return value
-
