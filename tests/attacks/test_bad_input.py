@@ -18,7 +18,7 @@ def _bad() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
     nan = x.clone()
     nan[1, 0, 0, 0] = math.nan
     return {
-        "x not a tensor": ({"x": x.numpy()}, TypeError, r"x: got ndarray.*expected a tensor"),
+        "x not a tensor": ({"x": x.numpy()}, TypeError, r"(?s)x: got ndarray.*expected a tensor"),
         "integer images": ({"x": (x * 255).byte()}, TypeError, r"x: got .*uint8.*expected float32.*scale integer images"),
         "complex images": ({"x": x.to(torch.complex64)}, TypeError, r"x: got .*complex64.*expected float32"),
         "no batch dimension": ({"x": x[0, 0, 0]}, ValueError, r"x: got shape \(5,\), expected a batch"),
