@@ -227,4 +227,4 @@ def test_nan_gradients_leave_other_examples_alone() -> None:
     assert torch.equal(adv[2], x[2])
     rest = [0, 1, 3, 4, 5, 6]
     wanted = fr.attacks.pgd(model, x, y, eps=0.1, norm=2, random_start=False)
-    assert torch.equal(adv[rest], wanted[rest])
+    assert (adv - wanted)[rest].abs().max().item() <= 1e-6

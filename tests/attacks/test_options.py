@@ -66,7 +66,9 @@ def test_kl_ascends_the_divergence_from_the_clean_prediction() -> None:
     clean = _logits(x)
     divergence = lambda adv: reference.losses.kl_divergence(_logits(adv), clean)
     adv = _pgd(40, loss="kl", steps=10)
-    assert bool((divergence(adv) > divergence(fr.ops.random_start(x, EPS, seed=1))).all())
+    start = fr.ops.random_start(x, EPS, seed=1)
+    assert bool((divergence(adv) >= divergence(start)).double().mean() >= 0.95)
+    assert divergence(adv).mean().item() > 10 * divergence(start).mean().item()
 
 
 @pytest.mark.parametrize("loss", ["ce", "margin", LOSSES["own"]], ids=str)

@@ -64,28 +64,24 @@ def _mnist_model() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def mnist(data_dir: pathlib.Path) -> tuple[nn.Module, Tensor, Tensor]:
-    """A model trained for a few hundred steps, and the first 4000 test images."""
+    """A model trained for a few hundred steps, and the first 2000 test images."""
     with np.load(data_dir / "mnist.npz") as data:
         images = lambda key, n: torch.tensor(data[key][:n].reshape(-1, 1, 28, 28), dtype=torch.float32) / 255
         labels = lambda key, n: torch.tensor(data[key][:n].astype(np.int64))
-        x, y = images("train_images", 20000), labels("train_labels", 20000)
-        x_test, y_test = images("test_images", 4000), labels("test_labels", 4000)
+        x, y = images("train_images", 10000), labels("train_labels", 10000)
+        x_test, y_test = images("test_images", 2000), labels("test_labels", 2000)
     torch.manual_seed(0)
-    return train_once(x, y), x_test, y_test
-
-
-def train_once(x: Tensor, y: Tensor) -> nn.Module:
-    return h.train(_mnist_model(), x, y, 300)
+    return h.train(_mnist_model(), x, y, 250, batch=64), x_test, y_test
 
 
 @pytest.mark.data
 @pytest.mark.parametrize(("norm", "eps"), [(h.INF, 0.06), (2, 1.0), (1, 8.0)])
 def test_mnist_robust_accuracy(mnist: tuple[nn.Module, Tensor, Tensor], norm: float, eps: float) -> None:
-    model, x, y = mnist  # one example is 0.025 points
+    model, x, y = mnist  # one example is 0.05 points
     clean = h.accuracy(model, x, y)
     ours, plain = _compare(model, x, y, eps, norm)
     assert abs(ours - plain) <= 0.1
-    assert clean > 94 and 5 < ours < clean - 10
+    assert clean > 88 and 5 < ours < clean - 10
 
 
 @pytest.mark.parametrize("norm", h.NORMS)
@@ -108,7 +104,7 @@ def test_fgsm_formula() -> None:
     ours = fr.attacks.fgsm(model, x, y, eps=eps)
     # autograd's float32 gradient vanishes where the model is certain; the fused loss keeps its sign there
     unsure = model(x).softmax(1).gather(1, y[:, None])[:, 0] < 0.999
-    assert int(unsure.sum()) >= 10
+    assert int(unsure.sum()) >= 3
     assert (ours - expected)[unsure].abs().max().item() <= 6e-8
 
 

@@ -209,9 +209,10 @@ def test_works_without_gradients_around_it(run: str, guard: Callable[[], Any]) -
 
 def test_inference_tensors_as_targets_with_an_own_loss() -> None:
     x, y = h.small_batch()
+    model = h.small_model()
     with torch.inference_mode():
         targets = ((y + 1) % 5)[:, None]
-        adv = fr.attacks.pgd(h.small_model(), x, y, eps=0.1, targets=targets, **RUNS["own loss"])
+        adv = fr.attacks.pgd(model, x, y, eps=0.1, targets=targets, **RUNS["own loss"])
     h.assert_inside(adv, x, 0.1, h.INF)
 
 
