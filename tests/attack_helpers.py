@@ -82,7 +82,9 @@ def distance(adv: Tensor, x: Tensor, norm: float) -> Tensor:
     return torch.tensor([math.sqrt(math.fsum(r * r)) for r in rows], dtype=torch.float64)
 
 
-def assert_inside(adv: Tensor, x: Tensor, eps: float | Tensor, norm: float, clip: tuple[float, float] | None = (0.0, 1.0)) -> None:
+def assert_inside(
+    adv: Tensor, x: Tensor, eps: float | Tensor, norm: float, clip: tuple[float, float] | None = (0.0, 1.0)
+) -> None:
     """The ball and the box hold exactly, on the values handed back."""
     assert adv.shape == x.shape and adv.dtype == x.dtype and adv.device == x.device
     assert bool(torch.isfinite(adv).all())

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import attack_helpers as h
 import pytest
 import torch
 from torch import Tensor
 
+import attack_helpers as h
 import fastrobust as fr
 
 

@@ -7,12 +7,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import attack_helpers as h
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+import attack_helpers as h
 import fastrobust as fr
 from fastrobust.attacks._inputs import narrow_inward
 
@@ -42,7 +42,9 @@ def test_eps_zero_returns_x(attack: str, norm: float) -> None:
 
 
 @pytest.mark.parametrize("norm", h.NORMS)
-@pytest.mark.parametrize("options", [{}, {"restarts": 3}, {"early_stop": True}, {"keep": "best"}, {"targets": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"restarts": 3}, {"early_stop": True}, {"keep": "best"}, {"targets": 2}], ids=str
+)
 def test_eps_per_example(norm: float, options: dict[str, Any]) -> None:
     x, y = h.small_batch()
     eps = EPS[norm] * torch.tensor([0, 0.1, 0.5, 1, 0.3, 0, 2])

@@ -6,11 +6,11 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import attack_helpers as h
 import pytest
 import torch
 from torch import Tensor, nn
 
+import attack_helpers as h
 import fastrobust as fr
 from fastrobust.attacks import _graph
 
@@ -131,7 +131,11 @@ def test_radii_per_example_are_inputs_of_the_graph(recorder: type[_Eager]) -> No
     model = copy.deepcopy(h.digits_model())
     x, y = h.digits_batch(20)
     for scale in (0.05, 0.1, 0.2):
-        options = {**OPTIONS, "eps": scale * torch.rand(20, dtype=torch.float64), "step_size": torch.full((20,), scale / 4)}
+        options = {
+            **OPTIONS,
+            "eps": scale * torch.rand(20, dtype=torch.float64),
+            "step_size": torch.full((20,), scale / 4),
+        }
         adv = fr.attacks.pgd(model, x, y, cuda_graph=True, **options)
         assert torch.equal(adv, fr.attacks.pgd(model, x, y, **options))
         h.assert_inside(adv, x, options["eps"], h.INF)
@@ -140,7 +144,15 @@ def test_radii_per_example_are_inputs_of_the_graph(recorder: type[_Eager]) -> No
 
 @pytest.mark.parametrize(
     "change",
-    [{"eps": 0.2}, {"step_size": 0.01}, {"norm": 2}, {"loss": "margin"}, {"clip": None}, {"normalize": (0.1, 0.5)}, {"targeted": True}],
+    [
+        {"eps": 0.2},
+        {"step_size": 0.01},
+        {"norm": 2},
+        {"loss": "margin"},
+        {"clip": None},
+        {"normalize": (0.1, 0.5)},
+        {"targeted": True},
+    ],
     ids=str,
 )
 def test_another_setting_is_another_graph(recorder: type[_Eager], change: dict[str, Any]) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import attack_helpers as h
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import attack_helpers as h
 import fastrobust as fr
 from fastrobust import reference
 
@@ -141,7 +141,9 @@ def test_restarts_are_new_starts_of_one_seed() -> None:
     assert not torch.equal(*runs)
     x, _ = h.digits_batch(120)
     assert torch.equal(runs[0], fr.ops.random_start(x, EPS, seed=1))
-    assert torch.equal(_pgd(restarts=3), _pgd(restarts=3)) and not torch.equal(_pgd(restarts=3), _pgd(restarts=3, seed=9))
+    assert torch.equal(_pgd(restarts=3), _pgd(restarts=3)) and not torch.equal(
+        _pgd(restarts=3), _pgd(restarts=3, seed=9)
+    )
 
 
 @pytest.mark.parametrize("loss", ["ce", "margin", "dlr", "kl"])
@@ -174,7 +176,14 @@ def test_early_stop_ends_when_all_are_fooled() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"keep": "best"}, {"early_stop": True}, {"restarts": 2}, {"loss": "margin"}, {"loss": "dlr", "norm": 2, "eps": 0.6}],
+    [
+        {},
+        {"keep": "best"},
+        {"early_stop": True},
+        {"restarts": 2},
+        {"loss": "margin"},
+        {"loss": "dlr", "norm": 2, "eps": 0.6},
+    ],
     ids=str,
 )
 def test_details_are_those_of_the_returned_points(options: dict[str, Any]) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import pathlib
 
-import attack_helpers as h
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import attack_helpers as h
 import fastrobust as fr
 
 
@@ -91,7 +91,9 @@ def test_fgsm_is_one_step(norm: float) -> None:
     ours = fr.attacks.fgsm(model, x, y, eps=eps, norm=norm)
     plain = h.plain_pgd(_double(model), x, y, x, eps, eps, 1, norm)[-1]
     assert (ours.double() - plain).abs().max().item() <= 2e-6
-    assert torch.equal(ours, fr.attacks.pgd(model, x, y, eps=eps, norm=norm, steps=1, step_size=eps, random_start=False))
+    assert torch.equal(
+        ours, fr.attacks.pgd(model, x, y, eps=eps, norm=norm, steps=1, step_size=eps, random_start=False)
+    )
 
 
 def test_fgsm_formula() -> None:

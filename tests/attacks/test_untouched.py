@@ -6,13 +6,13 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-import attack_helpers as h
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import attack_helpers as h
 import fastrobust as fr
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -42,7 +42,9 @@ def _mixed() -> nn.Sequential:
 
 
 def _trace(model: nn.Module) -> dict[str, Any]:
-    parameters = {n: (p.clone(), p.requires_grad, None if p.grad is None else p.grad.clone()) for n, p in model.named_parameters()}
+    parameters = {
+        n: (p.clone(), p.requires_grad, None if p.grad is None else p.grad.clone()) for n, p in model.named_parameters()
+    }
     return {
         "modes": [m.training for m in model.modules()],
         "buffers": {n: b.clone() for n, b in model.named_buffers()},
@@ -216,7 +218,9 @@ def test_inference_tensors_as_targets_with_an_own_loss() -> None:
     h.assert_inside(adv, x, 0.1, h.INF)
 
 
-@pytest.mark.parametrize("options", [{"steps": 0, "random_start": False}, {"steps": 2}, {"keep": "best"}, {"eps": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"steps": 0, "random_start": False}, {"steps": 2}, {"keep": "best"}, {"eps": 0.0}], ids=str
+)
 def test_result_is_detached_and_new(options: dict[str, Any]) -> None:
     x, y = h.small_batch()
     for images in (x, x.clone().requires_grad_(), x.half(), x[:0]):

@@ -85,6 +85,5 @@ def check_targets(targets: Any, batch: int, device: torch.device) -> None:
             raise ValueError(f"targets: got {ck.describe(targets)}, expected integer classes of shape ({batch}, T)")
         if targets.device != device:
             raise ValueError(f"targets: got device {targets.device}, expected x's device {device}")
-    elif targets is not None and targets != "all":
-        if isinstance(targets, bool) or not isinstance(targets, int) or targets < 1:
-            raise ValueError(f"targets: got {targets!r}, expected 'all', a number of classes or a (B, T) tensor")
+    elif targets not in (None, "all") and (isinstance(targets, bool) or not isinstance(targets, int) or targets < 1):
+        raise ValueError(f"targets: got {targets!r}, expected 'all', a number of classes or a (B, T) tensor")
