@@ -81,7 +81,7 @@ FR_HD V l1_room(V d, V x0, V lo, V hi) {
 }
 template <class V>
 FR_HD V l1_length(V d, V room, V lambda) {
-  return vmin(vmax(vabs(d) - lambda, V(0.f)), room);
+  return vmax(vmin(vabs(d) - lambda, room), V(0.f));  // never negative, also in unused lanes, where room may be
 }
 template <class V>
 FR_HD V l1_project(V y, V x0, V lambda, V lo, V hi) {
