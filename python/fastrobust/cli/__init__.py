@@ -5,7 +5,6 @@ A command is a module with ``add_arguments(parser)`` and ``main(args) -> int``, 
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
 from collections.abc import Sequence
