@@ -15,6 +15,7 @@ from .case import BEST_PEER, FLOOR, Agreement, Call, Candidate, Case, Context, N
 from .timing import Spread
 
 OK, DIFFERS, SKIPPED, FAILED = "ok", "differs", "skipped", "failed"
+OTHERS_ALLOWED = 0.1  # CPUs
 MET, MISSED, NOT_JUDGED = "met", "missed", "not judged"
 
 
@@ -236,6 +237,7 @@ def run(suites: Iterable[Suite], context: Context, progress: Callable[[int], Pro
             notes.add(f"{suite.name}: skipped: {missing}")
     about = metadata.collect(context.device, context.level)
     bar = progress(len(queue))
+    neighbours = metadata.Neighbours()
     scale = 1 / 32 if context.level == "smoke" else 1.0
     machine = floors.Machine.measure(context.device, torch.get_num_threads(), scale=scale)
     effort = timing.EFFORT[context.level]
@@ -251,6 +253,11 @@ def run(suites: Iterable[Suite], context: Context, progress: Callable[[int], Pro
             bar.update(1)
     finally:
         bar.close()
+    about["others"] = neighbours.cpus()
+    if (about["others"] or 0.0) > OTHERS_ALLOWED:
+        notes.add(
+            f"other processes used {about['others']:.1f} CPUs during the run: the figures are not to be relied on"
+        )
     return Run(about, machine, rows, notes.lines)
 
 

@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import time
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,33 @@ def load_average() -> float | None:
         return round(os.getloadavg()[0], 2)
     except OSError:
         return None
+
+
+def busy_seconds(path: str = "/proc/stat") -> float | None:
+    """CPU seconds that all processes together have used since the system started; None where it does not say."""
+    try:
+        with open(path) as stat:
+            fields = stat.readline().split()
+        user, nice, system, _idle, _wait, irq, soft, steal = (int(field) for field in fields[1:9])
+        return (user + nice + system + irq + soft + steal) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError):
+        return None
+
+
+class Neighbours:
+    """How many CPUs other processes used since it was made: figures taken beside them mean little, because a parallel
+    call waits for its slowest thread."""
+
+    def __init__(self) -> None:
+        self._begin = (time.perf_counter(), busy_seconds(), sum(os.times()[:4]))
+
+    def cpus(self) -> float | None:
+        wall, busy, own = (time.perf_counter(), busy_seconds(), sum(os.times()[:4]))
+        before = self._begin[1]
+        if busy is None or before is None or wall <= self._begin[0]:
+            return None
+        others = (busy - before) - (own - self._begin[2])
+        return round(max(others, 0.0) / (wall - self._begin[0]), 2)
 
 
 def usable_cpus() -> int:

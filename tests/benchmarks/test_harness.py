@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fastrobust.benchmarks import floors, harness, timing
+from fastrobust.benchmarks import floors, harness, metadata, timing
 from fastrobust.benchmarks.case import (
     BEST_PEER,
     FLOOR,
@@ -32,6 +32,7 @@ class FakeClock:
 @pytest.fixture(autouse=True)
 def fake_clock(monkeypatch):
     monkeypatch.setattr(timing, "clock_for", lambda device: FakeClock())
+    monkeypatch.setattr(metadata.Neighbours, "cpus", lambda self: 0.05)
 
 
 def takes(milliseconds, value):
@@ -251,6 +252,13 @@ def test_a_run_goes_through_the_suites_and_says_what_was_left_out():
     assert bars[0].closed
     assert done.metadata["threads"] == torch.get_num_threads()
     assert done.machine.copy_bandwidth > 0
+
+
+def test_busy_neighbours_are_noted(monkeypatch):
+    monkeypatch.setattr(metadata.Neighbours, "cpus", lambda self: 1.25)
+    done = harness.run([Suite("s", lambda context: [case()], "")], CONTEXT)
+    assert done.metadata["others"] == 1.25
+    assert done.notes == ["other processes used 1.2 CPUs during the run: the figures are not to be relied on"]
 
 
 def test_problems_name_missed_targets_differences_and_failures():
