@@ -79,7 +79,8 @@ class _Engine:
                 continue
             if isinstance(node, (G.Activation, G.MaxPool)) and self.kind is not None:
                 j = node.inputs[0]
-                if self.tighten and not self.exact[j]:
+                # the interval after an activation is the range over its input's, which linear bounds cannot beat
+                if self.tighten and not self.exact[j] and isinstance(self.graph.nodes[j], G.LinearNode):
                     self._tighten(j, node)
                 self.lines[i] = self._relax(node)
             self.boxes[i] = self._interval(i, node)

@@ -200,12 +200,15 @@ class Backward:
         bias = node.bias()
         if bias is None:
             return
+        bias = bias.to(self.chunk.b)
         if r.A is None:
             full = bias.expand(node.shape).reshape(-1)
             self._add(full[r.plus] if r.minus is None else full[r.plus] - full[r.minus])
             return
         a = r.solid()
-        if bias.numel() == node.shape[0] and a.dim() == 5:
+        if bias.numel() == 1:
+            sums = a.flatten(2).sum(2) * bias.reshape(())
+        elif bias.numel() == node.shape[0] and bias.dim() >= 3 and bias.shape[-3] == bias.numel() and a.dim() == 5:
             sums = a.sum((3, 4)) @ bias.reshape(-1)
         elif a.dim() == 3 and bias.dim() == 1:
             sums = a @ bias
@@ -235,7 +238,7 @@ class Backward:
             if isinstance(node, G.Sum):
                 return [Rows(t, r.window) for t in node.transpose(r.solid(), shapes)]
             channelwise = isinstance(node, G.Scale) and all(
-                t is None or t.numel() in (1, node.shape[0]) and t.dim() <= 4 for t in (node.get_factor(), node.get_shift())
+                t is None or t.numel() == 1 or (t.dim() >= 3 and t.shape[-3] == t.numel()) for t in (node.get_factor(), node.get_shift())
             )
             if isinstance(node, G.Conv) or channelwise:
                 bias, factor = node.bias(), node.get_factor() if channelwise else None
@@ -245,7 +248,7 @@ class Backward:
                     r = Rows(a, r.window)
                     self._add_bias(node, r)
                 if channelwise:
-                    return [Rows(a if factor is None else a * factor.reshape(-1, 1, 1), r.window)]
+                    return [Rows(a if factor is None else a * factor.to(a).reshape(-1, 1, 1), r.window)]
                 low = [(n - 1) * s + (k - 1) * d + 1 for n, s, k, d in zip(a.shape[3:], node.stride, node.get_weight().shape[2:], node.dilation)]  # fmt: skip
                 if low[0] * low[1] < shapes[0][1] * shapes[0][2]:
                     (sy, sx), (oy, ox) = r.window.step, r.window.origin

@@ -154,15 +154,16 @@ class Scale(LinearNode):
 
     def transpose(self, a, shapes):
         f = self.get_factor()
-        return [a if f is None else a * f]
+        return [a if f is None else a * f.to(a)]
 
     def interval(self, bounds):
         l, u = bounds[0]
         f, s = self.get_factor(), self.get_shift()
         if f is not None:
+            f = f.to(l)
             a, b = l * f, u * f
             l, u = torch.minimum(a, b), torch.maximum(a, b)
-        return (l, u) if s is None else (l + s, u + s)
+        return (l, u) if s is None else (l + s.to(l), u + s.to(l))
 
 
 @dataclass(eq=False)

@@ -97,7 +97,7 @@ class _Builder:
                 return v or (lambda: None)
             if isinstance(v, Tensor):
                 return lambda: v
-            return lambda: torch.tensor(float(v))  # 0-dim: keeps the dtype of what it meets
+            return lambda: torch.tensor(float(v), dtype=torch.float64)  # cast to what it meets
 
         get_f, get_s = getter(factor), getter(shift)
         shape = (PROBE, *self.shape(x))
@@ -237,7 +237,7 @@ class _Builder:
     def divide(self, a: Any, b: Any) -> _Ref:
         if isinstance(b, _Ref):
             raise self.fail("a division by a tensor that depends on the input")
-        return self.affine(a, b.reciprocal() if isinstance(b, Tensor) else 1.0 / float(b))
+        return self.affine(a, (lambda: b.double().reciprocal()) if isinstance(b, Tensor) else 1.0 / float(b))
 
     # -- the walk ------------------------------------------------------------------------------------------------------
     def build(self) -> G.Graph:
