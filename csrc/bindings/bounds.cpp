@@ -8,27 +8,29 @@ namespace py = pybind11;
 namespace fastrobust {
 namespace {
 
-template <class Args>
-void run(int device, uintptr_t stream, int64_t work, const Args& a, void (*cpu)(const Args&), void (*gpu)(const Args&, void*)) {
-  without_gil(work, [&] {
-    if (device < 0) {
-      cpu(a);
-    } else {
-      const DeviceGuard guard(device);
-      gpu(a, reinterpret_cast<void*>(stream));
-    }
-  });
-}
-
 #if defined(FASTROBUST_HAS_CUDA)
 #define FR_BOUNDS_CUDA(name) name
 #else
-template <class Args>
-void no_cuda(const Args&, void*) {
-  throw std::runtime_error("fastrobust was built without CUDA kernels");
-}
-#define FR_BOUNDS_CUDA(name) no_cuda
+#define FR_BOUNDS_CUDA(name) nullptr
 #endif
+
+template <class Args, class Gpu>
+void run(int device, uintptr_t stream, int64_t work, const Args& a, void (*cpu)(const Args&), Gpu gpu) {
+  without_gil(work, [&] {
+    if (device < 0) {
+      cpu(a);
+      return;
+    }
+#if defined(FASTROBUST_HAS_CUDA)
+    const DeviceGuard guard(device);
+    gpu(a, reinterpret_cast<void*>(stream));
+#else
+    (void)stream;
+    (void)gpu;
+    throw std::runtime_error("fastrobust was built without CUDA kernels");
+#endif
+  });
+}
 
 // (a, side_stride, pick, example, count, length, sides, window): window is None or
 // (corner_y, corner_x, height, width, channels, map_height, map_width)
@@ -68,7 +70,7 @@ void back(int device, uintptr_t stream, const py::tuple& rows, uintptr_t slopes,
   g.b_out = pointer<float>(b_out, g.rows.count, "b_out");
   g.out = pointer<float>(out, work, "out");
   g.sides_out = sides_out;
-  run(device, stream, work, g, device < 0 ? bounds().back : nullptr, FR_BOUNDS_CUDA(back_cuda));
+  run(device, stream, work, g, bounds().back, FR_BOUNDS_CUDA(back_cuda));
 }
 
 void concretize(int device, uintptr_t stream, const py::tuple& rows, uintptr_t center, uintptr_t radius, uintptr_t x,
@@ -86,7 +88,7 @@ void concretize(int device, uintptr_t stream, const py::tuple& rows, uintptr_t c
     throw std::invalid_argument("box and ball: got tensors without memory, expected real data");
   g.b = pointer<const float>(b, g.rows.count, "b");
   g.out = pointer<float>(out, g.rows.count, "out");
-  run(device, stream, g.rows.count * g.rows.length, g, device < 0 ? bounds().concretize : nullptr, FR_BOUNDS_CUDA(concretize_cuda));
+  run(device, stream, g.rows.count * g.rows.length, g, bounds().concretize, FR_BOUNDS_CUDA(concretize_cuda));
 }
 
 // sizes: (count, in_h, in_w, in_c, out_h, out_w, out_c, kernel_h, kernel_w, stride_y, stride_x, pad_y, pad_x, lanes)
@@ -116,7 +118,7 @@ void interval(int device, uintptr_t stream, uintptr_t center, uintptr_t radius, 
   g.n = n;
   g.m = m;
   g.finish = static_cast<Finish>(finish);
-  run(device, stream, batch * n * m, g, device < 0 ? bounds().interval : nullptr, FR_BOUNDS_CUDA(interval_cuda));
+  run(device, stream, batch * n * m, g, bounds().interval, FR_BOUNDS_CUDA(interval_cuda));
 }
 
 void interval_step(int device, uintptr_t stream, uintptr_t a, uintptr_t b, uintptr_t out_a, uintptr_t out_b,
@@ -136,7 +138,7 @@ void interval_step(int device, uintptr_t stream, uintptr_t a, uintptr_t b, uintp
   g.inner = inner;
   if (g.b == nullptr && g.step != IntervalStep::box && g.step != IntervalStep::box_ends && count > 0)
     throw std::invalid_argument("b: got a tensor without memory (address 0), expected real data");
-  run(device, stream, count, g, device < 0 ? bounds().interval_step : nullptr, FR_BOUNDS_CUDA(interval_step_cuda));
+  run(device, stream, count, g, bounds().interval_step, FR_BOUNDS_CUDA(interval_step_cuda));
 }
 
 void relu_lines(int device, uintptr_t stream, uintptr_t lower, uintptr_t upper, uintptr_t slopes, uintptr_t intercepts,
@@ -149,7 +151,7 @@ void relu_lines(int device, uintptr_t stream, uintptr_t lower, uintptr_t upper, 
   g.count = count;
   g.left = static_cast<float>(left);
   g.adaptive = adaptive;
-  run(device, stream, count, g, device < 0 ? bounds().relu_lines : nullptr, FR_BOUNDS_CUDA(relu_lines_cuda));
+  run(device, stream, count, g, bounds().relu_lines, FR_BOUNDS_CUDA(relu_lines_cuda));
 }
 
 }  // namespace
