@@ -122,7 +122,7 @@ void interval(int device, uintptr_t stream, uintptr_t center, uintptr_t radius, 
 }
 
 void interval_step(int device, uintptr_t stream, uintptr_t a, uintptr_t b, uintptr_t out_a, uintptr_t out_b,
-                   int64_t count, int step, double eps, double lo, double hi, uintptr_t bias, int64_t channels, int64_t inner) {
+                   int64_t count, int step, double eps, double lo, double hi) {
   IntervalStepArgs g;
   g.a = pointer<const float>(a, count, "a");
   g.b = reinterpret_cast<const float*>(b);
@@ -133,9 +133,6 @@ void interval_step(int device, uintptr_t stream, uintptr_t a, uintptr_t b, uintp
   g.eps_value = static_cast<float>(eps);
   g.lo = static_cast<float>(lo);
   g.hi = static_cast<float>(hi);
-  g.bias = reinterpret_cast<const float*>(bias);
-  g.channels = channels;
-  g.inner = inner;
   if (g.b == nullptr && g.step != IntervalStep::box && g.step != IntervalStep::box_ends && count > 0)
     throw std::invalid_argument("b: got a tensor without memory (address 0), expected real data");
   run(device, stream, count, g, bounds().interval_step, FR_BOUNDS_CUDA(interval_step_cuda));

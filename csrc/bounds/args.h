@@ -82,8 +82,6 @@ struct IntervalStepArgs {
   float* out_b = nullptr;
   int64_t count = 0;
   float eps_value = 0.f, lo = 0.f, hi = 0.f;
-  const float* bias = nullptr;  // from_center, relu_center: added to the centre; bias[(i / inner) % channels]
-  int64_t channels = 1, inner = 1;
   IntervalStep step = IntervalStep::to_center;
 };
 

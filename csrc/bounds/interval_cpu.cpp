@@ -89,30 +89,19 @@ void interval_cpu(const IntervalArgs& g) {
 }
 
 void interval_step_cpu(const IntervalStepArgs& g) {
-  const auto range = [&](int64_t begin, int64_t end) {
-    int64_t i = begin;
+  parallel_for(g.count, 16384, [&](int64_t begin, int64_t end) {
     const bool each = g.b != nullptr;
-    while (i < end) {
-      // a run with one bias
-      const int64_t stop = g.bias != nullptr ? std::min(end, (i / g.inner + 1) * g.inner) : end;
-      const Vec bias(g.bias != nullptr ? g.bias[(i / g.inner) % g.channels] : 0.f), all(g.eps_value);
-      for (; i < stop; i += kLanes) {
-        const int n = static_cast<int>(std::min<int64_t>(kLanes, stop - i));
-        Vec a = (n == kLanes ? load(g.a + i) : load_n(g.a + i, n)) + bias;
-        Vec b = each ? (n == kLanes ? load(g.b + i) : load_n(g.b + i, n)) : all;
-        interval_step(g, a, b);
-        if (n == kLanes) {
-          store(g.out_a + i, a);
-          store(g.out_b + i, b);
-        } else {
-          store_n(g.out_a + i, a, n);
-          store_n(g.out_b + i, b, n);
-        }
-      }
-      i = stop;
+    const Vec all(g.eps_value);
+    for (int64_t i = begin; i < end; i += kLanes) {
+      const int n = static_cast<int>(std::min<int64_t>(kLanes, end - i));
+      const auto get = [n](const float* p) FR_INLINE_LAMBDA { return n == kLanes ? load(p) : load_n(p, n); };
+      const auto put = [n](float* p, Vec v) FR_INLINE_LAMBDA { n == kLanes ? store(p, v) : store_n(p, v, n); };
+      Vec a = get(g.a + i), b = each ? get(g.b + i) : all;
+      interval_step(g, a, b);
+      put(g.out_a + i, a);
+      put(g.out_b + i, b);
     }
-  };
-  parallel_for(g.count, 16384, range);
+  });
 }
 
 void relu_lines_cpu(const ReluLinesArgs& g) {

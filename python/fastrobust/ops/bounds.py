@@ -288,14 +288,12 @@ def check_eps(eps: Any, x: Tensor) -> None:
 # ---- intervals ----
 
 
-def _step(a: Tensor, b: Tensor | None, step: int, eps: float = 0.0, lo: float = -INF, hi: float = INF, bias: Tensor | None = None, inner: int = 1) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _step(a: Tensor, b: Tensor | None, step: int, eps: float = 0.0, lo: float = -INF, hi: float = INF) -> tuple[Tensor, Tensor]:
     """One fused elementwise pass; a and b dense float32 in one memory format. Not recorded."""
+    require_cuda_build(a.device)
     device, stream = stream_of(a.device)
     out_a, out_b = torch.empty_like(a), torch.empty_like(a)
-    channels = 1 if bias is None else bias.numel()
-    _C.bounds_interval_step(
-        device, stream, a.data_ptr(), _address(b), out_a.data_ptr(), out_b.data_ptr(), a.numel(), step, eps, lo, hi, _address(bias), channels, inner
-    )  # fmt: skip
+    _C.bounds_interval_step(device, stream, a.data_ptr(), _address(b), out_a.data_ptr(), out_b.data_ptr(), a.numel(), step, eps, lo, hi)
     return out_a, out_b
 
 
