@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrobust.bounds import graph as G
+from fastrobust.bounds.outward import RELATIVE
 from fastrobust.bounds.region import Region, flat
 from fastrobust.ops import bounds as ops
 from fastrobust.reference.bounds import row_maps
@@ -88,8 +89,9 @@ def _join(f, a: Tensor, *args):
 class Backward:
     """One backward pass for the rows of a chunk."""
 
-    def __init__(self, graph: G.Graph, region: Region, lines: dict[int, Lines], boxes: list, keep_input: bool = False):
+    def __init__(self, graph: G.Graph, region: Region, lines: dict[int, Lines], boxes: list, slack: dict[int, Tensor], keep_input: bool = False):
         self.graph, self.region, self.lines, self.boxes, self.keep_input = graph, region, lines, boxes, keep_input
+        self.slack = slack  # outward rounding: what float32 evaluation of a node can add, (B, *shape)
 
     def run(self, start: int, rows: Rows, chunk: Chunk) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """Bounds (m, R), and with ``keep_input`` the linear map at the input: (A (k, R, *shape), b (m, R))."""
@@ -183,6 +185,8 @@ class Backward:
         self.chunk.b = self.chunk.b + offset
 
     def _add_bias(self, node: G.LinearNode, r: Rows) -> None:
+        if node.index in self.slack:
+            self._add_slack(node, r, self.slack[node.index])
         consumers = node.consumers
         if len(consumers) == 1 and node.index != self.start:
             line = self.lines.get(consumers[0])
@@ -207,6 +211,20 @@ class Backward:
             sums = (a * bias.expand(node.shape)).flatten(2).sum(2)
         self._add(sums)
 
+    def _add_slack(self, node: G.LinearNode, r: Rows, slack: Tensor) -> None:
+        chunk = self.chunk
+        if r.A is None:
+            full = slack.flatten(1)
+            out = full[chunk.example, r.plus]
+            out = out if r.minus is None else out + full[chunk.example, r.minus]
+            chunk.b = chunk.b + torch.stack([-out, out])[: len(chunk.b)]
+            return
+        image = len(node.shape) == 3
+        reach = flat(slack, image)
+        a, box = _flatten(r.A, image), (torch.zeros_like(reach), reach)
+        placed = (None, None) if r.window is None else self._placement(node, r)
+        chunk.b = ops.concretize_rows(a, chunk.b, chunk.example, box, None, 1.0, r.pick, *placed)
+
     def _linear(self, node: G.LinearNode, r: Rows) -> list[Rows]:
         shapes = self.graph.input_shapes(node)
         if r.A is None:
@@ -227,6 +245,7 @@ class Backward:
             return self._transpose(node, self._dense(node, r), shapes)
         elif r.window is not None:
             if isinstance(node, G.Sum):
+                self._add_bias(node, r)
                 return [Rows(t, r.window) for t in node.transpose(r.solid(), shapes)]
             channelwise = isinstance(node, G.Scale) and all(
                 t is None or t.numel() == 1 or (t.dim() >= 3 and t.shape[-3] == t.numel()) for t in (node.get_factor(), node.get_shift())
@@ -234,7 +253,7 @@ class Backward:
             if isinstance(node, G.Conv) or channelwise:
                 bias, factor = node.bias(), node.get_factor() if channelwise else None
                 a = r.solid()
-                if bias is not None or isinstance(node, G.Conv):
+                if bias is not None or isinstance(node, G.Conv) or node.index in self.slack:
                     a = self._masked(node, r)
                     r = Rows(a, r.window)
                     self._add_bias(node, r)
@@ -294,6 +313,8 @@ class Backward:
         image = len(node.shape) == 3
         a = _flatten(self._dense(node, r), image)
         middle, reach = self.boxes[node.index].middle
+        if self.slack:
+            reach = reach + RELATIVE * (middle.abs() + reach)
         box = (flat(middle, image), flat(reach, image))
         self.chunk.b = ops.concretize_rows(a, self.chunk.b, self.chunk.example, box, None, 1.0)
 
@@ -301,6 +322,11 @@ class Backward:
         chunk, image = self.chunk, len(node.shape) == 3
         box, ball = self.region.flattened(image)
         if dense is not None:
-            return ops.concretize_rows(_flatten(dense, image), chunk.b, chunk.example, box, ball, self.region.q)
-        corner, window = self._placement(node, r)
-        return ops.concretize_rows(_flatten(r.A, True), chunk.b, chunk.example, box, ball, self.region.q, r.pick, corner, window)
+            a, placed = _flatten(dense, image), (None, None, None)
+        else:
+            a, placed = _flatten(r.A, True), (r.pick, *self._placement(node, r))
+        out = ops.concretize_rows(a, chunk.b, chunk.example, box, ball, self.region.q, *placed)
+        if self.slack and ball is not None:  # the rounding errors of A x and of the norm
+            reach = RELATIVE * (ball[0].abs() + ball[1])
+            out = ops.concretize_rows(a, out, chunk.example, (torch.zeros_like(reach), reach), None, 1.0, *placed)
+        return out

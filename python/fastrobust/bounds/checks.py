@@ -41,7 +41,6 @@ def check_inputs(x: Tensor, eps: float | Tensor, norm: float | str, clip) -> tup
         e = eps.detach()
         if e.numel() and not bool(((e >= 0) & torch.isfinite(e)).all()):
             raise ValueError("eps: holds negative, NaN or infinite values, expected finite ones >= 0")
-        eps = eps.to(x.dtype)
     else:
         if isinstance(eps, bool) or not isinstance(eps, (int, float)):
             raise TypeError(f"eps: got {type(eps).__name__}, expected a number or a tensor")

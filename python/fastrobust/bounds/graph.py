@@ -160,9 +160,14 @@ class Scale(LinearNode):
 
     get_factor: Getter = None
     get_shift: Getter = None
+    get_shift_size: Getter | None = None  # |a| + |b| + ... of a shift a + b + ... that is itself computed
 
     def bias(self):
         return self.get_shift()
+
+    def shift_size(self) -> Tensor | None:
+        s = self.get_shift() if self.get_shift_size is None else self.get_shift_size()
+        return None if s is None else s.abs()
 
     def transpose(self, a, shapes):
         f = self.get_factor()
@@ -221,6 +226,7 @@ class Monotone(LinearNode):
     """A linear function with non-negative coefficients plus a constant: pooling by averages, permutation, slice, padding."""
 
     function: Callable[[Tensor], Tensor] = None
+    taps: int = 0  # terms of a sum; 0: values are only moved
 
     def bias(self):
         return None

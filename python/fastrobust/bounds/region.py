@@ -47,13 +47,18 @@ class Box:
 class Region:
     """x (B, *shape), eps (a number, (B,) or x's shape), norm, clip.
 
-    ``box`` takes part for the l-infinity norm or with ``clip``; ``ball``: (x, eps), for p < inf.
+    ``widen``: relative enlargement of the box and the ball. ``box`` takes part for the l-infinity norm or with ``clip``; ``ball``: (x, eps), for p < inf.
     """
 
-    def __init__(self, x: Tensor, eps: float | Tensor, norm: float, clip: tuple[float, float] | None):
+    def __init__(self, x: Tensor, eps: float | Tensor, norm: float, clip: tuple[float, float] | None, widen: float = 0.0):
         self.x, self.eps, self.norm, self.clip = x, eps, norm, clip
         self.q = dual_exponent(norm)
         self.cut = Box(middle=ops.box_center(x, eps, clip))
+        if widen:  # outward rounding: the errors of centre, radius and of sums over them
+            if norm != math.inf:
+                self.eps = eps = eps * (1 + widen)
+            c, r = self.cut.middle
+            self.cut = Box(middle=(c, r + widen * (c.abs() + r)))
         self.box: Pair | None = self.cut.middle if clip is not None or norm == math.inf else None
         self.ball: Pair | None = None if norm == math.inf else (x, eps_like(eps, x).expand_as(x))
         self._flat: dict[bool, tuple[Pair | None, Pair | None]] = {}

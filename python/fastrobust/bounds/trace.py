@@ -48,8 +48,8 @@ class _Tracer(fx.Tracer):
 
 
 class _Builder:
-    def __init__(self, model: nn.Module, shape: tuple[int, ...]):
-        self.model = model
+    def __init__(self, model: nn.Module, shape: tuple[int, ...], fold: bool):
+        self.model, self.fold = model, fold
         self.nodes: list[G.Node] = [G.Input((), shape, "input")]
         self.env: dict[fx.Node, Any] = {}
         self.where = ""
@@ -73,8 +73,10 @@ class _Builder:
             raise self.fail(what, " because it mixes the examples of a batch")
         return tuple(out.shape[1:])
 
-    def monotone(self, x: _Ref, f: Callable[[Tensor], Tensor], what: str) -> _Ref:
-        return self.add(G.Monotone((x.index,), self.per_example(f(self.meta(x)), what), self.where, function=f))
+    def monotone(self, x: _Ref, f: Callable[[Tensor], Tensor], what: str, sums: bool = False) -> _Ref:
+        shape = self.per_example(f(self.meta(x)), what)
+        taps = self.nodes[x.index].size if sums else 0
+        return self.add(G.Monotone((x.index,), shape, self.where, function=f, taps=taps))
 
     def reshape(self, x: _Ref, f: Callable[[Tensor], Tensor], what: str) -> _Ref:
         return self.add(G.Reshape((x.index,), self.per_example(f(self.meta(x)), what), self.where))
@@ -89,7 +91,7 @@ class _Builder:
             raise self.fail(name, f" ({error})") from None
         return self.add(G.Activation((x.index,), self.shape(x), self.where, activation=name, params=params))
 
-    def affine(self, x: _Ref, factor: Any = None, shift: Any = None) -> _Ref:
+    def affine(self, x: _Ref, factor: Any = None, shift: Any = None, shift_size: G.Getter | None = None) -> _Ref:
         """x * factor + shift; factor and shift are numbers, tensors or getters."""
 
         def getter(v):
@@ -109,7 +111,7 @@ class _Builder:
                 raise self.fail("a constant with a batch dimension")
             if torch.broadcast_shapes(shape, tuple(t.shape)) != torch.Size(shape):
                 raise self.fail(f"a constant of shape {tuple(t.shape)} that enlarges a tensor of shape {shape[1:]}")
-        return self.add(G.Scale((x.index,), self.shape(x), self.where, get_factor=get_f, get_shift=get_s))
+        return self.add(G.Scale((x.index,), self.shape(x), self.where, get_factor=get_f, get_shift=get_s, get_shift_size=shift_size))
 
     # -- layers with weights -------------------------------------------------------------------------------------------
     def dense(self, x: _Ref, weight: G.Getter, bias: G.Getter) -> _Ref:
@@ -187,7 +189,7 @@ class _Builder:
             return s if m.bias is None else s + m.bias
 
         source = self.nodes[x.index]
-        if isinstance(source, (G.Conv, G.Dense)) and len(source.shape) != 2 and x.index in self.single:
+        if self.fold and isinstance(source, (G.Conv, G.Dense)) and len(source.shape) != 2 and x.index in self.single:
             get_w, get_b = source.get_weight, source.get_bias
 
             def weight() -> Tensor:
@@ -200,10 +202,15 @@ class _Builder:
 
             source.get_weight, source.get_bias = weight, bias
             return x
-        return self.affine(x, lambda: factor().view(-1, *tail), lambda: shift().view(-1, *tail))
+        
+        def size() -> Tensor:
+            s = (m.running_mean * factor()).abs()
+            return (s if m.bias is None else s + m.bias.abs()).view(-1, *tail)
+
+        return self.affine(x, lambda: factor().view(-1, *tail), lambda: shift().view(-1, *tail), size)
 
     def avg_pool(self, x: _Ref, m_or_args: tuple, what: str, f: Callable) -> _Ref:
-        return self.monotone(x, lambda t: f(t, *m_or_args), what)
+        return self.monotone(x, lambda t: f(t, *m_or_args), what, True)
 
     def max_pool(self, x: _Ref, kernel, stride, padding, dilation, ceil_mode: bool, one: bool = False) -> _Ref:
         shape = self.shape(x)
@@ -336,7 +343,7 @@ def _upsample(b: _Builder, m: nn.Upsample, x: _Ref) -> _Ref:
     if m.mode not in ("nearest", "bilinear", "linear", "nearest-exact"):
         raise b.fail(f"Upsample with mode {m.mode}")
     scale = m.scale_factor
-    return b.monotone(x, lambda t: F.interpolate(t, m.size, scale, m.mode, m.align_corners), "Upsample")
+    return b.monotone(x, lambda t: F.interpolate(t, m.size, scale, m.mode, m.align_corners), "Upsample", True)
 
 
 _MODULES: dict[Any, Callable] = {
@@ -418,8 +425,8 @@ def _getitem(b: _Builder, x: Any, index: Any) -> Any:
     return b.monotone(x, lambda t: t[index], "a slice")
 
 
-def _positive_only(name: str, f: Callable) -> Callable:
-    return lambda b, x, *a, **k: b.monotone(x, lambda t: f(t, *a, **k), name)
+def _positive_only(name: str, f: Callable, sums: bool = False) -> Callable:
+    return lambda b, x, *a, **k: b.monotone(x, lambda t: f(t, *a, **k), name, sums)
 
 
 def _reshape(b: _Builder, x: _Ref, *shape) -> _Ref:
@@ -449,7 +456,8 @@ def _batch_norm(b, x, mean, var, weight=None, bias=None, training=False, momentu
     tail = (1,) * (len(b.shape(x)) - 1)
     f = lambda: torch.rsqrt(var + eps) * (1.0 if weight is None else weight)  # noqa: E731
     s = lambda: -mean * f() + (0.0 if bias is None else bias)  # noqa: E731
-    return b.affine(x, lambda: f().view(-1, *tail), lambda: s().view(-1, *tail))
+    size = lambda: ((mean * f()).abs() + (0.0 if bias is None else bias.abs())).view(-1, *tail)  # noqa: E731
+    return b.affine(x, lambda: f().view(-1, *tail), lambda: s().view(-1, *tail), size)
 
 
 def _conv2d(b, x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, one=False):
@@ -499,7 +507,7 @@ _FUNCTIONS: dict[Any, Callable] = {
     torch.transpose: _positive_only("transpose", torch.transpose),
     torch.squeeze: lambda b, x, *a: b.reshape(x, lambda t: torch.squeeze(t, *a), "squeeze"),
     torch.unsqueeze: lambda b, x, dim: b.reshape(x, lambda t: torch.unsqueeze(t, dim), "unsqueeze"),
-    torch.mean: _positive_only("mean", torch.mean), torch.sum: _positive_only("sum", torch.sum),
+    torch.mean: _positive_only("mean", torch.mean, True), torch.sum: _positive_only("sum", torch.sum, True),
     torch.relu: _RELU, F.relu: _RELU, torch.sigmoid: _SIGMOID, F.sigmoid: _SIGMOID, torch.tanh: _TANH, F.tanh: _TANH,
     torch.atan: _ATAN, torch.arctan: _ATAN, F.softplus: _softplus, F.gelu: _gelu, torch.clamp: _clamp,
     F.leaky_relu: lambda b, x, negative_slope=0.01, inplace=False: b.activation(x, "leaky_relu", (negative_slope,)),
@@ -512,8 +520,8 @@ _FUNCTIONS: dict[Any, Callable] = {
     F.conv1d: lambda b, *a, **k: _conv2d(b, *a, **k, one=True),
     F.batch_norm: _batch_norm, F.dropout: _functional_dropout,
     F.max_pool2d: _max_pool2d, torch.max_pool2d: _max_pool2d, F.max_pool1d: lambda b, *a, **k: _max_pool2d(b, *a, **k, one=True),
-    F.avg_pool2d: _positive_only("avg_pool2d", F.avg_pool2d), F.avg_pool1d: _positive_only("avg_pool1d", F.avg_pool1d),
-    F.adaptive_avg_pool2d: _positive_only("adaptive_avg_pool2d", F.adaptive_avg_pool2d),
+    F.avg_pool2d: _positive_only("avg_pool2d", F.avg_pool2d, True), F.avg_pool1d: _positive_only("avg_pool1d", F.avg_pool1d, True),
+    F.adaptive_avg_pool2d: _positive_only("adaptive_avg_pool2d", F.adaptive_avg_pool2d, True),
     F.pad: lambda b, x, pad, mode="constant", value=None: b.pad(x, list(pad), mode, float(value or 0.0)),
 }  # fmt: skip
 _METHODS: dict[str, Callable] = {
@@ -524,10 +532,10 @@ _METHODS: dict[str, Callable] = {
     "transpose": _positive_only("transpose", torch.transpose),
     "squeeze": lambda b, x, *a: b.reshape(x, lambda t: t.squeeze(*a), "squeeze"),
     "unsqueeze": lambda b, x, d: b.reshape(x, lambda t: t.unsqueeze(d), "unsqueeze"),
-    "mean": _positive_only("mean", torch.mean), "sum": _positive_only("sum", torch.sum),
+    "mean": _positive_only("mean", torch.mean, True), "sum": _positive_only("sum", torch.sum, True),
 }  # fmt: skip
 
-_CACHE: weakref.WeakKeyDictionary[nn.Module, tuple[Any, G.Graph]] = weakref.WeakKeyDictionary()
+_CACHE: weakref.WeakKeyDictionary[nn.Module, dict[bool, tuple[Any, G.Graph]]] = weakref.WeakKeyDictionary()
 _PLAIN = (int, float, str, bool, tuple, type(None))
 
 
@@ -547,17 +555,31 @@ def _fingerprint(model: nn.Module) -> tuple:
     return tuple(out)
 
 
-def trace(model: nn.Module, shape: tuple[int, ...]) -> G.Graph:
-    """The graph of ``model`` for inputs of shape (B, *shape)."""
+def trace(model: nn.Module, shape: tuple[int, ...], exact: bool = False) -> G.Graph:
+    """The graph of ``model`` for inputs of shape (B, *shape). ``exact``: layer by layer as the model computes (no normalisation
+    folded into its convolution), with parameters in float64."""
     key = (shape, _fingerprint(model))
-    hit = _CACHE.get(model)
+    held = _CACHE.setdefault(model, {})
+    hit = held.get(exact)
     if hit is not None and hit[0] == key:
         return hit[1]
     if model._forward_hooks or model._forward_pre_hooks:
         raise _unsupported(type(model).__name__ + " with forward hooks", "model")
-    built = _Builder(model, shape).build()
-    _CACHE[model] = (key, built)
+    built = _Builder(model, shape, not exact).build()
+    if exact:
+        for node in built.nodes:
+            if isinstance(node, (G.Dense, G.Conv, G.ConvTranspose)):
+                node.get_weight, node.get_bias = _in_double(node.get_weight), _in_double(node.get_bias)
+    held[exact] = (key, built)
     return built
+
+
+def _in_double(get: G.Getter) -> G.Getter:
+    def double() -> Tensor | None:
+        t = get()
+        return None if t is None else t.double()
+
+    return double
 
 
 __all__ = ["SUPPORTED", "UnsupportedLayerError", "trace"]

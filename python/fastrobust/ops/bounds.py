@@ -14,8 +14,9 @@ from .. import _C
 from ..reference import bounds as reference
 from ..reference import relaxations
 from ..reference.bounds import Window, center_radius, dual_exponent, eps_like, interval_activation
+from . import _bounds_autograd as gradients
 from . import _checks as ck
-from ._library import below_autograd, define, nothing_intercepts, require_cuda_build, stream_of
+from ._library import define, nothing_intercepts, require_cuda_build, stream_of
 
 __all__ = [
     "Window", "concretize", "concretize_rows", "interval_activation", "interval_ball_conv2d", "interval_ball_linear", "interval_conv2d",
@@ -50,43 +51,9 @@ def _direct(*tensors: Tensor | None) -> bool:
     return not _needs_grad(*tensors) and nothing_intercepts()
 
 
-class _Recompute(torch.autograd.Function):
-    """Backward of an op by differentiating its definition at the saved inputs: nothing but the inputs is kept."""
-
-    @staticmethod
-    def forward(ctx: Any, op: Callable[..., Any], definition: Callable[..., Any], *args: Any) -> Any:
-        tensors = [a if isinstance(a, Tensor) else None for a in args]
-        ctx.save_for_backward(*tensors)
-        ctx.plain = [None if isinstance(a, Tensor) else a for a in args]
-        ctx.definition = definition
-        return below_autograd(op, *args)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        saved = ctx.saved_tensors
-        need = ctx.needs_input_grad[2:]
-        inputs = [None if t is None else t.detach().requires_grad_(n) for t, n in zip(saved, need, strict=True)]
-        args = [p if t is None else t for t, p in zip(inputs, ctx.plain, strict=True)]
-        with torch.enable_grad():
-            out = ctx.definition(*args)
-        out = out if isinstance(out, (tuple, list)) else (out,)
-        pairs = [(o, g) for o, g in zip(out, grads, strict=True) if o.requires_grad and g is not None]
-        wanted = [t for t in inputs if t is not None and t.requires_grad]
-        found = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True) if pairs else [None] * len(wanted)
-        give = iter(found)
-        return None, None, *(next(give) if t is not None and t.requires_grad else None for t in inputs)
-
-
-def _register(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], definition: Callable[..., Any]) -> Any:
+def _register(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], gradient: Callable[..., Any]) -> Any:
     box: list[Any] = []
-
-    def autograd(*args: Any) -> Any:
-        if _needs_grad(*(a for a in args if isinstance(a, Tensor))):
-            return _Recompute.apply(box[0], definition, *args)
-        return below_autograd(box[0], *args)
-
-    box.append(define(name, schema, kernel, fake, autograd))
+    box.append(define(name, schema, kernel, fake, gradients.differentiable(lambda: box[0], gradient)))
     return box[0]
 
 
@@ -142,7 +109,7 @@ _back = _register(
     " -> (Tensor, Tensor)",
     _back_kernel,
     lambda A, b, slopes, *rest: (A.new_empty(_sides_out(A, b, slopes), b.shape[1], A.shape[2]), torch.empty_like(b)),
-    _back_definition,
+    gradients.back_step,
 )
 
 
@@ -219,7 +186,7 @@ _concretize = _register(
     "Tensor? corner_y, Tensor? corner_x, int[] window) -> Tensor",
     _concretize_kernel,
     lambda A, b, *rest: torch.empty_like(b),
-    _concretize_definition,
+    gradients.concretize,
 )
 
 
@@ -246,14 +213,14 @@ def concretize(A: Tensor, b: Tensor, x: Tensor, eps: float | Tensor, norm: Any =
     """
     p = check_p(norm)
     x = ck.check_state(x, "x")
-    if A.dim() < 3 or A.shape[:2] != b.shape or A.shape[0] != x.shape[0] or A[0, 0].numel() != x[0].numel():
+    if A.dim() < 3 or A.shape[:2] != b.shape or A.shape[0] != x.shape[0] or math.prod(A.shape[2:]) != math.prod(x.shape[1:]):
         raise ValueError(f"A: got {tuple(A.shape)} with b {tuple(b.shape)} and x {tuple(x.shape)}, expected (B, S, n), (B, S), (B, *shape)")
     check_eps(eps, x)
     batch, per = b.shape
     box, ball = reference.region(x, eps, p, clip)
     example = torch.arange(batch, device=A.device).repeat_interleave(per)
     offset = b.reshape(1, -1).expand(2, -1)
-    out = concretize_rows(A.reshape(1, batch * per, -1), offset, example, box, ball, dual_exponent(p))
+    out = concretize_rows(A.reshape(1, batch * per, math.prod(x.shape[1:])), offset, example, box, ball, dual_exponent(p))
     return out[0].view(batch, per), out[1].view(batch, per)
 
 
@@ -364,7 +331,7 @@ _interval = _register(
     "(Tensor center, Tensor radius, Tensor weight, Tensor? bias, int finish) -> (Tensor, Tensor)",
     _interval_kernel,
     lambda c, r, w, bias, finish: (c.new_empty(c.shape[0], w.shape[0]), c.new_empty(c.shape[0], w.shape[0])),
-    _interval_definition,
+    gradients.interval,
 )
 
 
@@ -402,8 +369,9 @@ def interval_linear(lower: Tensor, upper: Tensor, weight: Tensor, bias: Tensor |
     _check_interval(lower, upper, weight, bias, lower.shape[-1] if isinstance(lower, Tensor) and lower.dim() else 0, 2)
     lead = lower.shape[:-1]
     c, r = to_center(lower, upper)
-    low, up = center_linear(c.reshape(-1, c.shape[-1]), r.reshape(-1, r.shape[-1]), weight, bias)
-    return _finish(low.view(*lead, -1), up.view(*lead, -1), activation, params)
+    low, up = center_linear(*(t.reshape(math.prod(lead), weight.shape[1]) for t in (c, r)), weight, bias)
+    shape = (*lead, weight.shape[0])
+    return _finish(low.view(shape), up.view(shape), activation, params)
 
 
 def interval_conv2d(lower: Tensor, upper: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1, activation: str | None = None, params: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -508,7 +476,7 @@ _lines = _register(
     "(Tensor lower, Tensor upper, float left, bool adaptive) -> (Tensor, Tensor)",
     _lines_kernel,
     lambda l, u, left, adaptive: (l.new_empty(2 if adaptive else 1, *l.shape), l.new_empty(2, *l.shape)),
-    _lines_definition,
+    gradients.relu_lines,
 )
 
 

@@ -211,5 +211,5 @@ def concretize(A: Tensor, b: Tensor, x: Tensor, eps: float | Tensor, norm: float
     batch, per = A.shape[:2]
     example = torch.arange(batch, device=A.device).repeat_interleave(per)
     offset = b.reshape(1, -1).expand(2, -1)
-    out = concretize_rows(A.reshape(1, batch * per, -1), offset, example, *region(x, eps, norm, clip), dual_exponent(norm))
+    out = concretize_rows(A.reshape(1, batch * per, math.prod(A.shape[2:])), offset, example, *region(x, eps, norm, clip), dual_exponent(norm))
     return out[0].view(batch, per), out[1].view(batch, per)
