@@ -42,7 +42,7 @@ def test_a_training_step_lowers_the_certified_loss() -> None:
     x, y = torch.rand(16, *shape), torch.randint(0, 5, (16,))
     opt = torch.optim.Adam(net.parameters(), 5e-3)
     losses = []
-    for _ in range(15):
+    for _ in range(40):
         low = compute_bounds(net, x, 0.02, clip=(0, 1), method="crown-ibp", labels=y).lower
         loss = torch.nn.functional.softplus(-low).mean()
         opt.zero_grad()
