@@ -283,6 +283,8 @@ def _checked(x: Any, x0: Any, grad: Any, norm: Any, clip: Any) -> tuple[Tensor, 
 
 def _check_out(out: Any, x: Tensor, x0: Tensor, grad: Tensor | None) -> Tensor:
     out = ck.check_like(out, "out", x, "x")
+    if not ck.has_values(out):
+        return out
     for other, name in ((x0, "x0"), (grad, "grad")):
         if other is not None and out.numel() and out.data_ptr() == other.data_ptr():
             raise ValueError(f"out: got the memory of {name}, expected memory of its own or x's")
@@ -348,23 +350,22 @@ def pgd_step(
         and _is_simple(x0)
         and _is_simple(grad)
     ):
-        lo, hi = clip
         target = torch.empty_like(x) if out is None else out
         shape = x.shape
-        if (
-            lo <= hi
-            and _is_simple(target)
-            and shape == x0.shape
-            and shape == grad.shape
-            and shape == target.shape
-            and shape
-        ):
-            px, p0, pg, pt = x.data_ptr(), x0.data_ptr(), grad.data_ptr(), target.data_ptr()
-            if (pt != p0 and pt != pg) or not pt:
-                _linf_step(px, p0, pg, pt, x.numel(), -step_size if targeted else step_size, eps, lo, hi)
-                if out is not None:
-                    _increment_version((out,))
-                return target
+        if _is_simple(target) and shape == x0.shape and shape == grad.shape and shape == target.shape and shape:
+            try:
+                lo, hi = clip
+                if lo <= hi:
+                    px, p0, pg, pt = x.data_ptr(), x0.data_ptr(), grad.data_ptr(), target.data_ptr()
+                    _linf_step(px, p0, pg, pt, x.numel(), -step_size if targeted else step_size, eps, lo, hi)
+                    if out is not None:
+                        _increment_version((out,))
+                    return target
+            except (
+                TypeError,
+                ValueError,
+            ):  # a bad clip or out: nothing was written, and the checks below say what it is
+                pass
     x, x0, grad, p, lo, hi = _checked(x, x0, grad, norm, clip)
     step_p = ck.check_parameter(step_size, "step_size", x, p)
     eps_p = ck.check_parameter(eps, "eps", x, p)
@@ -378,6 +379,8 @@ def pgd_step(
     args = (x, x0, grad, *step_p, *eps_p, _NORM_CODE[p], lo, hi, active, normalize)
     if out is None:
         return _pgd_step(*args)
+    if ck.has_values(out) and out.is_neg():  # torch cannot resolve a mutable argument beside absent ones
+        return out.copy_(_pgd_step(*args))
     _pgd_step_out(*args, out)
     _bump(out)
     return out
@@ -414,6 +417,8 @@ def project(
     if out is None:
         return _pgd_step(*args)
     out = _check_out(out, x, x0, None)
+    if ck.has_values(out) and out.is_neg():
+        return out.copy_(_pgd_step(*args))
     _pgd_step_out(*args, out)
     _bump(out)
     return out
@@ -438,19 +443,29 @@ def random_start(
 
     Args:
         x0: (B, ...) float32, inside the box.
-        eps: radius: a number, (B,), or for norm inf a tensor of x0's shape.
+        eps: radius, finite unless norm inf meets a box: a number, (B,), or for norm inf a tensor of x0's shape.
         norm, clip: as in :func:`pgd_step`.
         seed: 64-bit key. None draws one from torch's default generator (so ``torch.manual_seed`` governs it).
-        first_example: number of the first example, to draw a batch in parts.
+        first_example: number of the first example, to draw a batch in parts; below 2^32.
     """
     p = ck.parse_norm(norm)
     lo, hi = ck.parse_clip(clip)
     x0 = ck.check_state(x0, "x0")
     eps_p = ck.check_parameter(eps, "eps", x0, p)
+    if p != INF or lo == -INF or hi == INF:
+        ck.check_finite(eps_p, "eps")
     if seed is None:
         seed = int(torch.randint(0, 2**63 - 1, (), dtype=torch.int64).item())
     if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
         raise TypeError(f"seed: got {ck.describe(seed)}, expected an integer or None")
+    if isinstance(seed, int):
+        if not -(2**63) <= seed < 2**64:
+            raise ValueError(f"seed: got {seed}, expected an integer of at most 64 bits")
+        seed = (seed + 2**63) % 2**64 - 2**63  # schemas have signed integers
+    if isinstance(first_example, bool) or not isinstance(first_example, (int, torch.SymInt)):
+        raise TypeError(f"first_example: got {ck.describe(first_example)}, expected an integer")
+    if not 0 <= first_example <= 2**32 - x0.shape[0]:
+        raise ValueError(f"first_example: got {first_example}, expected 0 to 2**32 - {x0.shape[0]}, the batch")
     return _random_start(x0, *eps_p, _NORM_CODE[p], lo, hi, seed, first_example)
 
 
@@ -537,7 +552,7 @@ def atas_step(
     if constant == 0 and variant == "authors":
         raise ValueError("c: got 0, expected a number > 0 for variant 'authors'")
     limits = step_range if step_range is not None else (_AUTHORS_RANGE if variant == "authors" else (0.0, INF))
-    low, high = ck.parse_clip(limits)
+    low, high = ck.parse_clip(limits, "step_range")
     return _atas_step(
         x, x0, grad, v, *step_p, *eps_p, _NORM_CODE[p], lo, hi, b, constant, variant == "authors", low, high,
         ck.check_active(active, x),
