@@ -27,7 +27,11 @@ class Residual(nn.Module):
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
-        self.stem, self.a1, self.a2 = nn.Conv2d(3, width, 3, 2, 1), nn.Conv2d(width, width, 3, 1, 1), nn.Conv2d(width, width, 3, 1, 1)
+        self.stem, self.a1, self.a2 = (
+            nn.Conv2d(3, width, 3, 2, 1),
+            nn.Conv2d(width, width, 3, 1, 1),
+            nn.Conv2d(width, width, 3, 1, 1),
+        )
         self.b1, self.b2 = nn.Conv2d(width, 2 * width, 3, 2, 1), nn.Conv2d(2 * width, 2 * width, 3, 1, 1)
         self.short, self.out = nn.Conv2d(width, 2 * width, 1, 2, 0), nn.Linear(32 * width, 10)
 
@@ -157,7 +161,9 @@ def cases(context: Context) -> Iterator[Case]:
                 {"model": name, "batch": batch},
                 Candidate(OURS, partial(ours, given, name, method, math.inf, False)),
                 (Candidate("auto_LiRPA", partial(peer, given, name, method, math.inf, False)),),
-                Floor(flops=linear_flops(name, method, batch)) if small else Floor(part=partial(forward_alone, given), part_name="forward"),
+                Floor(flops=linear_flops(name, method, batch))
+                if small
+                else Floor(part=partial(forward_alone, given), part_name="forward"),
                 TOLERANCE,
                 relative_difference,
                 (Target("auto_LiRPA", 20.0), Target(FLOOR, 1 / 3)) if small and not smoke else (),

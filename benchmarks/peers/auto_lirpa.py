@@ -20,7 +20,15 @@ METHODS = {"ibp": "IBP", "crown-ibp": "CROWN-IBP", "ibp-linear": "CROWN-IBP", "c
 
 
 def margins(
-    model: nn.Module, x: Tensor, y: Tensor, classes: int, *, eps: float, norm: float = math.inf, method: str, backward: bool = False
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    classes: int,
+    *,
+    eps: float,
+    norm: float = math.inf,
+    method: str,
+    backward: bool = False,
 ) -> Call:
     """Lower bounds of the margins, without a box: the call returns them, or runs a backward pass through their sum."""
     library = require("auto_LiRPA")

@@ -65,7 +65,9 @@ def test_equals_auto_lirpa(name: str, norm: float, eps: float, lines: str) -> No
             # never looser; and equal, except that neurons which intervals prove stable are taken as stable here
             assert (a[0] >= b[0] - 1e-4 * scale).all() and (a[1] <= b[1] + 1e-4 * scale).all(), method
             close = ((a[0] - b[0]).abs() <= 1e-4 * scale).float().mean()
-            if norm == math.inf or name == "mlp-relu":  # in l2 a border neuron is bounded here without the weights it pads with
+            if (
+                norm == math.inf or name == "mlp-relu"
+            ):  # in l2 a border neuron is bounded here without the weights it pads with
                 assert close >= (0.999 if method != "CROWN" or eps <= 0.01 else 0.5), (method, close)
 
 

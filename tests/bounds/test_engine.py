@@ -19,14 +19,16 @@ from .nets import make
 @pytest.mark.parametrize("norm,clip", [(math.inf, (0.0, 1.0)), (2.0, None)])
 def test_gradcheck_of_bounds_and_linear_bounds(method: str, norm: float, clip: tuple[float, float] | None) -> None:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(1, 2, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    net = nn.Sequential(
+        nn.Conv2d(1, 2, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 3)
+    ).double()
     x = 0.2 + 0.6 * torch.rand(2, 1, 4, 4, dtype=torch.float64)
     y = torch.tensor([0, 2])
     names = [n for n, _ in net.named_parameters()]
     values = [p.detach().clone().requires_grad_(True) for p in net.parameters()]
 
     def f(x: torch.Tensor, eps: torch.Tensor, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        for n, w in zip(names, weights):  # the engine reads parameters from the modules
+        for n, w in zip(names, weights, strict=False):  # the engine reads parameters from the modules
             owner, leaf = n.rsplit(".", 1)
             net.get_submodule(owner)._parameters[leaf] = w
         b = compute_bounds(net, x, eps, norm=norm, clip=clip, method=method, labels=y, return_linear=method != "ibp")
@@ -120,7 +122,11 @@ def with_nan(where: str) -> nn.Module:
         ({"model": with_nan("7.bias"), "method": "ibp"}, ValueError, "7.bias"),
         ({"model": nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.BatchNorm1d(4))}, ValueError, "eval"),
         ({"model": nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(192, 4))}, ValueError, "eval"),
-        ({"model": nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.Softmax(1))}, UnsupportedLayerError, "Softmax at '2'"),
+        (
+            {"model": nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.Softmax(1))},
+            UnsupportedLayerError,
+            "Softmax at '2'",
+        ),
         ({"model": Product()}, UnsupportedLayerError, "product"),
         ({"model": Branching()}, ValueError, "trace"),
     ],
@@ -156,13 +162,15 @@ def test_published_certified_errors(
         pytest.skip(f"needs {path} in FASTROBUST_DATA/polyenvelope")
     s = torch.load(file, map_location="cpu", weights_only=True)
     net = nn.Sequential(nn.Flatten(), nn.Linear(784, 1024), act(), nn.Linear(1024, 10)).eval()
-    net.load_state_dict(dict(zip(net.state_dict(), s.values())))
+    net.load_state_dict(dict(zip(net.state_dict(), s.values(), strict=False)))
     d = np.load(data_dir / "mnist.npz")
     x = torch.tensor(d["test_images"]).float().view(-1, 1, 28, 28) / 255
     y = torch.tensor(d["test_labels"]).long()
     bad = 0
     with torch.no_grad():
         for i in range(0, 10000, 500):
-            found = compute_bounds(net, x[i : i + 500], eps, norm=norm, clip=(0, 1), method=method, labels=y[i : i + 500], sides="lower")
+            found = compute_bounds(
+                net, x[i : i + 500], eps, norm=norm, clip=(0, 1), method=method, labels=y[i : i + 500], sides="lower"
+            )
             bad += int((~(found.lower.amin(1) > 0)).sum())
     assert abs(bad / 100 - percent) <= 0.05

@@ -29,7 +29,15 @@ def near(got: Tensor, want: Tensor, tolerance: float = 1e-5) -> None:
         assert (got.double() - want.double()).abs().max() <= tolerance * scale
 
 
-@given(SIZES, st.sampled_from([1, 5, 16, 37, 130]), st.integers(1, 2), st.integers(1, 2), st.integers(1, 2), st.booleans(), st.integers(0, 9))
+@given(
+    SIZES,
+    st.sampled_from([1, 5, 16, 37, 130]),
+    st.integers(1, 2),
+    st.integers(1, 2),
+    st.integers(1, 2),
+    st.booleans(),
+    st.integers(0, 9),
+)
 def test_linear_back_step(count: int, n: int, k: int, m: int, lines: int, indexed: bool, seed: int) -> None:
     if k > m:
         return
@@ -39,10 +47,19 @@ def test_linear_back_step(count: int, n: int, k: int, m: int, lines: int, indexe
     rows = torch.randint(0, 4, (count,)) if indexed else None
     A, b = torch.randn(k, 4 if indexed else count, n), torch.randn(m, count)
     slopes, intercepts = torch.randn(lines, batch, n), torch.randn(2, batch, n)
-    got = ops.linear_back_step(A, b, slopes, intercepts, example, rows)
-    want = reference.linear_back_step(*(t.double() for t in (A, b, slopes, intercepts)), example, rows)
-    for g, w in zip(got, want):
-        near(g, w)
+    for minus in (None, torch.randint(0, 4, (count,))) if indexed else (None,):
+        got = ops.linear_back_step(A, b, slopes, intercepts, example, rows, minus=minus)
+        want = reference.linear_back_step(*(t.double() for t in (A, b, slopes, intercepts)), example, rows, minus=minus)
+        for g, w in zip(got, want, strict=False):
+            near(g, w)
+        box = (torch.randn(batch, n), torch.rand(batch, n))
+        got = ops.concretize_rows(A, b, example, box, None, 1.0, rows, minus=minus)
+        near(
+            got,
+            reference.concretize_rows(
+                A.double(), b.double(), example, (box[0].double(), box[1].double()), None, 1.0, rows, minus=minus
+            ),
+        )
 
 
 @given(st.integers(1, 2), st.integers(1, 2), st.integers(0, 20))
@@ -56,12 +73,14 @@ def test_windows_over_the_border(m: int, lines: int, seed: int) -> None:
     slopes, intercepts = torch.randn(lines, 2, size), torch.randn(2, 2, size)
     got = ops.linear_back_step(A, b, slopes, intercepts, example, None, corner, window)
     want = reference.linear_back_step(*(t.double() for t in (A, b, slopes, intercepts)), example, None, corner, window)
-    for g, w_ in zip(got, want):
+    for g, w_ in zip(got, want, strict=False):
         near(g, w_)
     box = (torch.randn(2, size), torch.rand(2, size))
     near(
         ops.concretize_rows(A, b, example, box, None, 1.0, None, corner, window),
-        reference.concretize_rows(A.double(), b.double(), example, (box[0].double(), box[1].double()), None, 1.0, None, corner, window),
+        reference.concretize_rows(
+            A.double(), b.double(), example, (box[0].double(), box[1].double()), None, 1.0, None, corner, window
+        ),
     )
 
 
@@ -79,14 +98,21 @@ def test_concretize(batch: int, n: int, p: float, clipped: bool, seed: int) -> N
         assert (got[0] <= got[1]).all()
 
 
-@given(st.sampled_from([0, 1, 2, 3, 5, 8, 16, 33]), st.sampled_from([1, 15, 16, 100, 785]), st.sampled_from([1, 2, 3, 10, 31]), st.booleans())
+@given(
+    st.sampled_from([0, 1, 2, 3, 5, 8, 16, 33]),
+    st.sampled_from([1, 15, 16, 100, 785]),
+    st.sampled_from([1, 2, 3, 10, 31]),
+    st.booleans(),
+)
 def test_interval_linear(batch: int, n: int, m: int, bias: bool) -> None:
     lower = torch.randn(batch, n)
     upper = lower + torch.rand(batch, n)
     w, b = torch.randn(m, n), torch.randn(m) if bias else None
     for act in (None, "relu", "tanh"):
         got = fr.ops.interval_linear(lower, upper, w, b, activation=act)
-        want = reference.interval_linear(lower.double(), upper.double(), w.double(), None if b is None else b.double(), act)
+        want = reference.interval_linear(
+            lower.double(), upper.double(), w.double(), None if b is None else b.double(), act
+        )
         near(got[0], want[0])
         near(got[1], want[1])
 
@@ -105,7 +131,9 @@ def test_interval_conv2d(stride: object, padding: object, dilation: int, groups:
     lower = torch.randn(3, 4, 9, 8)
     upper, w, b = lower + torch.rand_like(lower), torch.randn(6, 4 // groups, 3, 3), torch.randn(6)
     got = fr.ops.interval_conv2d(lower, upper, w, b, stride, padding, dilation, groups)
-    want = reference.interval_conv2d(lower.double(), upper.double(), w.double(), b.double(), stride, padding, dilation, groups)
+    want = reference.interval_conv2d(
+        lower.double(), upper.double(), w.double(), b.double(), stride, padding, dilation, groups
+    )
     near(got[0], want[0])
     near(got[1], want[1])
     inside = lower + (upper - lower) * torch.rand(lower.shape)
@@ -166,7 +194,9 @@ def test_relu_lines_kernel_equals_the_definition(act: str, kind: str) -> None:
     assert bad.slopes.isnan().all() or bad.intercepts.isnan().all()
 
 
-@pytest.mark.parametrize("o,c,k,stride,padding", [(16, 1, 4, 2, 1), (5, 3, 3, 1, 1), (8, 3, 4, 2, 1), (4, 1, 8, 3, 0), (7, 2, 3, 2, 0)])
+@pytest.mark.parametrize(
+    "o,c,k,stride,padding", [(16, 1, 4, 2, 1), (5, 3, 3, 1, 1), (8, 3, 4, 2, 1), (4, 1, 8, 3, 0), (7, 2, 3, 2, 0)]
+)
 def test_spread_is_the_adjoint_of_the_convolution(o: int, c: int, k: int, stride: int, padding: int) -> None:
     w, a = torch.randn(o, c, k, k), torch.randn(6, o, 9, 7)
     size = tuple((n - 1) * stride - 2 * padding + k for n in a.shape[2:])
@@ -182,7 +212,8 @@ def test_spread_is_the_adjoint_of_the_convolution(o: int, c: int, k: int, stride
 def _row_inputs(dtype: torch.dtype, grad: bool) -> tuple[Tensor, ...]:
     torch.manual_seed(0)
     return tuple(
-        t.to(dtype).requires_grad_(grad) for t in (torch.randn(2, 4, 6), torch.randn(2, 4), torch.rand(2, 3, 6), torch.randn(2, 3, 6))
+        t.to(dtype).requires_grad_(grad)
+        for t in (torch.randn(2, 4, 6), torch.randn(2, 4), torch.rand(2, 3, 6), torch.randn(2, 3, 6))
     )
 
 
@@ -190,9 +221,9 @@ def _row_inputs(dtype: torch.dtype, grad: bool) -> tuple[Tensor, ...]:
 def test_opcheck(dtype: torch.dtype) -> None:
     A, b, slopes, intercepts = _row_inputs(dtype, True)
     example = torch.tensor([0, 2, 1, 1])
-    torch.library.opcheck(ops._back, (A, b, slopes, intercepts, example, None, None, None, []))
+    torch.library.opcheck(ops._back, (A, b, slopes, intercepts, example, None, None, None, None, []))
     c, r = (torch.rand(3, 6, dtype=dtype, requires_grad=True) for _ in range(2))
-    torch.library.opcheck(ops._concretize, (A, b, example, None, c, r, c, r, 2.0, None, None, []))
+    torch.library.opcheck(ops._concretize, (A, b, example, None, None, c, r, c, r, 2.0, None, None, []))
     w = torch.randn(5, 6, dtype=dtype, requires_grad=True)
     bias = torch.randn(5, dtype=dtype, requires_grad=True)
     for finish in (0, 1, 2):
@@ -204,11 +235,19 @@ def test_opcheck(dtype: torch.dtype) -> None:
 
 def test_gradcheck_of_the_ops() -> None:
     A, b, slopes, intercepts = _row_inputs(torch.float64, True)
-    example, rows = torch.tensor([0, 2, 1, 1]), torch.tensor([3, 0, 0, 1])
+    example, rows, minus = torch.tensor([0, 2, 1, 1]), torch.tensor([3, 0, 0, 1]), torch.tensor([0, 1, 2, 2])
     assert torch.autograd.gradcheck(lambda *t: ops.linear_back_step(*t, example, rows), (A, b, slopes, intercepts))
-    c, r = torch.randn(3, 6, dtype=torch.float64, requires_grad=True), torch.rand(3, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda *t: ops.linear_back_step(*t, example, rows, minus=minus), (A, b, slopes[:1], intercepts)
+    )
+    c, r = (
+        torch.randn(3, 6, dtype=torch.float64, requires_grad=True),
+        torch.rand(3, 6, dtype=torch.float64, requires_grad=True),
+    )
     for q in (1.0, 2.0, math.inf):
-        assert torch.autograd.gradcheck(lambda *t: ops.concretize_rows(t[0], t[1], example, (t[2], t[3]), (t[2], t[3]), q), (A, b, c, r))
+        assert torch.autograd.gradcheck(
+            lambda *t: ops.concretize_rows(t[0], t[1], example, (t[2], t[3]), (t[2], t[3]), q), (A, b, c, r)
+        )
     w = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
     for finish in (0, 1, 2):
         assert torch.autograd.gradcheck(lambda *t: ops.center_linear(*t, None, finish), (c, r, w))
@@ -228,7 +267,7 @@ def test_float32_gradients_equal_the_definition() -> None:
     example = torch.tensor([0, 2, 1, 1])
     got = torch.autograd.grad(sum(t.square().sum() for t in ops.linear_back_step(*args, example)), args)
     want = torch.autograd.grad(sum(t.square().sum() for t in reference.linear_back_step(*args, example)), args)
-    for g, w in zip(got, want):
+    for g, w in zip(got, want, strict=False):
         torch.testing.assert_close(g, w)
 
 
@@ -245,7 +284,7 @@ def test_compile_fullgraph() -> None:
 
     torch._dynamo.reset()
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
-    for g, want in zip(compiled(A, b, slopes, intercepts, low, w), f(A, b, slopes, intercepts, low, w)):
+    for g, want in zip(compiled(A, b, slopes, intercepts, low, w), f(A, b, slopes, intercepts, low, w), strict=False):
         torch.testing.assert_close(g, want)
 
 
@@ -274,7 +313,9 @@ print(fr._C.cpu_variant(), *[repr(t.double().sum().item()) for t in out])
 def test_every_instruction_set_agrees() -> None:
     results = {}
     for name in fr._C.cpu_variants.split(","):
-        run = subprocess.run([sys.executable, "-c", VARIANT], env={**os.environ, "FASTROBUST_CPU": name}, capture_output=True, text=True)
+        run = subprocess.run(
+            [sys.executable, "-c", VARIANT], env={**os.environ, "FASTROBUST_CPU": name}, capture_output=True, text=True
+        )
         if run.returncode == 0:
             results[name] = [float(v) for v in run.stdout.split()[1:]]
         else:
@@ -293,17 +334,41 @@ def test_every_instruction_set_agrees() -> None:
     [
         (lambda: fr.ops.interval_linear(torch.zeros(2, 3), torch.zeros(2, 4), torch.zeros(5, 3)), ValueError, "upper"),
         (lambda: fr.ops.interval_linear(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(5, 4)), ValueError, "weight"),
-        (lambda: fr.ops.interval_linear(torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3), torch.zeros(5, 3)), TypeError, "lower"),
-        (lambda: fr.ops.interval_conv2d(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(5, 3, 3, 3)), ValueError, "lower"),
+        (
+            lambda: fr.ops.interval_linear(torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3), torch.zeros(5, 3)),
+            TypeError,
+            "lower",
+        ),
+        (
+            lambda: fr.ops.interval_conv2d(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(5, 3, 3, 3)),
+            ValueError,
+            "lower",
+        ),
         (lambda: fr.ops.interval_ball_linear(torch.zeros(2, 3), -1.0, 2, None, torch.zeros(5, 3)), ValueError, "eps"),
-        (lambda: fr.ops.interval_ball_linear(torch.zeros(2, 3), math.nan, 2, None, torch.zeros(5, 3)), ValueError, "eps"),
+        (
+            lambda: fr.ops.interval_ball_linear(torch.zeros(2, 3), math.nan, 2, None, torch.zeros(5, 3)),
+            ValueError,
+            "eps",
+        ),
         (lambda: fr.ops.interval_ball_linear(torch.zeros(2, 3), 0.1, 0.5, None, torch.zeros(5, 3)), ValueError, "norm"),
         (lambda: fr.ops.relax(torch.zeros(3), torch.zeros(3), "swish"), ValueError, "activation"),
         (lambda: fr.ops.relax(torch.zeros(3), torch.zeros(3), "relu", "best"), ValueError, "kind"),
         (lambda: fr.ops.relax(torch.zeros(3), torch.zeros(3), "leaky_relu", params=(2.0,)), ValueError, "params"),
         (lambda: fr.ops.concretize(torch.zeros(2, 3, 4), torch.zeros(2, 3), torch.zeros(2, 5), 0.1), ValueError, "A"),
-        (lambda: fr.ops.linear_back_step(torch.zeros(2, 3, 4), torch.zeros(1, 3), torch.zeros(1, 3, 4), torch.zeros(2, 3, 4)), ValueError, "A"),
-        (lambda: fr.ops.linear_back_step(torch.zeros(1, 3, 4), torch.zeros(2, 3), torch.zeros(1, 3, 5), torch.zeros(2, 3, 4)), ValueError, "slopes"),
+        (
+            lambda: fr.ops.linear_back_step(
+                torch.zeros(2, 3, 4), torch.zeros(1, 3), torch.zeros(1, 3, 4), torch.zeros(2, 3, 4)
+            ),
+            ValueError,
+            "A",
+        ),
+        (
+            lambda: fr.ops.linear_back_step(
+                torch.zeros(1, 3, 4), torch.zeros(2, 3), torch.zeros(1, 3, 5), torch.zeros(2, 3, 4)
+            ),
+            ValueError,
+            "slopes",
+        ),
     ],
 )
 def test_bad_input(call: object, error: type[Exception], name: str) -> None:
@@ -318,15 +383,27 @@ def test_cuda_equals_the_definition(p: float) -> None:
     A, b, s, i = torch.randn(2, 50, 3072), torch.randn(2, 50), torch.randn(2, 5, 3072), torch.randn(2, 5, 3072)
     e = torch.arange(5).repeat_interleave(10)
     got = ops.linear_back_step(*(t.cuda() for t in (A, b, s, i, e)))
-    for g, w in zip(got, reference.linear_back_step(A.double(), b.double(), s.double(), i.double(), e)):
+    for g, w in zip(got, reference.linear_back_step(A.double(), b.double(), s.double(), i.double(), e), strict=False):
         near(g.cpu(), w)
     x = torch.rand(5, 3072)
     got = fr.ops.concretize(A[0].view(5, 10, -1).cuda(), b[0].view(5, 10).cuda(), x.cuda(), 0.1, p, (0, 1))
-    for g, w in zip(got, reference.concretize(A[0].view(5, 10, -1).double(), b[0].view(5, 10).double(), x.double(), 0.1, p, (0, 1))):
+    for g, w in zip(
+        got,
+        reference.concretize(A[0].view(5, 10, -1).double(), b[0].view(5, 10).double(), x.double(), 0.1, p, (0, 1)),
+        strict=False,
+    ):
         near(g.cpu(), w)
     l, w_ = torch.randn(9, 300), torch.randn(70, 300)
-    for g, w in zip(fr.ops.interval_linear(l.cuda(), (l + 1).cuda(), w_.cuda()), reference.interval_linear(l.double(), l.double() + 1, w_.double())):
+    for g, w in zip(
+        fr.ops.interval_linear(l.cuda(), (l + 1).cuda(), w_.cuda()),
+        reference.interval_linear(l.double(), l.double() + 1, w_.double()),
+        strict=False,
+    ):
         near(g.cpu(), w)
     for kind in ("parallel", "crown"):
-        for g, w in zip(fr.ops.relax(l.cuda(), (l + 1).cuda(), "relu", kind), relaxations.relax(l, l + 1, "relu", kind)):
+        for g, w in zip(
+            fr.ops.relax(l.cuda(), (l + 1).cuda(), "relu", kind),
+            relaxations.relax(l, l + 1, "relu", kind),
+            strict=False,
+        ):
             near(g.cpu(), w)

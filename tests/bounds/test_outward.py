@@ -29,7 +29,10 @@ def test_contains_the_float64_bounds(name: str) -> None:
                 want = compute_bounds(exact, x.double(), eps, norm=p, clip=clip, method=method, labels=y)
                 assert got.lower.dtype == torch.float32
                 if name.endswith(("relu", "cnn", "residual", "grouped")):  # the same lines: the comparison is one-sided
-                    assert (got.lower.double() <= want.lower).all() and (got.upper.double() >= want.upper).all(), (p, method)
+                    assert (got.lower.double() <= want.lower).all() and (got.upper.double() >= want.upper).all(), (
+                        p,
+                        method,
+                    )
                 size = want.upper.abs().max() + want.lower.abs().max()
                 assert (want.lower - got.lower.double()).max() <= 0.02 * size + 1e-3, (p, method)
             z = margins(exact(points_of_set(x.double(), eps, p, clip, 50).flatten(0, 1)).view(50, 2, -1), y)
@@ -79,7 +82,10 @@ def test_contains_exact_rational_values() -> None:
                 values = [max(v, Fraction(0)) for v in values]
             else:
                 w, b = layer.weight.tolist(), layer.bias.tolist()
-                values = [sum((Fraction(a) * v for a, v in zip(row, values)), Fraction(c)) for row, c in zip(w, b)]
+                values = [
+                    sum((Fraction(a) * v for a, v in zip(row, values, strict=False)), Fraction(c))
+                    for row, c in zip(w, b, strict=False)
+                ]
         return values
 
     base = [Fraction(v) for v in x[0].tolist()]
@@ -100,11 +106,19 @@ def test_linear_bounds_hold_with_their_float32_coefficients() -> None:
     x, y = torch.rand(2, *shape), torch.tensor([0, 3])
     points = points_of_set(x.double(), 0.05, math.inf, (0, 1), 200)
     with torch.no_grad():
-        linear = compute_bounds(net, x, 0.05, clip=(0, 1), method="crown", labels=y, rounding="outward", return_linear=True).linear
+        linear = compute_bounds(
+            net, x, 0.05, clip=(0, 1), method="crown", labels=y, rounding="outward", return_linear=True
+        ).linear
         z = margins(exact(points.flatten(0, 1)).view(200, 2, -1), y)
     for s in range(200):
-        low = torch.einsum("bsn,bn->bs", linear.lower_A.double().flatten(2), points[s].flatten(1)) + linear.lower_b.double()
-        up = torch.einsum("bsn,bn->bs", linear.upper_A.double().flatten(2), points[s].flatten(1)) + linear.upper_b.double()
+        low = (
+            torch.einsum("bsn,bn->bs", linear.lower_A.double().flatten(2), points[s].flatten(1))
+            + linear.lower_b.double()
+        )
+        up = (
+            torch.einsum("bsn,bn->bs", linear.upper_A.double().flatten(2), points[s].flatten(1))
+            + linear.upper_b.double()
+        )
         assert (low <= z[s] + 1e-12).all() and (up >= z[s] - 1e-12).all()
 
 

@@ -23,7 +23,9 @@ SETS = {
 }
 
 
-def worst_points(net: torch.nn.Module, x: Tensor, eps: Tensor | float, clip: tuple[float, float] | None, y: Tensor) -> Tensor:
+def worst_points(
+    net: torch.nn.Module, x: Tensor, eps: Tensor | float, clip: tuple[float, float] | None, y: Tensor
+) -> Tensor:
     """l-infinity PGD on each margin, both ways: (2 (K - 1), B, ...)."""
     out = []
     for j in range(4):
@@ -56,7 +58,9 @@ def test_sampled_and_attacked_points_lie_inside(name: str, which: str) -> None:
         for method in METHODS:
             plain = compute_bounds(net, x, eps, norm=p, clip=clip, method=method)
             assert (plain.lower <= z.amin(0) + 1e-9).all() and (plain.upper >= z.amax(0) - 1e-9).all(), method
-            found = compute_bounds(net, x, eps, norm=p, clip=clip, method=method, labels=y, return_linear=method != "ibp")
+            found = compute_bounds(
+                net, x, eps, norm=p, clip=clip, method=method, labels=y, return_linear=method != "ibp"
+            )
             assert (found.lower <= m.amin(0) + 1e-9).all() and (found.upper >= m.amax(0) - 1e-9).all(), method
             if found.linear is not None:
                 for s in range(0, len(points), 41):
@@ -91,7 +95,9 @@ def test_float32_equals_float64(name: str) -> None:
             for method in METHODS:
                 for sides in ("both", "lower"):
                     got = compute_bounds(net.float(), x, eps, norm=p, clip=clip, method=method, labels=y, sides=sides)
-                    want = compute_bounds(net.double(), x.double(), wide, norm=p, clip=clip, method=method, labels=y, sides=sides)
+                    want = compute_bounds(
+                        net.double(), x.double(), wide, norm=p, clip=clip, method=method, labels=y, sides=sides
+                    )
                     scale = want.lower.abs().max()
                     assert (got.lower - want.lower).abs().max() <= 5e-5 * scale, (p, method)
                     if sides == "both":

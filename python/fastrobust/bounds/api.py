@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,8 @@ class LinearBounds:
     def upper_at(self, x: Tensor) -> Tensor:
         if self.upper_A is None:
             raise ValueError("upper_at: these bounds were computed with sides='lower'")
-        return torch.einsum("bsn,bn->bs", self.upper_A.flatten(2), x.flatten(1)) + self.upper_b
+        value = torch.einsum("bsn,bn->bs", self.upper_A.flatten(2), x.flatten(1))
+        return value if self.upper_b is None else value + self.upper_b
 
 
 @dataclass
@@ -63,14 +65,17 @@ class Bounds:
 
 
 class _Engine:
-    def __init__(self, graph: G.Graph, region: Region, method: str, max_memory: int, intersect: bool, keep: bool, outward: bool):
+    def __init__(
+        self, graph: G.Graph, region: Region, method: str, max_memory: int, intersect: bool, keep: bool, outward: bool
+    ):
         self.graph, self.region, self.intersect, self.max_memory = graph, region, intersect, max_memory
         self.outward = outward
         self.slack: dict[int, Tensor] = {}  # float32 errors of the linear nodes
         self.keep = keep  # intermediate bounds are asked for
         self.done: set[int] = set()  # ReLUs that joined the layer before
-        self.tighten, self.kind = METHODS[method]
-        self.boxes: list[Box | None] = [None] * len(graph.nodes)
+        self.tighten = METHODS[method][0]
+        self.kind: Any = METHODS[method][1]
+        self.boxes: list[Any] = [None] * len(graph.nodes)
         self.lines: dict[int, Lines] = {}
         self.exact: list[bool] = [False] * len(graph.nodes)
         self.diagonal: list[bool] = [False] * len(graph.nodes)
@@ -92,9 +97,9 @@ class _Engine:
             if self.outward:
                 self.boxes[i] = self._widened(i, node)
 
-    def _widened(self, i: int, node: G.Node) -> Box:
+    def _widened(self, i: int, node: Any) -> Box:
         """The interval with what float32 evaluation of the node can add; remembers it for the linear bounds."""
-        box = self.boxes[i]
+        box: Box = self.boxes[i]
         if isinstance(node, G.LinearNode):
             slack = O.slack(node, [O.magnitude(self.boxes[j]) for j in node.inputs])
             if slack is None:
@@ -110,7 +115,7 @@ class _Engine:
             i = self.graph.nodes[i].inputs[0]
         return i == 0
 
-    def _interval(self, i: int, node: G.Node) -> Box:
+    def _interval(self, i: int, node: Any) -> Box:
         region = self.region
         if isinstance(node, G.Input):
             self.diagonal[i] = True
@@ -147,7 +152,8 @@ class _Engine:
                 return before
             if node.activation == "relu":
                 return before.relu()
-            return Box(ops.interval_activation(*before.ends, node.activation, node.params))
+            l, u = before.ends
+            return Box(ops.interval_activation(l, u, node.activation, node.params))
         self.diagonal[i] = isinstance(node, (G.Reshape, G.Scale)) and self.diagonal[first]
         self.exact[i] = self.diagonal[i]
         if isinstance(node, G.Reshape):
@@ -162,7 +168,7 @@ class _Engine:
         return isinstance(after, G.Activation) and after.activation == "relu"
 
     # -- relaxations ---------------------------------------------------------------------------------------------------
-    def _relax(self, node: G.Node) -> Lines:
+    def _relax(self, node: Any) -> Lines:
         l, u = self.boxes[node.inputs[0]].ends
         if isinstance(node, G.MaxPool):
             lines = _relax_max_pool(node, l, u, self.kind)
@@ -199,7 +205,9 @@ class _Engine:
             low = torch.maximum(low, l.flatten(1)[example, neuron])
             up = torch.minimum(up, u.flatten(1)[example, neuron])
         at = (example, neuron)
-        self.boxes[j] = Box((l.flatten(1).index_put(at, low).view(l.shape), u.flatten(1).index_put(at, up).view(u.shape)))
+        self.boxes[j] = Box(
+            (l.flatten(1).index_put(at, low).view(l.shape), u.flatten(1).index_put(at, up).view(u.shape))
+        )
 
     # -- rows ----------------------------------------------------------------------------------------------------------
     def bound_rows(self, start: int, example: Tensor, plus: Tensor, minus: Tensor | None, sides: int = 2) -> Tensor:
@@ -219,14 +227,16 @@ class _Engine:
         return results[0] if len(results) == 1 else torch.cat(results, 1)
 
     def _pieces(self, start: int, rows: int, sides: int) -> list[slice]:
-        per_row = 4 * self.graph.ancestor_size[start] * self.region.x.element_size() * (sides if self.kind == "crown" else 1)
+        per_row = 4 * self.graph.row_size(start) * self.region.x.element_size() * (sides if self.kind == "crown" else 1)
         budget = self.max_memory
         if self.region.x.device.type == "cpu" and not torch.is_grad_enabled():
             budget = min(budget, 4 * _CACHE_BYTES)
         step = max(1, budget // per_row)
         return [slice(i, min(rows, i + step)) for i in range(0, rows, step)] or [slice(0, 0)]
 
-    def final(self, example: Tensor, plus: Tensor | None, minus: Tensor | None, matrix: Tensor | None, sides: int, keep: bool):
+    def final(
+        self, example: Tensor, plus: Any, minus: Tensor | None, matrix: Tensor | None, sides: int, keep: bool
+    ) -> tuple[Tensor, Any]:
         """Bounds of the output rows, with the linear map at the input when ``keep``."""
         start = self.graph.output
         x = self.region.x
@@ -255,16 +265,28 @@ def _relax_max_pool(node: G.MaxPool, l: Tensor, u: Tensor, kind: str) -> Lines:
     c, h, w = l.shape[1:]
     out = node.shape
     with torch.no_grad():
-        _, source = torch.nn.functional.max_pool2d(l, node.kernel, node.stride, node.padding, node.dilation, node.ceil_mode, True)
+        _, source = torch.nn.functional.max_pool2d(
+            l, node.kernel, node.stride, node.padding, node.dilation, node.ceil_mode, True
+        )
         source = source.flatten(2)
         numbers = torch.arange(h * w, device=l.device, dtype=l.dtype).view(1, 1, h, w)
         # windows of flat positions, -1 where the window leaves the image
-        need = [(o - 1) * s + d * (k - 1) + 1 for o, s, d, k in zip(out[1:], node.stride, node.dilation, node.kernel)]
-        pads = (node.padding[1], max(0, need[1] - w - node.padding[1]), node.padding[0], max(0, need[0] - h - node.padding[0]))
+        need = [
+            (o - 1) * s + d * (k - 1) + 1
+            for o, s, d, k in zip(out[1:], node.stride, node.dilation, node.kernel, strict=False)
+        ]
+        pads = (
+            node.padding[1],
+            max(0, need[1] - w - node.padding[1]),
+            node.padding[0],
+            max(0, need[0] - h - node.padding[0]),
+        )
         if h * w > 1 << 24:
             raise ValueError(f"model: MaxPool2d at '{node.where}' has more than 2^24 positions")
         grid = torch.nn.functional.pad(numbers, pads, value=-1.0)[..., : need[0], : need[1]]
-        index = torch.nn.functional.unfold(grid.float(), node.kernel, node.dilation, 0, node.stride).long()[0]  # (kk, L)
+        index = torch.nn.functional.unfold(grid.float(), node.kernel, node.dilation, 0, node.stride).long()[
+            0
+        ]  # (kk, L)
     flat = u.flatten(2)
     values = flat[:, :, index.clamp(min=0)]  # (B, C, kk, L)
     hidden = (index < 0) | (index == source.unsqueeze(2))
@@ -327,7 +349,9 @@ def compute_bounds(
     graph = trace(model, tuple(x.shape[1:]), outward)
     parameter = next(model.parameters(), None)
     if parameter is not None and (parameter.dtype, parameter.device) != (x.dtype, x.device):
-        raise ValueError(f"x: is {x.dtype} on {x.device}, the model's parameters are {parameter.dtype} on {parameter.device}")
+        raise ValueError(
+            f"x: is {x.dtype} on {x.device}, the model's parameters are {parameter.dtype} on {parameter.device}"
+        )
     example, plus, minus, matrix = check_spec(labels, spec, x, graph.nodes[graph.output].shape)
     if outward:
         region = Region(x.double(), eps.double() if isinstance(eps, Tensor) else eps, p, clip, O.RELATIVE)
@@ -350,11 +374,11 @@ def compute_bounds(
                 out = _intersect(engine, out, example, plus, minus, matrix, count)
             shape = (x.shape[0], *output.shape) if plain else (x.shape[0], -1 if x.shape[0] else 0)
             if x.shape[0] == 0 and not plain:
-                shape = (0, output.size - 1 if labels is not None else spec.shape[-2])
+                shape = (0, output.size - 1 if labels is not None else _rows_of_spec(spec))
             low, up = out[0].view(shape), (out[1].view(shape) if count == 2 else None)
     if outward:
         low, up = O.round_down(low), None if up is None else O.round_up(up)
-    if not bool(torch.isfinite(low.sum() if up is None else low.sum() + up.sum())):
+    if not bool(torch.isfinite(low.sum() + (0 if up is None else up.sum()))):
         explain_not_finite(model, low, up)
     linear = None
     if kept is not None:
@@ -369,13 +393,18 @@ def _linear_bounds(A: Tensor, b: Tensor, region: Region, outward: bool, count: i
     low, up = region.ends
     if outward:
         near = A.float()
-        moved = ((A - near.double()).abs() * torch.maximum(low.abs(), up.abs()).unsqueeze(1)).flatten(3).sum(3) * (1 + O.RELATIVE)
+        moved = ((A - near.double()).abs() * torch.maximum(low.abs(), up.abs()).unsqueeze(1)).flatten(3).sum(3) * (
+            1 + O.RELATIVE
+        )
         ends = [O.round_down(b[0] - moved[0] - O.RELATIVE * b[0].abs())]
         if count == 2:
             ends.append(O.round_up(b[1] + moved[-1] + O.RELATIVE * b[1].abs()))
         A, b, low, up = near, torch.stack(ends), O.round_down(low), O.round_up(up)
-    upper = (A[-1], b[1]) if count == 2 else (None, None)
-    return LinearBounds(A[0], b[0], *upper, low, up)
+    return LinearBounds(A[0], b[0], A[-1] if count == 2 else None, b[1] if count == 2 else None, low, up)
+
+
+def _rows_of_spec(spec: Tensor | None) -> int:
+    return 0 if spec is None else spec.shape[-2]
 
 
 def _frontier(graph: G.Graph) -> int:
@@ -384,7 +413,7 @@ def _frontier(graph: G.Graph) -> int:
     return max((i for i in wanted if not isinstance(graph.nodes[i], G.LinearNode)), default=0)
 
 
-def _intersect(engine: _Engine, out: Tensor, example, plus, minus, matrix, count: int) -> Tensor:
+def _intersect(engine: _Engine, out: Tensor, example: Tensor, plus: Any, minus: Any, matrix: Any, count: int) -> Tensor:
     lines, kind = engine.lines, engine.kind
     engine.lines, engine.kind = {}, None
     try:

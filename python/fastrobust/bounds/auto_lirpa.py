@@ -24,7 +24,9 @@ _COVERED = "IBP, CROWN-IBP, CROWN, backward"
 class PerturbationLpNorm:
     """||d||_norm <= eps, or for norm = inf the box [x_L, x_U]."""
 
-    def __init__(self, eps: float | Tensor = 0, norm: float = math.inf, x_L: Tensor | None = None, x_U: Tensor | None = None):
+    def __init__(
+        self, eps: float | Tensor = 0, norm: float = math.inf, x_L: Tensor | None = None, x_U: Tensor | None = None
+    ):
         if (x_L is None) != (x_U is None):
             raise ValueError("x_L: give both x_L and x_U, or neither")
         if x_L is not None and norm != math.inf:
@@ -39,10 +41,11 @@ class BoundedTensor(Tensor):
     """A tensor with a perturbation."""
 
     ptb: PerturbationLpNorm | None
+    source: Tensor
 
     @staticmethod
     def __new__(cls, x: Tensor, ptb: PerturbationLpNorm | None = None) -> BoundedTensor:
-        out = torch.Tensor._make_subclass(cls, x, x.requires_grad)
+        out: Any = torch.Tensor._make_subclass(cls, x, x.requires_grad)
         out.ptb, out.source = ptb, x
         return out
 
@@ -60,9 +63,13 @@ class BoundedModule(nn.Module):
         choice = options.pop("activation_bound_option", options.pop("relu", "adaptive"))
         options.pop("conv_mode", None)  # patches or matrix: chosen here by cost
         if choice not in ("adaptive", "same-slope"):
-            raise ValueError(f"bound_opts: activation bound option {choice!r} is not covered; covered: 'adaptive', 'same-slope'")
+            raise ValueError(
+                f"bound_opts: activation bound option {choice!r} is not covered; covered: 'adaptive', 'same-slope'"
+            )
         if options:
-            raise ValueError(f"bound_opts: {sorted(options)} are not covered; covered: activation_bound_option, relu, conv_mode")
+            raise ValueError(
+                f"bound_opts: {sorted(options)} are not covered; covered: activation_bound_option, relu, conv_mode"
+            )
         self.same_slope = choice == "same-slope"
 
     def forward(self, x: Tensor, *args: Any) -> Any:

@@ -53,7 +53,9 @@ def slack(node: G.LinearNode, inputs: list[Tensor]) -> Tensor | None:
         if isinstance(node, G.Dense):
             size = F.linear(m, w.abs(), None if b is None else b.abs())
         elif isinstance(node, G.Conv):
-            size = F.conv2d(m, w.abs(), None if b is None else b.abs(), node.stride, node.padding, node.dilation, node.groups)
+            size = F.conv2d(
+                m, w.abs(), None if b is None else b.abs(), node.stride, node.padding, node.dilation, node.groups
+            )
         else:
             n = w.numel() // max(1, w.shape[1])
             size = node._apply(m, w.abs(), None if b is None else b.abs())
@@ -65,7 +67,7 @@ def slack(node: G.LinearNode, inputs: list[Tensor]) -> Tensor | None:
         # the factors of a normalisation are themselves computed in float32
         return gamma(16) * (size if shift is None else size + shift.to(size)) + 16 * _TINY
     if isinstance(node, G.Sum):
-        return gamma(len(inputs)) * sum(inputs) + _TINY
+        return gamma(len(inputs)) * torch.stack(inputs).sum(0) + _TINY
     if isinstance(node, G.Monotone) and node.taps:
         return gamma(node.taps + 2) * node.function(inputs[0]).abs() + (node.taps + 2) * _TINY
     return None

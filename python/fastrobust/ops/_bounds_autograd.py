@@ -45,7 +45,9 @@ def _corner(y: Tensor | None, x: Tensor | None, window: Any) -> tuple[Any, Any]:
     return (None, None) if y is None else ((y, x), tuple(window))
 
 
-def _to_maps(g: Tensor, like: Tensor, example: Tensor | None, y: Tensor | None, x: Tensor | None, window: Any) -> Tensor:
+def _to_maps(
+    g: Tensor, like: Tensor, example: Tensor | None, y: Tensor | None, x: Tensor | None, window: Any
+) -> Tensor:
     """The adjoint of ``row_maps``: (m, R, length) to (m, B, map)."""
     m, batch, size = g.shape[0], like.shape[1], like.shape[2]
     if y is None or x is None:
@@ -61,13 +63,23 @@ def _to_maps(g: Tensor, like: Tensor, example: Tensor | None, y: Tensor | None, 
     return g.new_zeros(m, batch * h * w, channels).index_add(1, at.flatten(), g.flatten(1, 3)).view(m, batch, size)
 
 
-def _to_rows(g: Tensor, A: Tensor, rows: Tensor | None) -> Tensor:
-    return g if rows is None else torch.zeros_like(A).index_add(1, rows, g)
+def _rows_of(A: Tensor, rows: Tensor | None, minus: Tensor | None) -> Tensor:
+    if rows is None:
+        return A
+    return A[:, rows] if minus is None else A[:, rows] - A[:, minus]
+
+
+def _to_rows(g: Tensor, A: Tensor, rows: Tensor | None, minus: Tensor | None) -> Tensor:
+    """The adjoint of ``_rows_of``."""
+    if rows is None:
+        return g
+    out = torch.zeros_like(A).index_add(1, rows, g)
+    return out if minus is None else out.index_add(1, minus, -g)
 
 
 def back_step(args: list[Any], need: Any, g_out: Tensor, g_b: Tensor) -> Grads:
-    A, b, slopes, intercepts, example, rows, y, x, window = args
-    seen = A if rows is None else A[:, rows]
+    A, b, slopes, intercepts, example, rows, minus, y, x, window = args
+    seen = _rows_of(A, rows, minus)
     place = _corner(y, x, window)
     s, i = row_maps(slopes, example, *place), row_maps(intercepts, example, *place)
     two = slopes.shape[0] == 2
@@ -90,8 +102,8 @@ def back_step(args: list[Any], need: Any, g_out: Tensor, g_b: Tensor) -> Grads:
             g_s[1 - side] = g_s[1 - side] + torch.where(positive, 0.0, scaled)
     slope_rows = torch.stack(g_s) if two else (g_out * seen).sum(0, keepdim=True)
     return (
-        _to_rows(torch.stack(g_a), A, rows), g_b, _to_maps(slope_rows, slopes, example, y, x, window),
-        _to_maps(torch.stack(g_i), intercepts, example, y, x, window), None, None, None, None, None,
+        _to_rows(torch.stack(g_a), A, rows, minus), g_b, _to_maps(slope_rows, slopes, example, y, x, window),
+        _to_maps(torch.stack(g_i), intercepts, example, y, x, window), None, None, None, None, None, None,
     )  # fmt: skip
 
 
@@ -109,8 +121,8 @@ def _norm_and_slope(w: Tensor, q: float) -> tuple[Tensor, Tensor]:
 
 
 def concretize(args: list[Any], need: Any, g: Tensor) -> Grads:
-    A, b, example, rows, center, radius, x0, eps, q, y, x, window = args
-    seen = A if rows is None else A[:, rows]
+    A, b, example, rows, minus, center, radius, x0, eps, q, y, x, window = args
+    seen = _rows_of(A, rows, minus)
     place = _corner(y, x, window)
 
     def maps(t: Tensor | None) -> Tensor | None:
@@ -147,7 +159,7 @@ def concretize(args: list[Any], need: Any, g: Tensor) -> Grads:
         None if t is None else _to_maps(found[name][None], t[None], example, y, x, window)[0]
         for name, t in (("center", center), ("radius", radius), ("x", x0), ("eps", eps))
     ]
-    return _to_rows(torch.stack(g_a), A, rows), g, None, None, *back, None, None, None, None
+    return _to_rows(torch.stack(g_a), A, rows, minus), g, None, None, None, *back, None, None, None, None
 
 
 def interval(args: list[Any], need: Any, g_a: Tensor, g_b: Tensor) -> Grads:
