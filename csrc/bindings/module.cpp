@@ -30,5 +30,6 @@ PYBIND11_MODULE(_C, m) {
     const DeviceReport r = device_report();
     return py::make_tuple(r.devices, r.error);
   });
+  bind_bounds(m);
   bind_pgd(m);
 }
