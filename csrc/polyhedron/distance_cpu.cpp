@@ -117,15 +117,19 @@ struct Row {
   }
 
   // ---- p = 1 ----
-  double fill_fast(float level) const {
+  FillStep fill_fast(float level) const {
     Vec used0(0.f), used1(0.f);
-    const Vec limit(level), zero(0.f);
+    const Vec limit(level), zero(0.f), infinite(static_cast<float>(kInf));
+    Vec above(infinite), up_to(0.f);
     for (int64_t j = 0; j < n; j += 2 * kLanes) {
       const Vec x = load(w + j), x1 = load(w + j + kLanes);
-      used0 = used0 + select(x > limit, x * load(c + j), zero);
-      used1 = used1 + select(x1 > limit, x1 * load(c + j + kLanes), zero);
+      const Mask over = x > limit, over1 = x1 > limit;
+      used0 = used0 + select(over, x * load(c + j), zero);
+      used1 = used1 + select(over1, x1 * load(c + j + kLanes), zero);
+      above = vmin(above, vmin(select(over, x, infinite), select(over1, x1, infinite)));
+      up_to = vmax(up_to, vmax(select(over, zero, x), select(over1, zero, x1)));
     }
-    return sum(widen(used0) + widen(used1));
+    return {sum(widen(used0) + widen(used1)), -max_lane(-above), max_lane(up_to)};
   }
   FillSums fill(float level) const {
     DVec used(0.), cost(0.), tie(0.), count(0.);
@@ -143,21 +147,6 @@ struct Row {
   }
   Pair exact_above(float level) const {
     return exact([&](int64_t j) { return w[j] > level; });
-  }
-  float largest_up_to(float level) const {  // the largest w not above the level
-    Vec best(0.f);
-    for (int64_t j = 0; j < n; j += kLanes) {
-      const Vec x = load(w + j);
-      best = vmax(best, select(x <= Vec(level), x, Vec(0.f)));
-    }
-    return max_lane(best);
-  }
-  float below(float level) const { return largest_up_to(float_from_bits(bits_of(level) - 1)); }
-  float above(float level) const {  // the smallest w above the level, 0 without any
-    float best = static_cast<float>(kInf);
-    for (int64_t j = 0; j < m; ++j)
-      if (w[j] > level && w[j] < best) best = w[j];
-    return best < static_cast<float>(kInf) ? best : 0.f;
   }
 };
 

@@ -49,6 +49,11 @@ struct PowerSums {  // general p
   double largest; // max_S c
   double powers;  // sum_S (c / largest)^p
 };
+struct FillStep {  // p = 1, float32 accuracy
+  double used;     // sum of w c over w > level
+  float above;     // the smallest w above the level, inf without any
+  float up_to;     // the largest w not above the level, 0 without any
+};
 struct FillSums {  // p = 1
   double used, cost;           // over w > level: sum w c, sum c
   double tie_room, tie_count;  // over w == level: sum of the finite c, number of infinite ones
@@ -252,22 +257,38 @@ FR_SOLVE RowResult solve_power(Passes& passes, double b, double p, int64_t m, bo
 }
 
 // ---- p = 1 ----
-// The elements are used in the order of falling w. The level is the w of the last one, found by bisection on the bits
-// of w, which are ordered like w itself. For every level, cost + (b - used) / level is the dual value at 1 / level and
+// The elements are used in the order of falling w. The level is the w of the last one, found by a search on w
+// (its bits are ordered like itself). For every level, cost + (b - used) / level is the dual value at 1 / level and
 // hence at most the distance, so the level decides about tightness and never about soundness.
 template <class Passes>
 FR_SOLVE RowResult solve_fill(Passes& passes, double b, float largest, int64_t m, bool round_up) {
   RowResult result;
-  uint32_t low = 0, high = bits_of(largest);  // sum over {w > low} >= b or low = 0; sum over {w > high} < b
-  while (high - low > 1) {
-    const uint32_t middle = low + (high - low) / 2;
-    if (passes.fill_fast(float_from_bits(middle)) >= b)
-      low = middle;
-    else
-      high = middle;
+  // the wanted level is an element's w in [low, high]; interpolation and bisection of the bits take turns
+  float low, high = largest;
+  double mass_low, mass_high = 0.;
+  {
+    const FillStep s = passes.fill_fast(0.f);
+    low = s.above;
+    mass_low = s.used;
   }
-  float level = passes.largest_up_to(float_from_bits(high));
-  if (!(level > 0.f)) level = passes.above(0.f);  // the smallest, or 0 without any
+  if (!(mass_low > b)) high = low < high ? low : high;
+  for (bool interpolate = true; low < high; interpolate = !interpolate) {
+    const uint32_t first = bits_of(low), last = bits_of(high);
+    float level = float_from_bits(first + (last - first) / 2);
+    const double share = (mass_low - b) / (mass_low - mass_high);
+    if (interpolate && share >= 0. && share <= 1.) level = low + static_cast<float>(share) * (high - low);
+    if (!(level < high)) level = float_from_bits(last - 1);
+    if (level < low) level = low;
+    const FillStep s = passes.fill_fast(level);
+    if (s.used >= b) {
+      low = s.above;
+      mass_low = s.used;
+    } else {
+      high = s.up_to;
+      mass_high = s.used;
+    }
+  }
+  float level = largest > 0.f ? high : 0.f;
   double best = -1.;
   FillSums s{};
   Rest rest{};
@@ -282,10 +303,10 @@ FR_SOLVE RowResult solve_fill(Passes& passes, double b, float largest, int64_t m
     const double tie = s.tie_count > 0. ? kInf : size * s.tie_room;
     if ((rest.value < -rest.error || s.used == kInf) && !down) {  // too low: the elements above are enough
       up = true;
-      level = passes.above(level);
+      level = passes.fill_fast(level).above;
     } else if (rest.value > tie + rest.error + sum_error(m) * tie && !up) {
       down = true;
-      const float next = passes.below(level);
+      const float next = passes.fill_fast(float_from_bits(bits_of(level) - 1)).up_to;
       if (next > 0.f) {
         level = next;
         continue;
@@ -309,7 +330,7 @@ FR_SOLVE RowResult solve_fill(Passes& passes, double b, float largest, int64_t m
   if (s.tie_count == 0. && result.share > 1.) result.share = 1.;
   if (round_up) {
     const double missing = rest.value + rest.error, tie = s.tie_count > 0. ? kInf : size * s.tie_room;
-    if (missing > tie && !(passes.below(level) > 0.f) && missing > tie * (kBelow - sum_error(m)))
+    if (missing > tie * (kBelow - sum_error(m)) && !(passes.fill_fast(float_from_bits(bits_of(level) - 1)).up_to > 0.f))
       result.value = kInf;
     else
       result.value = (s.cost + (missing > 0. ? missing / size : 0.)) * (kAbove + sum_error(m) + 4. * kTolerance);
