@@ -183,9 +183,10 @@ FR_HD Vec vabs(Vec a) {
   FR_EACH a.r[i] = (NativeF)((NativeI)a.r[i] & 0x7fffffff);
   return a;
 }
+// One register at a time: a copy of the whole would go through the stack in pieces.
 FR_HD Vec load(const float* p) {
   Vec a;
-  std::memcpy(&a, p, sizeof a);
+  FR_EACH std::memcpy(&a.r[i], p + kWidth / 4 * i, kWidth);
   return a;
 }
 FR_HD Vec load_n(const float* p, int n) {
@@ -193,7 +194,7 @@ FR_HD Vec load_n(const float* p, int n) {
   std::memcpy(&a, p, static_cast<size_t>(n) * sizeof(float));
   return a;
 }
-FR_HD void store(float* p, Vec a) { std::memcpy(p, &a, sizeof a); }
+FR_HD void store(float* p, Vec a) { FR_EACH std::memcpy(p + kWidth / 4 * i, &a.r[i], kWidth); }
 FR_HD void store_n(float* p, Vec a, int n) { std::memcpy(p, &a, static_cast<size_t>(n) * sizeof(float)); }
 FR_HD void store_stream(float* p, Vec a) {
 #if defined(__AVX__)

@@ -14,7 +14,7 @@ struct PolyhedronTable {
 FR_CPU_TABLE(PolyhedronTable, polyhedron)
 
 #if defined(FASTROBUST_HAS_CUDA)
-void polyhedral_distance_cuda(const DistanceArgs& args, int device, void* stream);
+void polyhedral_distance_cuda(const DistanceArgs& args, void* stream);
 #endif
 
 }  // namespace fastrobust

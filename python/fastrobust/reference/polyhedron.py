@@ -88,8 +88,11 @@ def _fix_until_feasible(b: Tensor, w: Tensor, c: Tensor, p: float) -> tuple[Tens
         fixed = fixed | over
 
 
-def _reach(b: Tensor, w: Tensor, c: Tensor, p: float, up: bool) -> tuple[Tensor, Tensor]:
-    """Distance (R) of rows with b > 0 and the step d >= 0 (R, M); float64; rounded down, or up."""
+def _reach(b: Tensor, w: Tensor, c: Tensor, p: float, up: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Distance (R) of rows with b >= 0, the step d >= 0 (R, M) and the multiplier d distance / d b (R).
+
+    In float64; the distance is rounded down, or up.
+    """
     ulp = torch.finfo(torch.float64).eps
     gain = torch.where(w > 0, w * torch.where(w > 0, c, 0.0), 0.0).detach()
     error = 2 * (w.shape[-1] + 8) * ulp * b.detach()  # what b and the sums up to b are wrong by
@@ -97,7 +100,7 @@ def _reach(b: Tensor, w: Tensor, c: Tensor, p: float, up: bool) -> tuple[Tensor,
     unreachable = (room - error < b.detach()) if up else (room + error < b.detach())
     if p == 1:
         step, norm = _fill_largest_first(b, w, c)
-        multiplier = 1.0 / torch.where(step.detach() > 0, w.detach(), math.inf).amin(-1)
+        multiplier = derivative = 1.0 / torch.where(step.detach() > 0, w.detach(), math.inf).amin(-1)
     else:
         t, v, fixed, slope = _fix_until_feasible(b, w, c, p)
         step = torch.where(w > 0, torch.where(fixed, torch.where(w > 0, c, 0.0), t[..., None] * v), 0.0)
@@ -113,11 +116,48 @@ def _reach(b: Tensor, w: Tensor, c: Tensor, p: float, up: bool) -> tuple[Tensor,
             total = torch.where(step > 0, parts**p, 0.0).sum(-1)
             norm = top * torch.where(total > 0, total, 1.0) ** (1.0 / p)
             norm = torch.where(total > 0, norm, 0.0)
-        # dnorm/db is at most ||v||_p over the slope
+        # dnorm/db is (t ||v|| / norm)^(p - 1) ||v|| / slope, at most ||v||_p over the slope
         multiplier = torch.where(some, largest / torch.where(some, slope, 1.0), 0.0).detach()
+        exponent = 0.0 if p == math.inf else p - 1.0
+        bent = (t * largest / torch.where(norm > 0, norm, 1.0)).detach() ** exponent
+        derivative = torch.where(norm.detach() > 0, multiplier * bent, multiplier)
     slack = error * multiplier + (w.shape[-1] + 64) * ulp * norm.detach()
     norm = norm + slack if up else (norm - slack).clamp_min(0.0)
-    return torch.where(unreachable, math.inf, norm), step
+    return torch.where(unreachable, math.inf, norm), step, torch.where(unreachable, 0.0, derivative)
+
+
+def solve(
+    a: Tensor, b: Tensor, lower: Tensor, upper: Tensor, norm: Norm, signed: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The distance (...), the multiplier d distance / d b (...) and the point (..., M) of :func:`polyhedral_distance`."""
+    p = norm_value(norm)
+    lower, upper = torch.as_tensor(lower).to(a), torch.as_tensor(upper).to(a)
+    shape, dtype = a.shape, a.dtype
+    coefficients, offset = a.double(), b.double()
+    low, high = lower.double().expand(shape), upper.double().expand(shape)
+    bad = ~(coefficients.isfinite().all(-1) & offset.isfinite() & (low <= 0).all(-1) & (high >= 0).all(-1))
+    coefficients = torch.where(bad[..., None], 0.0, coefficients)
+    offset = torch.where(bad, 0.0, offset)
+    low, high = torch.where(bad[..., None], 0.0, low), torch.where(bad[..., None], 0.0, high)
+
+    inside = offset < 0
+    flip = torch.where(inside, -1.0, 1.0)
+    direction = coefficients * flip[..., None]
+    w = direction.abs()
+    c = torch.where(direction > 0, -low, high)
+    target = offset.abs()
+    distance, step, multiplier = _reach(target, w, c, p, up=False)
+    if signed:
+        above, _, _ = _reach(target, w, c, p, up=True)
+        distance = torch.where(inside, -above, distance)
+    else:
+        distance = torch.where(offset <= 0, 0.0, distance)
+        multiplier = torch.where(offset <= 0, 0.0, multiplier)
+    step = torch.where((offset == 0 if signed else offset <= 0)[..., None], 0.0, step)
+    point = torch.where(direction > 0, -step, step)
+    point = torch.where(bad[..., None], math.nan, torch.minimum(torch.maximum(point, low), high))
+    distance, multiplier = torch.where(bad, math.nan, distance), torch.where(bad, math.nan, multiplier)
+    return _round_down(distance, dtype), multiplier.to(dtype), point.to(dtype)
 
 
 def polyhedral_distance(
@@ -137,37 +177,5 @@ def polyhedral_distance(
     of the box that goes furthest. Rows with NaN or infinite a or b, or with an invalid box, give NaN.
     Differentiable in a, b, lower and upper through the closed form at the optimum.
     """
-    p = norm_value(norm)
-    lower, upper = torch.as_tensor(lower).to(a), torch.as_tensor(upper).to(a)
-    shape, dtype = a.shape, a.dtype
-    coefficients, offset = a.double(), b.double()
-    low, high = lower.double().expand(shape), upper.double().expand(shape)
-    bad = ~(coefficients.isfinite().all(-1) & offset.isfinite() & (low <= 0).all(-1) & (high >= 0).all(-1))
-    coefficients = torch.where(bad[..., None], 0.0, coefficients)
-    offset = torch.where(bad, 0.0, offset)
-    low, high = torch.where(bad[..., None], 0.0, low), torch.where(bad[..., None], 0.0, high)
-
-    inside = offset < 0
-    flip = torch.where(inside, -1.0, 1.0)
-    direction = coefficients * flip[..., None]
-    w = direction.abs()
-    c = torch.where(direction > 0, -low, high)
-    target = offset.abs()
-    distance, step = _reach(target, w, c, p, up=False)
-    if signed:
-        above, _ = _reach(target, w, c, p, up=True)
-        distance = torch.where(inside, -above, distance)
-        nothing = offset == 0
-    else:
-        nothing = offset <= 0
-    zero = torch.zeros((), dtype=torch.float64, device=a.device)
-    if not signed:
-        distance = torch.where(nothing, zero, distance)
-    step = torch.where(nothing[..., None], zero, step)
-    distance = torch.where(bad, math.nan, distance)
-    result = _round_down(distance, dtype)
-    if not return_point:
-        return result
-    point = torch.where(direction > 0, -step, step)
-    point = torch.where(bad[..., None], math.nan, torch.minimum(torch.maximum(point, low), high))
-    return result, point.to(dtype)
+    distance, _, point = solve(a, b, lower, upper, norm, signed)
+    return (distance, point) if return_point else distance
