@@ -1,5 +1,15 @@
 """Raw ops. Each has a plain-torch definition in :mod:`fastrobust.reference` and one kernel per device."""
 
+from .bounds import (
+    concretize,
+    interval_activation,
+    interval_ball_conv2d,
+    interval_ball_linear,
+    interval_conv2d,
+    interval_linear,
+    linear_back_step,
+    relax,
+)
 from .losses import LossValue, cross_entropy, dlr_loss, dlr_targeted_loss, kl_divergence, margin_loss
 from .pgd import atas_step, fosc, pgd_step, pgd_step_fosc, project, random_start
 from .polyhedron import polyhedral_distance
@@ -7,15 +17,23 @@ from .polyhedron import polyhedral_distance
 __all__ = [
     "LossValue",
     "atas_step",
+    "concretize",
     "cross_entropy",
     "dlr_loss",
     "dlr_targeted_loss",
     "fosc",
+    "interval_activation",
+    "interval_ball_conv2d",
+    "interval_ball_linear",
+    "interval_conv2d",
+    "interval_linear",
     "kl_divergence",
+    "linear_back_step",
     "margin_loss",
     "pgd_step",
     "pgd_step_fosc",
     "polyhedral_distance",
     "project",
     "random_start",
+    "relax",
 ]

@@ -1,0 +1,350 @@
+"""compute_bounds: sound bounds of a network's outputs over a set of inputs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fastrobust.bounds import graph as G
+from fastrobust.bounds.backward import Backward, Chunk, Lines, Rows
+from fastrobust.bounds.checks import check_inputs, check_spec, explain_not_finite
+from fastrobust.bounds.region import Region
+from fastrobust.bounds.trace import trace
+from fastrobust.ops import bounds as ops
+
+# method: (intermediate bounds by linear propagation, kind of lines); None: intervals only
+METHODS: dict[str, tuple[bool, str | None]] = {
+    "ibp": (False, None),
+    "ibp-linear": (False, "parallel"),
+    "crown-ibp": (False, "crown"),
+    "fast-lin": (True, "parallel"),
+    "crown": (True, "crown"),
+}
+_CACHE_BYTES = 4 << 20  # rows of a chunk that fit a core's cache, where no graph is recorded
+
+
+@dataclass
+class LinearBounds:
+    """lower_A x' + lower_b <= margin(x') <= upper_A x' + upper_b for every x' of the input set.
+
+    A: (B, S, *x.shape[1:]), b: (B, S). With same-slope methods upper_A is lower_A. ``input_lower`` and ``input_upper``, of x's
+    shape, are the box around the input set.
+    """
+
+    lower_A: Tensor
+    lower_b: Tensor
+    upper_A: Tensor | None
+    upper_b: Tensor | None
+    input_lower: Tensor
+    input_upper: Tensor
+
+    def lower_at(self, x: Tensor) -> Tensor:
+        """The lower linear function at x (B, *shape): (B, S)."""
+        return torch.einsum("bsn,bn->bs", self.lower_A.flatten(2), x.flatten(1)) + self.lower_b
+
+    def upper_at(self, x: Tensor) -> Tensor:
+        if self.upper_A is None:
+            raise ValueError("upper_at: these bounds were computed with sides='lower'")
+        return torch.einsum("bsn,bn->bs", self.upper_A.flatten(2), x.flatten(1)) + self.upper_b
+
+
+@dataclass
+class Bounds:
+    """lower <= f(x') <= upper for every x' of the input set; (B, S), or (B, *output shape) without labels and spec."""
+
+    lower: Tensor
+    upper: Tensor | None
+    linear: LinearBounds | None = None
+    intermediate: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+class _Engine:
+    def __init__(self, graph: G.Graph, region: Region, method: str, max_memory: int, intersect: bool):
+        self.graph, self.region, self.intersect, self.max_memory = graph, region, intersect, max_memory
+        self.tighten, self.kind = METHODS[method]
+        self.boxes: list[tuple[Tensor, Tensor] | None] = [None] * len(graph.nodes)
+        self.lines: dict[int, Lines] = {}
+        self.exact: list[bool] = [False] * len(graph.nodes)
+        self.diagonal: list[bool] = [False] * len(graph.nodes)
+
+    # -- intervals -----------------------------------------------------------------------------------------------------
+    def forward(self, last: int) -> None:
+        """Intervals of every node up to ``last``, and lines of the nonlinear ones."""
+        wanted = self.graph.ancestors[self.graph.output]
+        for i, node in enumerate(self.graph.nodes[: last + 1]):
+            if i not in wanted:
+                continue
+            if isinstance(node, (G.Activation, G.MaxPool)) and self.kind is not None:
+                j = node.inputs[0]
+                # the interval after an activation is the range over its input's, which linear bounds cannot beat
+                if self.tighten and not self.exact[j] and isinstance(self.graph.nodes[j], G.LinearNode):
+                    self._tighten(j, node)
+                self.lines[i] = self._relax(node)
+            self.boxes[i] = self._interval(i, node)
+
+    def _at_input(self, i: int) -> bool:
+        while isinstance(self.graph.nodes[i], G.Reshape):
+            i = self.graph.nodes[i].inputs[0]
+        return i == 0
+
+    def _interval(self, i: int, node: G.Node) -> tuple[Tensor, Tensor]:
+        region = self.region
+        if isinstance(node, G.Input):
+            self.diagonal[i] = True
+            return region.lower, region.upper
+        first = node.inputs[0]
+        if isinstance(node, (G.Dense, G.Conv)):
+            at_input = self._at_input(first) and (isinstance(node, G.Conv) or len(node.shape) == 1)
+            self.exact[i] = at_input or (self.diagonal[first] and region.norm == math.inf)
+            w, b = node.get_weight(), node.get_bias()
+            if isinstance(node, G.Dense):
+                if at_input:
+                    return ops.interval_ball_linear(region.x, region.eps, region.norm, region.clip, w, b)
+                return ops.interval_linear(*self.boxes[first], w, b)
+            conv = (node.stride, node.padding, node.dilation, node.groups)
+            if at_input:
+                x = region.x.reshape(-1, *self.graph.nodes[first].shape)
+                return ops.interval_ball_conv2d(x, region.eps_for(x), region.norm, region.clip, w, b, *conv)
+            return ops.interval_conv2d(*self.boxes[first], w, b, *conv)
+        if isinstance(node, G.Activation):
+            return ops.interval_activation(*self.boxes[first], node.activation, node.params)
+        self.diagonal[i] = isinstance(node, (G.Reshape, G.Scale)) and self.diagonal[first]
+        self.exact[i] = self.diagonal[i]
+        return node.interval([self.boxes[j] for j in node.inputs])
+
+    # -- relaxations ---------------------------------------------------------------------------------------------------
+    def _relax(self, node: G.Node) -> Lines:
+        l, u = self.boxes[node.inputs[0]]
+        if isinstance(node, G.MaxPool):
+            return _relax_max_pool(node, l, u, self.kind)
+        slopes, intercepts = ops.relax(l, u, node.activation, self.kind, node.params)
+        before = self.graph.nodes[node.inputs[0]]
+        if isinstance(before, (G.Dense, G.Conv, G.ConvTranspose)) and before.consumers == [node.index]:
+            bias = before.bias()
+            if bias is not None:  # the bias of the layer before joins the intercepts: one pass over A less
+                return Lines(slopes, intercepts + slopes * bias, before.index)
+        return Lines(slopes, intercepts)
+
+    def _tighten(self, j: int, node: G.Node) -> None:
+        """Replaces the interval of node j by linear bounds wherever ``node`` is not linear on it."""
+        l, u = self.boxes[j]
+        mask = node.unstable(l, u) if isinstance(node, G.Activation) else u > l
+        self.exact[j] = True
+        picked = mask.detach().flatten(1).nonzero()
+        if len(picked) == 0:
+            return
+        example, neuron = picked.unbind(1)
+        out = self.bound_rows(j, example, neuron, None)
+        low, up = out[0], out[1]
+        if self.intersect:
+            low = torch.maximum(low, l.flatten(1)[example, neuron])
+            up = torch.minimum(up, u.flatten(1)[example, neuron])
+        at = (example, neuron)
+        self.boxes[j] = (
+            l.flatten(1).index_put(at, low).view(l.shape),
+            u.flatten(1).index_put(at, up).view(u.shape),
+        )
+
+    # -- rows ----------------------------------------------------------------------------------------------------------
+    def bound_rows(self, start: int, example: Tensor, plus: Tensor, minus: Tensor | None, sides: int = 2) -> Tensor:
+        """Bounds (sides, R) of single neurons, or of differences of two, of node ``start``."""
+        node = self.graph.nodes[start]
+        results = []
+        for piece in self._pieces(start, len(example), sides):
+            p = plus[piece]
+            where = None
+            if len(node.shape) == 3:
+                inner = p % (node.shape[1] * node.shape[2])
+                where = (inner // node.shape[2], inner % node.shape[2])
+            b = torch.zeros(sides, len(p), dtype=self.region.x.dtype, device=self.region.x.device)
+            rows = Rows(None, plus=p, minus=None if minus is None else minus[piece])
+            back = Backward(self.graph, self.region, self.lines, self.boxes)
+            results.append(back.run(start, rows, Chunk(example[piece], b, where))[0])
+        return results[0] if len(results) == 1 else torch.cat(results, 1)
+
+    def _pieces(self, start: int, rows: int, sides: int) -> list[slice]:
+        per_row = 4 * self.graph.ancestor_size[start] * self.region.x.element_size() * (sides if self.kind == "crown" else 1)
+        budget = self.max_memory
+        if self.region.x.device.type == "cpu" and not torch.is_grad_enabled():
+            budget = min(budget, 4 * _CACHE_BYTES)
+        step = max(1, budget // per_row)
+        return [slice(i, min(rows, i + step)) for i in range(0, rows, step)] or [slice(0, 0)]
+
+    def final(self, example: Tensor, plus: Tensor | None, minus: Tensor | None, matrix: Tensor | None, sides: int, keep: bool):
+        """Bounds of the output rows, with the linear map at the input when ``keep``."""
+        start = self.graph.output
+        x = self.region.x
+        bounds, maps, offsets = [], [], []
+        count = len(example)
+        for piece in self._pieces(start, count, sides):
+            ex = example[piece]
+            b = torch.zeros(sides, len(ex), dtype=x.dtype, device=x.device)
+            if matrix is not None:
+                rows = Rows(matrix[None, piece].unflatten(2, self.graph.nodes[start].shape))
+            else:
+                rows = Rows(None, plus=plus[piece], minus=None if minus is None else minus[piece])
+            back = Backward(self.graph, self.region, self.lines, self.boxes, keep)
+            out, kept = back.run(start, rows, Chunk(ex, b))
+            bounds.append(out)
+            if kept is not None:
+                maps.append(kept[0])
+                offsets.append(kept[1])
+        joined = torch.cat(bounds, 1)
+        return joined, ((torch.cat(maps, 1), torch.cat(offsets, 1)) if keep else None)
+
+
+def _relax_max_pool(node: G.MaxPool, l: Tensor, u: Tensor, kind: str) -> Lines:
+    """max over a window lies above the input with the largest lower bound, j, and below x_j + max(0, max over others of u - l_j)
+    (parallel), or below max u where another input can win (crown)."""
+    c, h, w = l.shape[1:]
+    out = node.shape
+    with torch.no_grad():
+        _, source = torch.nn.functional.max_pool2d(l, node.kernel, node.stride, node.padding, node.dilation, node.ceil_mode, True)
+        source = source.flatten(2)
+        numbers = torch.arange(h * w, device=l.device, dtype=l.dtype).view(1, 1, h, w)
+        # windows of flat positions, -1 where the window leaves the image
+        need = [(o - 1) * s + d * (k - 1) + 1 for o, s, d, k in zip(out[1:], node.stride, node.dilation, node.kernel)]
+        pads = (node.padding[1], max(0, need[1] - w - node.padding[1]), node.padding[0], max(0, need[0] - h - node.padding[0]))
+        if h * w > 1 << 24:
+            raise ValueError(f"model: MaxPool2d at '{node.where}' has more than 2^24 positions")
+        grid = torch.nn.functional.pad(numbers, pads, value=-1.0)[..., : need[0], : need[1]]
+        index = torch.nn.functional.unfold(grid.float(), node.kernel, node.dilation, 0, node.stride).long()[0]  # (kk, L)
+    flat = u.flatten(2)
+    values = flat[:, :, index.clamp(min=0)]  # (B, C, kk, L)
+    hidden = (index < 0) | (index == source.unsqueeze(2))
+    others = torch.where(hidden, torch.full_like(values, -math.inf), values).amax(2)
+    best = l.flatten(2).gather(2, source)
+    gap = (others - best).clamp(min=0)
+    shape = (l.shape[0], *out)
+    one, zero = torch.ones_like(gap), torch.zeros_like(gap)
+    if kind == "parallel":
+        return Lines(one.view(1, *shape), torch.stack([zero, gap]).view(2, *shape), source=source)
+    contested = gap > 0
+    top = torch.maximum(others, flat.gather(2, source))
+    slopes = torch.stack([one, torch.where(contested, zero, one)])
+    intercepts = torch.stack([zero, torch.where(contested, top, zero)])
+    return Lines(slopes.view(2, *shape), intercepts.view(2, *shape), source=source)
+
+
+def compute_bounds(
+    model: nn.Module,
+    x: Tensor,
+    eps: float | Tensor,
+    *,
+    norm: float | str = math.inf,
+    clip: tuple[float, float] | None = None,
+    method: str = "crown-ibp",
+    labels: Tensor | None = None,
+    spec: Tensor | None = None,
+    rounding: str = "nearest",
+    return_linear: bool = False,
+    return_intermediate: bool = False,
+    sides: str = "both",
+    intersect: bool = False,
+    max_memory: int = 1 << 30,
+) -> Bounds:
+    """Bounds of model(x + d) over ||d||_p <= eps (and x + d in ``clip``).
+
+    x: (B, *shape) float32 or float64. eps: a float, (B,), or x's shape (then the set is {x + eps * v : ||v||_p <= 1}).
+    norm: 1, 2, inf or any p >= 1. method: "ibp" (Algorithm 3.2), "ibp-linear" (IBP-inspired linear bounds, section 3.3.1),
+    "crown-ibp", "fast-lin" (same-slope lines, Algorithm 3.1), "crown" (adaptive lines); thesis chapter 3, CROWN (Zhang et al. 2018).
+    labels: (B,) int64: bounds of the margins z_y - z_j, (B, K - 1), j ascending without y, with the last layer elided.
+    spec: (S, K) or (B, S, K): bounds of spec @ z. Neither: bounds of the outputs.
+    sides="lower" skips the upper bounds. intersect=True also takes the interval bounds wherever they are tighter.
+    max_memory: bytes that the coefficients of one chunk of rows may use. Differentiable in x, eps and the parameters.
+
+    Raises ValueError or TypeError, naming the argument, for inputs that are not finite, shapes that do not fit, layers that are
+    not supported (UnsupportedLayerError) and parameters or bounds that are not finite.
+    """
+    x, eps, p, clip = check_inputs(x, eps, norm, clip)
+    if method not in METHODS:
+        raise ValueError(f"method: got {method!r}, expected one of {', '.join(METHODS)}")
+    if sides not in ("both", "lower"):
+        raise ValueError(f"sides: got {sides!r}, expected 'both' or 'lower'")
+    if rounding != "nearest":
+        raise ValueError(f"rounding: got {rounding!r}, expected 'nearest'")
+    if return_linear and METHODS[method][1] is None:
+        raise ValueError("return_linear: method 'ibp' has no linear bounds; use 'ibp-linear'")
+    graph = trace(model, tuple(x.shape[1:]))
+    parameter = next(model.parameters(), None)
+    if parameter is not None and (parameter.dtype, parameter.device) != (x.dtype, x.device):
+        raise ValueError(f"x: is {x.dtype} on {x.device}, the model's parameters are {parameter.dtype} on {parameter.device}")
+    example, plus, minus, matrix = check_spec(labels, spec, x, graph.nodes[graph.output].shape)
+    region = Region(x, eps, p, clip)
+    engine = _Engine(graph, region, method, max_memory, intersect)
+    output = graph.nodes[graph.output]
+    count = 1 if sides == "lower" else 2
+    kept = None
+    with _full_precision(x):
+        plain = labels is None and spec is None
+        direct = plain and engine.kind is None
+        engine.forward(graph.output if direct or intersect else _frontier(graph))
+        if direct:
+            low, up = engine.boxes[graph.output]
+        else:
+            out, kept = engine.final(example, plus, minus, matrix, count, return_linear)
+            if intersect and engine.kind is not None:
+                out = _intersect(engine, out, example, plus, minus, matrix, count)
+            shape = (x.shape[0], *output.shape) if plain else (x.shape[0], -1 if x.shape[0] else 0)
+            if x.shape[0] == 0 and not plain:
+                shape = (0, output.size - 1 if labels is not None else spec.shape[-2])
+            low, up = out[0].view(shape), (out[1].view(shape) if count == 2 else None)
+    if not bool(torch.isfinite(low.sum() if up is None else low.sum() + up.sum())):
+        explain_not_finite(model, low, up)
+    linear = None
+    if kept is not None:
+        A, b = kept
+        lead = (x.shape[0], low.flatten(1).shape[1])
+        A, b = A.view(A.shape[0], *lead, *x.shape[1:]), b.view(-1, *lead)
+        upper = (A[-1], b[1]) if count == 2 else (None, None)
+        linear = LinearBounds(A[0], b[0], *upper, region.lower, region.upper)
+    return Bounds(low, up if count == 2 else None, linear, _intermediate(engine) if return_intermediate else {})
+
+
+def _frontier(graph: G.Graph) -> int:
+    """The last nonlinear node before the output (the linear rest is merged with the rows), or the input."""
+    wanted = graph.ancestors[graph.output]
+    return max((i for i in wanted if not isinstance(graph.nodes[i], G.LinearNode)), default=0)
+
+
+def _intersect(engine: _Engine, out: Tensor, example, plus, minus, matrix, count: int) -> Tensor:
+    lines, kind = engine.lines, engine.kind
+    engine.lines, engine.kind = {}, None
+    try:
+        other, _ = engine.final(example, plus, minus, matrix, count, False)
+    finally:
+        engine.lines, engine.kind = lines, kind
+    sides = [torch.maximum(out[0], other[0])] + ([torch.minimum(out[1], other[1])] if count == 2 else [])
+    return torch.stack(sides)
+
+
+def _intermediate(engine: _Engine) -> dict[str, tuple[Tensor, Tensor]]:
+    """Bounds of the inputs of the nonlinear layers, by the module path of the layer that produces them."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for node in engine.graph.nodes:
+        if isinstance(node, (G.Activation, G.MaxPool)) and engine.boxes[node.inputs[0]] is not None:
+            name = engine.graph.nodes[node.inputs[0]].where
+            key, n = name, 2
+            while key in found:
+                key, n = f"{name}#{n}", n + 1
+            found[key] = engine.boxes[node.inputs[0]]
+    return found
+
+
+class _full_precision:
+    """No TF32 inside: a bound in TF32 is no bound."""
+
+    def __init__(self, x: Tensor):
+        self.cuda = x.device.type == "cuda"
+
+    def __enter__(self) -> None:
+        if self.cuda:
+            self.saved = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+    def __exit__(self, *_: object) -> None:
+        if self.cuda:
+            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = self.saved

@@ -1,0 +1,320 @@
+"""Linear bounds, propagated from the output of a node back to the input (thesis, equation 3.7; CROWN).
+
+Rows of coefficients are kept as (k, R, *shape): R rows of all examples, k = 1 where one matrix serves both sides. Rows that start
+at a convolution stay windows (k, R, C, ph, pw) around their neuron until the window fills the image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastrobust.bounds import graph as G
+from fastrobust.bounds.region import Region
+from fastrobust.ops import bounds as ops
+
+
+@dataclass
+class Window:
+    """A window per row: its upper left corner is the row's location * step - origin, in the coordinates of the node."""
+
+    step: tuple[int, int] = (1, 1)
+    origin: tuple[int, int] = (0, 0)
+
+    def corner(self, where: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return where[0] * self.step[0] - self.origin[0], where[1] * self.step[1] - self.origin[1]
+
+
+@dataclass
+class Rows:
+    """Coefficients at a node: A itself, rows of a matrix (``pick``), or unit vectors e_plus - e_minus (A is None)."""
+
+    A: Tensor | None
+    window: Window | None = None
+    pick: Tensor | None = None
+    plus: Tensor | None = None
+    minus: Tensor | None = None
+
+    def solid(self) -> Tensor:
+        return self.A if self.pick is None else self.A[:, self.pick]
+
+
+@dataclass
+class Chunk:
+    """R rows that are propagated together."""
+
+    example: Tensor  # (R,)
+    b: Tensor  # (m, R)
+    where: tuple[Tensor, Tensor] | None = None  # location of each row's neuron, for windows
+
+
+@dataclass
+class Lines:
+    """The relaxation of one nonlinear node."""
+
+    slopes: Tensor  # (1 or 2, B, *shape)
+    intercepts: Tensor  # (2, B, *shape), of the node before without its bias where ``folded``
+    folded: int = -1  # the node whose bias is in the intercepts
+    source: Tensor | None = None  # max pooling: (B, C, L) flat index of the input that each output follows
+    flat: dict[bool, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def flattened(self, image: bool) -> tuple[Tensor, Tensor]:
+        """Slopes and intercepts as (., B, n), in channels-last order for images."""
+        if image not in self.flat:
+            self.flat[image] = (_flatten(self.slopes, image), _flatten(self.intercepts, image))
+        return self.flat[image]
+
+
+def _flatten(t: Tensor, image: bool) -> Tensor:
+    return (t.movedim(2, -1) if image else t).flatten(2)
+
+
+def _unflatten(t: Tensor, shape: tuple[int, ...], image: bool) -> Tensor:
+    if not image:
+        return t.unflatten(2, shape)
+    return t.unflatten(2, (*shape[1:], shape[0])).movedim(-1, 2)
+
+
+def _join(f, a: Tensor, *args):
+    """Applies f to (k * R, ...) and splits again."""
+    return f(a.flatten(0, 1), *args).unflatten(0, a.shape[:2])
+
+
+def _gather(t: Tensor, chunk: Chunk, window: Window, size: tuple[int, int]) -> Tensor:
+    """Windows of t (m, B, C, H, W) as (m, R, ph * pw * C), zero outside the image."""
+    (ph, pw), (h, w) = size, t.shape[-2:]
+    y, x = window.corner(chunk.where)
+    dy, dx = torch.arange(ph, device=t.device), torch.arange(pw, device=t.device)
+    yy, xx = y[:, None] + dy, x[:, None] + dx
+    inside = (((yy >= 0) & (yy < h))[:, :, None] & ((xx >= 0) & (xx < w))[:, None, :]).to(t.dtype)
+    yy, xx = yy.clamp(0, h - 1), xx.clamp(0, w - 1)
+    last = t.movedim(2, -1)  # (m, B, H, W, C)
+    out = last[:, chunk.example[:, None, None], yy[:, :, None], xx[:, None, :]]
+    return (out * inside[..., None]).flatten(2)
+
+
+class Backward:
+    """One backward pass for the rows of a chunk."""
+
+    def __init__(self, graph: G.Graph, region: Region, lines: dict[int, Lines], boxes: list, keep_input: bool = False):
+        self.graph, self.region, self.lines, self.boxes, self.keep_input = graph, region, lines, boxes, keep_input
+
+    def run(self, start: int, rows: Rows, chunk: Chunk) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Bounds (m, R), and with ``keep_input`` the linear map at the input: (A (k, R, *shape), b (m, R))."""
+        self.chunk = chunk
+        self.at_input: Tensor | None = None
+        self.tail: list[tuple[Tensor, Tensor]] = []
+        pending: dict[int, Rows] = {start: rows}
+        self.start = start
+        total = None
+        for i in range(start, -1, -1):
+            r = pending.pop(i, None)
+            if r is None:
+                continue
+            node = self.graph.nodes[i]
+            if isinstance(node, G.Input):
+                A = self._dense(node, r) if self.keep_input or r.window is None else None
+                if self.keep_input:
+                    self.at_input = A
+                total = self._concretize_input(node, r, A)
+                continue
+            if not isinstance(node, G.LinearNode) and i not in self.lines:
+                self._concretize_node(node, r)
+                continue
+            for j, new in zip(node.inputs, self._step(node, r)):
+                pending[j] = new if j not in pending else self._merge(self.graph.nodes[j], pending[j], new)
+        out = chunk.b if total is None else total
+        if not self.keep_input:
+            return out, None
+        return out, (self.at_input, chunk.b)
+
+    # -- forms of rows -------------------------------------------------------------------------------------------------
+    def _dense(self, node: G.Node, r: Rows) -> Tensor:
+        """(k, R, *shape)."""
+        if r.A is None:
+            count, like = len(self.chunk.example), self.chunk.b
+            a = torch.zeros(1, count, node.size, dtype=like.dtype, device=like.device)
+            a[0, torch.arange(count, device=like.device), r.plus] = 1.0
+            if r.minus is not None:
+                a[0, torch.arange(count, device=like.device), r.minus] -= 1.0
+            return a.unflatten(2, node.shape)
+        a = r.solid()
+        if r.window is None:
+            return a
+        c, h, w = node.shape
+        k, n, _, ph, pw = a.shape
+        y, x = r.window.corner(self.chunk.where)
+        low_y, low_x = int(y.min()), int(x.min())
+        high_y, high_x = int(y.max()) + ph, int(x.max()) + pw
+        top, left = max(0, -low_y), max(0, -low_x)
+        hh, ww = top + max(h, high_y), left + max(w, high_x)
+        yy = y[:, None] + top + torch.arange(ph, device=a.device)
+        xx = x[:, None] + left + torch.arange(pw, device=a.device)
+        index = (yy[:, :, None] * ww + xx[:, None, :]).view(1, n, ph * pw, 1).expand(k, n, ph * pw, c)
+        canvas = torch.zeros(k, n, hh * ww, c, dtype=a.dtype, device=a.device)
+        canvas = canvas.scatter(2, index, a.movedim(2, -1).reshape(k, n, ph * pw, c))
+        return canvas.view(k, n, hh, ww, c)[:, :, top : top + h, left : left + w].movedim(-1, 2)
+
+    def _merge(self, node: G.Node, a: Rows, b: Rows) -> Rows:
+        if a.A is None or b.A is None or a.window is None or b.window is None or a.window.step != b.window.step:
+            x, y = self._dense(node, a), self._dense(node, b)
+            return Rows(x + y)  # k = 1 broadcasts against k = 2
+        x, y = a.solid(), b.solid()
+        (ay, ax), (by, bx) = a.window.origin, b.window.origin
+        oy, ox = max(ay, by), max(ax, bx)
+        h = max(x.shape[3] + oy - ay, y.shape[3] + oy - by)
+        w = max(x.shape[4] + ox - ax, y.shape[4] + ox - bx)
+
+        def grow(t: Tensor, py: int, px: int) -> Tensor:
+            return F.pad(t, (ox - px, w - t.shape[4] - ox + px, oy - py, h - t.shape[3] - oy + py))
+
+        return Rows(grow(x, ay, ax) + grow(y, by, bx), Window(a.window.step, (oy, ox)))
+
+    def _masked(self, node: G.Node, r: Rows) -> Tensor:
+        """Window rows with zeros outside the image, where padding put coefficients."""
+        a = r.solid()
+        ones = torch.ones(1, 1, 1, *node.shape[1:], dtype=a.dtype, device=a.device)
+        first = Chunk(torch.zeros_like(self.chunk.example), self.chunk.b, self.chunk.where)
+        return a * _gather(ones, first, r.window, a.shape[3:]).view(1, -1, 1, *a.shape[3:])
+
+    # -- one node ------------------------------------------------------------------------------------------------------
+    def _step(self, node: G.Node, r: Rows) -> list[Rows]:
+        if isinstance(node, G.LinearNode):
+            return self._linear(node, r)
+        if isinstance(node, G.MaxPool):
+            return [self._max_pool(node, r)]
+        return [self._activation(node, r)]
+
+    def _add(self, offset: Tensor) -> None:
+        self.chunk.b = self.chunk.b + offset
+
+    def _add_bias(self, node: G.LinearNode, r: Rows) -> None:
+        consumers = node.consumers
+        if len(consumers) == 1 and node.index != self.start:
+            line = self.lines.get(consumers[0])
+            if line is not None and line.folded == node.index:
+                return
+        bias = node.bias()
+        if bias is None:
+            return
+        bias = bias.to(self.chunk.b)
+        if r.A is None:
+            full = bias.expand(node.shape).reshape(-1)
+            self._add(full[r.plus] if r.minus is None else full[r.plus] - full[r.minus])
+            return
+        a = r.solid()
+        if bias.numel() == 1:
+            sums = a.flatten(2).sum(2) * bias.reshape(())
+        elif bias.numel() == node.shape[0] and bias.dim() >= 3 and bias.shape[-3] == bias.numel() and a.dim() == 5:
+            sums = a.sum((3, 4)) @ bias.reshape(-1)
+        elif a.dim() == 3 and bias.dim() == 1:
+            sums = a @ bias
+        else:
+            sums = (a * bias.expand(node.shape)).flatten(2).sum(2)
+        self._add(sums)
+
+    def _linear(self, node: G.LinearNode, r: Rows) -> list[Rows]:
+        shapes = self.graph.input_shapes(node)
+        if r.A is None:
+            self._add_bias(node, r)
+            if isinstance(node, G.Dense) and len(node.shape) == 1:
+                if r.minus is None:
+                    return [Rows(node.get_weight()[None], pick=r.plus)]
+                return [Rows(node.transpose_rows(r.plus, r.minus)[None])]
+            if isinstance(node, G.Conv) and r.minus is None and self.chunk.where is not None:
+                channel = r.plus // (node.shape[1] * node.shape[2])
+                span = [d * (s - 1) + 1 for d, s in zip(node.dilation, node.get_weight().shape[2:])]
+                if node.dilation == (1, 1) and span[0] * span[1] < shapes[0][1] * shapes[0][2]:
+                    return [Rows(node.dense_kernel()[None], Window(node.stride, node.padding), channel)]
+            elif isinstance(node, G.Reshape):
+                return [Rows(None, plus=r.plus, minus=r.minus)]
+            elif isinstance(node, G.Sum) and min(node.signs) > 0:
+                return [Rows(None, plus=r.plus, minus=r.minus) for _ in node.inputs]
+            return self._transpose(node, self._dense(node, r), shapes)
+        elif r.window is not None:
+            if isinstance(node, G.Sum):
+                return [Rows(t, r.window) for t in node.transpose(r.solid(), shapes)]
+            channelwise = isinstance(node, G.Scale) and all(
+                t is None or t.numel() == 1 or (t.dim() >= 3 and t.shape[-3] == t.numel()) for t in (node.get_factor(), node.get_shift())
+            )
+            if isinstance(node, G.Conv) or channelwise:
+                bias, factor = node.bias(), node.get_factor() if channelwise else None
+                a = r.solid()
+                if bias is not None or isinstance(node, G.Conv):
+                    a = self._masked(node, r)
+                    r = Rows(a, r.window)
+                    self._add_bias(node, r)
+                if channelwise:
+                    return [Rows(a if factor is None else a * factor.to(a).reshape(-1, 1, 1), r.window)]
+                low = [(n - 1) * s + (k - 1) * d + 1 for n, s, k, d in zip(a.shape[3:], node.stride, node.get_weight().shape[2:], node.dilation)]  # fmt: skip
+                if low[0] * low[1] < shapes[0][1] * shapes[0][2]:
+                    (sy, sx), (oy, ox) = r.window.step, r.window.origin
+                    (ty, tx), (py, px) = node.stride, node.padding
+                    return [Rows(_join(node.transpose_window, a), Window((sy * ty, sx * tx), (oy * ty + py, ox * tx + px)))]
+            r = Rows(self._dense(node, r))
+            if isinstance(node, G.Conv):
+                return [Rows(t.unflatten(0, r.A.shape[:2])) for t in node.transpose(r.A.flatten(0, 1), shapes)]
+            self._add_bias(node, r)
+            return self._transpose(node, r.solid(), shapes)
+        self._add_bias(node, r)
+        return self._transpose(node, r.solid(), shapes)
+
+    def _transpose(self, node: G.LinearNode, a: Tensor, shapes) -> list[Rows]:
+        lead = a.shape[:2]
+        flat = a.flatten(0, 1)
+        if flat.dim() == 4 and isinstance(node, G.Conv):
+            flat = flat.contiguous(memory_format=torch.channels_last)
+        return [Rows(t.unflatten(0, lead)) for t in node.transpose(flat, shapes)]
+
+    def _activation(self, node: G.Activation, r: Rows) -> Rows:
+        line, chunk = self.lines[node.index], self.chunk
+        if r.A is None:
+            r = Rows(self._dense(node, r))
+        image = len(node.shape) == 3
+        if r.window is not None:
+            size = r.A.shape[3:]
+            s = _gather(line.slopes, chunk, r.window, size)
+            i = _gather(line.intercepts, chunk, r.window, size)
+            a, chunk.b = ops.linear_back_step(_flatten(r.A, True), chunk.b, s, i, None, r.pick)
+            return Rows(_unflatten(a, r.A.shape[2:], True), r.window)
+        s, i = line.flattened(image)
+        a, chunk.b = ops.linear_back_step(_flatten(r.A, image), chunk.b, s, i, chunk.example, r.pick)
+        return Rows(_unflatten(a, node.shape, image))
+
+    def _max_pool(self, node: G.MaxPool, r: Rows) -> Rows:
+        line, chunk = self.lines[node.index], self.chunk
+        s, i = line.flattened(False)
+        c, h, w = self.graph.nodes[node.inputs[0]].shape
+        a = _flatten(self._dense(node, r), False)
+        a, chunk.b = ops.linear_back_step(a, chunk.b, s, i, chunk.example)
+        a = a.unflatten(2, (c, -1))
+        index = line.source[chunk.example].expand(a.shape)
+        out = torch.zeros(*a.shape[:3], h * w, dtype=a.dtype, device=a.device).scatter_add(3, index, a)
+        return Rows(out.unflatten(3, (h, w)))
+
+    # -- the ends ------------------------------------------------------------------------------------------------------
+    def _concretize_node(self, node: G.Node, r: Rows) -> None:
+        l, u = self.boxes[node.index]
+        a = self._dense(node, r).flatten(2)
+        box = (0.5 * (l + u)).flatten(1), (0.5 * (u - l)).flatten(1)
+        self.chunk.b = ops.concretize_rows(a, self.chunk.b, self.chunk.example, box, None, 1.0)
+
+    def _concretize_input(self, node: G.Node, r: Rows, dense: Tensor | None) -> Tensor:
+        chunk, box, ball = self.chunk, self.region.box, self.region.ball
+        if dense is not None:
+            image = len(node.shape) == 3
+            box, ball = self.region.flattened(image)
+            return ops.concretize_rows(_flatten(dense, image), chunk.b, chunk.example, box, ball, self.region.q)
+        a = r.solid()
+        own = torch.arange(len(chunk.example), device=a.device)
+
+        def windows(two):
+            if two is None:
+                return None
+            t = _gather(torch.stack(two), chunk, r.window, a.shape[3:])
+            return t[0], t[1]
+
+        return ops.concretize_rows(_flatten(a, True), chunk.b, own, windows(box), windows(ball), self.region.q)

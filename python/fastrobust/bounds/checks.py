@@ -1,0 +1,108 @@
+"""Checks of the arguments of compute_bounds; nothing is computed before they pass."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+_NORMS = {"l1": 1.0, "l2": 2.0, "linf": math.inf}
+
+
+def check_norm(norm: float | str) -> float:
+    if isinstance(norm, str):
+        if norm.lower() not in _NORMS:
+            raise ValueError(f"norm: got {norm!r}, expected 1, 2, inf, a number >= 1, or 'L1', 'L2', 'Linf'")
+        return _NORMS[norm.lower()]
+    if isinstance(norm, bool) or not isinstance(norm, (int, float)):
+        raise TypeError(f"norm: got {type(norm).__name__}, expected a number >= 1 or a name")
+    if not norm >= 1:
+        raise ValueError(f"norm: got {norm}, expected 1, 2, inf or a number >= 1")
+    return float(norm)
+
+
+def check_inputs(x: Tensor, eps: float | Tensor, norm: float | str, clip) -> tuple[Tensor, float | Tensor, float, tuple[float, float] | None]:  # fmt: skip
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: got {type(x).__name__}, expected a tensor")
+    if x.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"x: got {x.dtype}, expected float32 or float64")
+    if x.dim() < 2:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected (B, *shape)")
+    if not bool(torch.isfinite(x.detach().sum())) and not bool(torch.isfinite(x.detach()).all()):
+        raise ValueError("x: holds NaN or infinite values, expected finite ones")
+    if isinstance(eps, Tensor):
+        if eps.dim() > 0 and tuple(eps.shape) not in ((x.shape[0],), tuple(x.shape)):
+            raise ValueError(f"eps: got shape {tuple(eps.shape)}, expected a number, ({x.shape[0]},) or {tuple(x.shape)}")
+        if not eps.dtype.is_floating_point:
+            raise TypeError(f"eps: got {eps.dtype}, expected floating point")
+        if eps.device != x.device and eps.dim() > 0:
+            raise ValueError(f"eps: is on {eps.device}, x is on {x.device}")
+        e = eps.detach()
+        if e.numel() and not bool(((e >= 0) & torch.isfinite(e)).all()):
+            raise ValueError("eps: holds negative, NaN or infinite values, expected finite ones >= 0")
+        eps = eps.to(x.dtype)
+    else:
+        if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+            raise TypeError(f"eps: got {type(eps).__name__}, expected a number or a tensor")
+        if not (eps >= 0 and math.isfinite(eps)):
+            raise ValueError(f"eps: got {eps}, expected a finite number >= 0")
+    if clip is not None:
+        clip = check_clip(clip)
+        low, high = (x.detach().aminmax() if x.numel() else (torch.tensor(clip[0]), torch.tensor(clip[1])))
+        if float(low) < clip[0] or float(high) > clip[1]:
+            raise ValueError(f"x: has values in [{float(low)}, {float(high)}], outside clip {clip}")
+    return x, eps, check_norm(norm), clip
+
+
+def check_clip(clip) -> tuple[float, float]:
+    try:
+        low, high = (float(v) for v in clip)
+    except (TypeError, ValueError):
+        raise TypeError(f"clip: got {clip!r}, expected (low, high) or None") from None
+    if not low < high:
+        raise ValueError(f"clip: got ({low}, {high}), expected low < high")
+    return low, high
+
+
+def check_spec(labels: Tensor | None, spec: Tensor | None, x: Tensor, shape: tuple[int, ...]):
+    """(example, plus, minus, matrix) of the rows to bound: differences of outputs, single outputs, or rows of a matrix."""
+    batch, device = x.shape[0], x.device
+    count = math.prod(shape)
+    if labels is not None and spec is not None:
+        raise ValueError("spec: give labels or spec, not both")
+    if labels is not None:
+        if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"labels: expected an int64 tensor, got {labels.dtype if isinstance(labels, Tensor) else type(labels).__name__}")
+        if tuple(labels.shape) != (batch,):
+            raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected ({batch},)")
+        if len(shape) != 1 or count < 2:
+            raise ValueError(f"labels: the model's output has shape {shape} per example, expected (K,) with K >= 2")
+        labels = labels.to(device=device, dtype=torch.int64)
+        if batch and (int(labels.min()) < 0 or int(labels.max()) >= count):
+            raise ValueError(f"labels: values in [{int(labels.min())}, {int(labels.max())}], expected [0, {count - 1}]")
+        others = torch.arange(count - 1, device=device)
+        minus = others + (others >= labels[:, None])
+        return _examples(batch, count - 1, device), labels.repeat_interleave(count - 1), minus.flatten(), None
+    if spec is not None:
+        if not isinstance(spec, Tensor) or spec.dtype != x.dtype:
+            raise TypeError(f"spec: expected a tensor of {x.dtype}, got {spec.dtype if isinstance(spec, Tensor) else type(spec).__name__}")
+        if spec.dim() not in (2, 3) or spec.shape[-1] != count or (spec.dim() == 3 and spec.shape[0] != batch):
+            raise ValueError(f"spec: got shape {tuple(spec.shape)}, expected (S, {count}) or ({batch}, S, {count})")
+        matrix = spec.expand(batch, *spec.shape[-2:]).reshape(-1, count)
+        return _examples(batch, spec.shape[-2], device), None, None, matrix
+    return _examples(batch, count, device), torch.arange(count, device=device).repeat(batch), None, None
+
+
+def _examples(batch: int, rows: int, device: torch.device) -> Tensor:
+    return torch.arange(batch, device=device).repeat_interleave(rows)
+
+
+def explain_not_finite(model: nn.Module, low: Tensor, up: Tensor | None) -> None:
+    """Raises for NaN bounds and names the parameter behind them; infinite bounds without NaN are valid and pass."""
+    for kind in (model.named_parameters(), model.named_buffers()):
+        for name, p in kind:
+            if p.dtype.is_floating_point and not bool(torch.isfinite(p.detach()).all()):
+                raise ValueError(f"model: '{name}' holds NaN or infinite values")
+    if bool(torch.isnan(low).any()) or (up is not None and bool(torch.isnan(up).any())):
+        raise ValueError("model: the bounds overflow the floating-point range (NaN); use float64 or a smaller eps")

@@ -1,0 +1,192 @@
+"""Interval and linear bound propagation in plain torch: the definition of every op of ``fastrobust.ops.bounds``.
+
+Notation: B examples, S rows per example, R = rows of all examples, n the flattened size of a layer. The input set of example i
+is {x_i + d : ||d||_p <= eps_i} for a scalar eps_i, {x_i + eps_i * v : ||v||_p <= 1} for a per-element eps_i (thesis, section
+3.2.1), intersected with the box ``clip``. q is the dual exponent, 1/p + 1/q = 1.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastrobust.reference.relaxations import interval_activation, relax
+
+__all__ = [
+    "center_radius", "concretize", "concretize_rows", "dual_exponent", "eps_like", "input_box", "interval_activation",
+    "interval_ball_conv2d", "interval_ball_linear", "interval_conv2d", "interval_linear", "linear_back_step", "region", "relax",
+]  # fmt: skip
+
+
+def dual_exponent(p: float) -> float:
+    """q with 1/p + 1/q = 1."""
+    if p == 1:
+        return math.inf
+    return 1.0 if p == math.inf else p / (p - 1.0)
+
+
+def eps_like(eps: float | Tensor, x: Tensor) -> Tensor:
+    """eps (scalar, (B,) or x's shape) as a tensor that broadcasts against x."""
+    e = torch.as_tensor(eps, dtype=x.dtype, device=x.device)
+    if e.dim() == 1 and x.dim() != 1 and e.shape[0] == x.shape[0]:
+        return e.view(-1, *[1] * (x.dim() - 1))
+    return e
+
+
+def input_box(x: Tensor, eps: float | Tensor, clip: tuple[float, float] | None) -> tuple[Tensor, Tensor]:
+    """The smallest box around the input set: [x - eps, x + eps], cut at ``clip``."""
+    e = eps_like(eps, x)
+    if clip is None:
+        return x - e, x + e
+    return (x - e).clamp(min=clip[0]), (x + e).clamp(max=clip[1])
+
+
+def center_radius(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    return 0.5 * (lower + upper), 0.5 * (upper - lower)
+
+
+def interval_linear(lower: Tensor, upper: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, params: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """W c + b -+ |W| r with c, r the centre and radius of [lower, upper]: (..., n) -> (..., m) (thesis, equation 3.8)."""
+    c, r = center_radius(lower, upper)
+    c, r = F.linear(c, weight, bias), F.linear(r, weight.abs())
+    return _finish(c - r, c + r, activation, params)
+
+
+def interval_conv2d(lower: Tensor, upper: Tensor, weight: Tensor, bias: Tensor | None = None, stride=1, padding=0, dilation=1, groups: int = 1, activation: str | None = None, params: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same for a convolution with zero padding: (B, C, H, W) -> (B, O, H', W')."""
+    c, r = center_radius(lower, upper)
+    c = F.conv2d(c, weight, bias, stride, padding, dilation, groups)
+    r = F.conv2d(r, weight.abs(), None, stride, padding, dilation, groups)
+    return _finish(c - r, c + r, activation, params)
+
+
+def _finish(lower: Tensor, upper: Tensor, activation: str | None, params: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    return (lower, upper) if activation is None else interval_activation(lower, upper, activation, params)
+
+
+def _power_sum_root(s: Tensor, q: float) -> Tensor:
+    """s ** (1 / q) with a zero derivative at 0."""
+    positive = s > 0
+    return torch.where(positive, torch.where(positive, s, torch.ones_like(s)).pow(1.0 / q), torch.zeros_like(s))
+
+
+def interval_ball_linear(x: Tensor, eps: float | Tensor, norm: float, clip: tuple[float, float] | None, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, params: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Bounds of W x' + b over the input set: W x + b -+ eps ||W||_q row by row (Algorithm 3.1, line 2) and, with ``clip``, the
+    tighter of that and of the bounds over the clipped box. x: (B, n) or (B, *shape) with n elements."""
+    e = eps_like(eps, x).expand_as(x).flatten(1)
+    x = x.flatten(1)
+    box = None
+    if clip is not None or norm == math.inf:
+        box = interval_linear(*input_box(x, e, clip), weight, bias)
+    if norm != math.inf:
+        q, c = dual_exponent(norm), F.linear(x, weight, bias)
+        if q == math.inf:
+            r = torch.stack([(weight.abs() * row).amax(1) for row in e]) if len(e) else c
+        else:
+            r = _power_sum_root(F.linear(e.pow(q), weight.abs().pow(q)), q)
+        ball = (c - r, c + r)
+        box = ball if box is None else (torch.maximum(box[0], ball[0]), torch.minimum(box[1], ball[1]))
+    return _finish(*box, activation, params)
+
+
+def interval_ball_conv2d(x: Tensor, eps: float | Tensor, norm: float, clip: tuple[float, float] | None, weight: Tensor, bias: Tensor | None = None, stride=1, padding=0, dilation=1, groups: int = 1, activation: str | None = None, params: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same for a convolution of x: (B, C, H, W)."""
+    conv = (stride, padding, dilation, groups)
+    e = eps_like(eps, x).expand_as(x)
+    box = None
+    if clip is not None or norm == math.inf:
+        box = interval_conv2d(*input_box(x, e, clip), weight, bias, *conv)
+    if norm != math.inf:
+        q, c = dual_exponent(norm), F.conv2d(x, weight, bias, *conv)
+        if q == math.inf:
+            r = _max_conv2d(e, weight.abs(), *conv)
+        else:
+            r = _power_sum_root(F.conv2d(e.pow(q), weight.abs().pow(q), None, *conv), q)
+        ball = (c - r, c + r)
+        box = ball if box is None else (torch.maximum(box[0], ball[0]), torch.minimum(box[1], ball[1]))
+    return _finish(*box, activation, params)
+
+
+def _max_conv2d(e: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> Tensor:
+    """max instead of sum of weight * e over each window."""
+    kh, kw = weight.shape[2:]
+    pad = (padding, padding) if isinstance(padding, int) else tuple(padding)
+    step = (stride, stride) if isinstance(stride, int) else tuple(stride)
+    dil = (dilation, dilation) if isinstance(dilation, int) else tuple(dilation)
+    cols = F.unfold(e, (kh, kw), dil, pad, step)  # (B, C kh kw, L)
+    b, _, length = cols.shape
+    out_h = (e.shape[2] + 2 * pad[0] - dil[0] * (kh - 1) - 1) // step[0] + 1
+    cols = cols.view(b, groups, 1, -1, length)
+    w = weight.flatten(1).view(1, groups, weight.shape[0] // groups, -1, 1)
+    return (cols * w).amax(3).view(b, weight.shape[0], out_h, -1)
+
+
+def _select(t: Tensor, example: Tensor | None) -> Tensor:
+    return t if example is None else t[:, example]
+
+
+def linear_back_step(A: Tensor, b: Tensor, slopes: Tensor, intercepts: Tensor, example: Tensor | None = None, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Moves linear bounds from the output of an elementwise function to its input (thesis, equation 3.7; CROWN).
+
+    A: (k, R, n), lower coefficients first; k = 1 means that one matrix serves every side. b: (m, R), m = 2 (lower, upper) or
+    m = 1 (lower only, k = 1). slopes (1 or 2, B, n) and intercepts (2, B, n): the lines of the function, lower first.
+    ``example``: (R,) int64, the row of slopes and intercepts that each row of A uses (default: its own, B = R). ``rows``: (R,)
+    int64, the rows of A to start from (default: all).
+
+        lower: A' = A+ slopes[0] + A- slopes[-1],   b' = b + sum(A+ intercepts[0] + A- intercepts[1])
+        upper: the same with the two lines exchanged.
+
+    One slope keeps k; two slopes give k = m.
+    """
+    if rows is not None:
+        A = A[:, rows]
+    s, i = _select(slopes, example), _select(intercepts, example)
+    out, offsets = [], []
+    for side in range(b.shape[0]):
+        a = A[min(side, A.shape[0] - 1)]
+        positive = a >= 0
+        offsets.append(b[side] + (a * torch.where(positive, i[side], i[1 - side])).sum(-1))
+        if s.shape[0] == 2:
+            out.append(a * torch.where(positive, s[side], s[1 - side]))
+    return (torch.stack(out) if out else A * s), torch.stack(offsets)
+
+
+def concretize_rows(A: Tensor, b: Tensor, example: Tensor, box: tuple[Tensor, Tensor] | None, ball: tuple[Tensor, Tensor] | None, q: float) -> Tensor:  # fmt: skip
+    """Minimum (row 0) and maximum (row 1) of A x + b: (m, R).
+
+    A, b, example as in ``linear_back_step``. box = (center, radius), each (B, n); ball = (x, eps), each (B, n), with dual
+    exponent q: A x -+ ||eps * A||_q. With both, the tighter one.
+    """
+    out = []
+    for side in range(b.shape[0]):
+        a, sign = A[min(side, A.shape[0] - 1)], 2.0 * side - 1.0
+        values = []
+        if box is not None:
+            values.append((a * box[0][example]).sum(-1) + sign * (a.abs() * box[1][example]).sum(-1))
+        if ball is not None:
+            w = (a * ball[1][example]).abs()
+            size = w.amax(-1) if q == math.inf else _power_sum_root(w.pow(q).sum(-1), q)
+            values.append((a * ball[0][example]).sum(-1) + sign * size)
+        best = values[0] if len(values) == 1 else (torch.minimum if side else torch.maximum)(*values)
+        out.append(b[side] + best)
+    return torch.stack(out)
+
+
+def region(x: Tensor, eps: float | Tensor, norm: float, clip: tuple[float, float] | None) -> tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]:  # fmt: skip
+    """(box, ball) of ``concretize_rows`` for an input set; x flattened to (B, n)."""
+    e = eps_like(eps, x).expand_as(x).flatten(1)
+    x = x.flatten(1)
+    box = center_radius(*input_box(x, e, clip)) if clip is not None or norm == math.inf else None
+    return box, (None if norm == math.inf else (x, e))
+
+
+def concretize(A: Tensor, b: Tensor, x: Tensor, eps: float | Tensor, norm: float = math.inf, clip: tuple[float, float] | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Minimum and maximum of A x' + b over the input set: A (B, S, n), b (B, S), x (B, *shape) with n elements; two (B, S)."""
+    batch, per = A.shape[:2]
+    example = torch.arange(batch, device=A.device).repeat_interleave(per)
+    offset = b.reshape(1, -1).expand(2, -1)
+    out = concretize_rows(A.reshape(1, batch * per, -1), offset, example, *region(x, eps, norm, clip), dual_exponent(norm))
+    return out[0].view(batch, per), out[1].view(batch, per)

@@ -1,0 +1,351 @@
+"""Linear relaxations and intervals of activation functions, in plain torch.
+
+For an activation s and an interval [l, u], ``relax`` returns lines that bound s from both sides on the interval:
+
+    slopes[0] * x + intercepts[0] <= s(x) <= slopes[-1] * x + intercepts[1]        for l <= x <= u
+
+``kind="parallel"``: both lines share one slope (thesis, equations 3.3 to 3.5 and table 3.1), so ``slopes`` has a leading
+dimension of 1. ``kind="crown"``: the adaptive lines of CROWN (Zhang et al. 2018), leading dimension 2.
+
+For ANY slope d the tightest valid intercepts are the minimum and maximum of s(x) - d x over the ends of the interval and
+the points inside it where s'(t) = d or where s has a kink. Every formula here is an instance of that, which is why they stay
+valid for degenerate intervals. Tangent points are detached: the derivative of s(t) - d t with respect to t is zero there.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = (
+    "relu", "leaky_relu", "hardtanh", "relu6", "sigmoid", "tanh", "arctan", "softplus", "elu", "silu", "gelu", "gelu_tanh",
+)  # fmt: skip
+_DEFAULTS: dict[str, tuple[float, ...]] = {"leaky_relu": (0.01,), "hardtanh": (-1.0, 1.0), "softplus": (1.0, 20.0), "elu": (1.0,)}
+_NARROW = 1e-2  # below this width the chord's slope is replaced by the derivative at the midpoint (cancellation)
+_SQRT2, _INV_SQRT_2PI = math.sqrt(2.0), 1.0 / math.sqrt(2.0 * math.pi)
+_TANH_C, _TANH_K = math.sqrt(2.0 / math.pi), 0.044715
+# s'' = 0 and s' = 0 of the activations without closed tangent points: (inflection point, point of the minimum)
+_VALLEY = {
+    "silu": (2.3993572805154676, -1.2784645427610738),
+    "gelu": (_SQRT2, -0.7517915243860855),
+    "gelu_tanh": (1.4152745226763745, -0.7524613881536462),
+}
+
+
+def parameters_of(activation: str, params: tuple[float, ...] = ()) -> tuple[float, ...]:
+    """The parameters of an activation with torch's defaults filled in."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: got {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+    want = _DEFAULTS.get(activation, ())
+    got = tuple(float(p) for p in params) if params else want
+    if len(got) != len(want):
+        raise ValueError(f"params: {activation} takes {len(want)} parameters, got {len(got)}")
+    if activation == "leaky_relu" and not 0.0 <= got[0] <= 1.0:
+        raise ValueError(f"params: the negative slope of leaky_relu must lie in [0, 1], got {got[0]}")
+    if activation == "elu" and not got[0] >= 0.0:
+        raise ValueError(f"params: alpha of elu must not be negative, got {got[0]}")
+    if activation == "hardtanh" and not got[0] < got[1]:
+        raise ValueError(f"params: hardtanh needs min < max, got {got}")
+    if activation == "softplus" and not got[0] > 0.0:
+        raise ValueError(f"params: beta of softplus must be positive, got {got[0]}")
+    return got
+
+
+def value(x: Tensor, activation: str, params: tuple[float, ...] = ()) -> Tensor:
+    """s(x), as torch computes it."""
+    params = parameters_of(activation, params)
+    f = torch.nn.functional
+    match activation:
+        case "relu":
+            return f.relu(x)
+        case "leaky_relu":
+            return f.leaky_relu(x, params[0])
+        case "hardtanh":
+            return f.hardtanh(x, params[0], params[1])
+        case "relu6":
+            return f.relu6(x)
+        case "sigmoid":
+            return torch.sigmoid(x)
+        case "tanh":
+            return torch.tanh(x)
+        case "arctan":
+            return torch.arctan(x)
+        case "softplus":
+            return f.softplus(x, params[0], params[1])
+        case "elu":
+            return f.elu(x, params[0])
+        case "silu":
+            return f.silu(x)
+        case "gelu":
+            return f.gelu(x)
+        case _:
+            return f.gelu(x, approximate="tanh")
+
+
+def derivative(x: Tensor, activation: str, params: tuple[float, ...] = ()) -> Tensor:
+    """s'(x), by differentiable formulas (a one-sided value at a kink)."""
+    params = parameters_of(activation, params)
+    match activation:
+        case "relu":
+            return (x > 0).to(x.dtype)
+        case "leaky_relu":
+            return torch.where(x > 0, torch.ones_like(x), params[0])
+        case "hardtanh" | "relu6":
+            lo, hi = params if activation == "hardtanh" else (0.0, 6.0)
+            return ((x > lo) & (x < hi)).to(x.dtype)
+        case "sigmoid":
+            return torch.sigmoid(x) * torch.sigmoid(-x)
+        case "tanh":
+            return 4.0 * torch.sigmoid(2 * x) * torch.sigmoid(-2 * x)
+        case "arctan":
+            return 1.0 / (1.0 + x * x)
+        case "softplus":
+            return torch.sigmoid(params[0] * x)
+        case "elu":
+            return torch.where(x > 0, torch.ones_like(x), params[0] * torch.exp(x.clamp(max=0)))
+        case "silu":
+            g = torch.sigmoid(x)
+            return g * (1 + x * torch.sigmoid(-x))
+        case "gelu":
+            return 0.5 * torch.erfc(-x / _SQRT2) + x * _INV_SQRT_2PI * torch.exp(-0.5 * x * x)
+        case _:
+            z = _TANH_C * (x + _TANH_K * x * x * x)
+            dz = _TANH_C * (1 + 3 * _TANH_K * x * x)
+            return torch.sigmoid(2 * z) + 2.0 * x * torch.sigmoid(2 * z) * torch.sigmoid(-2 * z) * dz
+
+
+def kinks(activation: str, params: tuple[float, ...] = ()) -> tuple[float, ...]:
+    """The points where s' jumps."""
+    params = parameters_of(activation, params)
+    match activation:
+        case "relu" | "leaky_relu" | "elu":
+            return (0.0,)
+        case "hardtanh":
+            return params
+        case "relu6":
+            return (0.0, 6.0)
+        case "softplus":
+            return (params[1] / params[0],)  # torch switches to the identity there
+        case _:
+            return ()
+
+
+def _solve_slope(d: Tensor, activation: str, low: float, high: float) -> Tensor:
+    """t in [low, high] with s'(t) = d, where s' is monotone there; the nearer end when there is none."""
+    a, b = torch.full_like(d, low), torch.full_like(d, high)
+    rising = bool(derivative(b.new_tensor(high), activation) > derivative(b.new_tensor(low), activation))
+    for _ in range(52 if d.dtype == torch.float64 else 32):
+        m = 0.5 * (a + b)
+        right = (derivative(m, activation) < d) == rising
+        a, b = torch.where(right, m, a), torch.where(right, b, m)
+    return 0.5 * (a + b)
+
+
+def _critical(d: Tensor, activation: str, params: tuple[float, ...]) -> list[Tensor]:
+    """Every smooth point t with s'(t) = d (any value where there is none)."""
+    tiny = torch.finfo(d.dtype).tiny
+    match activation:
+        case "sigmoid":
+            p = d.clamp(tiny, 0.25)
+            t = 2 * torch.log1p((1 - 4 * p).sqrt()) - 2 * math.log(2.0) - p.log()
+            return [-t, t]
+        case "tanh":
+            p = d.clamp(tiny, 1.0)
+            t = torch.log1p((1 - p).sqrt()) - 0.5 * p.log()
+            return [-t, t]
+        case "arctan":
+            p = d.clamp(tiny, 1.0)
+            t = ((1 - p) / p).sqrt()
+            return [-t, t]
+        case "softplus":
+            p = d.clamp(tiny, 1 - torch.finfo(d.dtype).eps)
+            return [(p.log() - torch.log1p(-p)) / params[0]]
+        case "elu":
+            return [(d.clamp(min=tiny) / params[0]).log()] if params[0] > 0 else []
+        case "silu" | "gelu" | "gelu_tanh":
+            w = _VALLEY[activation][0]
+            far = 120.0 if activation == "silu" else 16.0
+            return [_solve_slope(d, activation, lo, hi) for lo, hi in ((-far, -w), (-w, w), (w, far))]
+        case _:
+            return []
+
+
+def interval_activation(
+    lower: Tensor, upper: Tensor, activation: str, params: tuple[float, ...] = ()
+) -> tuple[Tensor, Tensor]:
+    """The exact range [min s, max s] of an activation over [lower, upper], elementwise (thesis, Algorithm 3.2)."""
+    params = parameters_of(activation, params)
+    sl, su = value(lower, activation, params), value(upper, activation, params)
+    if activation not in _VALLEY:
+        return sl, su
+    t = torch.full_like(lower, _VALLEY[activation][1])
+    inside = (lower <= t) & (t <= upper)
+    low = torch.minimum(sl, su)
+    return torch.where(inside, value(t, activation), low), torch.maximum(sl, su)
+
+
+class Lines(NamedTuple):
+    slopes: Tensor  # (1 or 2, *shape)
+    intercepts: Tensor  # (2, *shape)
+
+
+def _intercepts(d: Tensor, l: Tensor, u: Tensor, activation: str, params: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """min and max of s(x) - d x over [l, u], padded by a few ulp where s is not piecewise linear."""
+    sl, su = value(l, activation, params), value(u, activation, params)
+    candidates = [sl - d * l, su - d * u]
+    with torch.no_grad():
+        points = [torch.full_like(d, k) for k in kinks(activation, params)] + _critical(d, activation, params)
+        inside = [(l < t) & (t < u) for t in points]
+    for t, m in zip(points, inside):
+        candidates.append(torch.where(m, value(t, activation, params) - d * t, candidates[0]))
+    stack = torch.stack(candidates)
+    low, high = stack.amin(0), stack.amax(0)
+    if activation in ("relu", "leaky_relu", "hardtanh", "relu6"):
+        return low, high
+    with torch.no_grad():
+        pad = 4 * torch.finfo(d.dtype).eps * (d.abs() * torch.maximum(l.abs(), u.abs()) + torch.maximum(sl.abs(), su.abs()))
+    return low - pad, high + pad
+
+
+def _chord(l: Tensor, u: Tensor, activation: str, params: tuple[float, ...]) -> Tensor:
+    w = u - l
+    narrow = w < _NARROW
+    sl, su = value(l, activation, params), value(u, activation, params)
+    d = (su - sl) / torch.where(narrow, torch.ones_like(w), w)
+    return torch.where(narrow, derivative(l + 0.5 * w, activation, params), d)
+
+
+def _piecewise(activation: str, params: tuple[float, ...]) -> tuple[float, float, float, float] | None:
+    """(left slope, lower kink, upper kink, right slope) of the piecewise linear ones, the slope between the kinks being 1."""
+    match activation:
+        case "relu":
+            return 0.0, 0.0, math.inf, 1.0
+        case "leaky_relu":
+            return params[0], 0.0, math.inf, 1.0
+        case "hardtanh":
+            return 0.0, params[0], params[1], 0.0
+        case "relu6":
+            return 0.0, 0.0, 6.0, 0.0
+        case _:
+            return None
+
+
+def _relax_piecewise(l: Tensor, u: Tensor, kind: str, left: float, lo: float, hi: float, right: float, activation: str, params: tuple[float, ...]) -> Lines:  # fmt: skip
+    """Lines of x -> left (x - lo) + s(lo) | x + const | right (x - hi) + s(hi), with kinks at lo and hi."""
+    below, above = u <= lo, l >= hi
+    linear = (l >= lo) & (u <= hi)
+    s_l, s_u = value(l, activation, params), value(u, activation, params)
+    unstable = ~(below | above | linear)
+    w = torch.where(unstable, u - l, torch.ones_like(l))
+    one = torch.ones_like(l)
+    chord = torch.where(unstable, (s_u - s_l) / w, torch.where(linear, one, torch.where(below, one * left, right)))
+    base = [value(torch.full_like(l, k), activation, params) for k in (lo, hi) if math.isfinite(k)]
+    knots = [torch.full_like(l, k) for k in (lo, hi) if math.isfinite(k)]
+    # the exact line of a stable neuron passes through its kink: no cancellation, valid for l = u
+    exact = torch.where(above, base[-1] - right * knots[-1], base[0] - torch.where(below, one * left, 1.0) * knots[0])
+    if kind == "parallel":
+        ends = [s_l - chord * l, s_u - chord * u] + [
+            torch.where((l < k) & (k < u), v - chord * k, s_l - chord * l) for k, v in zip(knots, base)
+        ]
+        if hi == math.inf:  # convex: both ends lie on the chord, the kink below it
+            low, high = base[0] - chord * knots[0], left * l - chord * l if left else -chord * l
+        else:
+            stack = torch.stack(ends)
+            low, high = stack.amin(0), stack.amax(0)
+        return Lines(chord[None], torch.stack([torch.where(unstable, low, exact), torch.where(unstable, high, exact)]))
+    # lower line through the lower kink, upper line through the upper kink: the slope that leaves the smaller area
+    k_low = (s_u - base[0]) / torch.where(u > lo, u - lo, torch.ones_like(u))
+    convex = unstable & (l < lo)
+    d_low = torch.where(convex, torch.where(u - lo > lo - l, k_low, left), chord)
+    b_low = torch.where(convex, base[0] - d_low * lo, s_l - chord * l)
+    d_up, b_up = chord, (s_l - chord * l if hi != math.inf else (left - chord) * l)
+    if hi != math.inf:
+        k_up = (base[1] - s_l) / torch.where(l < hi, hi - l, torch.ones_like(l))
+        concave = unstable & (u > hi)
+        d_up = torch.where(concave, torch.where(hi - l > u - hi, k_up, right), chord)
+        b_up = torch.where(concave, base[1] - d_up * hi, s_u - chord * u)
+    return Lines(
+        torch.stack([d_low, d_up]),
+        torch.stack([torch.where(unstable, b_low, exact), torch.where(unstable, b_up, exact)]),
+    )
+
+
+def _tangent_from(end: Tensor, far: Tensor, activation: str) -> Tensor:
+    """t between 0 and ``far`` (the other side of 0 than ``end``) whose tangent passes through (end, s(end)); s is odd up to a
+    constant. Differentiable in ``end`` by one implicit step."""
+    with torch.no_grad():
+        a, b = torch.zeros_like(far), far.clone()  # the tangent at a = 0 does not cross s before end, the one at far does
+        s_end = value(end, activation)
+        for _ in range(56 if end.dtype == torch.float64 else 34):
+            m = 0.5 * (a + b)
+            gap = (value(m, activation) + derivative(m, activation) * (end - m) - s_end) * torch.sign(end)
+            a, b = torch.where(gap > 0, m, a), torch.where(gap > 0, b, m)
+        t = b.clone()  # the outer end: the line stays on the right side of (end, s(end))
+    if not end.requires_grad:
+        return t
+    with torch.enable_grad():
+        x = t.detach().requires_grad_(True)
+        (second,) = torch.autograd.grad(derivative(x, activation).sum(), x)
+    rate = (derivative(end, activation) - derivative(t, activation)).detach()
+    denominator = (second * (end - t)).detach()
+    rate = torch.where(denominator.abs() > 1e-12, rate / torch.where(denominator == 0, 1.0, denominator), 0.0)
+    return t + rate * (end - end.detach())
+
+
+def _relax_s_shaped(l: Tensor, u: Tensor, activation: str) -> Lines:
+    """Adaptive lines of sigmoid, tanh and arctan: convex below 0, concave above."""
+    chord = _chord(l, u, activation, ())
+    ends = (l, u)
+    d_low, d_up = chord, chord
+    mid = l + 0.5 * (u - l)
+    at_mid = derivative(mid, activation)
+    narrow = (u - l) < _NARROW
+    mixed = (l < 0) & (u > 0) & ~narrow
+    bend_low = (chord > derivative(l, activation)) & ~narrow  # the chord cuts s near l
+    bend_up = (chord > derivative(u, activation)) & ~narrow
+    one, minus = torch.ones_like(l), -torch.ones_like(l)
+    t_low = _tangent_from(torch.where(mixed & bend_low, u, one), torch.where(mixed & bend_low, l, minus), activation)
+    t_up = _tangent_from(torch.where(mixed & bend_up, l, minus), torch.where(mixed & bend_up, u, one), activation)
+    d_low = torch.where(bend_low, torch.where(u <= 0, at_mid, torch.where(mixed, derivative(t_low, activation), chord)), chord)
+    d_up = torch.where(bend_up, torch.where(l >= 0, at_mid, torch.where(mixed, derivative(t_up, activation), chord)), chord)
+    b_low, _ = _intercepts(d_low, *ends, activation, ())
+    _, b_up = _intercepts(d_up, *ends, activation, ())
+    return Lines(torch.stack([d_low, d_up]), torch.stack([b_low, b_up]))
+
+
+def relax(
+    lower: Tensor, upper: Tensor, activation: str, kind: str = "parallel", params: tuple[float, ...] = ()
+) -> Lines:
+    """Lines around an activation on [lower, upper] (module docstring). Needs lower <= upper; shapes equal.
+
+    Non-finite ends: horizontal lines at the range of s, infinite where s is unbounded.
+    """
+    params = parameters_of(activation, params)
+    if kind not in ("parallel", "crown"):
+        raise ValueError(f"kind: got {kind!r}, expected 'parallel' or 'crown'")
+    finite = torch.isfinite(upper - lower)
+    l, u = lower, upper
+    if not bool(finite.all()):
+        l, u = torch.where(finite, lower, torch.zeros_like(l)), torch.where(finite, upper, torch.zeros_like(u))
+    pieces = _piecewise(activation, params)
+    if pieces is not None:
+        lines = _relax_piecewise(l, u, kind, *pieces, activation, params)
+    elif kind == "crown" and activation in ("sigmoid", "tanh", "arctan"):
+        lines = _relax_s_shaped(l, u, activation)
+    elif kind == "crown" and (activation == "softplus" or (activation == "elu" and params[0] <= 1)):
+        d_up = _chord(l, u, activation, params)
+        d_low = derivative(l + 0.5 * (u - l), activation, params)  # convex: tangent at the midpoint below, chord above
+        low, high = _intercepts(d_low, l, u, activation, params)[0], _intercepts(d_up, l, u, activation, params)[1]
+        lines = Lines(torch.stack([d_low, d_up]), torch.stack([low, high]))
+    else:
+        d = _chord(l, u, activation, params)
+        lines = Lines(d[None].expand(2 if kind == "crown" else 1, *d.shape), torch.stack(_intercepts(d, l, u, activation, params)))
+    if bool(finite.all()):
+        return lines
+    low, high = interval_activation(lower, upper, activation, params)
+    slopes = torch.where(finite, lines.slopes, torch.zeros_like(lines.slopes))
+    intercepts = torch.where(finite, lines.intercepts, torch.stack([low, high]))
+    return Lines(slopes, intercepts)
