@@ -41,7 +41,7 @@ def norm_value(norm: Norm) -> float:
     return float(norm)
 
 
-def _round_down(value: Tensor, dtype: torch.dtype) -> Tensor:
+def round_down(value: Tensor, dtype: torch.dtype) -> Tensor:
     """The largest number of ``dtype`` that is not above the float64 ``value``."""
     near = value.to(dtype)
     below = torch.nextafter(near, torch.full_like(near, -math.inf))
@@ -157,7 +157,7 @@ def solve(
     point = torch.where(direction > 0, -step, step)
     point = torch.where(bad[..., None], math.nan, torch.minimum(torch.maximum(point, low), high))
     distance, multiplier = torch.where(bad, math.nan, distance), torch.where(bad, math.nan, multiplier)
-    return _round_down(distance, dtype), multiplier.to(dtype), point.to(dtype)
+    return round_down(distance, dtype), multiplier.to(dtype), point.to(dtype)
 
 
 def polyhedral_distance(

@@ -1,0 +1,16 @@
+"""Certificates: polyhedral envelopes, the largest certified radius, non-uniform regions, and their summaries."""
+
+from fastrobust.certify.curves import CertifiedCurve, average_certified_bound, certified_curve, certified_robust_error
+from fastrobust.certify.envelope import Envelope, polyhedral_envelope
+from fastrobust.certify.search import RadiusSearch, search_radius
+
+__all__ = [
+    "CertifiedCurve",
+    "Envelope",
+    "RadiusSearch",
+    "average_certified_bound",
+    "certified_curve",
+    "certified_robust_error",
+    "polyhedral_envelope",
+    "search_radius",
+]
