@@ -2,15 +2,18 @@
 
 from fastrobust.certify.curves import CertifiedCurve, average_certified_bound, certified_curve, certified_robust_error
 from fastrobust.certify.envelope import Envelope, polyhedral_envelope
+from fastrobust.certify.nonuniform import NonuniformRadius, nonuniform_radius
 from fastrobust.certify.search import RadiusSearch, search_radius
 
 __all__ = [
     "CertifiedCurve",
     "Envelope",
+    "NonuniformRadius",
     "RadiusSearch",
     "average_certified_bound",
     "certified_curve",
     "certified_robust_error",
+    "nonuniform_radius",
     "polyhedral_envelope",
     "search_radius",
 ]
