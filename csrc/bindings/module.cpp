@@ -30,6 +30,7 @@ PYBIND11_MODULE(_C, m) {
     const DeviceReport r = device_report();
     return py::make_tuple(r.devices, r.error);
   });
+  bind_bounds(m);
   bind_pgd(m);
   bind_polyhedron(m);
 }

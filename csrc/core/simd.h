@@ -77,7 +77,8 @@ FR_HD Vec step_bits(Vec a, int dir) {
   return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a.v), _mm512_set1_epi32(dir)));
 }
 FR_HD Vec scale_exponent(Vec p, Vec t) {
-  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p.v), _mm512_slli_epi32(_mm512_castps_si512(t.v), 23)));
+  return _mm512_castsi512_ps(
+      _mm512_add_epi32(_mm512_castps_si512(p.v), _mm512_slli_epi32(_mm512_castps_si512(t.v), 23)));
 }
 
 struct DVec {
@@ -114,11 +115,11 @@ typedef double NativeD __attribute__((vector_size(kWidth)));
 
 struct Mask {
   NativeI r[kRegs];
-#define FR_MASK_OP(sign)                           \
+#define FR_MASK_OP(sign)                            \
   friend FR_HD Mask operator sign(Mask a, Mask b) { \
-    Mask c;                                        \
-    FR_EACH c.r[i] = a.r[i] sign b.r[i];           \
-    return c;                                      \
+    Mask c;                                         \
+    FR_EACH c.r[i] = a.r[i] sign b.r[i];            \
+    return c;                                       \
   }
   FR_MASK_OP(&)
   FR_MASK_OP(|)
@@ -140,21 +141,21 @@ struct Vec {
   NativeF r[kRegs];
   Vec() = default;
   FR_HD Vec(float a) { FR_EACH r[i] = NativeF{} + a; }
-#define FR_ARITH(sign)                             \
-  friend FR_HD Vec operator sign(Vec a, Vec b) {   \
-    FR_EACH a.r[i] = a.r[i] sign b.r[i];           \
-    return a;                                      \
+#define FR_ARITH(sign)                           \
+  friend FR_HD Vec operator sign(Vec a, Vec b) { \
+    FR_EACH a.r[i] = a.r[i] sign b.r[i];         \
+    return a;                                    \
   }
   FR_ARITH(+)
   FR_ARITH(-)
   FR_ARITH(*)
   FR_ARITH(/)
 #undef FR_ARITH
-#define FR_COMPARE(sign)                           \
-  friend FR_HD Mask operator sign(Vec a, Vec b) {  \
-    Mask m;                                        \
-    FR_EACH m.r[i] = a.r[i] sign b.r[i];           \
-    return m;                                      \
+#define FR_COMPARE(sign)                          \
+  friend FR_HD Mask operator sign(Vec a, Vec b) { \
+    Mask m;                                       \
+    FR_EACH m.r[i] = a.r[i] sign b.r[i];          \
+    return m;                                     \
   }
   FR_COMPARE(<)
   FR_COMPARE(>)
@@ -236,10 +237,10 @@ struct DVec {
   NativeD r[2 * kRegs];
   DVec() = default;
   FR_HD DVec(double a) { FR_EACH2 r[i] = NativeD{} + a; }
-#define FR_ARITH(sign)                               \
-  friend FR_HD DVec operator sign(DVec a, DVec b) {  \
-    FR_EACH2 a.r[i] = a.r[i] sign b.r[i];            \
-    return a;                                        \
+#define FR_ARITH(sign)                              \
+  friend FR_HD DVec operator sign(DVec a, DVec b) { \
+    FR_EACH2 a.r[i] = a.r[i] sign b.r[i];           \
+    return a;                                       \
   }
   FR_ARITH(+)
   FR_ARITH(-)

@@ -57,7 +57,8 @@ struct BlockRow {
       const int64_t i = start + threadIdx.x;
       const float gi = i < a.n ? clean_grad(g.at(i)) : 0.f, size = vabs(gi);
       const bool tie = size == threshold && size > 0.f;
-      if (i < a.n && !tie) a.out[base + i] = size > threshold ? l1_to_face(a.x[base + i], gi, a.lo, a.hi) : a.x[base + i];
+      if (i < a.n && !tie)
+        a.out[base + i] = size > threshold ? l1_to_face(a.x[base + i], gi, a.lo, a.hi) : a.x[base + i];
       if (block_max(tie ? 1.f : 0.f) > 0.f && threadIdx.x == 0) {
         for (int64_t k = start; k < start + kThreads && k < a.n; ++k) {
           const float gk = clean_grad(g.at(k));

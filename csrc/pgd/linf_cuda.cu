@@ -65,9 +65,9 @@ __global__ void __launch_bounds__(kThreads) linf_kernel(StepArgs a) {
       } else {
         for (int64_t k = i; k < i + 4 && k < a.n; ++k) {
           const float x = a.x[base + k];
-          const float step = step_each ? a.step.data[base + k] : step_all, eps = eps_each ? a.eps.data[base + k] : eps_all;
-          a.out[base + k] =
-              move ? linf_project(linf_ascend(x, g.at(k), step), a.x0[base + k], eps, a.lo, a.hi) : x;
+          const float step = step_each ? a.step.data[base + k] : step_all,
+                      eps = eps_each ? a.eps.data[base + k] : eps_all;
+          a.out[base + k] = move ? linf_project(linf_ascend(x, g.at(k), step), a.x0[base + k], eps, a.lo, a.hi) : x;
         }
       }
     }

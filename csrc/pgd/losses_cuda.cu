@@ -50,7 +50,8 @@ __device__ void kl(const LossArgs& a, int64_t row, int lane) {
 }
 
 // Largest logit apart from the classes taken already; the lower index at ties.
-__device__ void next_largest(const float* z, int64_t k, const int64_t* taken, int count, int lane, float* value, int64_t* index) {
+__device__ void next_largest(const float* z, int64_t k, const int64_t* taken, int count, int lane, float* value,
+                             int64_t* index) {
   float best = -INFINITY;
   int64_t at = -1;
   for (int64_t j = lane; j < k; j += kWarp) {

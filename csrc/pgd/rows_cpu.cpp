@@ -172,7 +172,8 @@ struct Row {
       f->top = vmax(f->top, vabs(gv));
   }
   float fosc_end(const Fosc& f, Norm norm) const {
-    const double dual = norm == Norm::linf ? sum(f.dual) : eps * (norm == Norm::l2 ? std::sqrt(sum(f.dual)) : double{max_lane(f.top)});
+    const double dual =
+        norm == Norm::linf ? sum(f.dual) : eps * (norm == Norm::l2 ? std::sqrt(sum(f.dual)) : double{max_lane(f.top)});
     return fosc_value(dual, sum(f.inner));
   }
   template <bool kEpsEach>
@@ -180,7 +181,8 @@ struct Row {
     Fosc f{DVec(0.), DVec(0.), Vec(0.f)};
     const float* sizes = kEpsEach ? a.eps.data + row * n : nullptr;
     each_vec(n, [&](int64_t i, int m) FR_INLINE_LAMBDA {
-      fosc_add(&f, grad<true>(i, m), load_m(x + i, m) - load_m(x0 + i, m), kEpsEach ? load_m(sizes + i, m) : Vec(eps), norm);
+      fosc_add(&f, grad<true>(i, m), load_m(x + i, m) - load_m(x0 + i, m), kEpsEach ? load_m(sizes + i, m) : Vec(eps),
+               norm);
     });
     return fosc_end(f, norm);
   }
@@ -195,7 +197,8 @@ struct Row {
       const Vec gv = grad<true>(i, m), v = load_m(x + i, m), v0 = load_m(x0 + i, m);
       const Vec eps_i = kEpsEach ? load_m(sizes + i, m) : Vec(eps);
       fosc_add(&f, gv, v - v0, eps_i, Norm::linf);
-      store_m(out + i, linf_project(linf_ascend(v, gv, kStepEach ? load_m(steps + i, m) : Vec(step)), v0, eps_i, lo, hi), m);
+      store_m(out + i,
+              linf_project(linf_ascend(v, gv, kStepEach ? load_m(steps + i, m) : Vec(step)), v0, eps_i, lo, hi), m);
     });
     return fosc_end(f, Norm::linf);
   }

@@ -23,10 +23,10 @@ __device__ double total(const double* parts, int64_t row, int64_t chunks) {
 }
 
 // Runs f(row, i) for the block's chunk, strided by threads, for all the rows of its y.
-#define FR_EACH_CHUNK(a)                                                     \
-  const int64_t chunk = blockIdx.x, chunks = gridDim.x;                      \
-  const int64_t begin = chunk * kChunk;                                      \
-  const int64_t end = begin + kChunk < (a).n ? begin + kChunk : (a).n;       \
+#define FR_EACH_CHUNK(a)                                               \
+  const int64_t chunk = blockIdx.x, chunks = gridDim.x;                \
+  const int64_t begin = chunk * kChunk;                                \
+  const int64_t end = begin + kChunk < (a).n ? begin + kChunk : (a).n; \
   for (int64_t row = blockIdx.y; row < (a).batch; row += gridDim.y)
 
 template <GradType T>
@@ -84,7 +84,8 @@ __global__ void __launch_bounds__(kThreads) l2_write_kernel(StepArgs a, const do
 
 // ---- FOSC, with the L-inf step in the same pass when there is an output ----
 template <GradType T>
-__global__ void __launch_bounds__(kThreads) fosc_kernel(StepArgs a, Norm norm, bool write, double* duals, double* inners) {
+__global__ void __launch_bounds__(kThreads)
+    fosc_kernel(StepArgs a, Norm norm, bool write, double* duals, double* inners) {
   FR_EACH_CHUNK(a) {
     const int64_t base = row * a.n;
     const bool move = a.active == nullptr || a.active[row] != 0;
@@ -118,8 +119,8 @@ __global__ void __launch_bounds__(kThreads) fosc_kernel(StepArgs a, Norm norm, b
   }
 }
 
-__global__ void __launch_bounds__(kThreads) fosc_end_kernel(StepArgs a, Norm norm, int64_t chunks, const double* duals,
-                                                            const double* inners) {
+__global__ void __launch_bounds__(kThreads)
+    fosc_end_kernel(StepArgs a, Norm norm, int64_t chunks, const double* duals, const double* inners) {
   for (int64_t row = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; row < a.batch;
        row += static_cast<int64_t>(gridDim.x) * kThreads) {
     double dual = 0., inner = 0.;

@@ -159,7 +159,8 @@ FR_HD float atas_average(float v, double sum_g2, float beta) {
   return static_cast<float>(static_cast<double>(beta) * v + (1. - static_cast<double>(beta)) * sum_g2);
 }
 FR_HD float atas_step_size(float v, float step, float c, bool authors, float min_step, float max_step) {
-  const double size = authors ? step / (1. + sqrt(static_cast<double>(v)) / c) : step / sqrt(static_cast<double>(v) + c);
+  const double size =
+      authors ? step / (1. + sqrt(static_cast<double>(v)) / c) : step / sqrt(static_cast<double>(v) + c);
   const float s = static_cast<float>(size);
   return s < min_step ? min_step : (s > max_step ? max_step : s);
 }

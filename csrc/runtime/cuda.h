@@ -33,12 +33,12 @@ inline void cuda_check(cudaError_t status, const char* what, const char* file, i
 }  // namespace fastrobust
 
 #define FR_CUDA_CHECK(call) ::fastrobust::cuda_check((call), #call, __FILE__, __LINE__)
-#define FR_DYNAMIC_SHARED(T, name)                     \
+#define FR_DYNAMIC_SHARED(T, name)                              \
   extern __shared__ __align__(16) unsigned char shared_bytes[]; \
   T* name = reinterpret_cast<T*>(shared_bytes)
-#define FR_LAUNCH(kernel, grid, block, shared, stream, ...)                              \
-  do {                                                                                   \
-    kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__);     \
+#define FR_LAUNCH(kernel, grid, block, shared, stream, ...)                                 \
+  do {                                                                                      \
+    kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__);        \
     ::fastrobust::cuda_check(cudaGetLastError(), "launch of " #kernel, __FILE__, __LINE__); \
   } while (0)
 #endif

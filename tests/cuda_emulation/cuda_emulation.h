@@ -1,6 +1,6 @@
-// Enough of CUDA's language to run the library's kernels on the CPU, so that their arithmetic and indexing are tested on
-// machines without a GPU. Blocks run one after the other; the threads of a block are fibers that switch at barriers and
-// shuffles. It checks results, not races or speed.
+// Enough of CUDA's language to run the library's kernels on the CPU, so that their arithmetic and indexing are tested
+// on machines without a GPU. Blocks run one after the other; the threads of a block are fibers that switch at barriers
+// and shuffles. It checks results, not races or speed.
 #pragma once
 #define FASTROBUST_EMULATED_CUDA 1
 
@@ -144,7 +144,8 @@ T exchange(T v, int source_lane) {
   wait(State::warp_barrier);
   const int from = warp + source_lane;
   T got = v;
-  if (source_lane >= 0 && source_lane < 32 && from < static_cast<int>(m.slots.size())) std::memcpy(&got, &m.slots[from], sizeof got);
+  if (source_lane >= 0 && source_lane < 32 && from < static_cast<int>(m.slots.size()))
+    std::memcpy(&got, &m.slots[from], sizeof got);
   wait(State::warp_barrier);
   return got;
 }

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastrobust.bounds import graph as G
 from fastrobust.bounds.backward import Backward, Chunk, Lines, Rows
 from fastrobust.bounds.checks import check_inputs, check_spec, explain_not_finite
-from fastrobust.bounds.region import Region
+from fastrobust.bounds.region import Box, Region
 from fastrobust.bounds.trace import trace
 from fastrobust.ops import bounds as ops
 
@@ -62,10 +62,12 @@ class Bounds:
 
 
 class _Engine:
-    def __init__(self, graph: G.Graph, region: Region, method: str, max_memory: int, intersect: bool):
+    def __init__(self, graph: G.Graph, region: Region, method: str, max_memory: int, intersect: bool, keep: bool):
         self.graph, self.region, self.intersect, self.max_memory = graph, region, intersect, max_memory
+        self.keep = keep  # intermediate bounds are asked for
+        self.done: set[int] = set()  # ReLUs that joined the layer before
         self.tighten, self.kind = METHODS[method]
-        self.boxes: list[tuple[Tensor, Tensor] | None] = [None] * len(graph.nodes)
+        self.boxes: list[Box | None] = [None] * len(graph.nodes)
         self.lines: dict[int, Lines] = {}
         self.exact: list[bool] = [False] * len(graph.nodes)
         self.diagonal: list[bool] = [False] * len(graph.nodes)
@@ -90,34 +92,60 @@ class _Engine:
             i = self.graph.nodes[i].inputs[0]
         return i == 0
 
-    def _interval(self, i: int, node: G.Node) -> tuple[Tensor, Tensor]:
+    def _interval(self, i: int, node: G.Node) -> Box:
         region = self.region
         if isinstance(node, G.Input):
             self.diagonal[i] = True
-            return region.lower, region.upper
+            return region.cut
         first = node.inputs[0]
+        before = self.boxes[first]
         if isinstance(node, (G.Dense, G.Conv)):
             at_input = self._at_input(first) and (isinstance(node, G.Conv) or len(node.shape) == 1)
             self.exact[i] = at_input or (self.diagonal[first] and region.norm == math.inf)
             w, b = node.get_weight(), node.get_bias()
-            if isinstance(node, G.Dense):
-                if at_input:
-                    return ops.interval_ball_linear(region.x, region.eps, region.norm, region.clip, w, b)
-                return ops.interval_linear(*self.boxes[first], w, b)
-            conv = (node.stride, node.padding, node.dilation, node.groups)
-            if at_input:
+            conv = (node.stride, node.padding, node.dilation, node.groups) if isinstance(node, G.Conv) else ()
+            if at_input and region.norm != math.inf:
+                if not conv:
+                    return Box(ops.interval_ball_linear(region.x, region.eps, region.norm, region.clip, w, b))
                 x = region.x.reshape(-1, *self.graph.nodes[first].shape)
-                return ops.interval_ball_conv2d(x, region.eps_for(x), region.norm, region.clip, w, b, *conv)
-            return ops.interval_conv2d(*self.boxes[first], w, b, *conv)
+                return Box(ops.interval_ball_conv2d(x, region.eps_for(x), region.norm, region.clip, w, b, *conv))
+            c, r = before.middle
+            if conv:
+                if at_input and region.clip is None and not isinstance(region.eps, Tensor):
+                    r = r[:1]  # the same for every example
+                    c, r = ops.center_conv2d(c, r, w, b, *conv)
+                    return Box(middle=(c, r.expand_as(c)))
+                return Box(middle=ops.center_conv2d(c, r, w, b, *conv))
+            if len(node.shape) > 1:
+                c, r = c.flatten(0, -2), r.flatten(0, -2)
+            if self._feeds_relu(node):
+                self.done.add(node.consumers[0])
+                box = Box(middle=ops.center_linear(c, r, w, b, ops.RELU))
+            else:
+                box = Box(ops.center_linear(c, r, w, b))
+            return box if len(node.shape) == 1 else box.reshape(*node.shape)
         if isinstance(node, G.Activation):
-            return ops.interval_activation(*self.boxes[first], node.activation, node.params)
+            if i in self.done:
+                return before
+            if node.activation == "relu":
+                return before.relu()
+            return Box(ops.interval_activation(*before.ends, node.activation, node.params))
         self.diagonal[i] = isinstance(node, (G.Reshape, G.Scale)) and self.diagonal[first]
         self.exact[i] = self.diagonal[i]
-        return node.interval([self.boxes[j] for j in node.inputs])
+        if isinstance(node, G.Reshape):
+            return before.reshape(*node.shape)
+        return Box(node.interval([self.boxes[j].ends for j in node.inputs]))
+
+    def _feeds_relu(self, node: G.Node) -> bool:
+        """Whether only a ReLU reads this node and its own bounds are not asked for, so that the ReLU joins the product."""
+        if self.kind is not None or self.keep or len(node.consumers) != 1:
+            return False
+        after = self.graph.nodes[node.consumers[0]]
+        return isinstance(after, G.Activation) and after.activation == "relu"
 
     # -- relaxations ---------------------------------------------------------------------------------------------------
     def _relax(self, node: G.Node) -> Lines:
-        l, u = self.boxes[node.inputs[0]]
+        l, u = self.boxes[node.inputs[0]].ends
         if isinstance(node, G.MaxPool):
             return _relax_max_pool(node, l, u, self.kind)
         slopes, intercepts = ops.relax(l, u, node.activation, self.kind, node.params)
@@ -130,7 +158,7 @@ class _Engine:
 
     def _tighten(self, j: int, node: G.Node) -> None:
         """Replaces the interval of node j by linear bounds wherever ``node`` is not linear on it."""
-        l, u = self.boxes[j]
+        l, u = self.boxes[j].ends
         mask = node.unstable(l, u) if isinstance(node, G.Activation) else u > l
         self.exact[j] = True
         picked = mask.detach().flatten(1).nonzero()
@@ -143,10 +171,7 @@ class _Engine:
             low = torch.maximum(low, l.flatten(1)[example, neuron])
             up = torch.minimum(up, u.flatten(1)[example, neuron])
         at = (example, neuron)
-        self.boxes[j] = (
-            l.flatten(1).index_put(at, low).view(l.shape),
-            u.flatten(1).index_put(at, up).view(u.shape),
-        )
+        self.boxes[j] = Box((l.flatten(1).index_put(at, low).view(l.shape), u.flatten(1).index_put(at, up).view(u.shape)))
 
     # -- rows ----------------------------------------------------------------------------------------------------------
     def bound_rows(self, start: int, example: Tensor, plus: Tensor, minus: Tensor | None, sides: int = 2) -> Tensor:
@@ -274,7 +299,7 @@ def compute_bounds(
         raise ValueError(f"x: is {x.dtype} on {x.device}, the model's parameters are {parameter.dtype} on {parameter.device}")
     example, plus, minus, matrix = check_spec(labels, spec, x, graph.nodes[graph.output].shape)
     region = Region(x, eps, p, clip)
-    engine = _Engine(graph, region, method, max_memory, intersect)
+    engine = _Engine(graph, region, method, max_memory, intersect, return_intermediate)
     output = graph.nodes[graph.output]
     count = 1 if sides == "lower" else 2
     kept = None
@@ -283,7 +308,7 @@ def compute_bounds(
         direct = plain and engine.kind is None
         engine.forward(graph.output if direct or intersect else _frontier(graph))
         if direct:
-            low, up = engine.boxes[graph.output]
+            low, up = engine.boxes[graph.output].ends
         else:
             out, kept = engine.final(example, plus, minus, matrix, count, return_linear)
             if intersect and engine.kind is not None:
@@ -300,7 +325,7 @@ def compute_bounds(
         lead = (x.shape[0], low.flatten(1).shape[1])
         A, b = A.view(A.shape[0], *lead, *x.shape[1:]), b.view(-1, *lead)
         upper = (A[-1], b[1]) if count == 2 else (None, None)
-        linear = LinearBounds(A[0], b[0], *upper, region.lower, region.upper)
+        linear = LinearBounds(A[0], b[0], *upper, *region.ends)
     return Bounds(low, up if count == 2 else None, linear, _intermediate(engine) if return_intermediate else {})
 
 
@@ -330,7 +355,7 @@ def _intermediate(engine: _Engine) -> dict[str, tuple[Tensor, Tensor]]:
             key, n = name, 2
             while key in found:
                 key, n = f"{name}#{n}", n + 1
-            found[key] = engine.boxes[node.inputs[0]]
+            found[key] = engine.boxes[node.inputs[0]].ends
     return found
 
 

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrobust.bounds import graph as G
-from fastrobust.bounds.region import Region
+from fastrobust.bounds.region import Region, flat
 from fastrobust.ops import bounds as ops
+from fastrobust.reference.bounds import row_maps
 
 
 @dataclass
@@ -64,11 +65,12 @@ class Lines:
     def flattened(self, image: bool) -> tuple[Tensor, Tensor]:
         """Slopes and intercepts as (., B, n), in channels-last order for images."""
         if image not in self.flat:
-            self.flat[image] = (_flatten(self.slopes, image), _flatten(self.intercepts, image))
+            self.flat[image] = (_flatten(self.slopes, image).contiguous(), _flatten(self.intercepts, image).contiguous())
         return self.flat[image]
 
 
 def _flatten(t: Tensor, image: bool) -> Tensor:
+    """(k, R, *shape) as (k, R, n), channels last for images."""
     return (t.movedim(2, -1) if image else t).flatten(2)
 
 
@@ -81,19 +83,6 @@ def _unflatten(t: Tensor, shape: tuple[int, ...], image: bool) -> Tensor:
 def _join(f, a: Tensor, *args):
     """Applies f to (k * R, ...) and splits again."""
     return f(a.flatten(0, 1), *args).unflatten(0, a.shape[:2])
-
-
-def _gather(t: Tensor, chunk: Chunk, window: Window, size: tuple[int, int]) -> Tensor:
-    """Windows of t (m, B, C, H, W) as (m, R, ph * pw * C), zero outside the image."""
-    (ph, pw), (h, w) = size, t.shape[-2:]
-    y, x = window.corner(chunk.where)
-    dy, dx = torch.arange(ph, device=t.device), torch.arange(pw, device=t.device)
-    yy, xx = y[:, None] + dy, x[:, None] + dx
-    inside = (((yy >= 0) & (yy < h))[:, :, None] & ((xx >= 0) & (xx < w))[:, None, :]).to(t.dtype)
-    yy, xx = yy.clamp(0, h - 1), xx.clamp(0, w - 1)
-    last = t.movedim(2, -1)  # (m, B, H, W, C)
-    out = last[:, chunk.example[:, None, None], yy[:, :, None], xx[:, None, :]]
-    return (out * inside[..., None]).flatten(2)
 
 
 class Backward:
@@ -176,9 +165,11 @@ class Backward:
     def _masked(self, node: G.Node, r: Rows) -> Tensor:
         """Window rows with zeros outside the image, where padding put coefficients."""
         a = r.solid()
-        ones = torch.ones(1, 1, 1, *node.shape[1:], dtype=a.dtype, device=a.device)
-        first = Chunk(torch.zeros_like(self.chunk.example), self.chunk.b, self.chunk.where)
-        return a * _gather(ones, first, r.window, a.shape[3:]).view(1, -1, 1, *a.shape[3:])
+        c, h, w = node.shape
+        ones = torch.ones(1, 1, h * w, dtype=a.dtype, device=a.device)
+        corner, shape = r.window.corner(self.chunk.where), (*a.shape[3:], 1, h, w)
+        inside = row_maps(ones, torch.zeros_like(self.chunk.example), corner, shape)
+        return a * inside.view(1, -1, 1, *a.shape[3:])
 
     # -- one node ------------------------------------------------------------------------------------------------------
     def _step(self, node: G.Node, r: Rows) -> list[Rows]:
@@ -274,15 +265,18 @@ class Backward:
         if r.A is None:
             r = Rows(self._dense(node, r))
         image = len(node.shape) == 3
-        if r.window is not None:
-            size = r.A.shape[3:]
-            s = _gather(line.slopes, chunk, r.window, size)
-            i = _gather(line.intercepts, chunk, r.window, size)
-            a, chunk.b = ops.linear_back_step(_flatten(r.A, True), chunk.b, s, i, None, r.pick)
-            return Rows(_unflatten(a, r.A.shape[2:], True), r.window)
         s, i = line.flattened(image)
+        if r.window is not None:
+            corner, window = self._placement(node, r)
+            a, chunk.b = ops.linear_back_step(_flatten(r.A, True), chunk.b, s, i, chunk.example, r.pick, corner, window)
+            return Rows(_unflatten(a, r.A.shape[2:], True), r.window)
         a, chunk.b = ops.linear_back_step(_flatten(r.A, image), chunk.b, s, i, chunk.example, r.pick)
         return Rows(_unflatten(a, node.shape, image))
+
+    def _placement(self, node: G.Node, r: Rows):
+        """(corner, window) of the ops for window rows at an image."""
+        c, h, w = node.shape
+        return r.window.corner(self.chunk.where), (*r.A.shape[3:], c, h, w)
 
     def _max_pool(self, node: G.MaxPool, r: Rows) -> Rows:
         line, chunk = self.lines[node.index], self.chunk
@@ -297,24 +291,16 @@ class Backward:
 
     # -- the ends ------------------------------------------------------------------------------------------------------
     def _concretize_node(self, node: G.Node, r: Rows) -> None:
-        l, u = self.boxes[node.index]
-        a = self._dense(node, r).flatten(2)
-        box = (0.5 * (l + u)).flatten(1), (0.5 * (u - l)).flatten(1)
+        image = len(node.shape) == 3
+        a = _flatten(self._dense(node, r), image)
+        middle, reach = self.boxes[node.index].middle
+        box = (flat(middle, image), flat(reach, image))
         self.chunk.b = ops.concretize_rows(a, self.chunk.b, self.chunk.example, box, None, 1.0)
 
     def _concretize_input(self, node: G.Node, r: Rows, dense: Tensor | None) -> Tensor:
-        chunk, box, ball = self.chunk, self.region.box, self.region.ball
+        chunk, image = self.chunk, len(node.shape) == 3
+        box, ball = self.region.flattened(image)
         if dense is not None:
-            image = len(node.shape) == 3
-            box, ball = self.region.flattened(image)
             return ops.concretize_rows(_flatten(dense, image), chunk.b, chunk.example, box, ball, self.region.q)
-        a = r.solid()
-        own = torch.arange(len(chunk.example), device=a.device)
-
-        def windows(two):
-            if two is None:
-                return None
-            t = _gather(torch.stack(two), chunk, r.window, a.shape[3:])
-            return t[0], t[1]
-
-        return ops.concretize_rows(_flatten(a, True), chunk.b, own, windows(box), windows(ball), self.region.q)
+        corner, window = self._placement(node, r)
+        return ops.concretize_rows(_flatten(r.A, True), chunk.b, chunk.example, box, ball, self.region.q, r.pick, corner, window)

@@ -1,4 +1,4 @@
-"""The input set: an lp ball around each example, cut by a box."""
+"""The input set, and boxes of intermediate values."""
 
 from __future__ import annotations
 
@@ -6,24 +6,62 @@ import math
 
 from torch import Tensor
 
-from fastrobust.reference.bounds import center_radius, dual_exponent, eps_like, input_box
+from fastrobust.ops import bounds as ops
+from fastrobust.reference.bounds import dual_exponent, eps_like, input_box
 
 Pair = tuple[Tensor, Tensor]
 
 
-class Region:
-    """x (B, *shape), eps (scalar, (B,) or x's shape), norm, clip.
+class Box:
+    """An interval per neuron, by its ends or by centre and radius, whichever came first; the other form on demand."""
 
-    ``box``: centre and radius of the bounding box, where it takes part (l-infinity, or clipped); ``ball``: (x, eps), for p < inf.
+    __slots__ = ("_ends", "_middle")
+
+    def __init__(self, ends: Pair | None = None, middle: Pair | None = None):
+        self._ends, self._middle = ends, middle
+
+    @property
+    def ends(self) -> Pair:
+        if self._ends is None:
+            self._ends = ops.from_center(*self._middle)
+        return self._ends
+
+    @property
+    def middle(self) -> Pair:
+        if self._middle is None:
+            self._middle = ops.to_center(*self._ends)
+        return self._middle
+
+    def relu(self) -> Box:
+        if self._ends is None:
+            return Box(middle=ops.relu_center(*self._middle))
+        return Box((self._ends[0].relu(), self._ends[1].relu()))
+
+    def reshape(self, *shape: int) -> Box:
+        """(B, *shape) of the same numbers."""
+        if self._ends is None:
+            return Box(middle=(self._middle[0].reshape(-1, *shape), self._middle[1].reshape(-1, *shape)))
+        return Box((self._ends[0].reshape(-1, *shape), self._ends[1].reshape(-1, *shape)))
+
+
+class Region:
+    """x (B, *shape), eps (a number, (B,) or x's shape), norm, clip.
+
+    ``box`` takes part for the l-infinity norm or with ``clip``; ``ball``: (x, eps), for p < inf.
     """
 
     def __init__(self, x: Tensor, eps: float | Tensor, norm: float, clip: tuple[float, float] | None):
         self.x, self.eps, self.norm, self.clip = x, eps, norm, clip
         self.q = dual_exponent(norm)
-        self.lower, self.upper = input_box(x, eps, clip)
-        self.box: Pair | None = center_radius(self.lower, self.upper) if clip is not None or norm == math.inf else None
+        self.cut = Box(middle=ops.box_center(x, eps, clip))
+        self.box: Pair | None = self.cut.middle if clip is not None or norm == math.inf else None
         self.ball: Pair | None = None if norm == math.inf else (x, eps_like(eps, x).expand_as(x))
         self._flat: dict[bool, tuple[Pair | None, Pair | None]] = {}
+
+    @property
+    def ends(self) -> Pair:
+        """The ends of the box as they are, not rounded through centre and radius."""
+        return input_box(self.x, self.eps, self.clip)
 
     def eps_for(self, x: Tensor) -> float | Tensor:
         """eps for the same examples in another shape."""
@@ -34,6 +72,10 @@ class Region:
     def flattened(self, image: bool) -> tuple[Pair | None, Pair | None]:
         """(box, ball) as (B, n), in channels-last order for images."""
         if image not in self._flat:
-            order = (lambda t: t.movedim(1, -1).flatten(1)) if image else (lambda t: t.flatten(1))
-            self._flat[image] = tuple(None if p is None else (order(p[0]), order(p[1])) for p in (self.box, self.ball))
+            self._flat[image] = tuple(None if p is None else (flat(p[0], image), flat(p[1], image)) for p in (self.box, self.ball))
         return self._flat[image]
+
+
+def flat(t: Tensor, image: bool) -> Tensor:
+    """(B, *shape) as (B, n), channels last for images."""
+    return (t.movedim(1, -1) if image else t).reshape(len(t), t[0].numel() if len(t) else math.prod(t.shape[1:])).contiguous()

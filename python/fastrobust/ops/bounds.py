@@ -1,18 +1,548 @@
-"""Interval and linear bound propagation ops."""
+"""Interval and linear bound propagation ops; the formulas are those of :mod:`fastrobust.reference.bounds`."""
 
-from fastrobust.reference.bounds import (
-    concretize,
-    concretize_rows,
-    interval_activation,
-    interval_ball_conv2d,
-    interval_ball_linear,
-    interval_conv2d,
-    interval_linear,
-    linear_back_step,
-    relax,
-)
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _C
+from ..reference import bounds as reference
+from ..reference import relaxations
+from ..reference.bounds import Window, center_radius, dual_exponent, eps_like, interval_activation
+from . import _checks as ck
+from ._library import below_autograd, define, nothing_intercepts, require_cuda_build, stream_of
 
 __all__ = [
-    "concretize", "concretize_rows", "interval_activation", "interval_ball_conv2d", "interval_ball_linear", "interval_conv2d",
-    "interval_linear", "linear_back_step", "relax",
+    "Window", "concretize", "concretize_rows", "interval_activation", "interval_ball_conv2d", "interval_ball_linear", "interval_conv2d",
+    "interval_linear", "linear_back_step", "relax", "spread",
 ]  # fmt: skip
+
+INF = math.inf
+_DUAL = {1.0: 1, 2.0: 2, INF: 3}
+_TO_CENTER, _FROM_CENTER, _RELU_CENTER, _BOX, _BOX_ENDS = range(5)
+CENTER, ENDS, RELU = range(3)  # what center_linear returns
+
+
+def _native(t: Tensor) -> bool:
+    """Served by a compiled kernel (float64 is checked against, and runs by the definition)."""
+    return t.dtype == torch.float32
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _dense(t: Tensor) -> Tensor:
+    return t.resolve_neg().contiguous()
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _direct(*tensors: Tensor | None) -> bool:
+    """Nothing records or traces: the kernel may be called without the dispatcher."""
+    return not _needs_grad(*tensors) and nothing_intercepts()
+
+
+class _Recompute(torch.autograd.Function):
+    """Backward of an op by differentiating its definition at the saved inputs: nothing but the inputs is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Callable[..., Any], definition: Callable[..., Any], *args: Any) -> Any:
+        tensors = [a if isinstance(a, Tensor) else None for a in args]
+        ctx.save_for_backward(*tensors)
+        ctx.plain = [None if isinstance(a, Tensor) else a for a in args]
+        ctx.definition = definition
+        return below_autograd(op, *args)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        saved = ctx.saved_tensors
+        need = ctx.needs_input_grad[2:]
+        inputs = [None if t is None else t.detach().requires_grad_(n) for t, n in zip(saved, need, strict=True)]
+        args = [p if t is None else t for t, p in zip(inputs, ctx.plain, strict=True)]
+        with torch.enable_grad():
+            out = ctx.definition(*args)
+        out = out if isinstance(out, (tuple, list)) else (out,)
+        pairs = [(o, g) for o, g in zip(out, grads, strict=True) if o.requires_grad and g is not None]
+        wanted = [t for t in inputs if t is not None and t.requires_grad]
+        found = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True) if pairs else [None] * len(wanted)
+        give = iter(found)
+        return None, None, *(next(give) if t is not None and t.requires_grad else None for t in inputs)
+
+
+def _register(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], definition: Callable[..., Any]) -> Any:
+    box: list[Any] = []
+
+    def autograd(*args: Any) -> Any:
+        if _needs_grad(*(a for a in args if isinstance(a, Tensor))):
+            return _Recompute.apply(box[0], definition, *args)
+        return below_autograd(box[0], *args)
+
+    box.append(define(name, schema, kernel, fake, autograd))
+    return box[0]
+
+
+# ---- rows of coefficients ----
+
+
+def _window_args(corner_y: Tensor | None, corner_x: Tensor | None, window: list[int] | tuple[int, ...]) -> Any:
+    if corner_y is None or corner_x is None:
+        return None
+    return (corner_y.data_ptr(), corner_x.data_ptr(), *window)
+
+
+def _corner(corner_y: Tensor | None, corner_x: Tensor | None, window: Any) -> tuple[Any, Any]:
+    return (None, None) if corner_y is None else ((corner_y, corner_x), tuple(window))
+
+
+def _rows_tuple(A: Tensor, b: Tensor, example: Tensor | None, rows: Tensor | None, window: Any) -> tuple[tuple[Any, ...], int]:
+    count = b.shape[1]
+    stride = A.shape[1] * A.shape[2] if A.shape[0] == 2 else 0
+    return (A.data_ptr(), stride, _address(rows), _address(example), count, A.shape[2], b.shape[0], window), count
+
+
+def _back_definition(A: Any, b: Any, slopes: Any, intercepts: Any, example: Any, rows: Any, corner_y: Any, corner_x: Any, window: Any) -> Any:
+    return reference.linear_back_step(A, b, slopes, intercepts, example, rows, *_corner(corner_y, corner_x, window))
+
+
+def _sides_out(A: Tensor, b: Tensor, slopes: Tensor) -> int:
+    return b.shape[0] if slopes.shape[0] == 2 else A.shape[0]
+
+
+def _back_kernel(
+    A: Tensor, b: Tensor, slopes: Tensor, intercepts: Tensor, example: Tensor | None, rows: Tensor | None,
+    corner_y: Tensor | None, corner_x: Tensor | None, window: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if not _native(A):
+        return _back_definition(A, b, slopes, intercepts, example, rows, corner_y, corner_x, window)
+    require_cuda_build(A.device)
+    device, stream = stream_of(A.device)
+    A, b, slopes, intercepts = _dense(A), _dense(b), _dense(slopes), _dense(intercepts)
+    args, count = _rows_tuple(A, b, example, rows, _window_args(corner_y, corner_x, window))
+    out = A.new_empty(_sides_out(A, b, slopes), count, A.shape[2])
+    b_out = torch.empty_like(b)
+    _C.bounds_back(
+        device, stream, args, slopes.data_ptr(), slopes.shape[0], intercepts.data_ptr(), slopes.shape[1],
+        b.data_ptr(), b_out.data_ptr(), out.data_ptr(), out.shape[0],
+    )  # fmt: skip
+    return out, b_out
+
+
+_back = _register(
+    "bounds_back_step",
+    "(Tensor A, Tensor b, Tensor slopes, Tensor intercepts, Tensor? example, Tensor? rows, Tensor? corner_y, Tensor? corner_x, int[] window)"
+    " -> (Tensor, Tensor)",
+    _back_kernel,
+    lambda A, b, slopes, *rest: (A.new_empty(_sides_out(A, b, slopes), b.shape[1], A.shape[2]), torch.empty_like(b)),
+    _back_definition,
+)
+
+
+def _check_index(t: Tensor | None, name: str, count: int, like: Tensor) -> None:
+    if t is None:
+        return
+    if t.dtype != torch.int64 or tuple(t.shape) != (count,) or t.device != like.device:
+        raise ValueError(f"{name}: got {ck.describe(t)}, expected ({count},) int64 on {like.device}")
+
+
+def _check_rows(A: Tensor, b: Tensor, example: Tensor | None, rows: Tensor | None, corner: Any, maps: dict[str, Tensor], window: Any) -> None:
+    for name, t, dim in (("A", A, 3), ("b", b, 2), *((k, v, 0) for k, v in maps.items())):
+        if not isinstance(t, Tensor) or t.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name}: got {ck.describe(t)}, expected a float32 tensor")
+        if dim and t.dim() != dim:
+            raise ValueError(f"{name}: got shape {tuple(t.shape)}, expected {dim} dimensions")
+        if t.dtype != A.dtype or t.device != A.device:
+            raise ValueError(f"{name}: got {ck.describe(t)}, expected {A.dtype} on {A.device}, as A has")
+    if A.shape[0] not in (1, 2) or b.shape[0] not in (1, 2) or A.shape[0] > b.shape[0]:
+        raise ValueError(f"A: got {A.shape[0]} matrices for b of shape {tuple(b.shape)}, expected one per side or one for all")
+    count = b.shape[1]
+    if rows is None and A.shape[1] != count:
+        raise ValueError(f"b: got {count} rows, expected A's {A.shape[1]}")
+    for name, index in (("example", example), ("rows", rows)):
+        _check_index(index, name, count, A)
+    if corner is not None:
+        _check_index(corner[0], "corner", count, A)
+        _check_index(corner[1], "corner", count, A)
+        if A.shape[2] != window[0] * window[1] * window[2]:
+            raise ValueError(f"window: {window} holds {window[0] * window[1] * window[2]} numbers, A's rows {A.shape[2]}")
+    size = A.shape[2] if corner is None else window[2] * window[3] * window[4]
+    for name, t in maps.items():
+        if t.shape[-1] != size:
+            raise ValueError(f"{name}: got shape {tuple(t.shape)}, expected {size} in the last dimension")
+        if example is None and t.shape[-2] != count:
+            raise ValueError(f"{name}: got shape {tuple(t.shape)}, expected {count} rows without `example`")
+
+
+def linear_back_step(A: Tensor, b: Tensor, slopes: Tensor, intercepts: Tensor, example: Tensor | None = None, rows: Tensor | None = None, corner: tuple[Tensor, Tensor] | None = None, window: Window | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Moves linear bounds through an elementwise function in one pass over A; see ``reference.bounds.linear_back_step``.
+
+    ``example`` and ``rows`` must hold valid indices: they are not read here.
+    """
+    _check_rows(A, b, example, rows, corner, {"slopes": slopes, "intercepts": intercepts}, window)
+    y, x = (None, None) if corner is None else (_dense(corner[0]), _dense(corner[1]))
+    f = _back_kernel if _direct(A, b, slopes, intercepts) else _back
+    return f(A, b, slopes, intercepts, example, rows, y, x, list(window or ()))
+
+
+def _concretize_definition(A: Any, b: Any, example: Any, rows: Any, center: Any, radius: Any, x: Any, eps: Any, q: float, corner_y: Any, corner_x: Any, window: Any) -> Any:  # fmt: skip
+    box, ball = (None if center is None else (center, radius)), (None if x is None else (x, eps))
+    return reference.concretize_rows(A, b, example, box, ball, q, rows, *_corner(corner_y, corner_x, window))
+
+
+def _concretize_kernel(
+    A: Tensor, b: Tensor, example: Tensor | None, rows: Tensor | None, center: Tensor | None, radius: Tensor | None,
+    x: Tensor | None, eps: Tensor | None, q: float, corner_y: Tensor | None, corner_x: Tensor | None, window: Any,
+) -> Tensor:  # fmt: skip
+    if not _native(A) or (x is not None and q not in _DUAL):
+        return _concretize_definition(A, b, example, rows, center, radius, x, eps, q, corner_y, corner_x, window)
+    require_cuda_build(A.device)
+    device, stream = stream_of(A.device)
+    A, b = _dense(A), _dense(b)
+    maps = [None if t is None else _dense(t) for t in (center, radius, x, eps)]
+    args, _ = _rows_tuple(A, b, example, rows, _window_args(corner_y, corner_x, window))
+    out = torch.empty_like(b)
+    _C.bounds_concretize(device, stream, args, *map(_address, maps), 0 if x is None else _DUAL[q], b.data_ptr(), out.data_ptr())
+    return out
+
+
+_concretize = _register(
+    "bounds_concretize",
+    "(Tensor A, Tensor b, Tensor? example, Tensor? rows, Tensor? center, Tensor? radius, Tensor? x, Tensor? eps, float q, "
+    "Tensor? corner_y, Tensor? corner_x, int[] window) -> Tensor",
+    _concretize_kernel,
+    lambda A, b, *rest: torch.empty_like(b),
+    _concretize_definition,
+)
+
+
+def concretize_rows(A: Tensor, b: Tensor, example: Tensor | None, box: tuple[Tensor, Tensor] | None, ball: tuple[Tensor, Tensor] | None, q: float, rows: Tensor | None = None, corner: tuple[Tensor, Tensor] | None = None, window: Window | None = None) -> Tensor:  # fmt: skip
+    """Extremes of linear bounds over boxes and balls; see ``reference.bounds.concretize_rows``."""
+    maps = {}
+    if box is not None:
+        maps.update(center=box[0], radius=box[1])
+    if ball is not None:
+        maps.update(x=ball[0], eps=ball[1])
+    if not maps:
+        raise ValueError("box: got None, and ball None too, expected at least one")
+    _check_rows(A, b, example, rows, corner, maps, window)
+    y, x = (None, None) if corner is None else (_dense(corner[0]), _dense(corner[1]))
+    f = _concretize_kernel if _direct(A, b, *maps.values()) else _concretize
+    return f(A, b, example, rows, *(box or (None, None)), *(ball or (None, None)), q, y, x, list(window or ()))
+
+
+def concretize(A: Tensor, b: Tensor, x: Tensor, eps: float | Tensor, norm: Any = INF, clip: tuple[float, float] | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Minimum and maximum of A x' + b over {x + d: ||d||_p <= eps} cut at ``clip``: two tensors (B, S).
+
+    A: (B, S, n), or (B, S, *x.shape[1:]); b: (B, S); x: (B, *shape) with n elements; eps a number, (B,) or x's shape (then
+    d = eps * v with ||v||_p <= 1). For p < inf with ``clip`` the tighter of the ball and the box.
+    """
+    p = check_p(norm)
+    x = ck.check_state(x, "x")
+    if A.dim() < 3 or A.shape[:2] != b.shape or A.shape[0] != x.shape[0] or A[0, 0].numel() != x[0].numel():
+        raise ValueError(f"A: got {tuple(A.shape)} with b {tuple(b.shape)} and x {tuple(x.shape)}, expected (B, S, n), (B, S), (B, *shape)")
+    check_eps(eps, x)
+    batch, per = b.shape
+    box, ball = reference.region(x, eps, p, clip)
+    example = torch.arange(batch, device=A.device).repeat_interleave(per)
+    offset = b.reshape(1, -1).expand(2, -1)
+    out = concretize_rows(A.reshape(1, batch * per, -1), offset, example, box, ball, dual_exponent(p))
+    return out[0].view(batch, per), out[1].view(batch, per)
+
+
+def check_p(norm: Any) -> float:
+    """A norm exponent >= 1, or one of the names of the attacks."""
+    if isinstance(norm, (int, float)) and not isinstance(norm, bool):
+        if not norm >= 1:
+            raise ValueError(f"norm: got {norm}, expected 1, 2, inf or a number >= 1")
+        return float(norm)
+    return ck.parse_norm(norm)
+
+
+def check_eps(eps: Any, x: Tensor) -> None:
+    """A finite number >= 0, or a tensor of one per example or per element; CPU values are read."""
+    if isinstance(eps, Tensor):
+        if eps.dim() > 0 and tuple(eps.shape) not in ((x.shape[0],), tuple(x.shape)):
+            raise ValueError(f"eps: got shape {tuple(eps.shape)}, expected a number, ({x.shape[0]},) or {tuple(x.shape)}")
+        if not eps.dtype.is_floating_point:
+            raise TypeError(f"eps: got {eps.dtype}, expected floating point")
+        if eps.dim() > 0 and eps.device != x.device:
+            raise ValueError(f"eps: is on {eps.device}, x is on {x.device}")
+        e = eps.detach()
+        if nothing_intercepts() and e.numel() and not bool(((e >= 0) & (e < INF)).all()):
+            raise ValueError("eps: holds negative, NaN or infinite values, expected finite ones >= 0")
+        return
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+        raise TypeError(f"eps: got {ck.describe(eps)}, expected a number or a tensor")
+    if not 0 <= eps < INF:
+        raise ValueError(f"eps: got {eps}, expected a finite number >= 0")
+
+
+# ---- intervals ----
+
+
+def _step(a: Tensor, b: Tensor | None, step: int, eps: float = 0.0, lo: float = -INF, hi: float = INF) -> tuple[Tensor, Tensor]:
+    """One fused elementwise pass; a and b dense float32 in one memory format. Not recorded."""
+    require_cuda_build(a.device)
+    device, stream = stream_of(a.device)
+    out_a, out_b = torch.empty_like(a), torch.empty_like(a)
+    _C.bounds_interval_step(device, stream, a.data_ptr(), _address(b), out_a.data_ptr(), out_b.data_ptr(), a.numel(), step, eps, lo, hi)
+    return out_a, out_b
+
+
+def _pair_dense(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    fmt = ck.dense_format(a) or torch.contiguous_format
+    return ck.lay_out(a, fmt), ck.lay_out(b, fmt)
+
+
+def to_center(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    """Centre and radius."""
+    if _native(lower) and _direct(lower, upper):
+        require_cuda_build(lower.device)
+        return _step(*_pair_dense(lower, upper), _TO_CENTER)
+    return center_radius(lower, upper)
+
+
+def from_center(center: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
+    if _native(center) and _direct(center, radius):
+        return _step(*_pair_dense(center, radius), _FROM_CENTER)
+    return center - radius, center + radius
+
+
+def relu_center(center: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
+    """Centre and radius of the ReLU of an interval given by centre and radius."""
+    if _native(center) and _direct(center, radius):
+        return _step(*_pair_dense(center, radius), _RELU_CENTER)
+    return center_radius((center - radius).relu(), (center + radius).relu())
+
+
+def box_center(x: Tensor, eps: float | Tensor, clip: tuple[float, float] | None) -> tuple[Tensor, Tensor]:
+    """Centre and radius of [x - eps, x + eps] cut at ``clip``."""
+    if _native(x) and _direct(x, eps if isinstance(eps, Tensor) else None):
+        require_cuda_build(x.device)
+        fmt = ck.dense_format(x) or torch.contiguous_format
+        x = ck.lay_out(x, fmt)
+        e = ck.lay_out(eps_like(eps, x).expand_as(x), fmt) if isinstance(eps, Tensor) else None
+        return _step(x, e, _BOX, 0.0 if e is not None else float(eps), *(clip or (-INF, INF)))
+    return center_radius(*reference.input_box(x, eps, clip))
+
+
+def _interval_definition(center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, finish: int) -> tuple[Tensor, Tensor]:
+    c, r = F.linear(center, weight, bias), F.linear(radius, weight.abs())
+    if finish == CENTER:
+        return c, r
+    low, up = c - r, c + r
+    return (low, up) if finish == ENDS else center_radius(low.relu(), up.relu())
+
+
+def _interval_kernel(center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, finish: int) -> tuple[Tensor, Tensor]:
+    if not _native(center):
+        return _interval_definition(center, radius, weight, bias, finish)
+    require_cuda_build(center.device)
+    device, stream = stream_of(center.device)
+    center, radius, weight = _dense(center), _dense(radius), _dense(weight)
+    bias = None if bias is None else _dense(bias)
+    batch, n, m = center.shape[0], center.shape[1], weight.shape[0]
+    if device >= 0 and batch > 16:  # large dense products belong to the vendor's engine
+        return _interval_definition(center, radius, weight, bias, finish)
+    out_a, out_b = center.new_empty(batch, m), center.new_empty(batch, m)
+    _C.bounds_interval(
+        device, stream, center.data_ptr(), radius.data_ptr(), weight.data_ptr(), _address(bias), out_a.data_ptr(), out_b.data_ptr(), batch, n, m, finish
+    )  # fmt: skip
+    return out_a, out_b
+
+
+_interval = _register(
+    "bounds_interval_linear",
+    "(Tensor center, Tensor radius, Tensor weight, Tensor? bias, int finish) -> (Tensor, Tensor)",
+    _interval_kernel,
+    lambda c, r, w, bias, finish: (c.new_empty(c.shape[0], w.shape[0]), c.new_empty(c.shape[0], w.shape[0])),
+    _interval_definition,
+)
+
+
+def center_linear(center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, finish: int = ENDS) -> tuple[Tensor, Tensor]:
+    """The interval of a linear layer from centre and radius (B, n); finish 0: centre and radius, 1: ends, 2: of the ReLU."""
+    f = _interval_kernel if _direct(center, radius, weight, bias) else _interval
+    return f(center, radius, weight, bias, finish)
+
+
+def _check_interval(lower: Tensor, upper: Tensor, weight: Tensor, bias: Tensor | None, features: int, dim: int) -> None:
+    lower = ck.check_state(lower, "lower")
+    ck.check_like(upper, "upper", lower, "lower")
+    _check_weight(lower, weight, bias, features, dim)
+
+
+def _check_weight(x: Tensor, weight: Tensor, bias: Tensor | None, features: int, dim: int) -> None:
+    weight = ck.need_tensor(weight, "weight")
+    if weight.dtype != x.dtype or weight.device != x.device:
+        raise ValueError(f"weight: got {ck.describe(weight)}, expected {x.dtype} on {x.device}")
+    if weight.dim() != dim or weight.shape[1] != features:
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected {dim} dimensions and {features} in the second")
+    if bias is not None and tuple(ck.need_tensor(bias, "bias").shape) != (weight.shape[0],):
+        raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected ({weight.shape[0]},)")
+
+
+def _finish(low: Tensor, up: Tensor, activation: str | None, params: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    return (low, up) if activation is None else interval_activation(low, up, activation, params)
+
+
+def interval_linear(lower: Tensor, upper: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, params: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """W c + b -+ |W| r with c, r the centre and radius of [lower, upper], and the range of ``activation`` on it (thesis, eq. 3.8).
+
+    lower, upper: (..., n); weight: (m, n); bias: (m,); two tensors (..., m). W is read once and |W| is never stored.
+    """
+    _check_interval(lower, upper, weight, bias, lower.shape[-1] if isinstance(lower, Tensor) and lower.dim() else 0, 2)
+    lead = lower.shape[:-1]
+    c, r = to_center(lower, upper)
+    low, up = center_linear(c.reshape(-1, c.shape[-1]), r.reshape(-1, r.shape[-1]), weight, bias)
+    return _finish(low.view(*lead, -1), up.view(*lead, -1), activation, params)
+
+
+def interval_conv2d(lower: Tensor, upper: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1, activation: str | None = None, params: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same for a convolution with zero padding: (B, C, H, W) -> (B, O, H', W')."""
+    if isinstance(lower, Tensor) and lower.dim() != 4:
+        raise ValueError(f"lower: got shape {tuple(lower.shape)}, expected (B, C, H, W)")
+    _check_interval(lower, upper, weight, bias, lower.shape[1] // groups, 4)
+    return _finish(*from_center(*center_conv2d(*to_center(lower, upper), weight, bias, stride, padding, dilation, groups)), activation, params)
+
+
+def center_conv2d(center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, *conv: Any) -> tuple[Tensor, Tensor]:
+    """Centre and radius of a convolution of an interval: two convolutions, the vendor's engine being right for them."""
+    return F.conv2d(center, weight, bias, *conv), F.conv2d(radius, weight.abs(), None, *conv)
+
+
+def _tighter(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return torch.maximum(a[0], b[0]), torch.minimum(a[1], b[1])
+
+
+def interval_ball_linear(x: Tensor, eps: float | Tensor, norm: Any, clip: tuple[float, float] | None, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, params: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Bounds of W x' + b over the l_p ball around x: W x + b -+ eps ||W||_q by rows (Algorithm 3.1, line 2), with ``clip`` the
+    tighter of that and of the clipped box. x: (B, n) or (B, *shape) with n elements; eps: a number, (B,) or x's shape."""
+    x = ck.check_state(x, "x")
+    p = check_p(norm)
+    check_eps(eps, x)
+    _check_weight(x, weight, bias, math.prod(x.shape[1:]), 2)
+    box = None
+    if clip is not None or p == INF:
+        c, r = box_center(x, eps, clip)
+        box = center_linear(c.flatten(1), r.flatten(1), weight, bias)
+    if p == INF:
+        assert box is not None
+        return _finish(*box, activation, params)
+    scalar = not (isinstance(eps, Tensor) and eps.dim() == x.dim() and eps.dim() > 1)
+    if scalar:  # one norm per row of W serves every example
+        q, e = dual_exponent(p), eps_like(eps, x).reshape(-1, 1)
+        size = weight.abs().amax(1) if q == INF else reference._power_sum_root(weight.abs().pow(q).sum(1), q)
+        middle, reach = F.linear(x.flatten(1), weight, bias), e * size
+        ball = middle - reach, middle + reach
+    else:
+        ball = reference.interval_ball_linear(x, eps, p, None, weight, bias)
+    return _finish(*(ball if box is None else _tighter(box, ball)), activation, params)
+
+
+def interval_ball_conv2d(x: Tensor, eps: float | Tensor, norm: Any, clip: tuple[float, float] | None, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1, activation: str | None = None, params: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same for a convolution of x: (B, C, H, W)."""
+    x = ck.check_state(x, "x")
+    if x.dim() != 4:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected (B, C, H, W)")
+    p, conv = check_p(norm), (stride, padding, dilation, groups)
+    check_eps(eps, x)
+    _check_weight(x, weight, bias, x.shape[1] // groups, 4)
+    box = None
+    if clip is not None or p == INF:
+        c, r = box_center(x, eps, clip)
+        if clip is None and not isinstance(eps, Tensor):  # the radius is the same for every example
+            mid, reach = F.conv2d(c, weight, bias, *conv), F.conv2d(r[:1], weight.abs(), None, *conv)
+            box = mid - reach, mid + reach
+        else:
+            box = from_center(*center_conv2d(c, r, weight, bias, *conv))
+    if p != INF:
+        scalar = not (isinstance(eps, Tensor) and eps.dim() > 1)
+        if scalar and dual_exponent(p) != INF:
+            q = dual_exponent(p)
+            ones = torch.ones_like(x[:1])
+            size = reference._power_sum_root(F.conv2d(ones, weight.abs().pow(q), None, *conv), q)
+            mid, reach = F.conv2d(x, weight, bias, *conv), eps_like(eps, x) * size
+            ball = mid - reach, mid + reach
+        else:
+            ball = reference.interval_ball_conv2d(x, eps, p, None, weight, bias, *conv)
+        box = ball if box is None else _tighter(box, ball)
+    assert box is not None
+    return _finish(*box, activation, params)
+
+
+# ---- relaxations ----
+
+
+def _lines_definition(lower: Tensor, upper: Tensor, left: float, adaptive: bool) -> tuple[Tensor, Tensor]:
+    return relaxations.relax(lower, upper, "leaky_relu", "crown" if adaptive else "parallel", (left,))
+
+
+def _lines_kernel(lower: Tensor, upper: Tensor, left: float, adaptive: bool) -> tuple[Tensor, Tensor]:
+    if not _native(lower):
+        return _lines_definition(lower, upper, left, adaptive)
+    require_cuda_build(lower.device)
+    device, stream = stream_of(lower.device)
+    lower, upper = _pair_dense(lower, upper)
+    slopes = lower.new_empty(2 if adaptive else 1, *lower.shape)
+    intercepts = lower.new_empty(2, *lower.shape)
+    if not lower.is_contiguous():  # channels last: the outputs keep the order
+        order = lambda t: t.movedim(2, -1).contiguous().movedim(-1, 2)
+        slopes, intercepts = order(slopes), order(intercepts)
+    _C.bounds_relu_lines(
+        device, stream, lower.data_ptr(), upper.data_ptr(), slopes.data_ptr(), intercepts.data_ptr(), lower.numel(), left, adaptive
+    )  # fmt: skip
+    return slopes, intercepts
+
+
+_lines = _register(
+    "bounds_relu_lines",
+    "(Tensor lower, Tensor upper, float left, bool adaptive) -> (Tensor, Tensor)",
+    _lines_kernel,
+    lambda l, u, left, adaptive: (l.new_empty(2 if adaptive else 1, *l.shape), l.new_empty(2, *l.shape)),
+    _lines_definition,
+)
+
+
+def relax(lower: Tensor, upper: Tensor, activation: str, kind: str = "parallel", params: tuple[float, ...] = ()) -> relaxations.Lines:
+    """Lines around an activation on [lower, upper]: slopes (1 or 2, *shape), intercepts (2, *shape), lower first, so that
+    slopes[0] x + intercepts[0] <= s(x) <= slopes[-1] x + intercepts[1]; see ``reference.relaxations``.
+
+    activation: one of ``reference.relaxations.ACTIVATIONS``; kind: "parallel" (one slope: thesis, equations 3.3 to 3.5) or
+    "crown" (adaptive).
+    """
+    lower = ck.check_state(lower, "lower")
+    ck.check_like(upper, "upper", lower, "lower")
+    params = relaxations.parameters_of(activation, params)
+    if activation not in ("relu", "leaky_relu") or kind not in ("parallel", "crown"):
+        return relaxations.relax(lower, upper, activation, kind, params)
+    f = _lines_kernel if _direct(lower, upper) else _lines
+    return relaxations.Lines(*f(lower, upper, params[0] if params else 0.0, kind == "crown"))
+
+
+# ---- the adjoint of a small convolution ----
+
+
+def spread(a: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int], size: tuple[int, int]) -> Tensor | None:
+    """The adjoint of a convolution: a (N, O, h, w) to (N, C, *size), in one pass where the taps of one position fit a few
+    registers. None where this is not the right engine; not recorded."""
+    o, c, kh, kw = weight.shape
+    lanes = -(-c * kh * kw // 16) * 16
+    if a.device.type != "cpu" or not _native(a) or lanes > 64 or a.shape[1] != o or not _direct(a, weight):
+        return None
+    a = a.contiguous(memory_format=torch.channels_last)
+    w = weight.new_zeros(o, lanes)
+    w[:, : c * kh * kw] = weight.permute(0, 2, 3, 1).reshape(o, -1)
+    out = torch.empty((a.shape[0], c, *size), dtype=a.dtype, memory_format=torch.channels_last)
+    _C.bounds_spread(
+        a.data_ptr(), w.data_ptr(), out.data_ptr(), (a.shape[0], *a.shape[2:], o, *size, c, kh, kw, *stride, *padding, lanes)
+    )  # fmt: skip
+    return out

@@ -18,6 +18,7 @@ from fastrobust.reference.relaxations import interval_activation, relax
 __all__ = [
     "center_radius", "concretize", "concretize_rows", "dual_exponent", "eps_like", "input_box", "interval_activation",
     "interval_ball_conv2d", "interval_ball_linear", "interval_conv2d", "interval_linear", "linear_back_step", "region", "relax",
+    "row_maps",
 ]  # fmt: skip
 
 
@@ -124,17 +125,35 @@ def _max_conv2d(e: Tensor, weight: Tensor, stride, padding, dilation, groups: in
     return (cols * w).amax(3).view(b, weight.shape[0], out_h, -1)
 
 
-def _select(t: Tensor, example: Tensor | None) -> Tensor:
-    return t if example is None else t[:, example]
+Window = tuple[int, int, int, int, int]  # height, width, channels, map height, map width
 
 
-def linear_back_step(A: Tensor, b: Tensor, slopes: Tensor, intercepts: Tensor, example: Tensor | None = None, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+def row_maps(t: Tensor, example: Tensor | None, corner: tuple[Tensor, Tensor] | None, window: Window | None) -> Tensor:
+    """What each row sees of per-example maps t (m, B, map): (m, R, length).
+
+    Without a window the row of its example. With one, map = map height * map width * channels (channels innermost) and each
+    row sees ``height`` x ``width`` positions from its ``corner`` (y, x), zeros outside the map.
+    """
+    if window is None or corner is None:
+        return t if example is None else t[:, example]
+    height, width, channels, h, w = window
+    yy = corner[0][:, None] + torch.arange(height, device=t.device)
+    xx = corner[1][:, None] + torch.arange(width, device=t.device)
+    inside = ((yy >= 0) & (yy < h))[:, :, None] & ((xx >= 0) & (xx < w))[:, None, :]
+    yy, xx = yy.clamp(0, h - 1), xx.clamp(0, w - 1)
+    if example is None:
+        example = torch.arange(len(yy), device=t.device)
+    seen = t.unflatten(2, (h, w, channels))[:, example[:, None, None], yy[:, :, None], xx[:, None, :]]
+    return (seen * inside[..., None].to(t.dtype)).flatten(2)
+
+
+def linear_back_step(A: Tensor, b: Tensor, slopes: Tensor, intercepts: Tensor, example: Tensor | None = None, rows: Tensor | None = None, corner: tuple[Tensor, Tensor] | None = None, window: Window | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Moves linear bounds from the output of an elementwise function to its input (thesis, equation 3.7; CROWN).
 
     A: (k, R, n), lower coefficients first; k = 1 means that one matrix serves every side. b: (m, R), m = 2 (lower, upper) or
-    m = 1 (lower only, k = 1). slopes (1 or 2, B, n) and intercepts (2, B, n): the lines of the function, lower first.
+    m = 1 (lower only, k = 1). slopes (1 or 2, B, map) and intercepts (2, B, map): the lines of the function, lower first.
     ``example``: (R,) int64, the row of slopes and intercepts that each row of A uses (default: its own, B = R). ``rows``: (R,)
-    int64, the rows of A to start from (default: all).
+    int64, the rows of A to start from (default: all). ``corner`` and ``window``: see ``row_maps``.
 
         lower: A' = A+ slopes[0] + A- slopes[-1],   b' = b + sum(A+ intercepts[0] + A- intercepts[1])
         upper: the same with the two lines exchanged.
@@ -143,7 +162,7 @@ def linear_back_step(A: Tensor, b: Tensor, slopes: Tensor, intercepts: Tensor, e
     """
     if rows is not None:
         A = A[:, rows]
-    s, i = _select(slopes, example), _select(intercepts, example)
+    s, i = row_maps(slopes, example, corner, window), row_maps(intercepts, example, corner, window)
     out, offsets = [], []
     for side in range(b.shape[0]):
         a = A[min(side, A.shape[0] - 1)]
@@ -154,22 +173,26 @@ def linear_back_step(A: Tensor, b: Tensor, slopes: Tensor, intercepts: Tensor, e
     return (torch.stack(out) if out else A * s), torch.stack(offsets)
 
 
-def concretize_rows(A: Tensor, b: Tensor, example: Tensor, box: tuple[Tensor, Tensor] | None, ball: tuple[Tensor, Tensor] | None, q: float) -> Tensor:  # fmt: skip
+def concretize_rows(A: Tensor, b: Tensor, example: Tensor | None, box: tuple[Tensor, Tensor] | None, ball: tuple[Tensor, Tensor] | None, q: float, rows: Tensor | None = None, corner: tuple[Tensor, Tensor] | None = None, window: Window | None = None) -> Tensor:  # fmt: skip
     """Minimum (row 0) and maximum (row 1) of A x + b: (m, R).
 
-    A, b, example as in ``linear_back_step``. box = (center, radius), each (B, n); ball = (x, eps), each (B, n), with dual
-    exponent q: A x -+ ||eps * A||_q. With both, the tighter one.
+    A, b, example, rows, corner, window as in ``linear_back_step``. box = (center, radius), each (B, map); ball = (x, eps), each
+    (B, map), with dual exponent q: A x -+ ||eps * A||_q. With both, the tighter one.
     """
+    if rows is not None:
+        A = A[:, rows]
+    box_maps = None if box is None else row_maps(torch.stack(box), example, corner, window)
+    ball_maps = None if ball is None else row_maps(torch.stack(ball), example, corner, window)
     out = []
     for side in range(b.shape[0]):
         a, sign = A[min(side, A.shape[0] - 1)], 2.0 * side - 1.0
         values = []
-        if box is not None:
-            values.append((a * box[0][example]).sum(-1) + sign * (a.abs() * box[1][example]).sum(-1))
-        if ball is not None:
-            w = (a * ball[1][example]).abs()
+        if box_maps is not None:
+            values.append((a * box_maps[0]).sum(-1) + sign * (a.abs() * box_maps[1]).sum(-1))
+        if ball_maps is not None:
+            w = (a * ball_maps[1]).abs()
             size = w.amax(-1) if q == math.inf else _power_sum_root(w.pow(q).sum(-1), q)
-            values.append((a * ball[0][example]).sum(-1) + sign * size)
+            values.append((a * ball_maps[0]).sum(-1) + sign * size)
         best = values[0] if len(values) == 1 else (torch.minimum if side else torch.maximum)(*values)
         out.append(b[side] + best)
     return torch.stack(out)

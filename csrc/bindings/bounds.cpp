@@ -1,0 +1,165 @@
+#include "bounds/kernels.h"
+
+#include "bindings/bindings.h"
+#include "runtime/device.h"
+
+namespace py = pybind11;
+
+namespace fastrobust {
+namespace {
+
+#if defined(FASTROBUST_HAS_CUDA)
+#define FR_BOUNDS_CUDA(name) name
+#else
+#define FR_BOUNDS_CUDA(name) nullptr
+#endif
+
+template <class Args, class Gpu>
+void run(int device, uintptr_t stream, int64_t work, const Args& a, void (*cpu)(const Args&), Gpu gpu) {
+  without_gil(work, [&] {
+    if (device < 0) {
+      cpu(a);
+      return;
+    }
+#if defined(FASTROBUST_HAS_CUDA)
+    const DeviceGuard guard(device);
+    gpu(a, reinterpret_cast<void*>(stream));
+#else
+    (void)stream;
+    (void)gpu;
+    throw std::runtime_error("fastrobust was built without CUDA kernels");
+#endif
+  });
+}
+
+// (a, side_stride, pick, example, count, length, sides, window): window is None or
+// (corner_y, corner_x, height, width, channels, map_height, map_width)
+Rows rows_from(const py::tuple& t) {
+  Rows r;
+  r.count = t[4].cast<int64_t>();
+  r.length = t[5].cast<int64_t>();
+  r.a = pointer<const float>(t[0].cast<uintptr_t>(), r.count * r.length, "A");
+  r.side_stride = t[1].cast<int64_t>();
+  r.pick = reinterpret_cast<const int64_t*>(t[2].cast<uintptr_t>());
+  r.example = reinterpret_cast<const int64_t*>(t[3].cast<uintptr_t>());
+  r.sides = t[6].cast<int>();
+  if (!t[7].is_none()) {
+    const py::tuple w = t[7];
+    r.corner_y = pointer<const int64_t>(w[0].cast<uintptr_t>(), r.count, "corner_y");
+    r.corner_x = pointer<const int64_t>(w[1].cast<uintptr_t>(), r.count, "corner_x");
+    r.height = w[2].cast<int64_t>();
+    r.width = w[3].cast<int64_t>();
+    r.channels = w[4].cast<int64_t>();
+    r.map_height = w[5].cast<int64_t>();
+    r.map_width = w[6].cast<int64_t>();
+  }
+  return r;
+}
+
+void back(int device, uintptr_t stream, const py::tuple& rows, uintptr_t slopes, int slope_sides, uintptr_t intercepts,
+          int64_t examples, uintptr_t b, uintptr_t b_out, uintptr_t out, int sides_out) {
+  BackArgs g;
+  g.rows = rows_from(rows);
+  const int64_t work = g.rows.count * g.rows.length;
+  if (g.rows.count == 0) return;
+  g.slopes = pointer<const float>(slopes, work, "slopes");
+  g.intercepts = pointer<const float>(intercepts, work, "intercepts");
+  g.examples = examples;
+  g.slope_sides = slope_sides;
+  g.b = pointer<const float>(b, g.rows.count, "b");
+  g.b_out = pointer<float>(b_out, g.rows.count, "b_out");
+  g.out = pointer<float>(out, work, "out");
+  g.sides_out = sides_out;
+  run(device, stream, work, g, bounds().back, FR_BOUNDS_CUDA(back_cuda));
+}
+
+void concretize(int device, uintptr_t stream, const py::tuple& rows, uintptr_t center, uintptr_t radius, uintptr_t x,
+                uintptr_t eps, int dual, uintptr_t b, uintptr_t out) {
+  ConcretizeArgs g;
+  g.rows = rows_from(rows);
+  if (g.rows.count == 0) return;
+  g.center = reinterpret_cast<const float*>(center);
+  g.radius = reinterpret_cast<const float*>(radius);
+  g.x = reinterpret_cast<const float*>(x);
+  g.eps = reinterpret_cast<const float*>(eps);
+  g.dual = static_cast<Dual>(dual);
+  if ((g.center == nullptr && g.dual == Dual::none) || (g.center != nullptr && g.radius == nullptr) ||
+      (g.dual != Dual::none && (g.x == nullptr || g.eps == nullptr)))
+    throw std::invalid_argument("box and ball: got tensors without memory, expected real data");
+  g.b = pointer<const float>(b, g.rows.count, "b");
+  g.out = pointer<float>(out, g.rows.count, "out");
+  run(device, stream, g.rows.count * g.rows.length, g, bounds().concretize, FR_BOUNDS_CUDA(concretize_cuda));
+}
+
+// sizes: (count, in_h, in_w, in_c, out_h, out_w, out_c, kernel_h, kernel_w, stride_y, stride_x, pad_y, pad_x, lanes)
+void spread(uintptr_t a, uintptr_t weight, uintptr_t out, const py::tuple& sizes) {
+  SpreadArgs g;
+  int64_t* const to[] = {&g.count, &g.in_h, &g.in_w, &g.in_c, &g.out_h, &g.out_w, &g.out_c,
+                         &g.kernel_h, &g.kernel_w, &g.stride_y, &g.stride_x, &g.pad_y, &g.pad_x, &g.lanes};
+  for (size_t i = 0; i < 14; ++i) *to[i] = sizes[i].cast<int64_t>();
+  if (g.lanes % 16 != 0 || g.lanes < 16 || g.lanes > 64) throw std::invalid_argument("lanes: expected 16, 32, 48 or 64");
+  if (g.count == 0) return;
+  g.a = pointer<const float>(a, g.count, "A");
+  g.weight = pointer<const float>(weight, g.in_c, "weight");
+  g.out = pointer<float>(out, g.count, "out");
+  without_gil(g.count * g.in_h * g.in_w * g.in_c, [&] { bounds().spread(g); });
+}
+
+void interval(int device, uintptr_t stream, uintptr_t center, uintptr_t radius, uintptr_t weight, uintptr_t bias,
+              uintptr_t out_a, uintptr_t out_b, int64_t batch, int64_t n, int64_t m, int finish) {
+  IntervalArgs g;
+  g.center = pointer<const float>(center, batch * n, "center");
+  g.radius = pointer<const float>(radius, batch * n, "radius");
+  g.weight = pointer<const float>(weight, m * n, "weight");
+  g.bias = reinterpret_cast<const float*>(bias);
+  g.out_a = pointer<float>(out_a, batch * m, "out_a");
+  g.out_b = pointer<float>(out_b, batch * m, "out_b");
+  g.batch = batch;
+  g.n = n;
+  g.m = m;
+  g.finish = static_cast<Finish>(finish);
+  run(device, stream, batch * n * m, g, bounds().interval, FR_BOUNDS_CUDA(interval_cuda));
+}
+
+void interval_step(int device, uintptr_t stream, uintptr_t a, uintptr_t b, uintptr_t out_a, uintptr_t out_b,
+                   int64_t count, int step, double eps, double lo, double hi) {
+  IntervalStepArgs g;
+  g.a = pointer<const float>(a, count, "a");
+  g.b = reinterpret_cast<const float*>(b);
+  g.out_a = pointer<float>(out_a, count, "out_a");
+  g.out_b = pointer<float>(out_b, count, "out_b");
+  g.count = count;
+  g.step = static_cast<IntervalStep>(step);
+  g.eps_value = static_cast<float>(eps);
+  g.lo = static_cast<float>(lo);
+  g.hi = static_cast<float>(hi);
+  if (g.b == nullptr && g.step != IntervalStep::box && g.step != IntervalStep::box_ends && count > 0)
+    throw std::invalid_argument("b: got a tensor without memory (address 0), expected real data");
+  run(device, stream, count, g, bounds().interval_step, FR_BOUNDS_CUDA(interval_step_cuda));
+}
+
+void relu_lines(int device, uintptr_t stream, uintptr_t lower, uintptr_t upper, uintptr_t slopes, uintptr_t intercepts,
+                int64_t count, double left, bool adaptive) {
+  ReluLinesArgs g;
+  g.lower = pointer<const float>(lower, count, "lower");
+  g.upper = pointer<const float>(upper, count, "upper");
+  g.slopes = pointer<float>(slopes, count, "slopes");
+  g.intercepts = pointer<float>(intercepts, count, "intercepts");
+  g.count = count;
+  g.left = static_cast<float>(left);
+  g.adaptive = adaptive;
+  run(device, stream, count, g, bounds().relu_lines, FR_BOUNDS_CUDA(relu_lines_cuda));
+}
+
+}  // namespace
+
+void bind_bounds(py::module_& m) {
+  m.def("bounds_back", &back);
+  m.def("bounds_concretize", &concretize);
+  m.def("bounds_spread", &spread);
+  m.def("bounds_interval", &interval);
+  m.def("bounds_interval_step", &interval_step);
+  m.def("bounds_relu_lines", &relu_lines);
+}
+
+}  // namespace fastrobust

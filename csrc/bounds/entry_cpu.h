@@ -1,0 +1,13 @@
+#pragma once
+
+#include "bounds/kernels.h"
+#include "core/macros.h"
+
+FR_NS_BEGIN
+void back_cpu(const BackArgs& a);
+void concretize_cpu(const ConcretizeArgs& a);
+void spread_cpu(const SpreadArgs& a);
+void interval_cpu(const IntervalArgs& a);
+void interval_step_cpu(const IntervalStepArgs& a);
+void relu_lines_cpu(const ReluLinesArgs& a);
+FR_NS_END

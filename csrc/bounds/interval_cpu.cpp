@@ -1,0 +1,121 @@
+// Interval products with one read of W, and the elementwise passes around them.
+#include <algorithm>
+
+#include "bounds/entry_cpu.h"
+#include "bounds/fma.h"
+#include "bounds/formulas.h"
+#include "runtime/parallel.h"
+
+FR_NS_BEGIN
+namespace {
+
+// kOut rows of W times kBatch examples: each product W c and |W| r has its own accumulator, so that a result does not
+// depend on what else is in the tile.
+template <int kOut, int kBatch>
+void tile(const IntervalArgs& g, int64_t j, int64_t i) {
+  Vec mid[kOut][kBatch], reach[kOut][kBatch];
+#pragma GCC unroll 4
+  for (int o = 0; o < kOut; ++o)
+#pragma GCC unroll 4
+    for (int b = 0; b < kBatch; ++b) mid[o][b] = reach[o][b] = Vec(0.f);
+  const float* w = g.weight + j * g.n;
+  const float* c = g.center + i * g.n;
+  const float* r = g.radius + i * g.n;
+  const auto one = [&](int64_t k, auto get) FR_INLINE_LAMBDA {
+    Vec wk[kOut], ak[kOut];
+#pragma GCC unroll 4
+    for (int o = 0; o < kOut; ++o) wk[o] = get(w + o * g.n + k), ak[o] = vabs(wk[o]);
+#pragma GCC unroll 4
+    for (int b = 0; b < kBatch; ++b) {
+      const Vec cv = get(c + b * g.n + k), rv = get(r + b * g.n + k);
+#pragma GCC unroll 4
+      for (int o = 0; o < kOut; ++o) {
+        mid[o][b] = fmadd(wk[o], cv, mid[o][b]);
+        reach[o][b] = fmadd(ak[o], rv, reach[o][b]);
+      }
+    }
+  };
+  int64_t k = 0;
+  for (; k + kLanes <= g.n; k += kLanes) one(k, [](const float* p) FR_INLINE_LAMBDA { return load(p); });
+  if (k < g.n) {
+    const int rest = static_cast<int>(g.n - k);
+    one(k, [rest](const float* p) FR_INLINE_LAMBDA { return load_n(p, rest); });
+  }
+#pragma GCC unroll 4
+  for (int o = 0; o < kOut; ++o)
+#pragma GCC unroll 4
+    for (int b = 0; b < kBatch; ++b) {
+      float x = lane_sum(mid[o][b]) + (g.bias != nullptr ? g.bias[j + o] : 0.f), y = lane_sum(reach[o][b]);
+      if (g.finish == Finish::ends) from_center(x, y);
+      if (g.finish == Finish::relu_center) relu_center(x, y);
+      g.out_a[(i + b) * g.m + j + o] = x;
+      g.out_b[(i + b) * g.m + j + o] = y;
+    }
+}
+
+#if defined(__AVX512F__)
+constexpr int kTileOut = 3, kTileBatch = 4;
+#else
+constexpr int kTileOut = 1, kTileBatch = 2;
+#endif
+
+template <int kOut>
+void strip(const IntervalArgs& g, int64_t j, int64_t begin, int64_t end) {
+  int64_t i = begin;
+  for (; i + kTileBatch <= end; i += kTileBatch) tile<kOut, kTileBatch>(g, j, i);
+  for (; i < end; ++i) tile<kOut, 1>(g, j, i);
+}
+
+}  // namespace
+
+void interval_cpu(const IntervalArgs& g) {
+  if (g.batch * g.m == 0) return;
+  // as many examples as stay in a core's second cache
+  const int64_t group = std::max<int64_t>(kTileBatch, (int64_t{600} << 10) / (8 * std::max<int64_t>(1, g.n)) / kTileBatch * kTileBatch);
+  const int64_t strips = (g.m + kTileOut - 1) / kTileOut;
+  const int64_t grain = std::max<int64_t>(1, 32768 / (std::max<int64_t>(1, g.n) * kTileOut * std::min(group, g.batch)));
+  parallel_for(strips, grain, [&](int64_t first, int64_t last) {
+    for (int64_t begin = 0; begin < g.batch; begin += group) {
+      const int64_t end = std::min(g.batch, begin + group);
+      for (int64_t s = first; s < last; ++s) {
+        int64_t j = s * kTileOut;
+        if (j + kTileOut <= g.m)
+          strip<kTileOut>(g, j, begin, end);
+        else
+          for (; j < g.m; ++j) strip<1>(g, j, begin, end);
+      }
+    }
+  });
+}
+
+void interval_step_cpu(const IntervalStepArgs& g) {
+  parallel_for(g.count, 16384, [&](int64_t begin, int64_t end) {
+    const bool each = g.b != nullptr;
+    const Vec all(g.eps_value);
+    for (int64_t i = begin; i < end; i += kLanes) {
+      const int n = static_cast<int>(std::min<int64_t>(kLanes, end - i));
+      const auto get = [n](const float* p) FR_INLINE_LAMBDA { return n == kLanes ? load(p) : load_n(p, n); };
+      const auto put = [n](float* p, Vec v) FR_INLINE_LAMBDA { n == kLanes ? store(p, v) : store_n(p, v, n); };
+      Vec a = get(g.a + i), b = each ? get(g.b + i) : all;
+      interval_step(g, a, b);
+      put(g.out_a + i, a);
+      put(g.out_b + i, b);
+    }
+  });
+}
+
+void relu_lines_cpu(const ReluLinesArgs& g) {
+  parallel_for(g.count, 16384, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i += kLanes) {
+      const int n = static_cast<int>(std::min<int64_t>(kLanes, end - i));
+      Vec sl, su, low, up;
+      relu_lines(load_n(g.lower + i, n), load_n(g.upper + i, n), Vec(g.left), g.adaptive, sl, su, low, up);
+      store_n(g.slopes + i, sl, n);
+      if (g.adaptive) store_n(g.slopes + g.count + i, su, n);
+      store_n(g.intercepts + i, low, n);
+      store_n(g.intercepts + g.count + i, up, n);
+    }
+  });
+}
+
+FR_NS_END

@@ -1,0 +1,27 @@
+// Entry points of the bounds family.
+#pragma once
+
+#include "bounds/args.h"
+#include "runtime/dispatch.h"
+
+namespace fastrobust {
+
+struct BoundsTable {
+  void (*back)(const BackArgs&);
+  void (*concretize)(const ConcretizeArgs&);
+  void (*spread)(const SpreadArgs&);
+  void (*interval)(const IntervalArgs&);
+  void (*interval_step)(const IntervalStepArgs&);
+  void (*relu_lines)(const ReluLinesArgs&);
+};
+
+FR_CPU_TABLE(BoundsTable, bounds)
+
+// CUDA: enqueue on `stream` of the current device.
+void back_cuda(const BackArgs& a, void* stream);
+void concretize_cuda(const ConcretizeArgs& a, void* stream);
+void interval_cuda(const IntervalArgs& a, void* stream);
+void interval_step_cuda(const IntervalStepArgs& a, void* stream);
+void relu_lines_cuda(const ReluLinesArgs& a, void* stream);
+
+}  // namespace fastrobust

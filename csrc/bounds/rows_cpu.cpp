@@ -1,0 +1,142 @@
+// Backward step and concretisation: one pass over the coefficients, one row at a time, summed in a fixed order.
+#include <algorithm>
+#include <cstring>
+
+#include "bounds/entry_cpu.h"
+#include "bounds/fma.h"
+#include "bounds/formulas.h"
+#include "bounds/window.h"
+#include "runtime/parallel.h"
+
+FR_NS_BEGIN
+namespace {
+
+constexpr int64_t kGrainElements = 16384;
+int64_t grain_of(const Rows& r) { return std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, r.length)); }
+
+// kSides bounds; kOut matrices written (1: shared or lower only); kTwo: a slope per side.
+template <int kSides, int kOut, bool kTwo>
+void back_row(const BackArgs& g, int64_t row) {
+  const Rows& r = g.rows;
+  const int64_t maps = map_size(r), ex = example_of(r, row);
+  const float* a0 = r.a + source_row(r, row) * r.length;
+  const float* a1 = kOut == 2 || kSides == 2 ? a0 + r.side_stride : a0;
+  const float* s0 = g.slopes + ex * maps;
+  const float* s1 = kTwo ? s0 + g.examples * maps : s0;
+  const float* i0 = g.intercepts + ex * maps;
+  const float* i1 = i0 + g.examples * maps;
+  float* o0 = g.out + row * r.length;
+  float* o1 = kOut == 2 ? o0 + r.count * r.length : nullptr;
+  Vec low(0.f), up(0.f);
+  const auto one = [&](int64_t at, int64_t map, int n) FR_INLINE_LAMBDA {
+    const bool full = n == kLanes;
+    const auto get = [&](const float* p) FR_INLINE_LAMBDA { return full ? load(p) : load_n(p, n); };
+    const auto put = [&](float* p, Vec v) FR_INLINE_LAMBDA { full ? store(p, v) : store_n(p, v, n); };
+    const Vec a = get(a0 + at), sl = get(s0 + map), il = get(i0 + map), iu = get(i1 + map);
+    const Vec su = kTwo ? get(s1 + map) : sl;
+    low = fmadd(a, by_sign(a, il, iu), low);
+    put(o0 + at, a * (kTwo ? by_sign(a, sl, su) : sl));
+    if (kSides == 2) {
+      const Vec c = r.side_stride == 0 ? a : get(a1 + at);
+      up = fmadd(c, by_sign(c, iu, il), up);
+      if (kOut == 2) put(o1 + at, c * (kTwo ? by_sign(c, su, sl) : sl));
+    }
+  };
+  for (int64_t line = 0; line < lines_of(r); ++line) {
+    const Segment s = segment_of(r, row, line);
+    for (float* o : {o0, o1}) {
+      if (o == nullptr) continue;
+      if (s.begin > s.line_begin) std::memset(o + s.line_begin, 0, static_cast<size_t>(s.begin - s.line_begin) * sizeof(float));
+      if (s.line_end > s.end) std::memset(o + s.end, 0, static_cast<size_t>(s.line_end - s.end) * sizeof(float));
+    }
+    int64_t i = s.begin, map = s.map;
+    for (; i + kLanes <= s.end; i += kLanes, map += kLanes) one(i, map, kLanes);
+    if (i < s.end) one(i, map, static_cast<int>(s.end - i));
+  }
+  g.b_out[row] = g.b[row] + lane_sum(low);
+  if (kSides == 2) g.b_out[r.count + row] = g.b[r.count + row] + lane_sum(up);
+}
+
+using BackFn = void (*)(const BackArgs&, int64_t);
+BackFn pick_back(const BackArgs& g) {
+  const bool two = g.slope_sides == 2;
+  if (g.rows.sides == 1) return two ? back_row<1, 1, true> : back_row<1, 1, false>;
+  if (g.sides_out == 1) return back_row<2, 1, false>;
+  return two ? back_row<2, 2, true> : back_row<2, 2, false>;
+}
+
+// The extreme of one side: sign * (box) and sign * (ball) parts are kept apart until the end.
+template <Dual kDual, bool kBox>
+void concretize_row(const ConcretizeArgs& g, int64_t row) {
+  const Rows& r = g.rows;
+  const int64_t base = example_of(r, row) * map_size(r);
+  for (int side = 0; side < r.sides; ++side) {
+    const float* a = r.a + side * r.side_stride + source_row(r, row) * r.length;
+    Vec mid(0.f), reach(0.f), at_x(0.f), size(0.f);
+    const auto one = [&](int64_t at, int64_t map, int n) FR_INLINE_LAMBDA {
+      const auto get = [&](const float* p) FR_INLINE_LAMBDA { return n == kLanes ? load(p) : load_n(p, n); };
+      const Vec v = get(a + at);
+      if (kBox) {
+        mid = fmadd(v, get(g.center + base + map), mid);
+        reach = fmadd(vabs(v), get(g.radius + base + map), reach);
+      }
+      if (kDual != Dual::none) {
+        const Vec w = vabs(v * get(g.eps + base + map));
+        at_x = fmadd(v, get(g.x + base + map), at_x);
+        if (kDual == Dual::l2) size = fmadd(w, w, size);
+        if (kDual == Dual::l1) size = size + w;
+        if (kDual == Dual::linf) size = select(size < w, w, select(w == w, size, w));
+      }
+    };
+    for (int64_t line = 0; line < lines_of(r); ++line) {
+      const Segment s = segment_of(r, row, line);
+      int64_t i = s.begin, map = s.map;
+      for (; i + kLanes <= s.end; i += kLanes, map += kLanes) one(i, map, kLanes);
+      if (i < s.end) one(i, map, static_cast<int>(s.end - i));
+    }
+    const float sign = side == 0 ? -1.f : 1.f;
+    float best = 0.f;
+    if (kBox) best = lane_sum(mid) + sign * lane_sum(reach);
+    if (kDual != Dual::none) {
+      float length = kDual == Dual::linf ? max_lane(size) : lane_sum(size);
+      if (kDual == Dual::l2) length = std::sqrt(length);
+      const float ball = lane_sum(at_x) + sign * length;
+      const bool take = side == 0 ? !(ball <= best) : !(ball >= best);
+      if (!kBox || (take && best == best)) best = ball;
+    }
+    g.out[side * r.count + row] = g.b[side * r.count + row] + best;
+  }
+}
+
+using ConcretizeFn = void (*)(const ConcretizeArgs&, int64_t);
+template <bool kBox>
+ConcretizeFn pick_concretize(Dual dual) {
+  switch (dual) {
+    case Dual::l1:
+      return concretize_row<Dual::l1, kBox>;
+    case Dual::l2:
+      return concretize_row<Dual::l2, kBox>;
+    case Dual::linf:
+      return concretize_row<Dual::linf, kBox>;
+    default:
+      return concretize_row<Dual::none, kBox>;
+  }
+}
+
+}  // namespace
+
+void back_cpu(const BackArgs& g) {
+  const BackFn f = pick_back(g);
+  parallel_for(g.rows.count, grain_of(g.rows), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) f(g, row);
+  });
+}
+
+void concretize_cpu(const ConcretizeArgs& g) {
+  const ConcretizeFn f = g.center != nullptr ? pick_concretize<true>(g.dual) : pick_concretize<false>(g.dual);
+  parallel_for(g.rows.count, grain_of(g.rows), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) f(g, row);
+  });
+}
+
+FR_NS_END

@@ -1,0 +1,7 @@
+// The bounds family's table of one instruction set.
+#include "bounds/entry_cpu.h"
+
+FR_NS_BEGIN
+extern const BoundsTable bounds_table;
+const BoundsTable bounds_table = {back_cpu, concretize_cpu, spread_cpu, interval_cpu, interval_step_cpu, relu_lines_cpu};
+FR_NS_END
