@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -60,7 +59,3 @@ def take(value: float | Tensor, index: Tensor, batch: int) -> float | Tensor:
         return value[index]
     return value
 
-
-def check_inside(eps: float | Tensor) -> None:
-    if not isinstance(eps, Tensor) and not math.isfinite(eps):
-        raise ValueError(f"eps: got {eps}, expected a finite radius")

@@ -447,6 +447,8 @@ def random_start(
     lo, hi = ck.parse_clip(clip)
     x0 = ck.check_state(x0, "x0")
     eps_p = ck.check_parameter(eps, "eps", x0, p)
+    if eps_p.value == INF and (p != INF or clip is None):
+        raise ValueError("eps: got inf, expected a finite radius: there is no uniform point of an unbounded set")
     if seed is None:
         seed = int(torch.randint(0, 2**63 - 1, (), dtype=torch.int64).item())
     if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
