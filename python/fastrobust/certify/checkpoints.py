@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import pathlib
+import pickle
 from typing import Any
 
 import torch
@@ -13,10 +14,17 @@ from torch import Tensor, nn
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh}
 
 
-def load_model(path: str, activation: str = "relu", shape: tuple[int, ...] = (1, 28, 28), factory: str | None = None) -> nn.Module:
+def load_model(
+    path: str,
+    activation: str = "relu",
+    shape: tuple[int, ...] = (1, 28, 28),
+    factory: str | None = None,
+    trust: bool = False,
+) -> nn.Module:
     """A model in evaluation mode from ``path``.
 
-    Three kinds of file: a whole module saved by ``torch.save(model)`` (unpickled: only from people you trust); a state
+    Three kinds of file: a whole module saved by ``torch.save(model)`` (loading it runs any code its author put there,
+    so only with ``trust``); a state
     dictionary, loaded into ``factory`` ("package.module:callable", called without arguments); or without a factory a state
     dictionary of a plain chain of convolutions and linear layers, which is rebuilt from the shapes of the weights with
     ``activation`` between them, for inputs of ``shape``. Convolutions of a chain have stride 2 and padding 1 when that fits
@@ -26,11 +34,14 @@ def load_model(path: str, activation: str = "relu", shape: tuple[int, ...] = (1,
     if not file.is_file():
         raise ValueError(f"model: no file {path}")
     try:
-        content: Any = torch.load(file, map_location="cpu", weights_only=True)
+        content: Any = torch.load(file, map_location="cpu", weights_only=not trust)
+    except pickle.UnpicklingError as reason:
+        raise ValueError(
+            f"model: {path} is a pickled module or no checkpoint; loading a pickle runs whatever code it holds: "
+            "trust it (--trust) if you trust its author, or save the state dictionary"
+        ) from reason
     except Exception as reason:
-        if "weights_only" not in str(reason).lower() and "unsupported" not in str(reason).lower():
-            raise ValueError(f"model: {path} is no checkpoint that torch can read: {reason}") from reason
-        content = torch.load(file, map_location="cpu", weights_only=False)
+        raise ValueError(f"model: {path} cannot be loaded: {type(reason).__name__}: {reason}") from reason
     if isinstance(content, nn.Module):
         return content.eval()
     for key in ("state_dict", "model"):
@@ -46,7 +57,6 @@ def load_model(path: str, activation: str = "relu", shape: tuple[int, ...] = (1,
         model.load_state_dict(content)
         return model.eval()  # type: ignore[no-any-return]
     return chain(content, activation, shape).eval()
-
 
 
 def chain(state: dict[str, Tensor], activation: str, shape: tuple[int, ...]) -> nn.Sequential:

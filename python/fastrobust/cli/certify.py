@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastrobust.bounds import compute_bounds
-from fastrobust.certify.checkpoints import ACTIVATIONS, load_model
-from fastrobust.certify.envelope import LINEAR_METHODS, polyhedral_envelope
-from fastrobust.certify.search import STRATEGIES, search_radius
-from fastrobust.ops._checks import parse_norm
+from ..bounds import compute_bounds
+from ..certify.checkpoints import ACTIVATIONS, load_model
+from ..certify.envelope import LINEAR_METHODS, polyhedral_envelope
+from ..certify.search import STRATEGIES, search_radius
+from ..ops._checks import parse_norm
+from . import _common as common
 
 Columns = dict[str, np.ndarray]
 
@@ -29,24 +30,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``fastrobust certify``."""
     add = parser.add_argument
     add("--model", required=True, help="saved module, or state dictionary (see --factory and --activation)")
+    add("--trust", action="store_true", help="load a pickled module, which runs any code its author put there")
     add("--factory", help="package.module:callable that builds the model of a state dictionary")
     add("--activation", default="relu", choices=sorted(ACTIVATIONS), help="of a plain chain of layers (default: relu)")
     add("--data", help="npz with images and labels; default: mnist.npz in FASTROBUST_DATA")
     add("--split", default="test", help="prefix of the arrays, as in test_images (default: test)")
-    add("--first", type=int, default=0, help="index of the first example")
-    add("--limit", type=int, help="number of examples (default: all)")
+    add("--first", type=common.natural, default=0, help="index of the first example")
+    add("--limit", type=common.count, help="number of examples (default: all)")
     add("--norm", default="inf", help="inf, 2 or 1 (default: inf)")
-    add("--eps", type=float, help="one-shot: the budget on which the bounds are computed")
-    add("--high", type=float, help="search the largest certified radius between 0 and this, instead of --eps")
-    add("--tol", type=float, default=1e-4, help="of the search (default: 1e-4)")
+    add("--eps", type=common.radius, help="one-shot: the budget on which the bounds are computed")
+    add("--high", type=common.radius, help="search the largest certified radius between 0 and this, instead of --eps")
+    add("--tol", type=common.radius, default=1e-4, help="of the search (default: 1e-4)")
     add("--strategy", default="pec", choices=STRATEGIES, help="of the search (default: pec)")
     add("--clip", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"), help="the attacker's box (default: 0 1)")
     add("--no-clip", action="store_true", help="no box")
     add("--method", default="fast-lin", choices=LINEAR_METHODS, help="linear bounds (default: fast-lin)")
-    add("--batch-size", type=int, default=500, help="examples per call of the bounds (default: 500)")
-    add("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    add("--out", help="per-example results, .csv or .npz")
-    add("--quiet", action="store_true", help="no progress bar")
+    add("--batch-size", type=common.count, default=500, help="examples per call of the bounds (default: 500)")
+    add("--device", type=common.device, default="cpu", help="cpu, cuda or auto (default: cpu)")
+    add("--out", type=common.output, help="per-example results, .csv or .npz")
+    add("--progress", action=argparse.BooleanOptionalAction, default=None, help="a bar over images (default: on a terminal)")
 
 
 def load_data(path: str | None, split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -120,10 +122,10 @@ def summarise(columns: Columns, options: argparse.Namespace) -> list[tuple[str, 
     return rows
 
 
-def write(path: str, first: int, columns: Columns) -> None:
+def write(path: pathlib.Path, first: int, columns: Columns) -> None:
     """One line an example, or arrays; floats in the shortest form that reads back to the same float32."""
     columns = {"index": np.arange(first, first + len(columns["label"])), **columns}
-    if path.endswith(".npz"):
+    if path.suffix == ".npz":
         np.savez(path, **columns)  # type: ignore[arg-type]
         return
     with open(path, "w", newline="") as file:
@@ -133,16 +135,14 @@ def write(path: str, first: int, columns: Columns) -> None:
             writer.writerow([int(v) if v.dtype.kind in "bi" else str(v) for v in values])
 
 
-def run(options: argparse.Namespace) -> int:
+def main(options: argparse.Namespace) -> int:
     """Certifies, writes the file and prints the summary; returns the exit status."""
     if (options.eps is None) == (options.high is None):
         raise ValueError("eps, high: give exactly one: --eps for the one-shot certificate, --high for the search")
-    if options.out and not options.out.endswith((".csv", ".npz")):
+    if options.out and options.out.suffix not in (".csv", ".npz"):
         raise ValueError(f"out: got {options.out}, expected a name that ends in .csv or .npz")
-    if options.batch_size < 1:
-        raise ValueError(f"batch-size: got {options.batch_size}, expected at least 1")
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    device = torch.device(options.device)
+    device = options.device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
@@ -153,11 +153,12 @@ def run(options: argparse.Namespace) -> int:
     if not 0 <= options.first < last:
         raise ValueError(f"first, limit: no examples between {options.first} and {last} of {len(labels)}")
     images, labels = images[options.first : last], labels[options.first : last]
-    model = load_model(options.model, options.activation, images.shape[1:], options.factory).to(device)
+    model = load_model(options.model, options.activation, images.shape[1:], options.factory, options.trust).to(device)
     starts = range(0, len(labels), options.batch_size)
+    shown = options.progress if rank == 0 else False
     begin = time.perf_counter()
     mine: dict[int, Columns] = {}
-    with tqdm(total=len(labels), unit="image", disable=options.quiet or rank != 0) as bar:
+    with tqdm(total=len(labels), unit="image", disable=None if shown is None else not shown) as bar:
         for number, start in enumerate(starts):
             stop = min(start + options.batch_size, len(labels))
             if number % world == rank:
@@ -180,16 +181,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """``python -m fastrobust.cli_certify``, for torchrun."""
-    parser = argparse.ArgumentParser(prog="fastrobust certify", description=__doc__)
-    add_arguments(parser)
-    try:
-        return run(parser.parse_args(arguments))
-    except (ValueError, TypeError) as error:
-        print(f"fastrobust certify: {error}", file=sys.stderr)
-        return 2
+if __name__ == "__main__":  # torchrun --nproc-per-node N -m fastrobust.cli.certify ...
+    from . import main as command_line
 
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(command_line(["certify", *sys.argv[1:]]))
