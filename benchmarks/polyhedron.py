@@ -79,7 +79,9 @@ def distance_cases(context: Context) -> Iterator[Case]:
                 peers.insert(0, ("greedy torch", greedy))
             rows = batch * classes
             large = size == 3072
-            targets = [Target(name, 50.0) for name, _ in peers] if large and context.device.type == "cpu" and p > 1 else []
+            targets = (
+                [Target(name, 50.0) for name, _ in peers] if large and context.device.type == "cpu" and p > 1 else []
+            )
             if large and p == math.inf:
                 targets.append(Target(FLOOR, 0.4 if context.device.type == "cpu" else 0.6))
 
@@ -104,7 +106,9 @@ def certificate_cases(context: Context) -> Iterator[Case]:
 
     def make() -> tuple[nn.Module, Tensor, Tensor]:
         torch.manual_seed(context.seed)
-        model = nn.Sequential(nn.Flatten(), nn.Linear(size, hidden), nn.ReLU(), nn.Linear(hidden, 10)).to(context.device)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(size, hidden), nn.ReLU(), nn.Linear(hidden, 10)).to(
+            context.device
+        )
         x = torch.rand(batch, size, generator=context.generator()).to(context.device)
         with torch.no_grad():
             return model.eval(), x, model(x).argmax(1)

@@ -1,8 +1,7 @@
-#include "polyhedron/kernels.h"
-
 #include <vector>
 
 #include "bindings/bindings.h"
+#include "polyhedron/kernels.h"
 #include "runtime/device.h"
 
 namespace py = pybind11;
@@ -37,10 +36,7 @@ void distance(int device, uintptr_t stream, uintptr_t a, uintptr_t b, const py::
   args.b = pointer<const float>(b, args.rows, "b");
   args.lower = side(lower, args.rows * m, "lower");
   args.upper = side(upper, args.rows * m, "upper");
-  args.kind = p == 1.    ? Distance::l1
-              : p == 2.  ? Distance::l2
-              : p > 1e30 ? Distance::linf
-                         : Distance::lp;
+  args.kind = p == 1. ? Distance::l1 : p == 2. ? Distance::l2 : p > 1e30 ? Distance::linf : Distance::lp;
   args.p = p;
   args.is_signed = is_signed;
   args.distance = pointer<float>(out, args.rows, "out");

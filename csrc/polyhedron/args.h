@@ -21,11 +21,11 @@ struct DistanceArgs {
   const float* a = nullptr;  // [rows, m]
   const float* b = nullptr;  // [rows]
   BoxSide lower, upper;
-  int dims = 0;               // leading dimensions of a
+  int dims = 0;  // leading dimensions of a
   int64_t size[kBoxDims] = {};
   int64_t rows = 0, m = 0;
   Distance kind = Distance::linf;
-  double p = 0.;              // lp: the exponent, > 1
+  double p = 0.;  // lp: the exponent, > 1
   bool is_signed = false;
   float* distance = nullptr;    // [rows]
   float* multiplier = nullptr;  // [rows] or null: d distance / d b
@@ -37,8 +37,7 @@ inline
 #if defined(__CUDACC__)
     __host__ __device__
 #endif
-    int64_t
-    side_offset(const DistanceArgs& args, const BoxSide& side, int64_t row) {
+        int64_t side_offset(const DistanceArgs& args, const BoxSide& side, int64_t row) {
   int64_t offset = 0;
   for (int k = args.dims - 1; k >= 0; --k) {
     offset += row % args.size[k] * side.stride[k];

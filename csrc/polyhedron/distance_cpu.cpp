@@ -1,7 +1,6 @@
 // polyhedral_distance on the CPU: one row at a time, its w and c prepared once into a buffer that stays in cache.
 #include <algorithm>
-#include <memory>
-#include <vector>
+#include <new>
 
 #include "polyhedron/solve.h"
 #include "polyhedron/wide.h"
@@ -217,15 +216,22 @@ void take_logs(Row& row) {
   }
 }
 
+struct Scratch {
+  void* start;
+  explicit Scratch(size_t bytes) : start(::operator new(bytes, std::align_val_t(64))) {}
+  Scratch(const Scratch&) = delete;
+  ~Scratch() { ::operator delete(start, std::align_val_t(64)); }
+};
+
 template <Distance kKind>
 void solve_rows(const DistanceArgs& args, int64_t first, int64_t last) {
   const int64_t n = (args.m + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes);
-  std::vector<float> memory(static_cast<size_t>(2 * n + kLanes));
-  std::vector<double> logs(kKind == Distance::lp ? static_cast<size_t>(2 * n) : 0);
-  void* start = memory.data();
-  size_t space = memory.size() * sizeof(float);
-  float* const w = static_cast<float*>(std::align(64, static_cast<size_t>(2 * n) * sizeof(float), start, space));
-  Row row{w, w + n, logs.data(), logs.data() + (kKind == Distance::lp ? n : 0), args.m, n, args.p, nullptr};
+  // no containers: their code would be a weak symbol shared between the instruction sets
+  const int64_t wide = kKind == Distance::lp ? 2 * n : 0;
+  const Scratch memory(static_cast<size_t>(2 * n) * sizeof(float) + static_cast<size_t>(wide) * sizeof(double));
+  float* const w = static_cast<float*>(memory.start);
+  double* const logs = reinterpret_cast<double*>(w + 2 * n);
+  Row row{w, w + n, logs, logs + wide / 2, args.m, n, args.p, nullptr};
   for (int64_t r = first; r < last; ++r) {
     const double b = static_cast<double>(args.b[r]);
     const bool flip = args.is_signed && b < 0.;

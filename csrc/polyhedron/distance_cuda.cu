@@ -1,5 +1,5 @@
-// polyhedral_distance on CUDA: one row per block. All threads follow the same decisions (solve.h) on the same block sums;
-// a row's w and c stay in shared memory where they fit, longer rows are read again from the L2 cache.
+// polyhedral_distance on CUDA: one row per block. All threads follow the same decisions (solve.h) on the same block
+// sums; a row's w and c stay in shared memory where they fit, longer rows are read again from the L2 cache.
 #include "polyhedron/solve.h"
 //
 #include "polyhedron/kernels.h"

@@ -2,7 +2,8 @@
 // row (sums over its m elements) come from the kernel as `Passes`.
 //
 // With w = |a| and c the room of the box against the sign of a the row asks for
-// the cheapest d, 0 <= d <= c, with w.d >= b. For p > 1 the optimum is d = min(t v, c); F(t) = w.min(t v, c) is concave, and for ANY set S
+// the cheapest d, 0 <= d <= c, with w.d >= b. For p > 1 the optimum is d = min(t v, c); F(t) = w.min(t v, c) is
+// concave, and for ANY set S
 //     F(t) <= sum_S w c + t sum_{not S} w v,   so   t_S = (b - sum_S w c) / sum_{not S} w v   is at most the root.
 // That is the greedy Algorithm 3.4, read as Newton's method from the left: S = {c <= t v} and t = t_S in turn. Whatever
 // S the float32 passes suggest, the float64 passes at the end turn it into a lower bound with a proven error term.
@@ -37,24 +38,24 @@ struct FastSums {  // float32 accuracy
   double used;     // sum_S w c
   double slope;    // sum_{not S} w v
 };
-struct RowSums {   // float64, every product of two float32 exact
+struct RowSums {  // float64, every product of two float32 exact
   double used, slope;
   double squares;  // sum_S c^2
   bool changed;    // does S grow somewhere in (t, t_high]
 };
 struct PowerSums {  // general p
   double used;
-  double top;     // largest log2 w of the free elements, -inf without any
-  double slope;   // sum_{not S} 2^(q (log2 w - top))
-  double largest; // max_S c
-  double powers;  // sum_S (c / largest)^p
+  double top;      // largest log2 w of the free elements, -inf without any
+  double slope;    // sum_{not S} 2^(q (log2 w - top))
+  double largest;  // max_S c
+  double powers;   // sum_S (c / largest)^p
 };
 struct FillStep {  // p = 1, float32 accuracy
   double used;     // sum of w c over w > level
   float above;     // the smallest w above the level, inf without any
   float up_to;     // the largest w not above the level, 0 without any
 };
-struct FillSums {  // p = 1
+struct FillSums {              // p = 1
   double used, cost;           // over w > level: sum w c, sum c
   double tie_room, tie_count;  // over w == level: sum of the finite c, number of infinite ones
 };
@@ -168,7 +169,8 @@ FR_SOLVE bool solve_quadratic(Passes& passes, double b, double all_slope, int64_
   if (kNarrow && !(norm > 0x1p-60)) return false;
   result.level = t;
   result.value = norm * (kBelow - slack);
-  result.multiplier = s.slope > 0. ? (kKind == Distance::linf ? 1. / s.slope : (t > 0. ? t / norm : 1. / sqrt(s.slope))) : 0.;
+  result.multiplier =
+      s.slope > 0. ? (kKind == Distance::linf ? 1. / s.slope : (t > 0. ? t / norm : 1. / sqrt(s.slope))) : 0.;
   if (!round_up) return true;
   // the smallest t that surely reaches b: Newton again, with every error on the other side
   double up = t * kAbove;
@@ -231,7 +233,8 @@ FR_SOLVE RowResult solve_power(Passes& passes, double b, double p, int64_t m, bo
   const double norm = power_norm(result.level, s, p);
   result.value = norm * (kBelow - 4. * slack);
   if (s.slope > 0.)
-    result.multiplier = norm > 0. ? pow(result.level / norm, p - 1.) / exp2(s.top) : pow(s.slope, 1. / p - 1.) / exp2(s.top);
+    result.multiplier =
+        norm > 0. ? pow(result.level / norm, p - 1.) / exp2(s.top) : pow(s.slope, 1. / p - 1.) / exp2(s.top);
   if (!round_up || !(b > 0.)) return result;
   // the smallest lambda that surely reaches b
   double up = result.level;

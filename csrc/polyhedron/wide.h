@@ -25,7 +25,8 @@ FR_HD WideMask at_most(DVec a, DVec b) {
 // where the mask is set a, else 0
 FR_HD DVec keep(WideMask m, DVec a) { return {_mm512_maskz_mov_pd(m.lo, a.lo), _mm512_maskz_mov_pd(m.hi, a.hi)}; }
 FR_HD DVec drop(WideMask m, DVec a) {
-  return {_mm512_maskz_mov_pd(static_cast<__mmask8>(~m.lo), a.lo), _mm512_maskz_mov_pd(static_cast<__mmask8>(~m.hi), a.hi)};
+  return {_mm512_maskz_mov_pd(static_cast<__mmask8>(~m.lo), a.lo),
+          _mm512_maskz_mov_pd(static_cast<__mmask8>(~m.hi), a.hi)};
 }
 
 #else

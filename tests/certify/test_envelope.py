@@ -48,7 +48,7 @@ def test_radius_is_the_exact_distance_to_the_linear_bounds(norm, method, clip):
     )
     for i in range(len(x)):
         distances = []
-        for u, p in zip(bounds.linear.lower_A[i], bounds.linear.lower_b[i]):
+        for u, p in zip(bounds.linear.lower_A[i], bounds.linear.lower_b[i], strict=False):
             u, p = u.detach().double(), p.detach().double()
             # in units that keep the rationals exact enough: float64 margin, exact box
             margin = float(u @ x[i].double() + p)
@@ -123,7 +123,7 @@ def test_gradient_of_a_whole_certificate_by_finite_differences(norm):
     grads = torch.autograd.grad(value.sum(), (x, eps, weight))
     step = 1e-6
     generator = torch.Generator().manual_seed(0)
-    for leaf, grad in zip((x, eps, weight), grads):
+    for leaf, grad in zip((x, eps, weight), grads, strict=False):
         for _ in range(5):
             direction = torch.randn(leaf.shape, dtype=torch.float64, generator=generator)
             ends = []
@@ -140,7 +140,9 @@ def test_examples_do_not_see_each_other():
     model = network()
     x, y = batch(model=model)
     together = polyhedral_envelope(model, x, y, 0.3, clip=(0, 1)).radius
-    alone = torch.cat([polyhedral_envelope(model, x[i : i + 1], y[i : i + 1], 0.3, clip=(0, 1)).radius for i in range(len(x))])
+    alone = torch.cat(
+        [polyhedral_envelope(model, x[i : i + 1], y[i : i + 1], 0.3, clip=(0, 1)).radius for i in range(len(x))]
+    )
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-7)
     eps = torch.linspace(0.05, 0.6, len(x))
     mixed = polyhedral_envelope(model, x, y, eps, clip=(0, 1)).radius
@@ -213,7 +215,16 @@ def test_search_with_ibp_and_progress():
     x, y = batch(model=model)
     done = []
     found = search_radius(
-        model, x, y, high=0.4, tol=1e-2, method="ibp", strategy="bisection", clip=(0, 1), batch_size=5, progress=done.append
+        model,
+        x,
+        y,
+        high=0.4,
+        tol=1e-2,
+        method="ibp",
+        strategy="bisection",
+        clip=(0, 1),
+        batch_size=5,
+        progress=done.append,
     )
     assert sum(done) == len(x)
     assert (found.evaluations == 6).all()

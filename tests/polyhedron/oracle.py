@@ -16,7 +16,7 @@ import numpy as np
 def sides(a, lower, upper):
     """Coefficient sizes and the room on the side towards which each coordinate moves, as exact rationals."""
     pairs = []
-    for x, lo, hi in zip(a, lower, upper):
+    for x, lo, hi in zip(a, lower, upper, strict=False):
         room = -lo if x > 0 else hi
         if x != 0 and room > 0:
             pairs.append((abs(Fraction(float(x))), None if math.isinf(room) else Fraction(float(room))))
@@ -74,8 +74,8 @@ def _general(pairs, b, p, digits=60):
         top = max(w)
         v = [mpmath.power(x / top, 1 / (mpmath.mpf(p) - 1)) for x in w]
         target = number(b)
-        step = lambda t: [min(t * x, y) for x, y in zip(v, c)]  # noqa: E731
-        gain = lambda t: mpmath.fsum(x * d for x, d in zip(w, step(t)))  # noqa: E731
+        step = lambda t: [min(t * x, y) for x, y in zip(v, c, strict=False)]  # noqa: E731
+        gain = lambda t: mpmath.fsum(x * d for x, d in zip(w, step(t), strict=False))  # noqa: E731
         high = mpmath.mpf(1)
         while gain(high) < target:
             high *= 4

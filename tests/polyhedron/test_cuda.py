@@ -21,7 +21,7 @@ NORMS = (1, 1.5, 2, 3, math.inf)
 
 
 def close_and_never_above(got: torch.Tensor, want, relative: float = 1e-6) -> None:
-    for value, truth in zip(got.double().flatten().tolist(), want):
+    for value, truth in zip(got.double().flatten().tolist(), want, strict=False):
         if math.isinf(truth):
             assert value == truth
         else:
@@ -43,7 +43,9 @@ def emulated():
         a, b, lower, upper = (torch.as_tensor(t).contiguous() for t in (a, b, lower, upper))
         m = a.shape[-1]
         out, multiplier, point = torch.empty_like(b), torch.empty_like(b), torch.empty_like(a)
-        sides = [(t.data_ptr(), list(t.expand(a.shape).stride()[:-1]), 1 if t.shape[-1] > 1 else 0) for t in (lower, upper)]
+        sides = [
+            (t.data_ptr(), list(t.expand(a.shape).stride()[:-1]), 1 if t.shape[-1] > 1 else 0) for t in (lower, upper)
+        ]
         module.polyhedral_distance(
             0, 0, a.data_ptr(), b.data_ptr(), *sides, list(a.shape[:-1]), m, float(p), signed,
             out.data_ptr(), multiplier.data_ptr(), point.data_ptr(),
@@ -57,9 +59,11 @@ def emulated():
 @pytest.mark.parametrize("kind", KINDS)
 def test_emulated_kernel_is_exact(emulated, kind, p):
     a, b, lower, upper = rows(kind, 3, 17)
-    close_and_never_above(emulated(a, b, lower, upper, p)[0], [exact(*row, p) for row in zip(a, b, lower, upper)])
+    close_and_never_above(
+        emulated(a, b, lower, upper, p)[0], [exact(*row, p) for row in zip(a, b, lower, upper, strict=False)]
+    )
     got = emulated(a, -b, lower, upper, p, True)[0]
-    close_and_never_above(got, [exact_signed(*row, p) for row in zip(a, -b, lower, upper)])
+    close_and_never_above(got, [exact_signed(*row, p) for row in zip(a, -b, lower, upper, strict=False)])
 
 
 @pytest.mark.parametrize("p", (1, 2, math.inf))
@@ -85,7 +89,9 @@ def test_emulated_kernel_on_the_staircase_and_bad_rows(emulated):
     b = (abs(a) * upper).sum(1) * 0.999
     for p in NORMS:
         close_and_never_above(emulated(a, b, lower, upper, p)[0], [exact(a[0], b[0], lower[0], upper[0], p)])
-        got = emulated(a.repeat(3, 0), b.repeat(3), (-upper * np.array([[1], [math.nan], [-1]])).astype(np.float32), upper, p)[0]
+        got = emulated(
+            a.repeat(3, 0), b.repeat(3), (-upper * np.array([[1], [math.nan], [-1]])).astype(np.float32), upper, p
+        )[0]
         assert got.isnan().tolist() == [False, True, True]
 
 

@@ -26,7 +26,7 @@ NORMS = (1, 1.5, 2, 3, math.inf)
 
 
 def close_and_never_above(got: torch.Tensor, want, relative: float = 1e-6) -> None:
-    for value, truth in zip(got.double().flatten().tolist(), want):
+    for value, truth in zip(got.double().flatten().tolist(), want, strict=False):
         if math.isinf(truth):
             assert value == truth
         else:
@@ -40,9 +40,9 @@ def test_equals_exact_rationals(kind, p):
     for size, count in ((1, 3), (17, 7)):
         a, b, lower, upper = rows(kind, count, size)
         got = polyhedral_distance(*map(torch.tensor, (a, b, lower, upper)), p)
-        close_and_never_above(got, [exact(*row, p) for row in zip(a, b, lower, upper)])
+        close_and_never_above(got, [exact(*row, p) for row in zip(a, b, lower, upper, strict=False)])
         got = polyhedral_distance(*map(torch.tensor, (a, -b, lower, upper)), p, signed=True)
-        close_and_never_above(got, [exact_signed(*row, p) for row in zip(a, -b, lower, upper)])
+        close_and_never_above(got, [exact_signed(*row, p) for row in zip(a, -b, lower, upper, strict=False)])
 
 
 @pytest.mark.parametrize("p", (1, 2, math.inf))
@@ -99,7 +99,7 @@ def test_cancellation_down_to_the_last_bits():
     b=st.floats(-2, 2, width=32),
 )
 def test_signed_property(p, row, b):
-    a, down, up = (np.array(column, np.float32) for column in zip(*row))
+    a, down, up = (np.array(column, np.float32) for column in zip(*row, strict=False))
     got = polyhedral_distance(*map(torch.tensor, (a, np.float32(b), -down, up)), p, signed=True)
     close_and_never_above(got.reshape(1), [exact_signed(a, b, -down, up, p)])
 
@@ -174,7 +174,7 @@ def test_gradients_equal_the_differentiated_definition(p, sign, dtype):
     want = torch.autograd.grad(reference.polyhedral_distance(*double, p, signed=True), double, upstream)
     leaves = [t.to(dtype).requires_grad_() for t in (a, b, lower, upper)]
     got = torch.autograd.grad(polyhedral_distance(*leaves, p, signed=True), leaves, upstream.to(dtype))
-    for g, w in zip(got, want):
+    for g, w in zip(got, want, strict=False):
         torch.testing.assert_close(g.double(), w, rtol=2e-5, atol=2e-6)
 
 
@@ -224,7 +224,9 @@ def test_inference_mode():
 def test_rows_do_not_see_each_other_or_the_threads(p):
     a, b, lower, upper = (torch.tensor(v) for v in rows("normal", 64, 785))
     together = polyhedral_distance(a, b, lower, upper, p)
-    alone = torch.cat([polyhedral_distance(a[i : i + 1], b[i : i + 1], lower[i : i + 1], upper[i : i + 1], p) for i in range(64)])
+    alone = torch.cat(
+        [polyhedral_distance(a[i : i + 1], b[i : i + 1], lower[i : i + 1], upper[i : i + 1], p) for i in range(64)]
+    )
     assert torch.equal(together, alone)
     threads = torch.get_num_threads()
     try:
@@ -302,6 +304,6 @@ def test_variants_give_the_same_bits(tmp_path: pathlib.Path):
     first = results.pop("v2")
     assert results
     for other in results.values():
-        for (d0, p0), (d1, p1) in zip(first, other):
+        for (d0, p0), (d1, p1) in zip(first, other, strict=False):
             assert torch.equal(d0, d1)
             assert torch.equal(p0, p1)

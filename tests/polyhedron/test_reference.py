@@ -22,7 +22,7 @@ NORMS = (1, 1.5, 2, 3, math.inf)
 
 
 def close_and_never_above(got: torch.Tensor, want, relative: float = 1e-6) -> None:
-    for value, truth in zip(got.double().flatten().tolist(), want):
+    for value, truth in zip(got.double().flatten().tolist(), want, strict=False):
         if math.isinf(truth):
             assert value == truth
         else:
@@ -36,7 +36,7 @@ def test_equals_exact_rationals(kind, p):
     for size in (1, 9):
         a, b, lower, upper = rows(kind, 7, size)
         got = polyhedral_distance(*map(torch.tensor, (a, b, lower, upper)), p)
-        close_and_never_above(got, [exact(*row, p) for row in zip(a, b, lower, upper)])
+        close_and_never_above(got, [exact(*row, p) for row in zip(a, b, lower, upper, strict=False)])
 
 
 @pytest.mark.parametrize("p", (1, 2, math.inf))
@@ -67,7 +67,7 @@ def test_staircase_that_needs_many_iterations(p):
     b=st.floats(-2, 2, width=32),
 )
 def test_signed_property(p, row, b):
-    a, down, up = (np.array(column, np.float32) for column in zip(*row))
+    a, down, up = (np.array(column, np.float32) for column in zip(*row, strict=False))
     got = polyhedral_distance(*map(torch.tensor, (a, np.float32(b), -down, up)), p, signed=True)
     close_and_never_above(got.reshape(1), [exact_signed(a, b, -down, up, p)])
 

@@ -55,7 +55,7 @@ def load_model(
             raise ValueError(f"factory: got {factory!r}, expected 'package.module:callable'")
         model = getattr(importlib.import_module(module), name)()
         model.load_state_dict(content)
-        return model.eval()  # type: ignore[no-any-return]
+        return model.eval()
     return chain(content, activation, shape).eval()
 
 
@@ -72,7 +72,7 @@ def chain(state: dict[str, Tensor], activation: str, shape: tuple[int, ...]) -> 
     size = list(shape)
     strides = _strides(convolutions, size, linear[0][1].shape[1] if linear else None)
     for (name, w), (stride, padding) in zip(convolutions, strides, strict=True):
-        layer = nn.Conv2d(w.shape[1], w.shape[0], tuple(w.shape[2:]), stride, padding)  # type: ignore[arg-type]
+        layer = nn.Conv2d(w.shape[1], w.shape[0], (w.shape[2], w.shape[3]), stride, padding)
         _fill(layer, state, name)
         layers += [layer, ACTIVATIONS[activation]()]
     layers.append(nn.Flatten())
@@ -88,7 +88,7 @@ def _fill(layer: nn.Conv2d | nn.Linear, state: dict[str, Tensor], name: str) -> 
     with torch.no_grad():
         layer.weight.copy_(state[name])
         if bias is None:
-            layer.bias = None  # type: ignore[assignment]
+            layer.bias = None
         else:
             assert layer.bias is not None
             layer.bias.copy_(bias)

@@ -108,7 +108,16 @@ def polyhedral_envelope(
     if isinstance(eps, Tensor) and eps.dim() > 1:
         raise ValueError(f"eps: got shape {tuple(eps.shape)}, expected a number or ({x.shape[0]},)")
     bounds = compute_bounds(
-        model, x, eps, norm=p, clip=clip, method=method, labels=y, return_linear=True, sides="lower", max_memory=max_memory
+        model,
+        x,
+        eps,
+        norm=p,
+        clip=clip,
+        method=method,
+        labels=y,
+        return_linear=True,
+        sides="lower",
+        max_memory=max_memory,
     )
     linear = bounds.linear
     assert linear is not None

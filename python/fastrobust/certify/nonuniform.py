@@ -32,14 +32,25 @@ class NonuniformRadius:
 Margins = Callable[[Tensor, Tensor], Tensor]  # (examples, eps) -> (b, K - 1)
 
 
-def _margin_function(model, x, y, norm, clip, method, elision) -> Margins:
+def _margin_function(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    norm: float,
+    clip: tuple[float, float] | None,
+    method: str,
+    elision: bool,
+) -> Margins:
     """Lower bounds of z_y - z_j; without elision lower z_y minus upper z_j, as (3.9) is written."""
 
     def margins(index: Tensor, eps: Tensor) -> Tensor:
         part, labels = x[index], y[index]
         if elision:
-            return compute_bounds(model, part, eps, norm=norm, clip=clip, method=method, labels=labels, sides="lower").lower
+            return compute_bounds(
+                model, part, eps, norm=norm, clip=clip, method=method, labels=labels, sides="lower"
+            ).lower
         bounds = compute_bounds(model, part, eps, norm=norm, clip=clip, method=method)
+        assert bounds.upper is not None
         own = bounds.lower.gather(1, labels[:, None])
         others = torch.ones_like(bounds.lower, dtype=torch.bool).scatter(1, labels[:, None], False)
         return own - bounds.upper[others].view(len(part), -1)
@@ -117,10 +128,14 @@ def nonuniform_radius(
     if not 0 < decay < 1:
         raise ValueError(f"decay: got {decay}, expected a number between 0 and 1")
     if not growth >= 1 or not penalty > 0 or iterations < 0 or grow_every < 1 or multiplier_every < 1:
-        raise ValueError("penalty, growth, iterations, grow_every, multiplier_every: expected positive numbers, growth >= 1")
+        raise ValueError(
+            "penalty, growth, iterations, grow_every, multiplier_every: expected positive numbers, growth >= 1"
+        )
     if direction is not None:
         if tuple(direction.shape) not in (tuple(x.shape), tuple(x.shape[1:])):
-            raise ValueError(f"direction: got shape {tuple(direction.shape)}, expected {tuple(x.shape)} or {tuple(x.shape[1:])}")
+            raise ValueError(
+                f"direction: got shape {tuple(direction.shape)}, expected {tuple(x.shape)} or {tuple(x.shape[1:])}"
+            )
         if not bool((direction > 0).all() & direction.isfinite().all()):
             raise ValueError("direction: got values that are not positive and finite, expected positive ones")
     margins = _margin_function(model, x, y, p, clip, method, elision)
@@ -141,19 +156,35 @@ def nonuniform_radius(
             usable = scale > 0
             start = torch.where(usable.view(ones), shape * scale.view(ones), start)
         limit = math.inf if clip is None else clip[1] - clip[0]
-        found = _optimise(
-            margins, index, start, delta, limit, iterations, step_size, penalty, growth, grow_every, multiplier_every, progress
-        )
+        schedule = _Schedule(iterations, step_size, penalty, growth, grow_every, multiplier_every)
+        found = _optimise(margins, index, start, delta, limit, schedule, progress)
         eps[index] = _certify(margins, index, found, eps[index], delta, limit, decay)
     with torch.no_grad():
         volume = torch.where(size > 0, eps.flatten(1).clamp_min(torch.finfo(x.dtype).tiny).log().mean(1).exp(), 0.0)
     return NonuniformRadius(eps, volume, size)
 
 
+@dataclass
+class _Schedule:
+    iterations: int
+    step_size: float
+    penalty: float
+    growth: float
+    grow_every: int
+    multiplier_every: int
+
+
 def _optimise(
-    margins, index, start, delta, limit, iterations, step_size, penalty, growth, grow_every, multiplier_every, progress
+    margins: Margins,
+    index: Tensor,
+    start: Tensor,
+    delta: float,
+    limit: float,
+    schedule: _Schedule,
+    progress: Callable[[int], None] | None,
 ) -> Tensor:
     """The augmented Lagrangian (3.11) from ``start``; all examples at once, none sees another."""
+    penalty, step_size, iterations = schedule.penalty, schedule.step_size, schedule.iterations
     zeta = start.sqrt().detach()
     first, second = torch.zeros_like(zeta), torch.zeros_like(zeta)
     multiplier: Tensor | None = None
@@ -176,17 +207,19 @@ def _optimise(
         rate = step_size * (1.0 - i / iterations)
         update = (first / (1 - 0.9 ** (i + 1))) / ((second / (1 - 0.99 ** (i + 1))).sqrt() + 1e-12)
         zeta = torch.maximum(zeta - rate * unit * update, 1e-3 * unit)
-        if (i + 1) % multiplier_every == 0:
+        if (i + 1) % schedule.multiplier_every == 0:
             multiplier = multiplier + penalty * rest.detach()
-        if (i + 1) % grow_every == 0:
-            penalty *= growth
+        if (i + 1) % schedule.grow_every == 0:
+            penalty *= schedule.growth
         if progress:
             progress(1)
     return zeta.square().clamp_max(limit)
 
 
 @torch.no_grad()
-def _certify(margins, index, found: Tensor, fallback: Tensor, delta: float, limit: float, decay: float) -> Tensor:
+def _certify(
+    margins: Margins, index: Tensor, found: Tensor, fallback: Tensor, delta: float, limit: float, decay: float
+) -> Tensor:
     """The largest certified multiple of ``found``; the uniform region where that has more volume."""
     ones = (-1,) + (1,) * (found.dim() - 1)
     scale = _largest_scale(margins, index, found, delta, -3.0, 1.0, 14)

@@ -77,7 +77,9 @@ def search_radius(
         if strategy == "pec":
             found = polyhedral_envelope(model, x[index], y[index], eps, norm=norm, clip=clip, method=method)
             return found.radius, found.radius >= eps
-        bounds = compute_bounds(model, x[index], eps, norm=norm, clip=clip, method=method, labels=y[index], sides="lower")
+        bounds = compute_bounds(
+            model, x[index], eps, norm=norm, clip=clip, method=method, labels=y[index], sides="lower"
+        )
         whole = bounds.lower.amin(1) > 0
         return torch.where(whole, eps, torch.zeros_like(eps)), whole
 
@@ -85,7 +87,9 @@ def search_radius(
     bottom = torch.full((count,), low, dtype=torch.float64, device=device)
     top = torch.full((count,), high, dtype=torch.float64, device=device)
     evaluations = torch.zeros(count, dtype=torch.int64, device=device)
-    active = torch.arange(count, device=device) if high - low > tol else torch.empty(0, dtype=torch.int64, device=device)
+    active = (
+        torch.arange(count, device=device) if high - low > tol else torch.empty(0, dtype=torch.int64, device=device)
+    )
     if progress and not active.numel():
         progress(count)
     with torch.no_grad():

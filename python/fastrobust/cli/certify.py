@@ -42,13 +42,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--high", type=common.radius, help="search the largest certified radius between 0 and this, instead of --eps")
     add("--tol", type=common.radius, default=1e-4, help="of the search (default: 1e-4)")
     add("--strategy", default="pec", choices=STRATEGIES, help="of the search (default: pec)")
-    add("--clip", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"), help="the attacker's box (default: 0 1)")
+    add(
+        "--clip",
+        type=float,
+        nargs=2,
+        default=(0.0, 1.0),
+        metavar=("LOW", "HIGH"),
+        help="the attacker's box (default: 0 1)",
+    )
     add("--no-clip", action="store_true", help="no box")
     add("--method", default="fast-lin", choices=LINEAR_METHODS, help="linear bounds (default: fast-lin)")
     add("--batch-size", type=common.count, default=500, help="examples per call of the bounds (default: 500)")
     add("--device", type=common.device, default="cpu", help="cpu, cuda or auto (default: cpu)")
     add("--out", type=common.output, help="per-example results, .csv or .npz")
-    add("--progress", action=argparse.BooleanOptionalAction, default=None, help="a bar over images (default: on a terminal)")
+    add(
+        "--progress",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="a bar over images (default: on a terminal)",
+    )
 
 
 def load_data(path: str | None, split: str) -> tuple[np.ndarray, np.ndarray]:

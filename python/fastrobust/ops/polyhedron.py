@@ -107,7 +107,7 @@ def _autograd(
     if torch.is_grad_enabled() and any(t.requires_grad for t in (a, b, lower, upper)):
         distance, multiplier, point = _Distance.apply(a, b, lower, upper, p, is_signed)
         return (distance, multiplier, point) if detailed else (distance, b.new_empty(0), a.new_empty(0))
-    return below_autograd(_op, a, b, lower, upper, p, is_signed, detailed)  # type: ignore[no-any-return]
+    return below_autograd(_op, a, b, lower, upper, p, is_signed, detailed)
 
 
 _op = define(
@@ -131,7 +131,9 @@ def _side(value: Any, name: str, a: Tensor) -> Tensor:
         have in (1, want) for have, want in zip(reversed(value.shape), reversed(a.shape), strict=False)
     )
     if not fits:
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected one that broadcasts to a's {tuple(a.shape)}")
+        raise ValueError(
+            f"{name}: got shape {tuple(value.shape)}, expected one that broadcasts to a's {tuple(a.shape)}"
+        )
     return value if value.dim() else value.reshape(1)
 
 
