@@ -80,7 +80,7 @@ struct Row {
   Pair exact(const Fixed& fixed) const {
     Pair s{0., 0.};
     for (int64_t j = 0; j < m; ++j)
-      if (fixed(j)) s = add(s, static_cast<double>(w[j]) * static_cast<double>(c[j]));
+      if (w[j] > 0.f && fixed(j)) s = add(s, static_cast<double>(w[j]) * static_cast<double>(c[j]));
     return add_exact(s.high, s.low);
   }
   template <Distance kKind, bool kNarrow>

@@ -155,7 +155,18 @@ FR_SOLVE bool solve_quadratic(Passes& passes, double b, double all_slope, int64_
           t = next;
           break;
         }
-        if (proven && next <= t) break;  // rounding has the last word
+        if (proven && next <= t) {  // rounding has the last word
+          // When the elements that are left meet the box within rounding of t, b may be out of reach by as little.
+          if (s.changed) {
+            const Pair room = passes.template exact_used<kKind, false>(kInf);
+            const Pair gap = add_exact(b, -room.high);
+            if (gap.high + (gap.low - room.low) > static_cast<double>(m + 16) * 0x1p-102 * room.high) {
+              result.value = result.level = kInf;
+              return true;
+            }
+          }
+          break;
+        }
         t = next;
         high = next * (1. + 0x1p-20);
         proven = true;
@@ -304,7 +315,8 @@ FR_SOLVE RowResult solve_fill(Passes& passes, double b, float largest, int64_t m
     const double value = s.cost * (kBelow - sum_error(m)) + (rest.value - rest.error) / size * kBelow;
     if (value > best) best = value;
     const double tie = s.tie_count > 0. ? kInf : size * s.tie_room;
-    if ((rest.value < -rest.error || s.used == kInf) && !down) {  // too low: the elements above are enough
+    // too low: the elements above are enough, or just enough, and a division by a small w would blow the error up
+    if (((rest.value <= rest.error && s.used > 0.) || s.used == kInf) && !down) {
       up = true;
       level = passes.fill_fast(level).above;
     } else if (rest.value > tie + rest.error + sum_error(m) * tie && !up) {

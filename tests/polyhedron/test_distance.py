@@ -307,3 +307,36 @@ def test_variants_give_the_same_bits(tmp_path: pathlib.Path):
         for (d0, p0), (d1, p1) in zip(first, other, strict=False):
             assert torch.equal(d0, d1)
             assert torch.equal(p0, p1)
+
+
+AWKWARD = [0.0, 1.0, 0.5, 1e-3, 1e-20, 1e-38, 1e-44, 1e20, 1 / 3, 1 + 2**-23, 3.0]
+
+
+@given(
+    p=st.sampled_from((1, 2, math.inf)),
+    row=st.lists(
+        st.tuples(
+            st.sampled_from(AWKWARD + [-v for v in AWKWARD]),
+            st.sampled_from([*AWKWARD, math.inf]),
+            st.sampled_from([*AWKWARD, math.inf]),
+        ),
+        min_size=1,
+        max_size=6,
+    ),
+    share=st.sampled_from((1.0, 1 - 1e-7, 1 + 1e-7, 0.5, 1e-9)),
+)
+def test_ties_denormals_and_budgets_that_just_suffice(p, row, share):
+    a, down, up = (np.array(column, np.float32) for column in zip(*row, strict=True))
+    room = sum(float(abs(x)) * float(lo if x > 0 else hi) for x, lo, hi in zip(a, down, up, strict=True) if x != 0)
+    b = np.float32(share * room if math.isfinite(room) else share)
+    if not 0 < b < 1e37:
+        return
+    got = polyhedral_distance(*map(torch.tensor, (a, b, -down, up)), p).item()
+    want = exact(a, b, -down, up, p)
+    if math.isinf(want):
+        assert got == math.inf
+    elif want > 3e38:
+        assert got <= want
+    else:
+        assert got <= want
+        assert abs(got - float(want)) <= 1e-6 * float(want) + 1e-44
