@@ -107,6 +107,9 @@ def polyhedral_envelope(
     check_method(method)
     if isinstance(eps, Tensor) and eps.dim() > 1:
         raise ValueError(f"eps: got shape {tuple(eps.shape)}, expected a number or ({x.shape[0]},)")
+    if isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == 0:
+        none = x.new_zeros(0)
+        return Envelope(none, none, none.bool(), x.new_zeros(0, 0))
     bounds = compute_bounds(
         model,
         x,
