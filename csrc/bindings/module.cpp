@@ -32,4 +32,5 @@ PYBIND11_MODULE(_C, m) {
   });
   bind_bounds(m);
   bind_pgd(m);
+  bind_polyhedron(m);
 }

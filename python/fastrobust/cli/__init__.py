@@ -1,4 +1,4 @@
-"""The command line: ``fastrobust info | attack | bench``.
+"""The command line: ``fastrobust info | attack | certify | bench``.
 
 A command is a module with ``add_arguments(parser)`` and ``main(args) -> int``, and one line in :data:`COMMANDS`.
 """
@@ -24,6 +24,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "info": Command("fastrobust.cli.info", "what was built, what is used on this machine, and why"),
     "attack": Command("fastrobust.cli.attack", "attack a model; report its accuracy, save and draw the examples"),
+    "certify": Command("fastrobust.cli.certify", "certified radii of a saved model: a file per example and a summary"),
     "bench": Command("fastrobust.cli.bench", "benchmark suites: ratios to the best peer and to the floor"),
 }
 

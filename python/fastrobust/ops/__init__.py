@@ -12,6 +12,7 @@ from .bounds import (
 )
 from .losses import LossValue, cross_entropy, dlr_loss, dlr_targeted_loss, kl_divergence, margin_loss
 from .pgd import atas_step, fosc, pgd_step, pgd_step_fosc, project, random_start
+from .polyhedron import polyhedral_distance
 
 __all__ = [
     "LossValue",
@@ -31,6 +32,7 @@ __all__ = [
     "margin_loss",
     "pgd_step",
     "pgd_step_fosc",
+    "polyhedral_distance",
     "project",
     "random_start",
     "relax",

@@ -1,0 +1,290 @@
+// polyhedral_distance on CUDA: one row per block. All threads follow the same decisions (solve.h) on the same block
+// sums; a row's w and c stay in shared memory where they fit, longer rows are read again from the L2 cache.
+#include "polyhedron/solve.h"
+//
+#include "polyhedron/kernels.h"
+#include "runtime/cuda.h"
+
+FR_NS_BEGIN
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int64_t kSharedBytes = 48 * 1024 - 8 * 1024;  // what every device grants, less the static arrays
+
+// The largest of one double per thread.
+__device__ __forceinline__ double block_largest(double v) {
+  __shared__ double parts[kThreads];
+  __syncthreads();
+  parts[threadIdx.x] = v;
+  for (int width = kThreads / 2; width > 0; width /= 2) {
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) < width && parts[threadIdx.x + width] > parts[threadIdx.x])
+      parts[threadIdx.x] = parts[threadIdx.x + width];
+  }
+  __syncthreads();
+  return parts[0];
+}
+
+// The sum of one compensated number per thread, in a fixed order.
+__device__ __forceinline__ Pair block_pair(Pair v) {
+  __shared__ double high[kThreads], low[kThreads];
+  __syncthreads();
+  high[threadIdx.x] = v.high;
+  low[threadIdx.x] = v.low;
+  for (int width = kThreads / 2; width > 0; width /= 2) {
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) < width) {
+      const Pair s = add({high[threadIdx.x], low[threadIdx.x]}, high[threadIdx.x + width]);
+      high[threadIdx.x] = s.high;
+      low[threadIdx.x] = s.low + low[threadIdx.x + width];
+    }
+  }
+  __syncthreads();
+  return add_exact(high[0], low[0]);
+}
+
+struct Element {
+  float w, c;
+};
+
+// The passes over one row, each a strided loop and block sums.
+template <bool kShared>
+struct BlockRow {
+  const float* a;
+  const float* lower;
+  const float* upper;
+  int64_t lower_inner, upper_inner, m;
+  bool flip;
+  double p;
+  float* w_shared;
+  float* c_shared;
+
+  __device__ __forceinline__ Element read(int64_t j) const {
+    const float x = flip ? -a[j] : a[j], size = vabs(x);
+    const float room = x > 0.f ? -lower[j * lower_inner] : upper[j * upper_inner];
+    return size > 0.f && room > 0.f ? Element{size, room} : Element{0.f, 0.f};
+  }
+  __device__ __forceinline__ Element at(int64_t j) const {
+    return kShared ? Element{w_shared[j], c_shared[j]} : read(j);
+  }
+
+  template <Distance kKind>
+  __device__ FastSums fast(float t) const {
+    float used = 0.f, slope = 0.f;
+    for (int64_t j = threadIdx.x; j < m; j += kThreads) {
+      const Element e = at(j);
+      if (e.c <= cap_at<kKind>(t, e.w))
+        used += e.w * e.c;
+      else
+        slope += slope_of<kKind>(e.w);
+    }
+    const double total = block_sum(used);
+    return {total, block_sum(slope)};
+  }
+  template <Distance kKind, bool kNarrow>
+  __device__ RowSums sums(double t, double high) const {
+    double used = 0., slope = 0., squares = 0.;
+    float changed = 0.f;
+    for (int64_t j = threadIdx.x; j < m; j += kThreads) {
+      const Element e = at(j);
+      const double w = e.w, c = e.c;
+      if (c <= cap_at<kKind>(t, w)) {
+        used += w * c;
+        squares += c * c;
+      } else {
+        slope += slope_of<kKind>(w);
+        if (c <= cap_at<kKind>(high, w)) changed = 1.f;
+      }
+    }
+    RowSums s;
+    s.used = block_sum(used);
+    s.slope = block_sum(slope);
+    s.squares = kKind == Distance::l2 ? block_sum(squares) : 0.;
+    s.changed = block_max(changed) > 0.f;
+    return s;
+  }
+  template <class Fixed>
+  __device__ Pair exact(const Fixed& fixed) const {
+    Pair s{0., 0.};
+    for (int64_t j = threadIdx.x; j < m; j += kThreads) {
+      const Element e = at(j);
+      if (e.w > 0.f && fixed(e)) s = add(s, static_cast<double>(e.w) * static_cast<double>(e.c));
+    }
+    return block_pair(s);
+  }
+  template <Distance kKind, bool kNarrow>
+  __device__ Pair exact_used(double t) const {
+    return exact([=](Element e) { return static_cast<double>(e.c) <= cap_at<kKind>(t, static_cast<double>(e.w)); });
+  }
+
+  // log2 lambda at which the element meets the box
+  __device__ __forceinline__ double meets(Element e) const {
+    return (p - 1.) * log2(static_cast<double>(e.c)) - log2(static_cast<double>(e.w));
+  }
+  __device__ PowerSums power(double level) const {
+    double largest = 0., top = -kInf;
+    for (int64_t j = threadIdx.x; j < m; j += kThreads) {
+      const Element e = at(j);
+      if (!(e.w > 0.f)) continue;
+      if (meets(e) <= level)
+        largest = largest > e.c ? largest : static_cast<double>(e.c);
+      else
+        top = fmax(top, log2(static_cast<double>(e.w)));
+    }
+    PowerSums s;
+    s.largest = block_largest(largest);
+    s.top = block_largest(top);
+    const double q = p / (p - 1.);
+    double used = 0., powers = 0., slope = 0.;
+    for (int64_t j = threadIdx.x; j < m; j += kThreads) {
+      const Element e = at(j);
+      if (!(e.w > 0.f)) continue;
+      if (meets(e) <= level) {
+        used += static_cast<double>(e.w) * static_cast<double>(e.c);
+        powers += pow(static_cast<double>(e.c) / s.largest, p);
+      } else {
+        slope += exp2(q * (log2(static_cast<double>(e.w)) - s.top));
+      }
+    }
+    s.used = block_sum(used);
+    s.powers = block_sum(powers);
+    s.slope = block_sum(slope);
+    return s;
+  }
+  __device__ Pair exact_used_power(double level) const {
+    return exact([=, this_row = *this](Element e) { return this_row.meets(e) <= level; });
+  }
+
+  __device__ FillStep fill_fast(float level) const {
+    float used = 0.f, above = static_cast<float>(kInf), up_to = 0.f;
+    for (int64_t j = threadIdx.x; j < m; j += kThreads) {
+      const Element e = at(j);
+      if (e.w > level) {
+        used += e.w * e.c;
+        above = vmin(above, e.w);
+      } else {
+        up_to = vmax(up_to, e.w);
+      }
+    }
+    FillStep s;
+    s.used = block_sum(used);
+    s.above = -block_max(-above);
+    s.up_to = block_max(up_to);
+    return s;
+  }
+  __device__ FillSums fill(float level) const {
+    double used = 0., cost = 0., tie = 0., count = 0.;
+    for (int64_t j = threadIdx.x; j < m; j += kThreads) {
+      const Element e = at(j);
+      if (e.w > level) {
+        used += static_cast<double>(e.w) * static_cast<double>(e.c);
+        cost += static_cast<double>(e.c);
+      } else if (e.w == level) {
+        if (e.c < static_cast<float>(kInf))
+          tie += static_cast<double>(e.c);
+        else
+          count += 1.;
+      }
+    }
+    FillSums s;
+    s.used = block_sum(used);
+    s.cost = block_sum(cost);
+    s.tie_room = block_sum(tie);
+    s.tie_count = block_sum(count);
+    return s;
+  }
+  __device__ Pair exact_above(float level) const {
+    return exact([=](Element e) { return e.w > level; });
+  }
+};
+
+template <Distance kKind, bool kShared>
+__global__ void __launch_bounds__(kThreads) distance_kernel(DistanceArgs args) {
+  FR_DYNAMIC_SHARED(float, shared);
+  for (int64_t r = blockIdx.x; r < args.rows; r += gridDim.x) {
+    const double b = static_cast<double>(args.b[r]);
+    BlockRow<kShared> row;
+    row.a = args.a + r * args.m;
+    row.lower = args.lower.data + side_offset(args, args.lower, r);
+    row.upper = args.upper.data + side_offset(args, args.upper, r);
+    row.lower_inner = args.lower.inner;
+    row.upper_inner = args.upper.inner;
+    row.m = args.m;
+    row.flip = args.is_signed && b < 0.;
+    row.p = args.p;
+    row.w_shared = shared;
+    row.c_shared = shared + args.m;
+    __syncthreads();  // the row before this one is done with the shared memory
+    float bad = 0.f, largest = 0.f, total = 0.f;
+    for (int64_t j = threadIdx.x; j < args.m; j += kThreads) {
+      const float x = row.a[j], lo = row.lower[j * row.lower_inner], hi = row.upper[j * row.upper_inner];
+      if (!(lo <= 0.f && hi >= 0.f && vabs(x) <= FLT_MAX)) bad = 1.f;
+      const Element e = row.read(j);
+      if (kShared) {
+        row.w_shared[j] = e.w;
+        row.c_shared[j] = e.c;
+      }
+      if (kKind == Distance::l1)
+        largest = vmax(largest, e.w);
+      else
+        total += slope_of<kKind>(e.w);
+    }
+    __syncthreads();
+    const bool valid = block_max(bad) == 0.f && fabs(b) < kInf;
+    const double target = row.flip ? -b : b;
+    RowResult result;
+    if (valid && (target > 0. || (args.is_signed && target == 0.))) {
+      if constexpr (kKind == Distance::l1)
+        result = solve_fill(row, target, block_max(largest), args.m, row.flip);
+      else if constexpr (kKind == Distance::lp)
+        result = solve_power(row, target, args.p, args.m, row.flip);
+      else
+        solve_quadratic<kKind, false>(row, target, block_sum(total), args.m, row.flip, result);
+    }
+    const float nan = static_cast<float>(kInf) * 0.f;
+    if (threadIdx.x == 0) {
+      args.distance[r] = valid ? round_down(row.flip ? -result.value : result.value) : nan;
+      if (args.multiplier) args.multiplier[r] = valid ? static_cast<float>(result.multiplier) : nan;
+    }
+    if (args.point) {
+      float* point = args.point + r * args.m;
+      for (int64_t j = threadIdx.x; j < args.m; j += kThreads) {
+        const Element e = row.at(j);
+        const float step = static_cast<float>(moved_by(result, kKind, args.p, e.w, e.c));
+        point[j] = valid ? ((row.a[j] > 0.f) != row.flip ? -step : step) : nan;
+      }
+    }
+  }
+}
+
+template <Distance kKind>
+void launch(const DistanceArgs& args, void* stream) {
+  const int64_t bytes = 2 * args.m * static_cast<int64_t>(sizeof(float));
+  const unsigned blocks = static_cast<unsigned>(args.rows < 0x7fffffff ? args.rows : 0x7fffffff);
+  if (bytes <= kSharedBytes)
+    FR_LAUNCH((distance_kernel<kKind, true>), blocks, kThreads, static_cast<size_t>(bytes), stream, args);
+  else
+    FR_LAUNCH((distance_kernel<kKind, false>), blocks, kThreads, 0, stream, args);
+}
+
+}  // namespace
+
+FR_NS_END
+
+namespace fastrobust {
+
+void polyhedral_distance_cuda(const DistanceArgs& args, void* stream) {
+  if (args.rows == 0) return;
+  switch (args.kind) {
+    case Distance::l1:
+      return launch<Distance::l1>(args, stream);
+    case Distance::l2:
+      return launch<Distance::l2>(args, stream);
+    case Distance::linf:
+      return launch<Distance::linf>(args, stream);
+    default:
+      return launch<Distance::lp>(args, stream);
+  }
+}
+
+}  // namespace fastrobust

@@ -1,0 +1,138 @@
+"""Polyhedral envelope certification (Liu 2022, section 3.3.1, Lemma 3.1)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastrobust.bounds import METHODS, LinearBounds, compute_bounds
+from fastrobust.bounds.checks import check_clip, check_norm
+from fastrobust.ops import polyhedral_distance
+from fastrobust.reference.polyhedron import round_down
+
+LINEAR_METHODS = tuple(name for name, (_, kind) in METHODS.items() if kind is not None)
+
+
+@dataclass
+class Envelope:
+    """What one call of the linear bounds proves about a batch.
+
+    radius: (B,) no adversarial example is closer to x than this: ``min(eps, distance)``, and eps where certified.
+    distance: (B,) d_y, the distance of x to the envelope; at most 0 when the bounds fail at x itself.
+    certified: (B,) bool, the linear margins are positive on the whole input set (what Fast-Lin, KW and CROWN certify).
+    distances: (B, K - 1), d_iy per other class, ascending without y.
+    """
+
+    radius: Tensor
+    distance: Tensor
+    certified: Tensor
+    distances: Tensor
+
+
+def check_method(method: str) -> str:
+    if method not in LINEAR_METHODS:
+        raise ValueError(f"method: got {method!r}, expected one with linear bounds: {', '.join(LINEAR_METHODS)}")
+    return method
+
+
+def margins_at(linear: LinearBounds, x: Tensor) -> Tensor:
+    """U_i x + p_i (B, K - 1) of (3.12), summed in float64 and rounded down: float32 sums could overstate it."""
+    if x.dtype == torch.float64:
+        return linear.lower_at(x)
+    flat = linear.lower_A.flatten(2)
+    exact = torch.bmm(flat.double(), x.flatten(1).double().unsqueeze(2)).squeeze(2) + linear.lower_b.double()
+    return round_down(exact, x.dtype)
+
+
+def box_around(x: Tensor, clip: tuple[float, float] | None) -> tuple[Tensor, Tensor]:
+    """(low - x, high - x) as (B, 1, n), rounded outwards; without a box one infinite element."""
+    if clip is None:
+        return x.new_full((1,), -math.inf), x.new_full((1,), math.inf)
+    flat = x.flatten(1).unsqueeze(1)
+    low, high = clip[0] - flat.double(), clip[1] - flat.double()
+    return round_down(low, x.dtype), -round_down(-high, x.dtype)
+
+
+def eps_like(eps: float | Tensor, x: Tensor) -> Tensor:
+    """eps as (B,) of x's dtype, rounded down: what may be reported as a certified radius."""
+    value = eps if isinstance(eps, Tensor) else torch.tensor(eps, dtype=torch.float64, device=x.device)
+    if value.dim() > 1:
+        raise ValueError(f"eps: got shape {tuple(value.shape)}, expected a number or ({x.shape[0]},)")
+    return round_down(value.double(), x.dtype).to(x.device).expand(x.shape[0])
+
+
+def polyhedral_envelope(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    eps: float | Tensor,
+    *,
+    norm: float | str = math.inf,
+    clip: tuple[float, float] | None = None,
+    method: str = "fast-lin",
+    signed: bool = False,
+    max_memory: int = 1 << 30,
+) -> Envelope:
+    r"""Certified radii from one call of the linear bounds (Lemma 3.1, and problem 3.14 when ``clip`` is given).
+
+    The bounds over ||d||_p <= eps give z_y - z_i >= U_i x' + p_i there, so no adversarial example is nearer than
+
+    .. math:: \min\{\epsilon, \min_{i \ne y} d_{iy}\}, \quad d_{iy} = \min \|d\|_p
+              \text{ s.t. } U_i (x + d) + p_i \le 0, \; x + d \in clip.
+
+    Where Fast-Lin, KW and CROWN prove nothing because a margin is negative somewhere in the ball, the distance to the
+    envelope still is a radius. Without ``clip`` the distance is (U_i x + p_i) / ||U_i||_q.
+
+    Args:
+        model: classifier that ``fastrobust.bounds`` supports, float32 (float64 for checking).
+        x, y: (B, *shape) inside clip, and (B,) labels.
+        eps: a number or (B,): radius of the ball on which the bounds are computed.
+        norm: 1, 2, inf or any p > 1. clip: (low, high) that bounds the attacker, or None.
+        method: any linear method of :func:`fastrobust.bounds.compute_bounds`: "fast-lin" (KW), "crown", "crown-ibp",
+            "ibp-linear".
+        signed: distances of classes with a violated margin are minus the distance back to the envelope, not 0
+            (the regulariser of section 3.3.3 needs them).
+
+    Returns:
+        :class:`Envelope`. Differentiable with respect to the parameters, x and eps.
+
+    Raises:
+        ValueError, TypeError: naming the argument (shapes, labels, x outside clip, values that are not finite).
+    """
+    p = check_norm(norm)
+    clip = None if clip is None else check_clip(clip)
+    check_method(method)
+    if isinstance(eps, Tensor) and eps.dim() > 1:
+        raise ValueError(f"eps: got shape {tuple(eps.shape)}, expected a number or ({x.shape[0]},)")
+    if isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == 0:
+        none = x.new_zeros(0)
+        return Envelope(none, none, none.bool(), x.new_zeros(0, 0))
+    bounds = compute_bounds(
+        model,
+        x,
+        eps,
+        norm=p,
+        clip=clip,
+        method=method,
+        labels=y,
+        return_linear=True,
+        sides="lower",
+        max_memory=max_memory,
+    )
+    linear = bounds.linear
+    assert linear is not None
+    low, high = box_around(x, clip)
+    margins = margins_at(linear, x)
+    distances = polyhedral_distance(linear.lower_A.flatten(2), margins, low, high, p, signed=signed)
+    assert isinstance(distances, Tensor)
+    distance = distances.amin(1)
+    certified = bounds.lower.amin(1) > 0
+    limit = eps_like(eps, x)
+    # a margin that is not positive at x proves nothing; comparisons are false for NaN, which is never a certificate
+    sound = margins.amin(1) > 0
+    nearest = torch.where(distance < limit, distance, limit)
+    radius = torch.where(certified, limit, torch.where(sound & (distance > 0), nearest, torch.zeros_like(limit)))
+    return Envelope(radius, distance, certified, distances)

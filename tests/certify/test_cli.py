@@ -1,0 +1,121 @@
+"""fastrobust certify: files, summary, errors, and the same file from one worker and from two."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fastrobust as fr
+from fastrobust.certify.checkpoints import load_model
+from fastrobust.cli import main
+
+
+@pytest.fixture
+def files(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 20), nn.ReLU(), nn.Linear(20, 5)).eval()
+    x = torch.randint(0, 256, (23, 6, 6), dtype=torch.uint8)
+    y = model(x[:, None].float() / 255).argmax(1)
+    y[3] = (y[3] + 1) % 5
+    np.savez(tmp_path / "data.npz", test_images=x.numpy(), test_labels=y.numpy())
+    torch.save({"a.weight": model[1].weight, "a.bias": model[1].bias, "b.weight": model[3].weight, "b.bias": model[3].bias}, tmp_path / "state.pt")  # fmt: skip
+    torch.save(model, tmp_path / "whole.pt")
+    return tmp_path, model, x[:, None].float() / 255, y
+
+
+def arguments(folder, *more):
+    return ["certify", "--model", str(folder / "state.pt"), "--data", str(folder / "data.npz"), "--no-progress", *more]
+
+
+def test_one_shot_file_and_summary(files, capsys):
+    folder, model, x, y = files
+    assert main(arguments(folder, "--eps", "0.02", "--out", str(folder / "r.csv"), "--batch-size", "7")) == 0
+    text = capsys.readouterr().out
+    for name in ("CTE (%)", "CRE Lin (%)", "CRE IBP (%)", "ACB Lin", "ACB IBP", "ACB PEC"):
+        assert name in text
+    with open(folder / "r.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    want = fr.certify.polyhedral_envelope(model, x, y, 0.02, clip=(0, 1))
+    assert [int(r["index"]) for r in rows] == list(range(23))
+    np.testing.assert_allclose([float(r["radius"]) for r in rows], want.radius.detach(), rtol=1e-4, atol=1e-7)
+    assert [bool(int(r["certified"])) for r in rows] == want.certified.tolist()
+    assert rows[3]["radius"] == "0.0"
+    assert f"CTE (%)      {100 / 23:.2f}" in text
+
+
+def test_search_to_npz(files):
+    folder, model, x, y = files
+    out = folder / "r.npz"
+    assert main(arguments(folder, "--high", "0.4", "--tol", "1e-3", "--norm", "2", "--limit", "9", "--first", "2", "--out", str(out))) == 0  # fmt: skip
+    found = np.load(out)
+    assert found["index"].tolist() == list(range(2, 11))
+    want = fr.certify.search_radius(model, x[2:11], y[2:11], high=0.4, tol=1e-3, norm=2, clip=(0, 1))
+    np.testing.assert_allclose(found["radius"], want.radius, rtol=1e-4, atol=1e-6)
+    assert found["evaluations"].max() <= 9
+
+
+def test_two_workers_write_the_same_file(files):
+    folder, *_ = files
+    outs = []
+    for workers in (1, 2):
+        out = folder / f"w{workers}.csv"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)]
+        command += ["-m", "fastrobust.cli.certify"]
+        run = subprocess.run(
+            [*command, *arguments(folder, "--eps", "0.02", "--batch-size", "4", "--out", str(out))[1:]],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.count("ACB PEC") == 1
+        outs.append(out.read_bytes())
+    assert outs[0] == outs[1]
+    assert outs[0].count(b"\n") == 24
+
+
+def test_bad_input_is_one_line(files, capsys):
+    folder, *_ = files
+    cases = [
+        (arguments(folder), "eps, high"),
+        (arguments(folder, "--eps", "0.1", "--high", "0.4"), "eps, high"),
+        (arguments(folder, "--eps", "0.1", "--out", str(folder / "r.txt")), "out"),
+        (arguments(folder, "--eps", "0.1", "--first", "99"), "first"),
+        (["certify", "--model", "/nowhere", "--eps", "0.1", "--data", str(folder / "data.npz")], "no file"),
+        (
+            ["certify", "--model", str(folder / "whole.pt"), "--eps", "0.1", "--data", str(folder / "data.npz")],
+            "--trust",
+        ),
+        (["certify", "--model", str(folder / "state.pt"), "--eps", "0.1", "--data", "/nowhere.npz"], "no file"),
+        (arguments(folder, "--eps", "0.1", "--split", "train", "--no-clip", "--norm", "0.5"), "train_images"),
+    ]
+    for command, words in cases:
+        assert main(command) == 2, command
+        error = capsys.readouterr().err
+        assert words in error
+        assert error.count("\n") == 1
+
+
+def test_models_from_files(files):
+    folder, model, x, _ = files
+    whole = load_model(str(folder / "whole.pt"), trust=True)
+    chain = load_model(str(folder / "state.pt"), shape=(1, 6, 6))
+    for other in (whole, chain):
+        assert torch.equal(other(x), model(x))
+    with pytest.raises(ValueError, match="shape"):
+        load_model(str(folder / "state.pt"), shape=(1, 7, 7))
+    with pytest.raises(ValueError, match="activation"):
+        load_model(str(folder / "state.pt"), activation="sine", shape=(1, 6, 6))
+    convolutional = nn.Sequential(
+        nn.Conv2d(1, 4, 4, 2, 1), nn.ReLU(), nn.Conv2d(4, 6, 4, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(24, 5)
+    )
+    torch.save(convolutional.state_dict(), folder / "conv.pt")
+    image = torch.rand(2, 1, 8, 8)
+    assert torch.equal(load_model(str(folder / "conv.pt"), shape=(1, 8, 8))(image), convolutional(image))
