@@ -1,9 +1,10 @@
 // Copies feature maps between plain tensors and the fast layout, and between fast layouts.
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "binary/args.h"
-#include "core/macros.h"
+#include "core/simd.h"
 #include "runtime/parallel.h"
 
 FR_NS_BEGIN
@@ -11,72 +12,163 @@ namespace {
 
 constexpr int64_t kGrainFloats = 32768;
 
-FR_HD int64_t image_at(const Layout& l, int64_t n) { return n / l.lanes * l.block + n % l.lanes + l.origin; }
+typedef float Quad __attribute__((vector_size(16)));
+typedef int32_t QuadIndex __attribute__((vector_size(16)));
 
-// Row y of one channel: columns x = first, first + step, ... of image n.
-struct Run {
-  const float* src;
-  float* dst;
-  int64_t src_step, dst_step, count;
-};
+FR_HD Quad load_quad(const float* p) {
+  Quad q;
+  std::memcpy(&q, p, sizeof q);
+  return q;
+}
+FR_HD void store_quad(float* p, Quad q) { std::memcpy(p, &q, sizeof q); }
 
-FR_HD void copy_run(const Run& r) {
-  if (r.src_step == 1 && r.dst_step == 1) {
-    std::memcpy(r.dst, r.src, static_cast<size_t>(r.count) * sizeof(float));
-    return;
-  }
-  for (int64_t i = 0; i < r.count; ++i) r.dst[i * r.dst_step] = r.src[i * r.src_step];
+FR_HD void transpose(Quad q[4]) {
+  const Quad a = __builtin_shuffle(q[0], q[1], QuadIndex{0, 4, 1, 5}), b = __builtin_shuffle(q[0], q[1], QuadIndex{2, 6, 3, 7});
+  const Quad c = __builtin_shuffle(q[2], q[3], QuadIndex{0, 4, 1, 5}), d = __builtin_shuffle(q[2], q[3], QuadIndex{2, 6, 3, 7});
+  q[0] = __builtin_shuffle(a, c, QuadIndex{0, 1, 4, 5});
+  q[1] = __builtin_shuffle(a, c, QuadIndex{2, 3, 6, 7});
+  q[2] = __builtin_shuffle(b, d, QuadIndex{0, 1, 4, 5});
+  q[3] = __builtin_shuffle(b, d, QuadIndex{2, 3, 6, 7});
 }
 
-// The same columns of all `lanes` images at once, when both sides interleave the same images.
-FR_HD void copy_pixels(const Run& r, int64_t lanes) {
-  if (r.src_step == lanes && r.dst_step == lanes) {
-    std::memcpy(r.dst, r.src, static_cast<size_t>(r.count * lanes) * sizeof(float));
-    return;
+FR_HD int64_t image_at(const Layout& l, int64_t n) { return n / l.lanes * l.block + n % l.lanes + l.origin; }
+
+FR_HD void copy_floats(float* dst, const float* src, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(dst + i, load(src + i));
+  for (; i + 4 <= n; i += 4) store_quad(dst + i, load_quad(src + i));
+  for (; i < n; ++i) dst[i] = src[i];
+}
+
+// Where each pixel of a channel lies, so that the copies below need no division.
+std::vector<int64_t> pixel_offsets(const Layout& l, int64_t height, int64_t width) {
+  std::vector<int64_t> at(static_cast<size_t>(height * width));
+  for (int64_t y = 0; y < height; ++y) {
+    const int64_t row = y % l.phases_h * l.phases_w * l.phase + y / l.phases_h * l.row;
+    int64_t* const r = at.data() + y * width;
+    if (l.phases_w == 1)
+      for (int64_t x = 0; x < width; ++x) r[x] = row + x * l.col;
+    else
+      for (int64_t x = 0; x < width; ++x) r[x] = row + x % l.phases_w * l.phase + x / l.phases_w * l.col;
   }
-  for (int64_t i = 0; i < r.count; ++i)
-    std::memcpy(r.dst + i * r.dst_step, r.src + i * r.src_step, static_cast<size_t>(lanes) * sizeof(float));
+  return at;
+}
+
+// What a plane holds beside its pixels, when every row of it is written.
+void clear_borders(float* plane, const RelayoutArgs& a) {
+  const Layout& d = a.to;
+  const auto clear = [&](int64_t from, int64_t to) {
+    std::memset(plane + from, 0, static_cast<size_t>(to - from) * sizeof(float));
+  };
+  clear(0, d.origin);
+  const int64_t gap = d.row - a.width * d.col;
+  for (int64_t y = 0; y + 1 < a.height && gap > 0; ++y) {
+    float* const p = plane + d.origin + y * d.row + a.width * d.col;
+    for (int64_t i = 0; i < gap; ++i) p[i] = 0.f;
+  }
+  clear(d.origin + (a.height - 1) * d.row + a.width * d.col, a.plane);
+}
+
+// Contiguous images on one side, `lanes` of them interleaved on the other.
+template <bool kInterleave>
+void transpose_images(const float* src, float* dst, int64_t image, const int64_t* at, int64_t pixels, int64_t lanes,
+                      int64_t count) {
+  const Quad zero = {0.f, 0.f, 0.f, 0.f};
+  int64_t i = 0;
+  for (; i + 4 <= pixels; i += 4)
+    for (int64_t n = 0; n < lanes; n += 4) {
+      Quad q[4];
+      if (kInterleave) {
+        for (int j = 0; j < 4; ++j) q[j] = n + j < count ? load_quad(src + (n + j) * image + i) : zero;
+        transpose(q);
+        for (int j = 0; j < 4; ++j) store_quad(dst + at[i + j] + n, q[j]);
+      } else {
+        for (int j = 0; j < 4; ++j) q[j] = load_quad(src + at[i + j] + n);
+        transpose(q);
+        for (int j = 0; j < 4; ++j)
+          if (n + j < count) store_quad(dst + (n + j) * image + i, q[j]);
+      }
+    }
+  for (; i < pixels; ++i)
+    for (int64_t n = 0; n < count; ++n) {
+      if (kInterleave)
+        dst[at[i] + n] = src[n * image + i];
+      else
+        dst[n * image + i] = src[at[i] + n];
+    }
+}
+
+struct Job {
+  const RelayoutArgs& a;
+  const int64_t* from;  // pixel offsets
+  const int64_t* to;
+  const float* src;  // of the channel
+  float* dst;
+  int64_t n0, count;  // images n0 .. n0 + count
+};
+
+// Same images side by side in both: whole pixels, or whole rows where both are contiguous.
+void copy_blocks(const Job& j, int64_t lanes) {
+  const RelayoutArgs& a = j.a;
+  const float* const src = j.src + image_at(a.from, j.n0);
+  float* const dst = j.dst + image_at(a.to, j.n0);
+  const bool rows = a.from.phases_w == 1 && a.to.phases_w == 1 && a.from.col == lanes && a.to.col == lanes;
+  for (int64_t y = 0; y < a.height; ++y) {
+    const int64_t *const f = j.from + y * a.width, *const t = j.to + y * a.width;
+    if (rows)
+      copy_floats(dst + t[0], src + f[0], a.width * lanes);
+    else
+      for (int64_t x = 0; x < a.width; ++x) copy_floats(dst + t[x], src + f[x], lanes);
+  }
+}
+
+void copy_any(const Job& j) {
+  const RelayoutArgs& a = j.a;
+  for (int64_t n = j.n0; n < j.n0 + j.count; ++n) {
+    const float* const src = j.src + image_at(a.from, n);
+    float* const dst = j.dst + image_at(a.to, n);
+    for (int64_t i = 0; i < a.height * a.width; ++i) dst[j.to[i]] = src[j.from[i]];
+  }
+}
+
+bool is_plain(const Layout& l, int64_t width) {
+  return l.lanes == 1 && l.col == 1 && l.row == width && l.phases_h * l.phases_w == 1;
 }
 
 }  // namespace
 
 void relayout_cpu(const RelayoutArgs& a) {
   const Layout &s = a.from, &d = a.to;
-  const int64_t lanes = d.lanes, blocks = (a.batch + lanes - 1) / lanes;
+  // Images are handled in the larger of the two groups.
+  const int64_t lanes = std::max(s.lanes, d.lanes), blocks = (a.batch + lanes - 1) / lanes;
+  const int64_t pixels = a.height * a.width;
+  const std::vector<int64_t> from = pixel_offsets(s, a.height, a.width), to = pixel_offsets(d, a.height, a.width);
   const int phases = d.phases_h * d.phases_w;
-  const bool fast = a.plane > 0;
-  // Column steps of the two sides only differ in phase for x in steps of both phase counts.
-  const int64_t step = std::max(s.phases_w, d.phases_w);
-  const int64_t grain = std::max<int64_t>(1, kGrainFloats / std::max<int64_t>(1, a.height * a.width * lanes));
+  const int64_t group = lanes / d.lanes;  // destination blocks per group of images
+  const int64_t grain = std::max<int64_t>(1, kGrainFloats / std::max<int64_t>(1, pixels * lanes));
   parallel_for(blocks * a.channels, grain, [&](int64_t first, int64_t last) {
     for (int64_t item = first; item < last; ++item) {
-      const int64_t block = item / a.channels, c = item % a.channels;
+      const int64_t block = item / a.channels, c = item - block * a.channels;
       const int64_t n0 = block * lanes, count = std::min(lanes, a.batch - n0);
-      float* const dst = a.dst + c * d.channel;
-      const float* const src = a.src + c * s.channel;
-      if (fast)
-        for (int p = 0; p < phases; ++p)
-          std::memset(dst + block * d.block + p * d.phase, 0, static_cast<size_t>(a.plane) * sizeof(float));
-      for (int64_t y = 0; y < a.height; ++y)
-        for (int64_t x0 = 0; x0 < std::min(step, a.width); ++x0) {
-          const int64_t from = y % s.phases_h * s.phases_w * s.phase + x0 % s.phases_w * s.phase +
-                               y / s.phases_h * s.row + x0 / s.phases_w * s.col;
-          const int64_t to = y % d.phases_h * d.phases_w * d.phase + x0 % d.phases_w * d.phase +
-                             y / d.phases_h * d.row + x0 / d.phases_w * d.col;
-          const int64_t columns = (a.width - x0 + step - 1) / step;
-          Run r{nullptr, nullptr, step / s.phases_w * s.col, step / d.phases_w * d.col, columns};
-          if (s.lanes == lanes && count == lanes && lanes > 1) {
-            r.src = src + image_at(s, n0) + from;
-            r.dst = dst + image_at(d, n0) + to;
-            copy_pixels(r, lanes);
-          } else {
-            for (int64_t n = n0; n < n0 + count; ++n) {
-              r.src = src + image_at(s, n) + from;
-              r.dst = dst + image_at(d, n) + to;
-              copy_run(r);
-            }
+      const Job job{a, from.data(), to.data(), a.src + c * s.channel, a.dst + c * d.channel, n0, count};
+      if (a.plane > 0)
+        for (int64_t b = block * group; b * d.lanes < n0 + count; ++b)
+          for (int p = 0; p < phases; ++p) {
+            float* const plane = job.dst + b * d.block + p * d.phase;
+            if (phases == 1 && (b + 1) * d.lanes <= a.batch)
+              clear_borders(plane, a);
+            else
+              std::memset(plane, 0, static_cast<size_t>(a.plane) * sizeof(float));
           }
-        }
+      if (s.lanes == d.lanes && (lanes == 1 ? s.col == 1 && d.col == 1 : count == lanes)) {
+        for (int64_t n = 0; n < count; n += s.lanes) copy_blocks({a, job.from, job.to, job.src, job.dst, n0 + n, 1}, lanes);
+      } else if (lanes % 4 == 0 && s.lanes == 1 && is_plain(s, a.width)) {
+        transpose_images<true>(job.src + image_at(s, n0), job.dst + image_at(d, n0), s.block, job.to, pixels, lanes, count);
+      } else if (lanes % 4 == 0 && d.lanes == 1 && is_plain(d, a.width)) {
+        transpose_images<false>(job.src + image_at(s, n0), job.dst + image_at(d, n0), d.block, job.from, pixels, lanes, count);
+      } else {
+        copy_any(job);
+      }
     }
   });
 }
