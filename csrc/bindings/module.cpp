@@ -1,0 +1,34 @@
+#include "bindings/bindings.h"
+#include "runtime/device.h"
+#include "runtime/dispatch.h"
+#include "runtime/parallel.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m) {
+  using namespace fastrobust;
+  m.doc() = "Compiled kernels of fastrobust. Use the functions of fastrobust.ops instead.";
+  m.attr("__version__") = FASTROBUST_VERSION;
+  m.attr("cpu_variants") = FASTROBUST_VARIANTS;
+#if defined(FASTROBUST_HAS_CUDA)
+  m.attr("cuda_toolkit") = FASTROBUST_CUDA_VERSION;
+  m.attr("cuda_architectures") = FASTROBUST_CUDA_ARCHS;
+#else
+  m.attr("cuda_toolkit") = "";
+  m.attr("cuda_architectures") = "";
+#endif
+#if defined(__VERSION__)
+  m.attr("compiler") = __VERSION__;
+#else
+  m.attr("compiler") = "";
+#endif
+  m.def("cpu_variant", [] { return cpu_variant_name(); });
+  m.def("cpu_variant_reason", [] { return cpu_variant_reason(); });
+  m.def("num_threads", &num_threads);
+  m.def("thread_backend", [] { return thread_backend(); });
+  m.def("cuda_devices", [] {
+    const DeviceReport r = device_report();
+    return py::make_tuple(r.devices, r.error);
+  });
+  bind_pgd(m);
+}

@@ -1,0 +1,174 @@
+#include <cmath>
+#include <cstring>
+
+#include "bindings/bindings.h"
+#include "core/rounding.h"
+#include "pgd/kernels.h"
+#include "runtime/device.h"
+
+namespace py = pybind11;
+
+namespace fastrobust {
+namespace {
+
+// (address, value, per): what Python knows of a parameter.
+struct PyParam {
+  uintptr_t address;
+  double value;
+  int per;
+};
+Param param(uintptr_t address, double value, int per, int64_t batch, int64_t n, const char* name, bool downwards) {
+  Param p;
+  p.per = static_cast<Per>(per);
+  p.value = downwards ? round_down(value) : static_cast<float>(value);
+  if (p.per != Per::all) p.data = pointer<const float>(address, p.per == Per::example ? batch : batch * n, name);
+  return p;
+}
+
+// device < 0 is the CPU. One call for every step: which outputs are given tells what is computed.
+void step(int device, uintptr_t stream, uintptr_t x, uintptr_t x0, uintptr_t grad, uintptr_t out, int64_t batch,
+          int64_t n, int norm, int grad_type, py::tuple step_size, py::tuple eps, double lo, double hi,
+          uintptr_t active, bool normalize, py::object fosc, py::object atas, uintptr_t workspace) {
+  StepArgs a;
+  const int64_t elements = batch * n;
+  a.batch = batch;
+  a.n = n;
+  a.x = pointer<const float>(x, elements, "x");
+  a.x0 = pointer<const float>(x0, elements, "x0");
+  a.grad_type = static_cast<GradType>(grad_type);
+  a.grad = a.grad_type == GradType::none ? nullptr : pointer<const void>(grad, elements, "grad");
+  a.out = reinterpret_cast<float*>(out);
+  a.step = param(step_size[0].cast<uintptr_t>(), step_size[1].cast<double>(), step_size[2].cast<int>(), batch, n,
+                 "step_size", false);
+  a.eps = param(eps[0].cast<uintptr_t>(), eps[1].cast<double>(), eps[2].cast<int>(), batch, n, "eps", true);
+  a.lo = static_cast<float>(lo);
+  a.hi = static_cast<float>(hi);
+  a.active = reinterpret_cast<const uint8_t*>(active);
+  a.normalize = normalize;
+  if (!fosc.is_none()) {  // (value, active_out, threshold)
+    const py::tuple f = fosc;
+    a.fosc = pointer<float>(f[0].cast<uintptr_t>(), batch, "fosc");
+    a.active_out = reinterpret_cast<uint8_t*>(f[1].cast<uintptr_t>());
+    a.threshold = f[2].cast<float>();
+  }
+  if (!atas.is_none()) {  // (v, v_out, step_out, beta, c, authors, min_step, max_step)
+    const py::tuple t = atas;
+    a.v = pointer<const float>(t[0].cast<uintptr_t>(), batch, "v");
+    a.v_out = pointer<float>(t[1].cast<uintptr_t>(), batch, "v_out");
+    a.step_out = pointer<float>(t[2].cast<uintptr_t>(), batch, "step_out");
+    a.beta = t[3].cast<float>();
+    a.c = t[4].cast<float>();
+    a.authors = t[5].cast<bool>();
+    a.min_step = t[6].cast<float>();
+    a.max_step = t[7].cast<float>();
+  }
+  if (a.fosc == nullptr) pointer<float>(out, elements, "out");
+  const bool elementwise = static_cast<Norm>(norm) == Norm::linf && a.fosc == nullptr && a.v_out == nullptr;
+  if (device < 0) {
+    without_gil(elements, [&] { elementwise ? pgd().linf(a) : pgd().rows(a, static_cast<Norm>(norm)); });
+    return;
+  }
+#if defined(FASTROBUST_HAS_CUDA)
+  const DeviceGuard guard(device);
+  void* s = reinterpret_cast<void*>(stream);
+  elementwise ? linf_cuda(a, s) : rows_cuda(a, static_cast<Norm>(norm), reinterpret_cast<double*>(workspace), s);
+#else
+  (void)stream;
+  (void)workspace;
+  throw std::runtime_error("fastrobust was built without CUDA kernels; rebuild with nvcc on PATH (FASTROBUST_CUDA=ON)");
+#endif
+}
+
+// The inner loop's call: float32, one step size and one radius, CPU.
+void linf_step(uintptr_t x, uintptr_t x0, uintptr_t grad, uintptr_t out, int64_t elements, double step_size, double eps,
+               double lo, double hi) {
+  StepArgs a;
+  a.batch = 1;
+  a.n = elements;
+  a.x = pointer<const float>(x, elements, "x");
+  a.x0 = pointer<const float>(x0, elements, "x0");
+  a.grad = pointer<const float>(grad, elements, "grad");
+  a.out = pointer<float>(out, elements, "out");
+  a.step.value = static_cast<float>(step_size);
+  a.eps.value = round_down(eps);
+  a.lo = static_cast<float>(lo);
+  a.hi = static_cast<float>(hi);
+  without_gil(elements, [&] { pgd().linf(a); });
+}
+
+int64_t workspace_doubles(int64_t batch, int64_t n) {
+#if defined(FASTROBUST_HAS_CUDA)
+  StepArgs a;
+  a.batch = batch;
+  a.n = n;
+  return pgd_workspace_doubles(a);
+#else
+  (void)batch;
+  (void)n;
+  return 0;
+#endif
+}
+
+void random_start(int device, uintptr_t stream, uintptr_t x0, uintptr_t out, int64_t batch, int64_t n, int norm,
+                  py::tuple eps, double lo, double hi, uint64_t seed, int64_t first_example, uintptr_t workspace) {
+  RandomStartArgs a;
+  a.batch = batch;
+  a.n = n;
+  a.x0 = pointer<const float>(x0, batch * n, "x0");
+  a.out = pointer<float>(out, batch * n, "out");
+  a.eps = param(eps[0].cast<uintptr_t>(), eps[1].cast<double>(), eps[2].cast<int>(), batch, n, "eps", true);
+  a.lo = static_cast<float>(lo);
+  a.hi = static_cast<float>(hi);
+  a.seed = seed;
+  a.first_example = first_example;
+  a.norm = static_cast<Norm>(norm);
+  if (device < 0) {
+    without_gil(batch * n, [&] { pgd().random_start(a); });
+    return;
+  }
+#if defined(FASTROBUST_HAS_CUDA)
+  const DeviceGuard guard(device);
+  random_start_cuda(a, reinterpret_cast<int64_t*>(workspace), reinterpret_cast<void*>(stream));
+#else
+  (void)stream;
+  (void)workspace;
+  throw std::runtime_error("fastrobust was built without CUDA kernels; rebuild with nvcc on PATH (FASTROBUST_CUDA=ON)");
+#endif
+}
+
+void loss(int device, uintptr_t stream, int kind, uintptr_t logits, uintptr_t reference, uintptr_t labels,
+          uintptr_t targets, uintptr_t value, uintptr_t grad, int64_t batch, int64_t classes) {
+  LossArgs a;
+  a.loss = static_cast<Loss>(kind);
+  a.batch = batch;
+  a.classes = classes;
+  a.logits = pointer<const float>(logits, batch * classes, "logits");
+  a.reference = reinterpret_cast<const float*>(reference);
+  a.labels = reinterpret_cast<const int64_t*>(labels);
+  a.targets = reinterpret_cast<const int64_t*>(targets);
+  a.value = pointer<float>(value, batch, "value");
+  a.grad = pointer<float>(grad, batch * classes, "grad");
+  if (device < 0) {
+    without_gil(batch * classes, [&] { pgd().loss(a); });
+    return;
+  }
+#if defined(FASTROBUST_HAS_CUDA)
+  const DeviceGuard guard(device);
+  loss_cuda(a, reinterpret_cast<void*>(stream));
+#else
+  (void)stream;
+  throw std::runtime_error("fastrobust was built without CUDA kernels; rebuild with nvcc on PATH (FASTROBUST_CUDA=ON)");
+#endif
+}
+
+}  // namespace
+
+void bind_pgd(py::module_& m) {
+  m.def("pgd_step", &step);
+  m.def("pgd_linf_step", &linf_step);
+  m.def("pgd_workspace_doubles", &workspace_doubles);
+  m.def("pgd_random_start", &random_start);
+  m.def("pgd_loss", &loss);
+}
+
+}  // namespace fastrobust

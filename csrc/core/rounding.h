@@ -1,0 +1,66 @@
+// Additions with a chosen rounding direction, exact on every path: embedded rounding on AVX-512, the directed
+// intrinsics on CUDA, and elsewhere Knuth's TwoSum, whose error term tells on which side the rounded sum fell.
+#pragma once
+
+#include "core/simd.h"
+
+FR_NS_BEGIN
+
+#if defined(__CUDA_ARCH__)
+
+FR_HD float add_up(float a, float b) { return __fadd_ru(a, b); }
+FR_HD float add_down(float a, float b) { return __fadd_rd(a, b); }
+
+#else
+
+FR_HD float step_bits(float a, int dir) { return float_from_bits(bits_of(a) + static_cast<uint32_t>(dir)); }
+
+// error of s = fl(a + b): a + b == s + two_sum_error(a, b, s). An infinite sum gives NaN, which compares false below.
+template <class V>
+FR_HD V two_sum_error(V a, V b, V s) {
+  const V bb = s - a;
+  return (a - (s - bb)) + (b - bb);
+}
+// A sum that is zero or subnormal is exact, so no neighbour across zero is ever wanted.
+template <class V>
+FR_HD V add_up_two_sum(V a, V b) {
+  const V s = a + b;
+  const V next = select(s > V(0.f), step_bits(s, 1), step_bits(s, -1));
+  return select(two_sum_error(a, b, s) > V(0.f), next, s);
+}
+template <class V>
+FR_HD V add_down_two_sum(V a, V b) {
+  const V s = a + b;
+  const V next = select(s > V(0.f), step_bits(s, -1), step_bits(s, 1));
+  return select(two_sum_error(a, b, s) < V(0.f), next, s);
+}
+
+FR_HD float add_up(float a, float b) { return add_up_two_sum(a, b); }
+FR_HD float add_down(float a, float b) { return add_down_two_sum(a, b); }
+
+#if !defined(__CUDACC__)
+#if defined(__AVX512F__)
+FR_HD Vec add_up(Vec a, Vec b) { return _mm512_add_round_ps(a.v, b.v, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC); }
+FR_HD Vec add_down(Vec a, Vec b) { return _mm512_add_round_ps(a.v, b.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+#else
+FR_HD Vec add_up(Vec a, Vec b) { return add_up_two_sum(a, b); }
+FR_HD Vec add_down(Vec a, Vec b) { return add_down_two_sum(a, b); }
+#endif
+#endif
+
+#endif  // __CUDA_ARCH__
+
+// x0 + d rounded towards x0: |result - x0| <= |d| in exact arithmetic.
+template <class V>
+FR_HD V add_inward(V x0, V d) {
+  return select(d > V(0.f), add_down(x0, d), select(d < V(0.f), add_up(x0, d), x0));
+}
+
+// The largest float not above a double.
+FR_HD float round_down(double a) {
+  const float f = static_cast<float>(a);
+  if (static_cast<double>(f) <= a || !(a == a)) return f;
+  return f > 0.f ? float_from_bits(bits_of(f) - 1) : float_from_bits(bits_of(f) + 1);
+}
+
+FR_NS_END

@@ -1,0 +1,316 @@
+// Sixteen float lanes on every processor: one zmm, two ymm or four xmm registers. Formulas are templates over V and
+// work on Vec and on float alike (the CUDA kernels use float), so a formula has one home. Because a Vec always has
+// sixteen lanes, reductions add in the same order on every instruction set and give the same bits.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+#include <cstring>
+
+#include "core/half.h"
+#include "core/macros.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+FR_NS_BEGIN
+
+constexpr int kLanes = 16;
+
+// ---- scalars, host and device ----
+FR_HD float select(bool m, float a, float b) { return m ? a : b; }
+FR_HD float vmin(float a, float b) { return a < b ? a : b; }
+FR_HD float vmax(float a, float b) { return a > b ? a : b; }
+FR_HD float vabs(float a) { return fabsf(a); }
+// p * 2^k, where k sits in the low bits of t = k + 1.5 * 2^23 (the sum with the magic number rounds to an integer).
+FR_HD float scale_exponent(float p, float t) { return float_from_bits(bits_of(p) + (bits_of(t) << 23)); }
+
+#if !defined(__CUDACC__)
+
+#if defined(__AVX512F__)
+
+struct Mask {
+  __mmask16 m;
+  friend FR_HD Mask operator&(Mask a, Mask b) { return {static_cast<__mmask16>(a.m & b.m)}; }
+  friend FR_HD Mask operator|(Mask a, Mask b) { return {static_cast<__mmask16>(a.m | b.m)}; }
+  friend FR_HD Mask operator!(Mask a) { return {static_cast<__mmask16>(~a.m)}; }
+};
+FR_HD bool any(Mask a) { return a.m != 0; }
+
+struct Vec {
+  __m512 v;
+  Vec() = default;
+  FR_HD Vec(__m512 a) : v(a) {}
+  FR_HD Vec(float a) : v(_mm512_set1_ps(a)) {}
+  friend FR_HD Vec operator+(Vec a, Vec b) { return _mm512_add_ps(a.v, b.v); }
+  friend FR_HD Vec operator-(Vec a, Vec b) { return _mm512_sub_ps(a.v, b.v); }
+  friend FR_HD Vec operator*(Vec a, Vec b) { return _mm512_mul_ps(a.v, b.v); }
+  friend FR_HD Vec operator/(Vec a, Vec b) { return _mm512_div_ps(a.v, b.v); }
+  friend FR_HD Vec operator-(Vec a) { return _mm512_xor_ps(a.v, _mm512_set1_ps(-0.f)); }
+  friend FR_HD Mask operator<(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
+  friend FR_HD Mask operator>(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ)}; }
+  friend FR_HD Mask operator<=(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ)}; }
+  friend FR_HD Mask operator>=(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ)}; }
+  friend FR_HD Mask operator==(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)}; }
+};
+FR_HD Vec select(Mask m, Vec a, Vec b) { return _mm512_mask_blend_ps(m.m, b.v, a.v); }
+FR_HD Vec vmin(Vec a, Vec b) { return _mm512_min_ps(a.v, b.v); }
+FR_HD Vec vmax(Vec a, Vec b) { return _mm512_max_ps(a.v, b.v); }
+FR_HD Vec vabs(Vec a) { return _mm512_abs_ps(a.v); }
+FR_HD Vec load(const float* p) { return _mm512_loadu_ps(p); }
+FR_HD Vec load_n(const float* p, int n) { return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p); }
+FR_HD void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+FR_HD void store_n(float* p, Vec a, int n) { _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), a.v); }
+FR_HD void store_stream(float* p, Vec a) { _mm512_stream_ps(p, a.v); }
+FR_HD Vec load_half(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+FR_HD Vec load_bfloat(const uint16_t* p) {
+  const __m512i w = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(w, 16));
+}
+// The neighbouring float away from zero (dir = 1) or towards it (dir = -1), bitwise.
+FR_HD Vec step_bits(Vec a, int dir) {
+  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a.v), _mm512_set1_epi32(dir)));
+}
+FR_HD Vec scale_exponent(Vec p, Vec t) {
+  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p.v), _mm512_slli_epi32(_mm512_castps_si512(t.v), 23)));
+}
+
+struct DVec {
+  __m512d lo, hi;
+  DVec() = default;
+  FR_HD DVec(__m512d a, __m512d b) : lo(a), hi(b) {}
+  FR_HD DVec(double a) : lo(_mm512_set1_pd(a)), hi(lo) {}
+  friend FR_HD DVec operator+(DVec a, DVec b) { return {_mm512_add_pd(a.lo, b.lo), _mm512_add_pd(a.hi, b.hi)}; }
+  friend FR_HD DVec operator-(DVec a, DVec b) { return {_mm512_sub_pd(a.lo, b.lo), _mm512_sub_pd(a.hi, b.hi)}; }
+  friend FR_HD DVec operator*(DVec a, DVec b) { return {_mm512_mul_pd(a.lo, b.lo), _mm512_mul_pd(a.hi, b.hi)}; }
+};
+FR_HD DVec widen(Vec a) {
+  return {_mm512_cvtps_pd(_mm512_castps512_ps256(a.v)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1))};
+}
+FR_HD void store(double* p, DVec a) {
+  _mm512_storeu_pd(p, a.lo);
+  _mm512_storeu_pd(p + 8, a.hi);
+}
+
+#else  // registers narrower than sixteen floats: arrays of GCC vectors, every loop unrolled away
+
+#if defined(__AVX__)
+constexpr int kWidth = 32;
+#else
+constexpr int kWidth = 16;
+#endif
+constexpr int kRegs = 64 / kWidth;
+typedef float NativeF __attribute__((vector_size(kWidth)));
+typedef int32_t NativeI __attribute__((vector_size(kWidth)));
+typedef double NativeD __attribute__((vector_size(kWidth)));
+
+#define FR_EACH _Pragma("GCC unroll 8") for (int i = 0; i < kRegs; ++i)
+#define FR_EACH2 _Pragma("GCC unroll 8") for (int i = 0; i < 2 * kRegs; ++i)
+
+struct Mask {
+  NativeI r[kRegs];
+#define FR_MASK_OP(sign)                           \
+  friend FR_HD Mask operator sign(Mask a, Mask b) { \
+    Mask c;                                        \
+    FR_EACH c.r[i] = a.r[i] sign b.r[i];           \
+    return c;                                      \
+  }
+  FR_MASK_OP(&)
+  FR_MASK_OP(|)
+#undef FR_MASK_OP
+  friend FR_HD Mask operator!(Mask a) {
+    FR_EACH a.r[i] = ~a.r[i];
+    return a;
+  }
+};
+FR_HD bool any(Mask a) {
+  NativeI c = a.r[0];
+  FR_EACH c |= a.r[i];
+  int32_t bits = 0;
+  for (int i = 0; i < kWidth / 4; ++i) bits |= c[i];
+  return bits != 0;
+}
+
+struct Vec {
+  NativeF r[kRegs];
+  Vec() = default;
+  FR_HD Vec(float a) { FR_EACH r[i] = NativeF{} + a; }
+#define FR_ARITH(sign)                             \
+  friend FR_HD Vec operator sign(Vec a, Vec b) {   \
+    FR_EACH a.r[i] = a.r[i] sign b.r[i];           \
+    return a;                                      \
+  }
+  FR_ARITH(+)
+  FR_ARITH(-)
+  FR_ARITH(*)
+  FR_ARITH(/)
+#undef FR_ARITH
+#define FR_COMPARE(sign)                           \
+  friend FR_HD Mask operator sign(Vec a, Vec b) {  \
+    Mask m;                                        \
+    FR_EACH m.r[i] = a.r[i] sign b.r[i];           \
+    return m;                                      \
+  }
+  FR_COMPARE(<)
+  FR_COMPARE(>)
+  FR_COMPARE(<=)
+  FR_COMPARE(>=)
+  FR_COMPARE(==)
+#undef FR_COMPARE
+  friend FR_HD Vec operator-(Vec a) {
+    FR_EACH a.r[i] = -a.r[i];
+    return a;
+  }
+};
+FR_HD Vec select(Mask m, Vec a, Vec b) {
+  FR_EACH a.r[i] = m.r[i] ? a.r[i] : b.r[i];
+  return a;
+}
+FR_HD Vec vmin(Vec a, Vec b) {
+  FR_EACH a.r[i] = a.r[i] < b.r[i] ? a.r[i] : b.r[i];
+  return a;
+}
+FR_HD Vec vmax(Vec a, Vec b) {
+  FR_EACH a.r[i] = a.r[i] > b.r[i] ? a.r[i] : b.r[i];
+  return a;
+}
+FR_HD Vec vabs(Vec a) {
+  FR_EACH a.r[i] = (NativeF)((NativeI)a.r[i] & 0x7fffffff);
+  return a;
+}
+FR_HD Vec load(const float* p) {
+  Vec a;
+  std::memcpy(&a, p, sizeof a);
+  return a;
+}
+FR_HD Vec load_n(const float* p, int n) {
+  Vec a(0.f);
+  std::memcpy(&a, p, static_cast<size_t>(n) * sizeof(float));
+  return a;
+}
+FR_HD void store(float* p, Vec a) { std::memcpy(p, &a, sizeof a); }
+FR_HD void store_n(float* p, Vec a, int n) { std::memcpy(p, &a, static_cast<size_t>(n) * sizeof(float)); }
+FR_HD void store_stream(float* p, Vec a) {
+#if defined(__AVX__)
+  FR_EACH _mm256_stream_ps(p + 8 * i, (__m256)a.r[i]);
+#elif defined(__x86_64__)
+  FR_EACH _mm_stream_ps(p + 4 * i, (__m128)a.r[i]);
+#else
+  store(p, a);
+#endif
+}
+FR_HD Vec load_half(const uint16_t* p) {
+  Vec a;
+#if defined(__F16C__)
+  FR_EACH a.r[i] = (NativeF)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8 * i)));
+#else
+  float f[kLanes];
+  for (int i = 0; i < kLanes; ++i) f[i] = half_to_float(p[i]);
+  std::memcpy(&a, f, sizeof a);
+#endif
+  return a;
+}
+FR_HD Vec load_bfloat(const uint16_t* p) {
+  uint32_t u[kLanes];
+  for (int i = 0; i < kLanes; ++i) u[i] = static_cast<uint32_t>(p[i]) << 16;
+  Vec a;
+  std::memcpy(&a, u, sizeof a);
+  return a;
+}
+FR_HD Vec step_bits(Vec a, int dir) {
+  FR_EACH a.r[i] = (NativeF)((NativeI)a.r[i] + dir);
+  return a;
+}
+FR_HD Vec scale_exponent(Vec p, Vec t) {
+  FR_EACH p.r[i] = (NativeF)((NativeI)p.r[i] + ((NativeI)t.r[i] << 23));
+  return p;
+}
+
+struct DVec {
+  NativeD r[2 * kRegs];
+  DVec() = default;
+  FR_HD DVec(double a) { FR_EACH2 r[i] = NativeD{} + a; }
+#define FR_ARITH(sign)                               \
+  friend FR_HD DVec operator sign(DVec a, DVec b) {  \
+    FR_EACH2 a.r[i] = a.r[i] sign b.r[i];            \
+    return a;                                        \
+  }
+  FR_ARITH(+)
+  FR_ARITH(-)
+  FR_ARITH(*)
+#undef FR_ARITH
+};
+FR_HD DVec widen(Vec a) {
+  DVec d;
+#if defined(__AVX__)
+  FR_EACH {
+    d.r[2 * i] = (NativeD)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)a.r[i]));
+    d.r[2 * i + 1] = (NativeD)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)a.r[i], 1));
+  }
+#elif defined(__x86_64__)
+  FR_EACH {
+    d.r[2 * i] = (NativeD)_mm_cvtps_pd((__m128)a.r[i]);
+    d.r[2 * i + 1] = (NativeD)_mm_cvtps_pd(_mm_movehl_ps((__m128)a.r[i], (__m128)a.r[i]));
+  }
+#elif defined(__aarch64__)
+  FR_EACH {
+    d.r[2 * i] = (NativeD)vcvt_f64_f32(vget_low_f32((float32x4_t)a.r[i]));
+    d.r[2 * i + 1] = (NativeD)vcvt_high_f64_f32((float32x4_t)a.r[i]);
+  }
+#else
+  float f[kLanes];
+  double w[kLanes];
+  std::memcpy(f, &a, sizeof f);
+  for (int i = 0; i < kLanes; ++i) w[i] = f[i];
+  std::memcpy(&d, w, sizeof d);
+#endif
+  return d;
+}
+FR_HD void store(double* p, DVec a) { std::memcpy(p, &a, sizeof a); }
+
+#undef FR_EACH
+#undef FR_EACH2
+#endif  // __AVX512F__
+
+// Makes streamed stores visible before other threads are told that they are done.
+FR_HD void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+// Sums and maxima over the lanes in one fixed order.
+FR_HD double sum(DVec a) {
+  double s[kLanes];
+  store(s, a);
+  for (int width = 8; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) s[i] += s[i + width];
+  return s[0];
+}
+FR_HD float max_lane(Vec a) {
+  float s[kLanes];
+  store(s, a);
+  float m = s[0];
+  for (int i = 1; i < kLanes; ++i) m = s[i] > m ? s[i] : m;
+  return m;
+}
+
+FR_HD Vec load_half_n(const uint16_t* p, int n) {
+  uint16_t u[kLanes] = {};
+  std::memcpy(u, p, static_cast<size_t>(n) * sizeof(uint16_t));
+  return load_half(u);
+}
+FR_HD Vec load_bfloat_n(const uint16_t* p, int n) {
+  uint16_t u[kLanes] = {};
+  std::memcpy(u, p, static_cast<size_t>(n) * sizeof(uint16_t));
+  return load_bfloat(u);
+}
+
+#endif  // !__CUDACC__
+
+FR_NS_END

@@ -1,0 +1,100 @@
+#include <algorithm>
+
+#include "core/exp.h"
+#include "pgd/losses.h"
+#include "pgd/row_cpu.h"
+#include "runtime/parallel.h"
+
+FR_NS_BEGIN
+namespace {
+
+constexpr int64_t kGrainElements = 4096;
+
+FR_HD Vec load_or(const float* p, int64_t left, float fill) {
+  if (left >= kLanes) return load(p);
+  float f[kLanes];
+  for (int k = 0; k < kLanes; ++k) f[k] = k < left ? p[k] : fill;
+  return load(f);
+}
+FR_HD void store_left(float* p, Vec v, int64_t left) {
+  left >= kLanes ? store(p, v) : store_n(p, v, static_cast<int>(left));
+}
+
+struct Softmax {
+  float top;
+  double sum;
+};
+// Largest logit and sum of exp(z - top); exp(z - top) is left in `e` when given.
+Softmax softmax(const float* z, int64_t k, float* e) {
+  Vec m(-INFINITY);
+  for (int64_t i = 0; i < k; i += kLanes) m = vmax(m, load_or(z + i, k - i, -INFINITY));
+  const float top = max_lane(m);
+  DVec s(0.);
+  for (int64_t i = 0; i < k; i += kLanes) {
+    const Vec v = portable_exp(load_or(z + i, k - i, -INFINITY) - Vec(top));
+    s = s + widen(v);
+    if (e != nullptr) store_left(e + i, v, k - i);
+  }
+  return {top, sum(s)};
+}
+
+void cross_entropy(const LossArgs& a, int64_t row) {
+  const float* z = a.logits + row * a.classes;
+  float* g = a.grad + row * a.classes;
+  const Softmax s = softmax(z, a.classes, g);
+  const Vec inverse(static_cast<float>(1. / s.sum));
+  for (int64_t i = 0; i < a.classes; i += kLanes)
+    store_left(g + i, load_or(g + i, a.classes - i, 0.f) * inverse, a.classes - i);
+  const int64_t y = a.labels[row];
+  // p_y - 1 as minus the sum of the others' would need another pass; in double the cancellation is harmless.
+  g[y] = static_cast<float>(static_cast<double>(portable_exp(z[y] - s.top)) / s.sum - 1.);
+  a.value[row] = static_cast<float>((static_cast<double>(s.top) - z[y]) + std::log(s.sum));
+}
+
+void kl(const LossArgs& a, int64_t row) {
+  const float* z = a.logits + row * a.classes;
+  const float* r = a.reference + row * a.classes;
+  float* g = a.grad + row * a.classes;
+  const Softmax q = softmax(z, a.classes, g), p = softmax(r, a.classes, nullptr);
+  const Vec inverse_q(static_cast<float>(1. / q.sum)), inverse_p(static_cast<float>(1. / p.sum));
+  DVec inner(0.);
+  for (int64_t i = 0; i < a.classes; i += kLanes) {
+    const int64_t left = a.classes - i;
+    const Vec ri = load_or(r + i, left, 0.f) - Vec(p.top), zi = load_or(z + i, left, 0.f) - Vec(q.top);
+    Vec pi = portable_exp(ri) * inverse_p;
+    if (left < kLanes) {
+      float keep[kLanes] = {};
+      store_n(keep, pi, static_cast<int>(left));
+      pi = load(keep);
+    }
+    inner = inner + widen(pi) * widen(ri - zi);
+    store_left(g + i, load_or(g + i, left, 0.f) * inverse_q - pi, left);
+  }
+  // sum p = 1: the logs of the two sums leave the sum
+  a.value[row] = static_cast<float>(sum(inner) + std::log(q.sum) - std::log(p.sum));
+}
+
+void sparse(const LossArgs& a, int64_t row) {
+  const float* z = a.logits + row * a.classes;
+  float* g = a.grad + row * a.classes;
+  const int64_t y = a.labels[row], target = a.targets != nullptr ? a.targets[row] : y;
+  Top t;
+  top_start(&t);
+  for (int64_t j = 0; j < a.classes; ++j) top_add(&t, z[j], j, j == y);
+  const Sparse s = sparse_loss(a.loss, t, z[y], y, z[target], target);
+  std::fill(g, g + a.classes, 0.f);
+  for (int k = 0; k < s.count; ++k) g[s.index[k]] += s.weight[k];
+  a.value[row] = s.value;
+}
+
+}  // namespace
+
+void loss_cpu(const LossArgs& a) {
+  const auto row_fn = a.loss == Loss::cross_entropy ? cross_entropy : (a.loss == Loss::kl ? kl : sparse);
+  parallel_for(a.batch, std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, a.classes)),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t row = begin; row < end; ++row) row_fn(a, row);
+               });
+}
+
+FR_NS_END

@@ -1,0 +1,115 @@
+// The formulas of the PGD family, one home each. V is Vec in the CPU kernels and float in the CUDA kernels.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+
+#include "core/rounding.h"
+
+FR_NS_BEGIN
+
+// ---- gradients ----
+// A NaN coordinate counts as zero; an infinite one as the largest finite number, so that norms stay finite.
+template <class V>
+FR_HD V clean_grad(V g) {
+  g = select(g == g, g, V(0.f));
+  return vmin(vmax(g, V(-FLT_MAX)), V(FLT_MAX));
+}
+
+// ---- L-inf (thesis eq. 2.2): clip(x + step sign(g)) to the ball, then to the box ----
+// The ball's faces are x0 -+ eps rounded inwards, so |out - x0| <= eps holds exactly. sign(0) = sign(NaN) = 0.
+template <class V>
+FR_HD V linf_project(V y, V x0, V eps, V lo, V hi) {
+  y = vmin(vmax(y, add_up(x0, -eps)), add_down(x0, eps));
+  return vmin(vmax(y, lo), hi);
+}
+template <class V>
+FR_HD V linf_ascend(V x, V g, V step) {
+  return x + select(g > V(0.f), step, select(g < V(0.f), -step, V(0.f)));
+}
+
+// ---- L2: y = x + step g / ||g||, or y = x + step g ----
+// g / ||g|| as (g * pow2) * scale: pow2 is a power of two that brings the norm near 1, so that neither factor over- or
+// underflows for gradients of any size.
+struct L2Ascent {
+  float pow2;
+  float scale;
+};
+FR_HD L2Ascent l2_ascent(double sum_g2, float step, bool normalize) {
+  if (!normalize) return {1.f, step};
+  const double norm = sqrt(sum_g2);
+  if (!(norm > 0.)) return {0.f, 0.f};
+  int exponent;
+  frexp(norm, &exponent);
+  exponent = exponent > 126 ? 126 : (exponent < -126 ? -126 : exponent);
+  const double pow2 = ldexp(1., -exponent);
+  return {static_cast<float>(pow2), static_cast<float>(step / (norm * pow2))};
+}
+template <class V>
+FR_HD V l2_ascend(V x, V g, V pow2, V scale) {
+  const V p = (g * pow2) * scale;
+  return select(p == V(0.f), x, x + p);
+}
+
+// ---- shrinking onto an L2 or L1 ball, rounded inwards ----
+// d = fl(y - x0) carries a relative error of 2^-24. A point counts as inside when the computed size is at most
+// (1 - kAccept) eps, and a point outside is shrunk to (1 - kShrink) eps before the last addition is rounded towards x0:
+// kAccept covers the error of d, kShrink > kAccept makes the projection idempotent. Both are a few ulp of eps.
+constexpr double kAccept = 0x1p-23;
+constexpr double kShrink = 0x1p-21;
+
+// Factor for d, or 1 when y is inside.
+FR_HD float l2_shrink(double sum_d2, float eps) {
+  const double norm = sqrt(sum_d2);
+  const double bound = static_cast<double>(eps);
+  if (norm <= bound * (1. - kAccept)) return 1.f;
+  if (!(norm > 0.) || !(bound > 0.)) return 0.f;
+  return round_down(bound * (1. - kShrink) / norm);
+}
+template <class V>
+FR_HD V l2_project(V y, V x0, V shrink, V lo, V hi) {
+  const V z = select(shrink < V(1.f), add_inward(x0, (y - x0) * shrink), y);
+  return vmin(vmax(z, lo), hi);
+}
+
+// ---- L1: exact projection on the intersection of the ball and the box ----
+// z = clip(x0 + sign(d) max(|d| - lambda, 0)) with lambda such that ||z - x0||_1 = eps; lambda = 0 inside.
+// room: how far the box lets a coordinate move in the direction of d.
+template <class V>
+FR_HD V l1_room(V d, V x0, V lo, V hi) {
+  return select(d > V(0.f), hi - x0, x0 - lo);
+}
+template <class V>
+FR_HD V l1_length(V d, V room, V lambda) {
+  return vmin(vmax(vabs(d) - lambda, V(0.f)), room);
+}
+template <class V>
+FR_HD V l1_project(V y, V x0, V lambda, V lo, V hi) {
+  const V d = y - x0;
+  const V length = vmax(vabs(d) - lambda, V(0.f));
+  const V shrunk = add_inward(x0, select(d < V(0.f), -length, length));
+  return vmin(vmax(select(lambda > V(0.f), shrunk, y), lo), hi);
+}
+
+// ---- L1 steepest ascent in the box: max <g, p> with ||p||_1 <= step and lo <= x + p <= hi ----
+// A fractional knapsack: coordinates in order of |g| move to the face of the box until the length is spent. Those with
+// |g| above a threshold move all the way, those equal to it share what is left in index order.
+template <class V>
+FR_HD V l1_headroom(V x, V g, V lo, V hi) {
+  return vmax(select(g > V(0.f), hi - x, select(g < V(0.f), x - lo, V(0.f))), V(0.f));
+}
+
+// ---- FOSC (Wang et al. 2019, eq. 4) in the dual norm: eps ||g||_* - <x - x0, g> ----
+FR_HD float fosc_value(double dual, double inner) { return static_cast<float>(dual - inner); }
+
+// ---- ATAS (thesis eqs. 5.15, 5.16; the authors' code has its own step) ----
+FR_HD float atas_average(float v, double sum_g2, float beta) {
+  return static_cast<float>(static_cast<double>(beta) * v + (1. - static_cast<double>(beta)) * sum_g2);
+}
+FR_HD float atas_step_size(float v, float step, float c, bool authors, float min_step, float max_step) {
+  const double size = authors ? step / (1. + sqrt(static_cast<double>(v)) / c) : step / sqrt(static_cast<double>(v) + c);
+  const float s = static_cast<float>(size);
+  return s < min_step ? min_step : (s > max_step ? max_step : s);
+}
+
+FR_NS_END

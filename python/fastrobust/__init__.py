@@ -1,0 +1,17 @@
+"""fastrobust: compiled kernels for adversarial robustness in PyTorch."""
+
+import torch as _torch  # before the extension: its kernels run on torch's threads  # noqa: F401
+
+from . import _C
+from ._version import __version__
+
+if _C.__version__ != __version__:
+    raise ImportError(
+        f"fastrobust {__version__} found a compiled module of version {_C.__version__}; "
+        "reinstall the package (pip install --force-reinstall .)"
+    )
+
+from . import ops, reference  # noqa: E402
+from ._info import build_info  # noqa: E402
+
+__all__ = ["__version__", "build_info", "ops", "reference"]

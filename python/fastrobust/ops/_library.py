@@ -1,0 +1,67 @@
+"""One registry of op schemas: ``torch.library`` definitions, their kernels, fakes and autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .. import _C
+
+library = torch.library.Library("fastrobust", "DEF")
+
+
+def below_autograd(op: Callable[..., Any], *args: Any) -> Any:
+    """Run an op's kernel without recording: its autograd is written by hand, or it has none."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+def define(
+    name: str,
+    schema: str,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    autograd: Callable[..., Any] | None = None,
+    tags: tuple[torch.Tag, ...] = (torch.Tag.pt2_compliant_tag,),
+) -> Any:
+    """Define ``fastrobust::name``; returns the overload to call.
+
+    ``kernel`` serves CPU and CUDA. Without ``autograd`` the op is not differentiable: its outputs never require grad.
+    """
+    library.define(name + schema, tags=tags)
+    op = getattr(torch.ops.fastrobust, name).default
+    for key in ("CPU", "CUDA"):
+        library.impl(name, kernel, key)
+    torch.library.register_fake(f"fastrobust::{name}", fake, lib=library)
+    library.impl(name, autograd or (lambda *args: below_autograd(op, *args)), "Autograd")
+    return op
+
+
+_is_compiling = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_functorch_level = torch._C._functorch.peek_interpreter_stack
+
+
+def nothing_intercepts() -> bool:
+    """True when no tracing, mode or transform is active, so that the compiled module may be called directly."""
+    return not _is_compiling() and not _dispatch_modes() and not _function_modes() and _functorch_level() is None
+
+
+def stream_of(device: torch.device) -> tuple[int, int]:
+    """(device index or -1 for the CPU, raw stream)."""
+    if device.type == "cpu":
+        return -1, 0
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    return index, torch._C._cuda_getCurrentRawStream(index)
+
+
+def require_cuda_build(device: torch.device) -> None:
+    """Clear error for CUDA tensors when this build has no CUDA kernels."""
+    if device.type == "cuda" and not _C.cuda_toolkit:
+        raise RuntimeError(
+            "fastrobust was built without CUDA kernels, but a CUDA tensor came; "
+            "reinstall where nvcc is on PATH (fastrobust info says what was built)"
+        )

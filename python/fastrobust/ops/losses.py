@@ -1,0 +1,166 @@
+"""Attack losses: value and gradient with respect to the logits in one pass, on CPU and CUDA."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from ..reference import losses as reference
+from . import _checks as ck
+from ._library import below_autograd, define, require_cuda_build, stream_of
+
+
+class LossValue(NamedTuple):
+    """``value`` (B,), differentiable with respect to the logits; ``grad`` (B, K) its gradient, one row per example."""
+
+    value: Tensor
+    grad: Tensor
+
+
+_KINDS = {"cross_entropy": 0, "margin_loss": 1, "dlr_loss": 2, "dlr_targeted_loss": 3, "kl_divergence": 4}
+
+
+def _reference(name: str, logits: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        z = logits.detach().requires_grad_()
+        value = getattr(reference, name)(z, *others)
+        (grad,) = torch.autograd.grad(value.sum(), z)
+    return value.detach(), grad
+
+
+def _launch(name: str, logits: Tensor, first: Tensor, second: Tensor | None) -> tuple[Tensor, Tensor]:
+    if logits.dtype == torch.float64:
+        return _reference(name, logits, first, *(() if second is None else (second,)))
+    require_cuda_build(logits.device)
+    device, stream = stream_of(logits.device)
+    z = logits.resolve_neg().contiguous()
+    first = first.resolve_neg().contiguous()
+    second = None if second is None else second.contiguous()
+    value = torch.empty(z.shape[0], dtype=z.dtype, device=z.device)
+    grad = torch.empty_like(z)
+    kl = name == "kl_divergence"
+    _C.pgd_loss(
+        device, stream, _KINDS[name], z.data_ptr(), first.data_ptr() if kl else 0, 0 if kl else first.data_ptr(),
+        0 if second is None else second.data_ptr(), value.data_ptr(), grad.data_ptr(), z.shape[0], z.shape[1],
+    )  # fmt: skip
+    return value, grad
+
+
+class _Loss(torch.autograd.Function):
+    """Backward is one product with the gradient that the forward computed."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Any, logits: Tensor, first: Tensor, second: Tensor | None) -> tuple[Tensor, Tensor]:
+        others = (first,) if second is None else (first, second)
+        value, grad = below_autograd(op, logits, *others)
+        ctx.mark_non_differentiable(grad)
+        ctx.save_for_backward(grad, logits, first, value)
+        return value, grad
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grad, logits, first, value = ctx.saved_tensors
+        to_reference = None
+        if ctx.needs_input_grad[2]:  # KL: d/dr_j = p_j (log p_j - log q_j - KL)
+            log_p, log_q = torch.log_softmax(first, 1), torch.log_softmax(logits, 1)
+            to_reference = upstream[:, None] * log_p.exp() * (log_p - log_q - value[:, None])
+        return None, upstream[:, None] * grad, to_reference, None
+
+
+def _define(name: str, schema: str) -> Any:
+    def kernel(logits: Tensor, first: Tensor, second: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return _launch(name, logits, first, second)
+
+    def fake(logits: Tensor, first: Tensor, second: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return logits.new_empty(logits.shape[0]), logits.new_empty(logits.shape)
+
+    def autograd(logits: Tensor, first: Tensor, second: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if torch.is_grad_enabled() and (logits.requires_grad or first.requires_grad):
+            return _Loss.apply(op, logits, first, second)  # type: ignore[no-any-return]
+        return below_autograd(op, logits, first, *(() if second is None else (second,)))  # type: ignore[no-any-return]
+
+    op = define(name, schema, kernel, fake, autograd)
+    return op
+
+
+_LABELS = "(Tensor logits, Tensor labels) -> (Tensor, Tensor)"
+_cross_entropy = _define("cross_entropy", _LABELS)
+_margin_loss = _define("margin_loss", _LABELS)
+_dlr_loss = _define("dlr_loss", _LABELS)
+_dlr_targeted_loss = _define("dlr_targeted_loss", "(Tensor logits, Tensor labels, Tensor targets) -> (Tensor, Tensor)")
+_kl_divergence = _define("kl_divergence", "(Tensor logits, Tensor reference) -> (Tensor, Tensor)")
+
+
+def _logits(logits: Any, least: int, name: str) -> Tensor:
+    logits = ck.need_tensor(logits, "logits")
+    if not logits.dtype.is_floating_point:
+        raise TypeError(f"logits: got {ck.describe(logits)}, expected a floating-point tensor")
+    if logits.dim() != 2:
+        raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected (batch, classes)")
+    if logits.shape[1] < least:
+        raise ValueError(f"logits: got {logits.shape[1]} classes, expected at least {least} for {name}")
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _labels(labels: Any, name: str, logits: Tensor, check: bool) -> Tensor:
+    classes = logits.shape[1] if check and logits.device.type == "cpu" and type(labels) is Tensor else None
+    return ck.check_labels(labels, name, logits.shape[0], classes, logits.device).long()
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, *, check: bool = True) -> LossValue:
+    r"""``log sum_j exp(z_j) - z_y`` per example, and its gradient ``softmax(z) - e_y``, in one pass.
+
+    Args:
+        logits: (B, K); float16 and bfloat16 are widened to float32 first.
+        labels: (B,) class indices, 0 to K - 1. Their values are checked on the CPU (``check=False`` skips it); on a GPU
+            that would stop the device.
+
+    Returns:
+        :class:`LossValue`: ``value`` (B,) is differentiable with respect to the logits, ``grad`` (B, K) is constant.
+    """
+    z = _logits(logits, 1, "cross_entropy")
+    return LossValue(*_cross_entropy(z, _labels(labels, "labels", z, check)))
+
+
+def margin_loss(logits: Tensor, labels: Tensor, *, check: bool = True) -> LossValue:
+    r"""CW margin ``max_{j != y} z_j - z_y`` (Carlini and Wagner 2017): positive when misclassified.
+
+    At ties the lowest class index takes the gradient. Needs two classes. Arguments as in :func:`cross_entropy`.
+    """
+    z = _logits(logits, 2, "margin_loss")
+    return LossValue(*_margin_loss(z, _labels(labels, "labels", z, check)))
+
+
+def dlr_loss(logits: Tensor, labels: Tensor, *, check: bool = True) -> LossValue:
+    r"""Difference of logits ratio ``-(z_y - max_{j != y} z_j) / (z_(1) - z_(3) + 1e-12)`` (Croce and Hein 2020).
+
+    Invariant to shifting and scaling the logits. Needs three classes. Arguments as in :func:`cross_entropy`.
+    """
+    z = _logits(logits, 3, "dlr_loss; use margin_loss for fewer")
+    return LossValue(*_dlr_loss(z, _labels(labels, "labels", z, check)))
+
+
+def dlr_targeted_loss(logits: Tensor, labels: Tensor, targets: Tensor, *, check: bool = True) -> LossValue:
+    r"""``-(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2 + 1e-12)`` (Croce and Hein 2020), ascended towards class t.
+
+    Needs four classes. ``targets`` is (B,) like ``labels``.
+    """
+    z = _logits(logits, 4, "dlr_targeted_loss; use margin_loss for fewer")
+    return LossValue(*_dlr_targeted_loss(z, _labels(labels, "labels", z, check), _labels(targets, "targets", z, check)))
+
+
+def kl_divergence(logits: Tensor, reference: Tensor) -> LossValue:
+    r"""``KL(p || q) = sum_j p_j (log p_j - log q_j)`` with p = softmax(reference), q = softmax(logits).
+
+    The inner objective of TRADES (thesis section 4.1.2): ``reference`` are the logits of the clean examples. ``grad`` is
+    ``q - p``, the gradient with respect to ``logits``; ``value`` is differentiable with respect to both.
+    """
+    z = _logits(logits, 1, "kl_divergence")
+    r = ck.need_tensor(reference, "reference")
+    if r.shape != z.shape or r.device != z.device or not r.dtype.is_floating_point:
+        raise ValueError(f"reference: got {ck.describe(r)}, expected logits of shape {tuple(z.shape)} on {z.device}")
+    return LossValue(*_kl_divergence(z, r.to(z.dtype)))

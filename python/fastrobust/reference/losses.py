@@ -1,0 +1,40 @@
+"""Attack losses in plain torch, differentiable by autograd; (B, K) logits give (B,) values. An attack ascends them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """``log sum_j exp(z_j) - z_y``."""
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def _without_label(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.scatter(1, labels[:, None], -torch.inf)
+
+
+def margin_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """``max_{j != y} z_j - z_y`` (Carlini and Wagner 2017)."""
+    return _without_label(logits, labels).amax(1) - logits.gather(1, labels[:, None])[:, 0]
+
+
+def dlr_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """``-(z_y - max_{j != y} z_j) / (z_(1) - z_(3) + 1e-12)`` (Croce and Hein 2020)."""
+    top = logits.topk(3, 1).values
+    return margin_loss(logits, labels) / (top[:, 0] - top[:, 2] + 1e-12)
+
+
+def dlr_targeted_loss(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
+    """``-(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2 + 1e-12)``."""
+    top = logits.topk(4, 1).values
+    gap = logits.gather(1, labels[:, None]) - logits.gather(1, targets[:, None])
+    return -gap[:, 0] / (top[:, 0] - 0.5 * (top[:, 2] + top[:, 3]) + 1e-12)
+
+
+def kl_divergence(logits: Tensor, reference: Tensor) -> Tensor:
+    """``KL(softmax(reference) || softmax(logits))``, the inner objective of TRADES."""
+    log_q, log_p = F.log_softmax(logits, 1), F.log_softmax(reference, 1)
+    return (log_p.exp() * (log_p - log_q)).sum(1)

@@ -1,0 +1,217 @@
+"""The PGD family in plain torch: the definition of each op, and the oracle of the tests.
+
+Every function takes examples along the first dimension, works in the dtype of ``x0`` on any device, and keeps
+``||x' - x0|| <= eps`` and ``lo <= x' <= hi`` exactly (rounding towards ``x0``).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import random as rnd
+from .rounding import add_down, add_inward, add_up, round_down, round_up
+
+INF = math.inf
+ACCEPT, SHRINK = 2.0**-23, 2.0**-21  # see csrc/pgd/step.h
+
+
+def _per_example(value: float | Tensor, x: Tensor, name: str) -> Tensor:
+    """(B,) of the parameter, in x's dtype; a Python radius is rounded down."""
+    if isinstance(value, Tensor):
+        return value.to(x.dtype).expand(x.shape[0])
+    value = round_down(value, x.dtype) if name == "eps" else value
+    return torch.full((x.shape[0],), value, dtype=x.dtype, device=x.device)
+
+
+def _wide(value: float | Tensor, x: Tensor, name: str) -> Tensor:
+    """The parameter with x's shape."""
+    if isinstance(value, Tensor) and value.dim() == x.dim() and value.shape == x.shape and x.dim() != 1:
+        return value.to(x.dtype)
+    return _per_example(value, x, name).view(-1, *[1] * (x.dim() - 1)).expand_as(x)
+
+
+def _rows(value: Tensor, x: Tensor) -> Tensor:
+    return value.view(-1, *[1] * (x.dim() - 1))
+
+
+def _total(t: Tensor) -> Tensor:
+    return t.reshape(t.shape[0], math.prod(t.shape[1:])).double().sum(1)
+
+
+def _box(clip: tuple[float, float] | None, dtype: torch.dtype) -> tuple[float, float]:
+    return (-INF, INF) if clip is None else (round_up(clip[0], dtype), round_down(clip[1], dtype))
+
+
+def clean(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """NaN counts as 0, an infinite coordinate as the largest finite number."""
+    top = torch.finfo(torch.float32).max
+    return torch.nan_to_num(grad.to(dtype), nan=0.0, posinf=top, neginf=-top)
+
+
+def project(
+    x: Tensor, x0: Tensor, eps: float | Tensor, norm: float = INF, clip: tuple[float, float] | None = (0.0, 1.0)
+) -> Tensor:
+    """Projection on the ball around x0, then on the box; for norm 1 exactly on their intersection."""
+    lo, hi = _box(clip, x.dtype)
+    if norm == INF:
+        e = _wide(eps, x, "eps")
+        return torch.minimum(torch.maximum(x, add_up(x0, -e)), add_down(x0, e)).clamp(lo, hi)
+    radius = _per_example(eps, x, "eps").double()
+    d = x - x0
+    if norm == 2:
+        size = _total(d.double() ** 2).sqrt()
+        factor = torch.where(size > 0, radius * (1 - SHRINK) / size.clamp_min(1e-300), 0).to(x.dtype)
+        inside = size <= radius * (1 - ACCEPT)
+        shrunk = add_inward(x0, d * _rows(factor, x))
+        return torch.where(_rows(inside, x), x, shrunk).clamp(lo, hi)
+    room = torch.where(d > 0, hi - x0, x0 - lo)
+    lengths = lambda lam: torch.minimum((d.abs() - _rows(lam, x)).clamp_min(0), room)
+    low = torch.zeros_like(radius)
+    inside = _total(lengths(low.to(x.dtype))) <= radius * (1 - ACCEPT)
+    high = d.abs().reshape(x.shape[0], -1).double().amax(1) if x.numel() else low
+    for _ in range(100):  # bisection for sum min(max(|d| - lambda, 0), room) = eps
+        mid = 0.5 * (low + high)
+        fits = _total(lengths(mid.to(x.dtype))) <= radius * (1 - SHRINK)
+        low, high = torch.where(fits, low, mid), torch.where(fits, mid, high)
+    length = (d.abs() - _rows(high.to(x.dtype), x)).clamp_min(0)
+    shrunk = add_inward(x0, torch.where(d < 0, -length, length))
+    return torch.where(_rows(inside, x), x, shrunk).clamp(lo, hi)
+
+
+def _l1_ascend(x: Tensor, g: Tensor, step: Tensor, lo: float, hi: float) -> Tensor:
+    """max <g, p> with ||p||_1 <= step inside the box: fill coordinates in order of |g| (ties: lower index first)."""
+    flat, gf = x.reshape(x.shape[0], -1), g.reshape(g.shape[0], -1)
+    room = torch.where(gf > 0, hi - flat, torch.where(gf < 0, flat - lo, 0)).clamp_min(0).double()
+    order = gf.abs().argsort(dim=1, descending=True, stable=True)
+    sorted_room = room.gather(1, order)
+    before = torch.cat([torch.zeros_like(sorted_room[:, :1]), sorted_room.cumsum(1)[:, :-1]], 1)
+    left = (step.double()[:, None] - before).nan_to_num(nan=0.0).clamp_min(0)  # inf - inf: nothing is left
+    take = torch.zeros_like(room).scatter(1, order, torch.minimum(sorted_room, left))
+    face = torch.where(gf > 0, hi, lo)
+    moved = flat + take.to(x.dtype) * gf.sign()
+    return torch.where((take >= room) & (room > 0), face, moved).to(x.dtype).reshape(x.shape)
+
+
+def ascend(x: Tensor, grad: Tensor, step_size: float | Tensor, norm: float, lo: float, hi: float, normalize: bool) -> Tensor:
+    """The step before projection."""
+    g = clean(grad, x.dtype)
+    if norm == INF:
+        return x + _wide(step_size, x, "step_size") * g.sign()
+    step = _per_example(step_size, x, "step_size")
+    if norm == 1:
+        return _l1_ascend(x, g, step, lo, hi)
+    if not normalize:
+        return x + _rows(step, x) * g
+    length = _total(g.double() ** 2).sqrt()
+    scaled = g.double() * _rows(torch.where(length > 0, step.double() / length.clamp_min(1e-300), 0), x)
+    return x + scaled.to(x.dtype)
+
+
+def pgd_step(
+    x: Tensor,
+    x0: Tensor,
+    grad: Tensor,
+    step_size: float | Tensor,
+    eps: float | Tensor,
+    norm: float = INF,
+    clip: tuple[float, float] | None = (0.0, 1.0),
+    active: Tensor | None = None,
+    normalize: bool = True,
+) -> Tensor:
+    """``project(x + steepest ascent step of size step_size)`` (thesis eq. 2.2); see :func:`fastrobust.ops.pgd_step`."""
+    lo, hi = _box(clip, x.dtype)
+    y = project(ascend(x, grad, step_size, norm, lo, hi, normalize), x0, eps, norm, clip)
+    return y if active is None else torch.where(_rows(active, x), y, x)
+
+
+def fosc(x: Tensor, x0: Tensor, grad: Tensor, eps: float | Tensor, norm: float = INF) -> Tensor:
+    """``eps ||g||_* - <x - x0, g>`` (Wang et al. 2019, eq. 4), (B,)."""
+    g = clean(grad, x.dtype).double()
+    inner = _total((x - x0).double() * g)
+    if norm == INF:
+        dual = _total(g.abs() * _wide(eps, x, "eps").double())
+    elif norm == 2:
+        dual = _per_example(eps, x, "eps").double() * _total(g**2).sqrt()
+    else:
+        flat = g.abs().reshape(x.shape[0], math.prod(x.shape[1:]))
+        top = flat.amax(1) if flat.shape[1] else flat.sum(1)
+        dual = _per_example(eps, x, "eps").double() * top
+    return (dual - inner).to(x.dtype)
+
+
+def pgd_step_fosc(
+    x: Tensor,
+    x0: Tensor,
+    grad: Tensor,
+    step_size: float | Tensor,
+    eps: float | Tensor,
+    threshold: float,
+    norm: float = INF,
+    clip: tuple[float, float] | None = (0.0, 1.0),
+    active: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One iteration of Wang et al. 2019, algorithm 1: move the active examples, then drop those with FOSC <= threshold."""
+    value = fosc(x, x0, grad, eps, norm)
+    keep = value > threshold
+    moved = pgd_step(x, x0, grad, step_size, eps, norm, clip, active)
+    return moved, value, keep if active is None else active & keep
+
+
+def atas_step(
+    x: Tensor,
+    x0: Tensor,
+    grad: Tensor,
+    v: Tensor,
+    step_size: float | Tensor,
+    eps: float | Tensor,
+    norm: float = INF,
+    clip: tuple[float, float] | None = (0.0, 1.0),
+    beta: float = 0.5,
+    c: float = 0.01,
+    variant: str = "paper",
+    step_range: tuple[float, float] | None = None,
+    active: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Thesis algorithm 5.3: v' = beta v + (1 - beta) ||g||^2, step = alpha / sqrt(v' + c), then a PGD step."""
+    norm2 = _total(clean(grad, x.dtype).double() ** 2)
+    average = (beta * v.double() + (1 - beta) * norm2).to(v.dtype)
+    if active is not None:
+        average = torch.where(active, average, v)
+    alpha = _per_example(step_size, x, "step_size").double()
+    w = average.double()
+    step = alpha / (1 + w.sqrt() / c) if variant == "authors" else alpha / (w + c).sqrt()
+    step = step.to(x.dtype)
+    if step_range is not None:
+        step = step.clamp(*step_range)
+    return pgd_step(x, x0, grad, step, eps, norm, clip, active), average, step
+
+
+def random_start(
+    x0: Tensor,
+    eps: float | Tensor,
+    norm: float = INF,
+    clip: tuple[float, float] | None = (0.0, 1.0),
+    seed: int = 0,
+    first_example: int = 0,
+) -> Tensor:
+    """A point of the ball inside the box; see :func:`fastrobust.ops.random_start`."""
+    batch, n = x0.shape[0], math.prod(x0.shape[1:])
+    lo, hi = _box(clip, x0.dtype)
+    u = rnd.words(seed, batch, n, first_example, 0, x0.device)
+    if norm == INF:
+        e = _wide(eps, x0, "eps")
+        start, end = add_up(x0, -e).clamp_min(lo), add_down(x0, e).clamp_max(hi)
+        y = start + rnd.uniform(u).to(x0.dtype).reshape(x0.shape) * (end - start)
+        return torch.minimum(torch.maximum(y, start), end)
+    even = rnd.words(seed, batch, n + n % 2, first_example, 0, x0.device)
+    t = (rnd.normals(even)[:, :n] if norm == 2 else rnd.laplace(u)).double()
+    extra = -rnd.uniform_open(rnd.words(seed, batch, 1, first_example, 1, x0.device)[:, 0]).log()
+    size = ((t**2).sum(1) + 2 * extra).sqrt() if norm == 2 else t.abs().sum(1) + extra
+    radius = _per_example(eps, x0, "eps").double()
+    d = (t * (radius * (1 - 2.0**-20) / size)[:, None]).to(x0.dtype).reshape(x0.shape)
+    above, below = hi - x0, x0 - lo
+    d = torch.where(((d > above) & (d <= below)) | ((-d > below) & (-d <= above)), -d, d)
+    return add_inward(x0, d).clamp(lo, hi)
