@@ -11,10 +11,15 @@ struct BinaryTable {
   void (*gather)(const GatherArgs&);
   void (*relayout)(const RelayoutArgs&);
   bool (*plan)(const PlanArgs&);  // false: an offset does not fit in 32 bits
-  void (*pack)(const PackArgs&);
+  bool (*pack)(const PackArgs&);  // false: an entry is not in {-1, 0, 1}
   void (*topk)(const TopkArgs&);
 };
 
 FR_CPU_TABLE(BinaryTable, binary)
+
+// CUDA: enqueue on a stream (cudaStream_t).
+void gather_cuda(const GatherArgs& a, void* stream);
+void relayout_cuda(const RelayoutArgs& a, void* stream);
+void topk_cuda(const TopkArgs& a, void* stream);
 
 }  // namespace fastrobust

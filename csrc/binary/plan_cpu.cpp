@@ -1,10 +1,11 @@
 // From the index lists of a weight to offsets into a fast layout, and from a dense weight to its index lists.
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <vector>
 
 #include "binary/args.h"
-#include "core/macros.h"
+#include "core/simd.h"
 #include "runtime/parallel.h"
 
 FR_NS_BEGIN
@@ -64,39 +65,48 @@ bool plan_cpu(const PlanArgs& a) {
   return true;
 }
 
-void pack_cpu(const PackArgs& a) {
+bool pack_cpu(const PackArgs& a) {
   const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, a.row_size));
-  const bool counting = a.index == nullptr;
+  if (a.index == nullptr) {
+    std::atomic<bool> signs{true};
+    parallel_for(a.rows, grain, [&](int64_t first, int64_t last) {
+      for (int64_t row = first; row < last; ++row) {
+        const float* const w = a.weight + row * a.row_size;
+        int32_t plus = 0, minus = 0, zero = 0;
+        for (int64_t i = 0; i < a.row_size; ++i) {
+          plus += w[i] == 1.f;
+          minus += w[i] == -1.f;
+          zero += w[i] == 0.f;
+        }
+        if (plus + minus + zero != a.row_size) signs = false;
+        a.ptr[2 * row + 1] = plus;
+        a.ptr[2 * row + 2] = minus;
+      }
+    });
+    for (int64_t i = 0; i < 2 * a.rows; ++i) a.ptr[i + 1] += a.ptr[i];
+    return signs;
+  }
   parallel_for(a.rows, grain, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
       const float* const w = a.weight + row * a.row_size;
-      if (counting) {
-        int32_t plus = 0, minus = 0;
-        for (int64_t i = 0; i < a.row_size; ++i) {
-          plus += w[i] > 0.f;
-          minus += w[i] < 0.f;
-        }
-        a.ptr[2 * row + 1] = plus;
-        a.ptr[2 * row + 2] = minus;
-      } else {
-        int32_t *plus = a.index + a.ptr[2 * row], *minus = a.index + a.ptr[2 * row + 1];
-        // Most of a row is zero: look at sixteen entries at a time.
-        for (int64_t i = 0; i < a.row_size; i += 16) {
-          const int64_t n = std::min<int64_t>(16, a.row_size - i);
-          float any = 0.f;
-          for (int64_t j = 0; j < n; ++j) any += w[i + j] != 0.f ? 1.f : 0.f;
-          if (any == 0.f) continue;
-          for (int64_t j = 0; j < n; ++j) {
-            if (w[i + j] > 0.f) *plus++ = static_cast<int32_t>(i + j);
-            if (w[i + j] < 0.f) *minus++ = static_cast<int32_t>(i + j);
+      int32_t *plus = a.index + a.ptr[2 * row], *minus = a.index + a.ptr[2 * row + 1];
+      for (int64_t i = 0; i < a.row_size;) {
+        // Most of a row is zero: pass over sixteen zeros at a time.
+        if (i + kLanes <= a.row_size) {
+          const Vec v = load(w + i);
+          if (!any((v < Vec(0.f)) | (v > Vec(0.f)))) {
+            i += kLanes;
+            continue;
           }
+        }
+        for (const int64_t end = std::min(a.row_size, i + kLanes); i < end; ++i) {
+          if (w[i] > 0.f) *plus++ = static_cast<int32_t>(i);
+          if (w[i] < 0.f) *minus++ = static_cast<int32_t>(i);
         }
       }
     }
   });
-  if (!counting) return;
-  a.ptr[0] = 0;
-  for (int64_t i = 0; i < 2 * a.rows; ++i) a.ptr[i + 1] += a.ptr[i];
+  return true;
 }
 
 FR_NS_END

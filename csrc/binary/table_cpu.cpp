@@ -7,7 +7,7 @@ FR_NS_BEGIN
 void gather_cpu(const GatherArgs&);
 void relayout_cpu(const RelayoutArgs&);
 bool plan_cpu(const PlanArgs&);
-void pack_cpu(const PackArgs&);
+bool pack_cpu(const PackArgs&);
 void topk_cpu(const TopkArgs&);
 
 extern const BinaryTable binary_table;

@@ -1,13 +1,10 @@
 // Python bindings of the binary family: raw addresses in, kernels launched on the CPU or on a CUDA stream.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <array>
-#include <stdexcept>
-#include <string>
 #include <tuple>
 
 #include "binary/kernels.h"
+#include "bindings/bindings.h"
+#include "runtime/device.h"
 
 namespace py = pybind11;
 
@@ -21,25 +18,21 @@ T* as(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-// A fake or meta tensor has address 0: it must never reach a kernel.
-void require(Address address, int64_t count, const char* name) {
-  if (address == 0 && count > 0) throw std::invalid_argument(std::string(name) + ": the tensor has no storage");
+[[maybe_unused]] void no_cuda() {
+  throw std::runtime_error("fastrobust was built without CUDA kernels; rebuild with nvcc on PATH (FASTROBUST_CUDA=ON)");
 }
 
-void gather(Address x, Address out, Address ptr, Address offsets, int64_t rows, int64_t segments, int64_t entries,
+// device < 0 is the CPU.
+void gather(int device, Address stream, Address x, Address out, Address ptr, Address offsets, int64_t rows, int64_t segments, int64_t entries,
             int64_t blocks, int64_t x_block, int64_t x_origin, int64_t out_block, int64_t out_origin, int64_t out_plane,
             int64_t height, int64_t width, int64_t pitch, int64_t lanes, Address scale, Address shift, Address post,
             Address residual, Address gate, Address pre, int64_t channels, bool relu) {
   const int64_t size = blocks * rows * height * width;
-  require(x, size * entries, "x");
-  require(out, size, "out");
-  require(ptr, 1, "ptr");
-  require(offsets, entries, "offsets");
   GatherArgs a;
-  a.x = as<const float>(x);
-  a.out = as<float>(out);
-  a.ptr = as<const int32_t>(ptr);
-  a.offsets = as<const int32_t>(offsets);
+  a.x = pointer<const float>(x, size * entries, "x");
+  a.out = pointer<float>(out, size, "out");
+  a.ptr = pointer<const int32_t>(ptr, 1, "ptr");
+  a.offsets = pointer<const int32_t>(offsets, entries, "offsets");
   a.rows = rows;
   a.segments = segments;
   a.entries = entries;
@@ -61,8 +54,17 @@ void gather(Address x, Address out, Address ptr, Address offsets, int64_t rows, 
   a.epilogue.pre = as<float>(pre);
   a.epilogue.channels = channels;
   a.epilogue.relu = relu;
-  py::gil_scoped_release unlocked;
-  binary().gather(a);
+  if (device < 0) {
+    without_gil(size, [&] { binary().gather(a); });
+    return;
+  }
+#if defined(FASTROBUST_HAS_CUDA)
+  const DeviceGuard guard(device);
+  gather_cuda(a, as<void>(stream));
+#else
+  (void)stream;
+  no_cuda();
+#endif
 }
 
 // lanes, block, channel, row, col, phase, phases_h, phases_w, origin
@@ -74,26 +76,31 @@ Layout layout(const LayoutTuple& t) {
   return l;
 }
 
-void relayout(Address src, Address dst, const LayoutTuple& from, const LayoutTuple& to, int64_t batch,
+void relayout(int device, Address stream, Address src, Address dst, const LayoutTuple& from, const LayoutTuple& to, int64_t batch,
               int64_t channels, int64_t height, int64_t width, int64_t plane) {
-  require(src, batch * channels * height * width, "src");
-  require(dst, batch * channels * height * width, "dst");
-  const RelayoutArgs a{as<const float>(src), as<float>(dst), layout(from), layout(to), batch, channels, height, width,
-                       plane};
-  py::gil_scoped_release unlocked;
-  binary().relayout(a);
+  const int64_t size = batch * channels * height * width;
+  const RelayoutArgs a{pointer<const float>(src, size, "src"), pointer<float>(dst, size, "dst"), layout(from),
+                       layout(to), batch, channels, height, width, plane};
+  if (size == 0) return;
+  if (device < 0) {
+    without_gil(size, [&] { binary().relayout(a); });
+    return;
+  }
+#if defined(FASTROBUST_HAS_CUDA)
+  const DeviceGuard guard(device);
+  relayout_cuda(a, as<void>(stream));
+#else
+  (void)stream;
+  no_cuda();
+#endif
 }
 
 void plan(Address ptr, Address index, int64_t kept, const std::array<int64_t, 5>& shape,
           const std::array<int64_t, 6>& geometry, bool transposed, int64_t lanes, int64_t plane, int64_t pitch,
           int64_t segment, Address out_ptr, Address offsets) {
-  require(ptr, 1, "ptr");
-  require(index, kept, "index");
-  require(out_ptr, 1, "out_ptr");
-  require(offsets, kept, "offsets");
   PlanArgs a;
-  a.ptr = as<const int32_t>(ptr);
-  a.index = as<const int32_t>(index);
+  a.ptr = pointer<const int32_t>(ptr, 1, "ptr");
+  a.index = pointer<const int32_t>(index, kept, "index");
   a.out_channels = shape[0];
   a.in_channels = shape[1];
   a.kernel_h = shape[2];
@@ -110,38 +117,46 @@ void plan(Address ptr, Address index, int64_t kept, const std::array<int64_t, 5>
   a.plane = plane;
   a.pitch = pitch;
   a.segment = segment;
-  a.out_ptr = as<int32_t>(out_ptr);
-  a.offsets = as<int32_t>(offsets);
-  bool fits;
-  {
-    py::gil_scoped_release unlocked;
-    fits = binary().plan(a);
-  }
+  a.out_ptr = pointer<int32_t>(out_ptr, 1, "out_ptr");
+  a.offsets = pointer<int32_t>(offsets, kept, "offsets");
+  bool fits = false;
+  without_gil(kept, [&] { fits = binary().plan(a); });
   if (!fits) throw std::invalid_argument("x: one group of images is too large for 32-bit offsets; expected a smaller map");
 }
 
-void pack(Address weight, int64_t rows, int64_t row_size, Address ptr, Address index, bool counting) {
-  require(weight, rows * row_size, "weight");
-  require(ptr, 1, "ptr");
-  const PackArgs a{as<const float>(weight), rows, row_size, as<int32_t>(ptr), counting ? nullptr : as<int32_t>(index)};
-  py::gil_scoped_release unlocked;
-  binary().pack(a);
+// Counts first, then the lists: their length is data, so this is for the CPU. False for an entry not in {-1, 0, 1}.
+bool pack(Address weight, int64_t rows, int64_t row_size, Address ptr, Address index, bool counting) {
+  const PackArgs a{pointer<const float>(weight, rows * row_size, "weight"), rows, row_size,
+                   pointer<int32_t>(ptr, 1, "ptr"), counting ? nullptr : as<int32_t>(index)};
+  bool signs = true;
+  without_gil(rows * row_size, [&] { signs = binary().pack(a); });
+  return signs;
 }
 
-// False when a score is not finite; the mask is then untouched.
-bool topk(Address scores, Address mask, int64_t n, int64_t keep) {
-  require(scores, n, "scores");
-  require(mask, n, "mask");
+// CPU: returns false when a score is not finite, the mask is then untouched. CUDA: sets `flag` on the device.
+bool topk(int device, Address stream, Address scores, Address mask, int64_t n, int64_t keep, Address workspace) {
   int32_t bad = 0;
   TopkArgs a;
-  a.scores = as<const float>(scores);
-  a.mask = as<uint8_t>(mask);
+  a.scores = pointer<const float>(scores, n, "scores");
+  a.mask = pointer<uint8_t>(mask, n, "mask");
   a.n = n;
   a.keep = keep;
-  a.bad = &bad;
-  py::gil_scoped_release unlocked;
-  binary().topk(a);
-  return bad == 0;
+  if (n == 0) return true;
+  if (device < 0) {
+    a.bad = &bad;
+    without_gil(n, [&] { binary().topk(a); });
+    return bad == 0;
+  }
+#if defined(FASTROBUST_HAS_CUDA)
+  const DeviceGuard guard(device);
+  a.workspace = pointer<uint32_t>(workspace, 1, "workspace");
+  topk_cuda(a, as<void>(stream));
+#else
+  (void)stream;
+  (void)workspace;
+  no_cuda();
+#endif
+  return true;
 }
 
 }  // namespace

@@ -31,4 +31,5 @@ PYBIND11_MODULE(_C, m) {
     return py::make_tuple(r.devices, r.error);
   });
   bind_pgd(m);
+  bind_binary(m);
 }

@@ -11,9 +11,7 @@ import numpy as np
 from fastrobust.reference.binary import kept_by_rate
 
 
-def allocate(
-    sizes: Sequence[int], rate: float, gamma: float, *, method: str = "exact"
-) -> list[int]:
+def allocate(sizes: Sequence[int], rate: float, gamma: float, *, method: str = "exact") -> list[int]:
     """Numbers m_i of weights kept in layers of n_i weights at the pruning rate r = `rate`.
 
     Solves sum m_i = (1 - r) sum n_i with m_i / n_i^gamma the same in every layer that is not full

@@ -18,9 +18,7 @@ class _MaskedConv(torch.autograd.Function):
     """Convolution with a packed weight; the scores get the straight-through gradient."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, scores: Tensor, bias: Tensor | None, layer: MaskedLayer
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scores: Tensor, bias: Tensor | None, layer: MaskedLayer) -> Tensor:
         packed = layer.packed()
         ctx.layer, ctx.packed = layer, packed
         ctx.save_for_backward(x, scores)
@@ -34,15 +32,11 @@ class _MaskedConv(torch.autograd.Function):
         layer, packed = ctx.layer, ctx.packed
         grad_x = grad_scores = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = ops.conv_input_grad(
-                grad, packed, tuple(x.shape), layer.geometry(), scale=layer.channel_scale()
-            )
+            grad_x = ops.conv_input_grad(grad, packed, tuple(x.shape), layer.geometry(), scale=layer.channel_scale())
         if ctx.needs_input_grad[1]:
             weight_grad = ops.conv_weight_grad(grad, x, packed.shape, layer.geometry())
             weight = layer.unmasked_weight(weight_grad.dtype)
-            grad_scores = straight_through(
-                weight_grad.reshape(weight.shape), weight, scores, layer.absolute
-            )
+            grad_scores = straight_through(weight_grad.reshape(weight.shape), weight, scores, layer.absolute)
         if ctx.needs_input_grad[2]:
             grad_bias = grad.sum(dim=[0, *range(2, grad.dim())])
         return grad_x, grad_scores, grad_bias, None
@@ -214,9 +208,7 @@ class BinaryMaskedConv2d(MaskedLayer):
     ) -> None:
         geometry = ops.ConvGeometry.of(stride, padding, dilation, groups)
         if in_channels % groups or out_channels % groups:
-            raise ValueError(
-                f"groups: expected a divisor of {in_channels} and {out_channels}, got {groups}"
-            )
+            raise ValueError(f"groups: expected a divisor of {in_channels} and {out_channels}, got {groups}")
         kernel = ops.pair("kernel_size", kernel_size, least=1)
         shape = (out_channels, in_channels // groups, *kernel)
         super().__init__(shape, keep, bias, init, score_range, absolute, device)

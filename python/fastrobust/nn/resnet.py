@@ -69,9 +69,7 @@ class ResNet(nn.Module):
                 channels = width << stage
             setattr(self, f"layer{stage + 1}", nn.Sequential(*layers))
         self.fc = nn.Linear(channels, num_classes, bias=False)
-        self.last_bn = (
-            nn.BatchNorm1d(num_classes, affine=affine) if last_batch_norm else nn.Identity()
-        )
+        self.last_bn = nn.BatchNorm1d(num_classes, affine=affine) if last_batch_norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pool(torch.relu(self.bn1(self.conv1(x))))
