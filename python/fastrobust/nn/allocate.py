@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from fastrobust.reference.binary import kept_by_rate
+from ..reference.binary import kept_by_rate
 
 
 def allocate(sizes: Sequence[int], rate: float, gamma: float, *, method: str = "exact") -> list[int]:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastrobust.ops import binary as ops
-from fastrobust.reference.binary import PackedWeight, straight_through
+from ..ops import binary as ops
+from ..ops._feature_maps import LINEAR_GEOMETRY, ConvGeometry, pair
+from ..reference.binary import PackedWeight, straight_through
 
 INITIALISATIONS = ("binary", "signed_constant")
 
@@ -32,7 +33,7 @@ class _MaskedConv(torch.autograd.Function):
         layer, packed = ctx.layer, ctx.packed
         grad_x = grad_scores = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = ops.conv_input_grad(grad, packed, tuple(x.shape), layer.geometry(), scale=layer.channel_scale())
+            grad_x = ops.conv_input_grad(grad, packed, (x.shape[2], x.shape[3]), layer.geometry(), scale=layer.channel_scale())
         if ctx.needs_input_grad[1]:
             weight_grad = ops.conv_weight_grad(grad, x, packed.shape, layer.geometry())
             weight = layer.unmasked_weight(weight_grad.dtype)
@@ -162,8 +163,9 @@ class MaskedLayer(nn.Module):
         """The masked weight as an ordinary dense tensor."""
         return self.packed().to_dense(self.scores.dtype) * self.magnitude
 
-    def geometry(self) -> ops.ConvGeometry:
-        raise NotImplementedError(f"{type(self).__name__} has no convolution geometry")
+    def geometry(self) -> ConvGeometry:
+        """How the weight is applied; a linear layer is a 1x1 convolution of 1x1 maps."""
+        return LINEAR_GEOMETRY
 
     def get_extra_state(self) -> dict[str, Any]:
         return {"keep": self.keep, "absolute": self.absolute}
@@ -206,21 +208,21 @@ class BinaryMaskedConv2d(MaskedLayer):
         absolute: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
-        geometry = ops.ConvGeometry.of(stride, padding, dilation, groups)
+        geometry = ConvGeometry.of(stride, padding, dilation, groups)
         if in_channels % groups or out_channels % groups:
             raise ValueError(f"groups: expected a divisor of {in_channels} and {out_channels}, got {groups}")
-        kernel = ops.pair("kernel_size", kernel_size, least=1)
+        kernel = pair("kernel_size", kernel_size, 1)
         shape = (out_channels, in_channels // groups, *kernel)
         super().__init__(shape, keep, bias, init, score_range, absolute, device)
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_size = kernel
         self._geometry = geometry
 
-    def geometry(self) -> ops.ConvGeometry:
+    def geometry(self) -> ConvGeometry:
         return self._geometry
 
     def forward(self, x: Tensor) -> Tensor:
-        ops.check_conv("BinaryMaskedConv2d", x, tuple(self.scores.shape), self._geometry)
+        ops.check_conv(x, tuple(self.scores.shape), self._geometry)
         return _MaskedConv.apply(x, self.scores, self.bias, self)
 
     def extra_repr(self) -> str:
@@ -253,9 +255,6 @@ class BinaryMaskedLinear(MaskedLayer):
         shape = (out_features, in_features)
         super().__init__(shape, keep, bias, init, score_range, absolute, device)
         self.in_features, self.out_features = in_features, out_features
-
-    def geometry(self) -> ops.ConvGeometry:
-        return ops.LINEAR_GEOMETRY
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() < 1 or x.shape[-1] != self.in_features:
