@@ -82,12 +82,12 @@ class Maps:
     phases: tuple[int, int] = (1, 1)
 
     # derived
-    blocks: int = dataclasses.field(init=False)
-    phase_size: tuple[int, int] = dataclasses.field(init=False)
-    origin: int = dataclasses.field(init=False)
-    plane: int = dataclasses.field(init=False)
-    block: int = dataclasses.field(init=False)
-    layout: tuple[int, ...] = dataclasses.field(init=False)
+    blocks: int = dataclasses.field(init=False, compare=False)
+    phase_size: tuple[int, int] = dataclasses.field(init=False, compare=False)
+    origin: int = dataclasses.field(init=False, compare=False)
+    plane: int = dataclasses.field(init=False, compare=False)
+    block: int = dataclasses.field(init=False, compare=False)
+    layout: tuple[int, ...] = dataclasses.field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         rows, columns = -(-self.height // self.phases[0]), -(-self.width // self.phases[1])

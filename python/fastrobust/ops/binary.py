@@ -129,7 +129,7 @@ def _geometry(stride: Sequence[int], padding: Sequence[int], dilation: Sequence[
     return ConvGeometry(tuple(stride), tuple(padding), tuple(dilation), groups)  # type: ignore[arg-type]
 
 
-def _dense_weight(packed: PackedWeight, like: Tensor) -> Tensor:
+def dense_weight(packed: PackedWeight, like: Tensor) -> Tensor:
     """The dense weight, kept with the index lists for the calls that take the dense path."""
     dense = fm.kept_with(packed, "dense")
     if like.dtype not in dense:
@@ -187,7 +187,7 @@ def _conv_kernel(
     batch, _, height, width = x.shape
     recipe = _recipe(packed, batch, height, width, g, False)
     if x.dtype != torch.float32 or recipe.choice.path == "dense":
-        y = F.conv2d(x, _dense_weight(packed, x), None, g.stride, g.padding, g.dilation, g.groups)
+        y = F.conv2d(x, dense_weight(packed, x), None, g.stride, g.padding, g.dilation, g.groups)
         return reference.epilogue(y, None, scale, shift, residual, relu)
     x = x.resolve_neg()
     out = torch.empty((batch, shape[0], *recipe.out_size), device=x.device, memory_format=_format(x))
@@ -223,7 +223,7 @@ def _grad_kernel(
     size = (grad.shape[0], fm.conv_shape(packed.shape)[1] * groups, height, width)
     recipe = _recipe(packed, size[0], height, width, g, True)
     if grad.dtype != torch.float32 or recipe.choice.path == "dense":
-        weight = _dense_weight(packed, grad)
+        weight = dense_weight(packed, grad)
         return torch.nn.grad.conv2d_input(size, weight, grad, g.stride, g.padding, g.dilation, g.groups)
     grad = grad.resolve_neg()
     out = torch.empty(size, device=grad.device, memory_format=_format(grad))
