@@ -97,6 +97,7 @@ class Region:
         self.units, self.inputs, self.outputs = units, inputs, outputs
         self.pool = Pool()
         self.resolved: dict[Any, Resolved] = {}
+        self.latest: tuple[list[Read], dict[int, Maps]] | None = None
         self.last_use: dict[int, int] = {}
         for i, unit in enumerate(units):
             self.last_use[unit.source] = i
@@ -176,7 +177,7 @@ class Region:
         saved = []
         for begin in range(0, batch, how.step):
             parts = [x[begin : begin + how.step] for x in inputs]
-            reads, native = self.group(how, parts[0].shape[0], sizes)
+            reads, native = self.latest = self.group(how, parts[0].shape[0], sizes)
             values, copies = self._run(parts, reads, native, keep)
             for v, out in zip(self.outputs, outs, strict=True):
                 fm.from_maps(values[v].data, native[v], out[begin : begin + how.step])

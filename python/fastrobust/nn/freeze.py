@@ -64,6 +64,7 @@ class FrozenModel(nn.Module):
         except Exception as error:
             raise ValueError(f"model: expected one that torch.fx can trace, got {type(model).__name__}: {error}") from error
         self.modules_by_name = dict(model.named_modules())
+        self._drop_identities()
         self.unit_nodes = self._find_units()
         self.steps = self._schedule()
         self.update()
@@ -72,6 +73,13 @@ class FrozenModel(nn.Module):
 
     def _module(self, node: fx.Node) -> nn.Module | None:
         return self.modules_by_name[str(node.target)] if node.op == "call_module" else None
+
+    def _drop_identities(self) -> None:
+        """What does nothing in eval mode must not take maps out of the fast layout."""
+        for node in list(self.graph.nodes):
+            if isinstance(self._module(node), (nn.Identity, nn.Dropout, nn.Dropout2d)) and len(node.args) == 1:
+                node.replace_all_uses_with(node.args[0])
+                self.graph.erase_node(node)
 
     def _find_units(self) -> dict[fx.Node, _UnitNodes]:
         """Units by their last node: convolution, then batch normalisation, addition and ReLU where they follow."""
@@ -222,21 +230,20 @@ class FrozenModel(nn.Module):
         return x
 
     def paths(self, *sizes: tuple[int, ...]) -> list[dict[str, Any]]:
-        """Per masked convolution and linear layer: name, shape, density, and the path taken for inputs of `sizes`."""
+        """Per masked layer: name, weight, density, the path taken for inputs of `sizes`, and why."""
         with torch.no_grad():
             self(*[torch.zeros(size) for size in sizes])
         rows: list[dict[str, Any]] = []
         for region in self.regions.values():
-            for how in region.resolved.values():
-                for reads, _ in list(how.groups.values())[:1]:
-                    rows += [
-                        _row(u.name, u.packed.shape, u.packed.density, r.choice, (r.read.batch, r.read.height, r.read.width))
-                        for u, r in zip(region.units, reads, strict=True)
-                    ]
+            assert region.latest is not None
+            reads, _ = region.latest
+            rows += [
+                _row(u.name, u.packed.shape, u.packed.density, r.choice, (r.read.batch, r.read.height, r.read.width))
+                for u, r in zip(region.units, reads, strict=True)
+            ]
         for name, layer in self.modules_by_name.items():
             if isinstance(layer, BinaryMaskedLinear):
-                packed = layer.packed()
-                batch = sizes[0][0]
+                packed, batch = layer.packed(), sizes[0][0]
                 choice = ops.path_of(packed, batch, 1, 1, layer.geometry())
                 rows.append(_row(name, packed.shape, packed.density, choice, (batch, 1, 1)))
         return rows

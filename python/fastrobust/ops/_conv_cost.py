@@ -65,6 +65,10 @@ def choose(
     sparse, lanes = min(candidates)
     out = math.prod(geometry.out_size(shape, height, width))
     dense = _DENSE_CALL + batch * out * math.prod(shape) * _DENSE_MAC + math.prod(shape) * _DENSE_WEIGHT
+    if not copies:
+        # The dense convolution takes plain maps, and its epilogue is several passes of its own.
+        images = -(-batch // lanes) * lanes
+        dense += images * (shape[1] * geometry.groups * height * width + 4 * shape[0] * out) * _COPY
     path = forced or ("sparse" if sparse < _MARGIN * dense else "dense")
     return Choice(path, lanes, sparse, dense)
 
