@@ -11,18 +11,19 @@ namespace py = pybind11;
 namespace fastrobust {
 namespace {
 
-// (address, value, per): what Python knows of a parameter.
-struct PyParam {
-  uintptr_t address;
-  double value;
-  int per;
-};
+// A parameter comes as (address, value, per).
 Param param(uintptr_t address, double value, int per, int64_t batch, int64_t n, const char* name, bool downwards) {
   Param p;
   p.per = static_cast<Per>(per);
   p.value = downwards ? round_down(value) : static_cast<float>(value);
   if (p.per != Per::all) p.data = pointer<const float>(address, p.per == Per::example ? batch : batch * n, name);
   return p;
+}
+
+// The box in float32, rounded inwards.
+void set_box(double lo, double hi, float* lo32, float* hi32) {
+  *lo32 = -round_down(-lo);
+  *hi32 = round_down(hi);
 }
 
 // device < 0 is the CPU. One call for every step: which outputs are given tells what is computed.
@@ -41,8 +42,7 @@ void step(int device, uintptr_t stream, uintptr_t x, uintptr_t x0, uintptr_t gra
   a.step = param(step_size[0].cast<uintptr_t>(), step_size[1].cast<double>(), step_size[2].cast<int>(), batch, n,
                  "step_size", false);
   a.eps = param(eps[0].cast<uintptr_t>(), eps[1].cast<double>(), eps[2].cast<int>(), batch, n, "eps", true);
-  a.lo = static_cast<float>(lo);
-  a.hi = static_cast<float>(hi);
+  set_box(lo, hi, &a.lo, &a.hi);
   a.active = reinterpret_cast<const uint8_t*>(active);
   a.normalize = normalize;
   if (!fosc.is_none()) {  // (value, active_out, threshold)
@@ -91,8 +91,7 @@ void linf_step(uintptr_t x, uintptr_t x0, uintptr_t grad, uintptr_t out, int64_t
   a.out = pointer<float>(out, elements, "out");
   a.step.value = static_cast<float>(step_size);
   a.eps.value = round_down(eps);
-  a.lo = static_cast<float>(lo);
-  a.hi = static_cast<float>(hi);
+  set_box(lo, hi, &a.lo, &a.hi);
   without_gil(elements, [&] { pgd().linf(a); });
 }
 
@@ -117,8 +116,7 @@ void random_start(int device, uintptr_t stream, uintptr_t x0, uintptr_t out, int
   a.x0 = pointer<const float>(x0, batch * n, "x0");
   a.out = pointer<float>(out, batch * n, "out");
   a.eps = param(eps[0].cast<uintptr_t>(), eps[1].cast<double>(), eps[2].cast<int>(), batch, n, "eps", true);
-  a.lo = static_cast<float>(lo);
-  a.hi = static_cast<float>(hi);
+  set_box(lo, hi, &a.lo, &a.hi);
   a.seed = seed;
   a.first_example = first_example;
   a.norm = static_cast<Norm>(norm);

@@ -77,7 +77,8 @@ FR_HD Vec step_bits(Vec a, int dir) {
   return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a.v), _mm512_set1_epi32(dir)));
 }
 FR_HD Vec scale_exponent(Vec p, Vec t) {
-  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p.v), _mm512_slli_epi32(_mm512_castps_si512(t.v), 23)));
+  return _mm512_castsi512_ps(
+      _mm512_add_epi32(_mm512_castps_si512(p.v), _mm512_slli_epi32(_mm512_castps_si512(t.v), 23)));
 }
 
 struct DVec {
@@ -108,17 +109,19 @@ constexpr int kRegs = 64 / kWidth;
 typedef float NativeF __attribute__((vector_size(kWidth)));
 typedef int32_t NativeI __attribute__((vector_size(kWidth)));
 typedef double NativeD __attribute__((vector_size(kWidth)));
+typedef NativeF UnalignedF __attribute__((aligned(4), may_alias));
+typedef NativeD UnalignedD __attribute__((aligned(8), may_alias));
 
 #define FR_EACH _Pragma("GCC unroll 8") for (int i = 0; i < kRegs; ++i)
 #define FR_EACH2 _Pragma("GCC unroll 8") for (int i = 0; i < 2 * kRegs; ++i)
 
 struct Mask {
   NativeI r[kRegs];
-#define FR_MASK_OP(sign)                           \
+#define FR_MASK_OP(sign)                            \
   friend FR_HD Mask operator sign(Mask a, Mask b) { \
-    Mask c;                                        \
-    FR_EACH c.r[i] = a.r[i] sign b.r[i];           \
-    return c;                                      \
+    Mask c;                                         \
+    FR_EACH c.r[i] = a.r[i] sign b.r[i];            \
+    return c;                                       \
   }
   FR_MASK_OP(&)
   FR_MASK_OP(|)
@@ -140,21 +143,21 @@ struct Vec {
   NativeF r[kRegs];
   Vec() = default;
   FR_HD Vec(float a) { FR_EACH r[i] = NativeF{} + a; }
-#define FR_ARITH(sign)                             \
-  friend FR_HD Vec operator sign(Vec a, Vec b) {   \
-    FR_EACH a.r[i] = a.r[i] sign b.r[i];           \
-    return a;                                      \
+#define FR_ARITH(sign)                           \
+  friend FR_HD Vec operator sign(Vec a, Vec b) { \
+    FR_EACH a.r[i] = a.r[i] sign b.r[i];         \
+    return a;                                    \
   }
   FR_ARITH(+)
   FR_ARITH(-)
   FR_ARITH(*)
   FR_ARITH(/)
 #undef FR_ARITH
-#define FR_COMPARE(sign)                           \
-  friend FR_HD Mask operator sign(Vec a, Vec b) {  \
-    Mask m;                                        \
-    FR_EACH m.r[i] = a.r[i] sign b.r[i];           \
-    return m;                                      \
+#define FR_COMPARE(sign)                          \
+  friend FR_HD Mask operator sign(Vec a, Vec b) { \
+    Mask m;                                       \
+    FR_EACH m.r[i] = a.r[i] sign b.r[i];          \
+    return m;                                     \
   }
   FR_COMPARE(<)
   FR_COMPARE(>)
@@ -183,18 +186,23 @@ FR_HD Vec vabs(Vec a) {
   FR_EACH a.r[i] = (NativeF)((NativeI)a.r[i] & 0x7fffffff);
   return a;
 }
+// Register by register: a memcpy of the whole struct would keep it on the stack.
 FR_HD Vec load(const float* p) {
   Vec a;
-  std::memcpy(&a, p, sizeof a);
+  FR_EACH a.r[i] = *reinterpret_cast<const UnalignedF*>(p + i * (kWidth / 4));
   return a;
 }
+FR_HD void store(float* p, Vec a) { FR_EACH* reinterpret_cast<UnalignedF*>(p + i * (kWidth / 4)) = a.r[i]; }
 FR_HD Vec load_n(const float* p, int n) {
-  Vec a(0.f);
-  std::memcpy(&a, p, static_cast<size_t>(n) * sizeof(float));
-  return a;
+  float f[kLanes] = {};
+  std::memcpy(f, p, static_cast<size_t>(n) * sizeof(float));
+  return load(f);
 }
-FR_HD void store(float* p, Vec a) { std::memcpy(p, &a, sizeof a); }
-FR_HD void store_n(float* p, Vec a, int n) { std::memcpy(p, &a, static_cast<size_t>(n) * sizeof(float)); }
+FR_HD void store_n(float* p, Vec a, int n) {
+  float f[kLanes];
+  store(f, a);
+  std::memcpy(p, f, static_cast<size_t>(n) * sizeof(float));
+}
 FR_HD void store_stream(float* p, Vec a) {
 #if defined(__AVX__)
   FR_EACH _mm256_stream_ps(p + 8 * i, (__m256)a.r[i]);
@@ -211,16 +219,14 @@ FR_HD Vec load_half(const uint16_t* p) {
 #else
   float f[kLanes];
   for (int i = 0; i < kLanes; ++i) f[i] = half_to_float(p[i]);
-  std::memcpy(&a, f, sizeof a);
+  a = load(f);
 #endif
   return a;
 }
 FR_HD Vec load_bfloat(const uint16_t* p) {
-  uint32_t u[kLanes];
-  for (int i = 0; i < kLanes; ++i) u[i] = static_cast<uint32_t>(p[i]) << 16;
-  Vec a;
-  std::memcpy(&a, u, sizeof a);
-  return a;
+  float f[kLanes];
+  for (int i = 0; i < kLanes; ++i) f[i] = bfloat_to_float(p[i]);
+  return load(f);
 }
 FR_HD Vec step_bits(Vec a, int dir) {
   FR_EACH a.r[i] = (NativeF)((NativeI)a.r[i] + dir);
@@ -235,10 +241,10 @@ struct DVec {
   NativeD r[2 * kRegs];
   DVec() = default;
   FR_HD DVec(double a) { FR_EACH2 r[i] = NativeD{} + a; }
-#define FR_ARITH(sign)                               \
-  friend FR_HD DVec operator sign(DVec a, DVec b) {  \
-    FR_EACH2 a.r[i] = a.r[i] sign b.r[i];            \
-    return a;                                        \
+#define FR_ARITH(sign)                              \
+  friend FR_HD DVec operator sign(DVec a, DVec b) { \
+    FR_EACH2 a.r[i] = a.r[i] sign b.r[i];           \
+    return a;                                       \
   }
   FR_ARITH(+)
   FR_ARITH(-)
@@ -265,13 +271,13 @@ FR_HD DVec widen(Vec a) {
 #else
   float f[kLanes];
   double w[kLanes];
-  std::memcpy(f, &a, sizeof f);
+  store(f, a);
   for (int i = 0; i < kLanes; ++i) w[i] = f[i];
-  std::memcpy(&d, w, sizeof d);
+  FR_EACH2 d.r[i] = *reinterpret_cast<const UnalignedD*>(w + i * (kWidth / 8));
 #endif
   return d;
 }
-FR_HD void store(double* p, DVec a) { std::memcpy(p, &a, sizeof a); }
+FR_HD void store(double* p, DVec a) { FR_EACH2* reinterpret_cast<UnalignedD*>(p + i * (kWidth / 8)) = a.r[i]; }
 
 #undef FR_EACH
 #undef FR_EACH2

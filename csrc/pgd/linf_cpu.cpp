@@ -1,8 +1,7 @@
 // L-inf step and projection on the CPU: one pass, elementwise, in blocks that stay in cache.
-#include "pgd/row_cpu.h"
-
 #include <algorithm>
 
+#include "pgd/row_cpu.h"
 #include "runtime/parallel.h"
 
 FR_NS_BEGIN
@@ -50,16 +49,18 @@ void linf_cpu(const StepArgs& given) {
   const bool aligned = reinterpret_cast<uintptr_t>(a.out) % 64 == 0 && (a.batch == 1 || a.n % kLanes == 0);
   const bool stream = aligned && a.out != a.x && a.batch * a.n * 16 > kStreamBytes;
   const BlockFn block = stream ? pick<true>(a) : pick<false>(a);
-  parallel_for(a.batch * per_row, std::max<int64_t>(1, kGrain / std::min(a.n, kBlock)), [&](int64_t first, int64_t last) {
-    for (int64_t k = first; k < last; ++k) {
-      const int64_t row = k / per_row, begin = (k - row * per_row) * kBlock, end = std::min(a.n, begin + kBlock);
-      if (a.active == nullptr || a.active[row] != 0)
-        block(a, row, begin, end);
-      else if (a.out != a.x)
-        std::memcpy(a.out + row * a.n + begin, a.x + row * a.n + begin, static_cast<size_t>(end - begin) * sizeof(float));
-    }
-    if (stream) stream_fence();
-  });
+  parallel_for(
+      a.batch * per_row, std::max<int64_t>(1, kGrain / std::min(a.n, kBlock)), [&](int64_t first, int64_t last) {
+        for (int64_t k = first; k < last; ++k) {
+          const int64_t row = k / per_row, begin = (k - row * per_row) * kBlock, end = std::min(a.n, begin + kBlock);
+          if (a.active == nullptr || a.active[row] != 0)
+            block(a, row, begin, end);
+          else if (a.out != a.x)
+            std::memcpy(a.out + row * a.n + begin, a.x + row * a.n + begin,
+                        static_cast<size_t>(end - begin) * sizeof(float));
+        }
+        if (stream) stream_fence();
+      });
 }
 
 FR_NS_END

@@ -86,5 +86,4 @@ FR_HD Sparse sparse_loss(Loss loss, const Top& t, float zy, int64_t y, float zt,
   return s;
 }
 
-
 FR_NS_END

@@ -16,30 +16,18 @@ constexpr uint32_t kStreamElements = 0, kStreamRadius = 1;
 // the sum is never below the true one, and the point never outside the ball.
 constexpr float kSumScale = 0x1p20f;
 
-FR_HD float random_linf(float x0, float eps, float lo, float hi, uint32_t u) {
-  const float from = vmax(add_up(x0, -eps), lo), to = vmin(add_down(x0, eps), hi);
-  return vmin(vmax(from + uniform_half_open(u) * (to - from), from), to);
+// u is uniform on [0, 1).
+template <class V>
+FR_HD V random_linf(V x0, V eps, V lo, V hi, V u) {
+  const V from = vmax(add_up(x0, -eps), lo), to = vmin(add_down(x0, eps), hi);
+  return vmin(vmax(from + u * (to - from), from), to);
 }
 
-// Four coordinates of t from one counter block.
-struct Ball4 {
-  float t[4];
-};
-FR_HD Ball4 random_ball4(const Philox4& p, bool l2) {
-  Ball4 b;
-  if (l2) {
-    const Normal2 first = normal_pair(p.r[0], p.r[1]), second = normal_pair(p.r[2], p.r[3]);
-    b.t[0] = first.a;
-    b.t[1] = first.b;
-    b.t[2] = second.a;
-    b.t[3] = second.b;
-  } else {
-    for (int k = 0; k < 4; ++k) {
-      const float size = -portable_log(uniform_open(p.r[k]));
-      b.t[k] = (p.r[k] & 1) != 0 ? -size : size;  // the low bit is not used by the size
-    }
-  }
-  return b;
+// Two coordinates of t from two words.
+FR_HD Normal2 random_ball2(uint32_t u, uint32_t v, bool l2) {
+  if (l2) return normal_pair(u, v);
+  const float a = -portable_log(uniform_open(u)), b = -portable_log(uniform_open(v));
+  return {(u & 1) != 0 ? -a : a, (v & 1) != 0 ? -b : b};  // the sizes do not use the low bit
 }
 FR_HD int64_t ball_term(float t, bool l2) { return static_cast<int32_t>((l2 ? t * t : vabs(t)) * kSumScale) + 1; }
 
@@ -51,11 +39,11 @@ FR_HD float ball_scale(int64_t sum, float eps, bool l2, uint64_t seed, uint32_t 
   return static_cast<float>(eps * (1. - 0x1p-20) / size);
 }
 
-FR_HD float random_ball(float x0, float t, float scale, float lo, float hi) {
-  float d = t * scale;
-  const float above = hi - x0, below = x0 - lo;
-  if ((d > above && d <= below) || (-d > below && -d <= above)) d = -d;
-  return vmin(vmax(add_inward(x0, d), lo), hi);
+template <class V>
+FR_HD V random_ball(V x0, V t, V scale, V lo, V hi) {
+  const V d = t * scale, above = hi - x0, below = x0 - lo;
+  const auto leaves_above = (d > above) & (d <= below), leaves_below = (-d > below) & (-d <= above);
+  return vmin(vmax(add_inward(x0, select(leaves_above | leaves_below, -d, d)), lo), hi);
 }
 
 FR_NS_END

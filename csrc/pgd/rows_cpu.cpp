@@ -91,8 +91,8 @@ struct Row {
   }
 
   // ---- L1 ----
-  // Length spent when every coordinate with |g| > threshold moves to the face of the box.
-  double l1_spent(float threshold) const {
+  // What l1_threshold and l1_lambda ask of an example.
+  double spent(float threshold) const {
     DVec s(0.);
     const Vec t(threshold), lo(a.lo), hi(a.hi);
     each_vec(n, [&](int64_t i, int m) FR_INLINE_LAMBDA {
@@ -101,42 +101,12 @@ struct Row {
     });
     return sum(s);
   }
-  // Moves x to out by the steepest step of L1 length `step` inside the box.
-  void l1_ascend() const {
-    float threshold = 0.f;
-    double spent = l1_spent(0.f);
-    if (spent > step) {
-      Vec top(0.f);
-      each_vec(n, [&](int64_t i, int m) FR_INLINE_LAMBDA { top = vmax(top, vabs(grad<true>(i, m))); });
-      // Positive floats order as their bits: bisect for the smallest threshold that spends at most `step`.
-      uint32_t low = 0, high = bits_of(max_lane(top));
-      while (high - low > 1) {
-        const uint32_t mid = low + (high - low) / 2;
-        (l1_spent(float_from_bits(mid)) > step ? low : high) = mid;
-      }
-      threshold = float_from_bits(high);
-      spent = l1_spent(threshold);
-    }
-    double left = step - spent;
-    for (int64_t i = 0; i < n; ++i) {
-      const float gi = clean_grad(g.at(i)), size = vabs(gi);
-      float y = x[i];
-      if (size > threshold) {
-        y = gi > 0.f ? vmax(y, a.hi) : vmin(y, a.lo);
-      } else if (size == threshold && size > 0.f && left > 0.) {
-        const double room = l1_headroom(y, gi, a.lo, a.hi);
-        const double take = room < left ? room : left;
-        left -= take;
-        y += gi > 0.f ? round_down(take) : -round_down(take);
-      }
-      out[i] = y;
-    }
+  float top() const {
+    Vec t(0.f);
+    each_vec(n, [&](int64_t i, int m) FR_INLINE_LAMBDA { t = vmax(t, vabs(grad<true>(i, m))); });
+    return max_lane(t);
   }
-  struct Lengths {
-    double total, slope;
-  };
-  // sum of min(max(|d| - lambda, 0), room) and minus its derivative.
-  Lengths l1_lengths(float lambda) const {
+  L1Lengths lengths(float lambda) const {
     DVec total(0.), slope(0.);
     const Vec l(lambda), lo(a.lo), hi(a.hi);
     each_vec(n, [&](int64_t i, int m) FR_INLINE_LAMBDA {
@@ -147,34 +117,31 @@ struct Row {
     });
     return {sum(total), sum(slope)};
   }
-  // Newton from the left, kept inside a bracket that bisection closes if Newton does not.
-  float l1_lambda() const {
-    if (l1_lengths(0.f).total <= eps * (1. - kAccept)) return 0.f;
-    const double target = eps * (1. - kShrink);
-    Vec top(0.f);
-    each_vec(n, [&](int64_t i, int m) FR_INLINE_LAMBDA { top = vmax(top, vabs(load_m(out + i, m) - load_m(x0 + i, m))); });
-    float low = 0.f, high = max_lane(top), guess = low;
-    while (true) {
-      const Lengths now = l1_lengths(guess);
-      if (now.total <= target) {
-        high = guess;
-        if (now.total >= target * (1. - 0x1p-24)) break;
-      } else {
-        low = guess;
-      }
-      if (bits_of(high) - bits_of(low) <= 1) break;
-      const float newton = static_cast<float>(guess + (now.total - target) / now.slope);
-      guess = newton > low && newton < high ? newton : 0.5f * (low + high);
-      if (!(guess > low && guess < high)) guess = float_from_bits(bits_of(low) + (bits_of(high) - bits_of(low)) / 2);
+  float top_distance() const {
+    Vec t(0.f);
+    each_vec(n, [&](int64_t i, int m) FR_INLINE_LAMBDA { t = vmax(t, vabs(load_m(out + i, m) - load_m(x0 + i, m))); });
+    return max_lane(t);
+  }
+
+  // Moves x to out by the steepest step of L1 length `step` inside the box.
+  void l1_ascend() const {
+    double moved = 0.;
+    const float threshold = l1_threshold(*this, step, &moved);
+    double left = step - moved;
+    for (int64_t i = 0; i < n; ++i) {
+      const float gi = clean_grad(g.at(i)), size = vabs(gi);
+      if (size > threshold)
+        out[i] = l1_to_face(x[i], gi, a.lo, a.hi);
+      else
+        out[i] = size == threshold && size > 0.f && left > 0. ? l1_take(x[i], gi, a.lo, a.hi, &left) : x[i];
     }
-    return high;
   }
   void l1() const {
     if (T == GradType::none)
       std::memmove(out, x, static_cast<size_t>(n) * sizeof(float));
     else
       l1_ascend();
-    const Vec lambda(l1_lambda()), lo(a.lo), hi(a.hi);
+    const Vec lambda(l1_lambda(*this, eps)), lo(a.lo), hi(a.hi);
     each_vec(n, [&](int64_t i, int m) FR_INLINE_LAMBDA {
       store_m(out + i, l1_project(load_m(out + i, m), load_m(x0 + i, m), lambda, lo, hi), m);
     });
@@ -205,7 +172,8 @@ struct Row {
       f->top = vmax(f->top, vabs(gv));
   }
   float fosc_end(const Fosc& f, Norm norm) const {
-    const double dual = norm == Norm::linf ? sum(f.dual) : eps * (norm == Norm::l2 ? std::sqrt(sum(f.dual)) : double{max_lane(f.top)});
+    const double dual =
+        norm == Norm::linf ? sum(f.dual) : eps * (norm == Norm::l2 ? std::sqrt(sum(f.dual)) : double{max_lane(f.top)});
     return fosc_value(dual, sum(f.inner));
   }
   template <bool kEpsEach>
@@ -213,7 +181,8 @@ struct Row {
     Fosc f{DVec(0.), DVec(0.), Vec(0.f)};
     const float* sizes = kEpsEach ? a.eps.data + row * n : nullptr;
     each_vec(n, [&](int64_t i, int m) FR_INLINE_LAMBDA {
-      fosc_add(&f, grad<true>(i, m), load_m(x + i, m) - load_m(x0 + i, m), kEpsEach ? load_m(sizes + i, m) : Vec(eps), norm);
+      fosc_add(&f, grad<true>(i, m), load_m(x + i, m) - load_m(x0 + i, m), kEpsEach ? load_m(sizes + i, m) : Vec(eps),
+               norm);
     });
     return fosc_end(f, norm);
   }
@@ -228,7 +197,8 @@ struct Row {
       const Vec gv = grad<true>(i, m), v = load_m(x + i, m), v0 = load_m(x0 + i, m);
       const Vec eps_i = kEpsEach ? load_m(sizes + i, m) : Vec(eps);
       fosc_add(&f, gv, v - v0, eps_i, Norm::linf);
-      store_m(out + i, linf_project(linf_ascend(v, gv, kStepEach ? load_m(steps + i, m) : Vec(step)), v0, eps_i, lo, hi), m);
+      store_m(out + i,
+              linf_project(linf_ascend(v, gv, kStepEach ? load_m(steps + i, m) : Vec(step)), v0, eps_i, lo, hi), m);
     });
     return fosc_end(f, Norm::linf);
   }

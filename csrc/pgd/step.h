@@ -99,6 +99,58 @@ FR_HD V l1_headroom(V x, V g, V lo, V hi) {
   return vmax(select(g > V(0.f), hi - x, select(g < V(0.f), x - lo, V(0.f))), V(0.f));
 }
 
+// Where a coordinate above the threshold goes, and one at it that may take `left`.
+FR_HD float l1_to_face(float x, float g, float lo, float hi) { return g > 0.f ? vmax(x, hi) : vmin(x, lo); }
+FR_HD float l1_take(float x, float g, float lo, float hi, double* left) {
+  const double room = l1_headroom(x, g, lo, hi), take = room < *left ? room : *left;
+  *left -= take;
+  return x + (g > 0.f ? round_down(take) : -round_down(take));
+}
+
+// The smallest threshold that spends at most `step`; R gives spent(threshold) over the example and top(), the largest
+// |g|. Positive floats order as their bits, so bisection over the bits ends after 31 sums.
+template <class R>
+FR_HD float l1_threshold(const R& r, float step, double* spent) {
+  *spent = r.spent(0.f);
+  if (*spent <= step) return 0.f;
+  uint32_t low = 0, high = bits_of(r.top());
+  while (high - low > 1) {
+    const uint32_t mid = low + (high - low) / 2;
+    if (r.spent(float_from_bits(mid)) > step)
+      low = mid;
+    else
+      high = mid;
+  }
+  *spent = r.spent(float_from_bits(high));
+  return float_from_bits(high);
+}
+
+// The lambda of l1_project. R gives lengths(lambda), the sum of l1_length and minus its slope, and top_distance(), the
+// largest |d|. Newton from the left, kept in a bracket that bisection closes where Newton does not.
+struct L1Lengths {
+  double total, slope;
+};
+template <class R>
+FR_HD float l1_lambda(const R& r, float eps) {
+  if (r.lengths(0.f).total <= eps * (1. - kAccept)) return 0.f;
+  const double target = eps * (1. - kShrink);
+  float low = 0.f, high = r.top_distance(), guess = 0.f;
+  while (true) {
+    const L1Lengths now = r.lengths(guess);
+    if (now.total <= target) {
+      high = guess;
+      if (now.total >= target * (1. - 0x1p-24)) break;
+    } else {
+      low = guess;
+    }
+    if (bits_of(high) - bits_of(low) <= 1) break;
+    const float newton = static_cast<float>(guess + (now.total - target) / now.slope);
+    guess = newton > low && newton < high ? newton : 0.5f * (low + high);
+    if (!(guess > low && guess < high)) guess = float_from_bits(bits_of(low) + (bits_of(high) - bits_of(low)) / 2);
+  }
+  return high;
+}
+
 // ---- FOSC (Wang et al. 2019, eq. 4) in the dual norm: eps ||g||_* - <x - x0, g> ----
 FR_HD float fosc_value(double dual, double inner) { return static_cast<float>(dual - inner); }
 
@@ -107,7 +159,8 @@ FR_HD float atas_average(float v, double sum_g2, float beta) {
   return static_cast<float>(static_cast<double>(beta) * v + (1. - static_cast<double>(beta)) * sum_g2);
 }
 FR_HD float atas_step_size(float v, float step, float c, bool authors, float min_step, float max_step) {
-  const double size = authors ? step / (1. + sqrt(static_cast<double>(v)) / c) : step / sqrt(static_cast<double>(v) + c);
+  const double size =
+      authors ? step / (1. + sqrt(static_cast<double>(v)) / c) : step / sqrt(static_cast<double>(v) + c);
   const float s = static_cast<float>(size);
   return s < min_step ? min_step : (s > max_step ? max_step : s);
 }

@@ -7,11 +7,11 @@
 namespace fastrobust {
 
 struct DeviceReport {
-  bool built = false;          // CUDA kernels are in this build
-  std::string toolkit;         // "13.0.88", "emulated" or ""
-  std::string architectures;   // "75-real,...,120"
+  bool built = false;         // CUDA kernels are in this build
+  std::string toolkit;        // "13.0.88", "emulated" or ""
+  std::string architectures;  // "75-real,...,120"
   std::vector<std::string> devices;
-  std::string error;           // why there is none, when there is none
+  std::string error;  // why there is none, when there is none
 };
 // Asks the driver; never called at import.
 DeviceReport device_report();

@@ -49,8 +49,8 @@ Choice choose() {
     if (built && static_cast<int>(n.variant) <= static_cast<int>(most))
       return {n.variant, "FASTROBUST_CPU=" + std::string(wish)};
   }
-  throw std::runtime_error("FASTROBUST_CPU: got '" + std::string(wish) + "', expected one of " FASTROBUST_VARIANTS
-                           " that this processor supports");
+  throw std::runtime_error("FASTROBUST_CPU: got '" + std::string(wish) +
+                           "', expected one of " FASTROBUST_VARIANTS " that this processor supports");
 }
 
 const Choice& choice() {

@@ -16,25 +16,25 @@ const char* cpu_variant_reason();
 
 // The kernels' own files see no tables: there the same namespaces are inline.
 #if defined(FASTROBUST_HAS_v2)
-#define FR_CPU_TABLE(Table, name)      \
-  namespace isa_v2 {                   \
-  extern const Table name##_table;     \
-  }                                    \
-  namespace isa_v3 {                   \
-  extern const Table name##_table;     \
-  }                                    \
-  namespace isa_v4 {                   \
-  extern const Table name##_table;     \
-  }                                    \
-  inline const Table& name() {         \
-    switch (cpu_variant()) {           \
-      case CpuVariant::v4:             \
-        return isa_v4::name##_table;   \
-      case CpuVariant::v3:             \
-        return isa_v3::name##_table;   \
-      default:                         \
-        return isa_v2::name##_table;   \
-    }                                  \
+#define FR_CPU_TABLE(Table, name)    \
+  namespace isa_v2 {                 \
+  extern const Table name##_table;   \
+  }                                  \
+  namespace isa_v3 {                 \
+  extern const Table name##_table;   \
+  }                                  \
+  namespace isa_v4 {                 \
+  extern const Table name##_table;   \
+  }                                  \
+  inline const Table& name() {       \
+    switch (cpu_variant()) {         \
+      case CpuVariant::v4:           \
+        return isa_v4::name##_table; \
+      case CpuVariant::v3:           \
+        return isa_v3::name##_table; \
+      default:                       \
+        return isa_v2::name##_table; \
+    }                                \
   }
 #elif defined(FASTROBUST_HAS_neon)
 #define FR_CPU_TABLE(Table, name)  \

@@ -7,8 +7,8 @@ namespace fastrobust {
 
 using RangeFn = void (*)(int64_t begin, int64_t end, void* ctx);
 
-// Calls fn on disjoint ranges that cover [0, n). A range has at least `grain` items unless fewer are left, so n <= grain
-// runs on the calling thread. fn must not throw, and its result must not depend on how the range is cut.
+// Calls fn on disjoint ranges that cover [0, n). A range has at least `grain` items unless fewer are left, so n <=
+// grain runs on the calling thread. fn must not throw, and its result must not depend on how the range is cut.
 void parallel_for(int64_t n, int64_t grain, RangeFn fn, void* ctx);
 
 // The same for a callable: parallel_for(n, grain, [&](int64_t begin, int64_t end) { ... });

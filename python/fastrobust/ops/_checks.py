@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 NORMS: dict[Any, float] = {
-    math.inf: math.inf, 2: 2.0, 1: 1.0, 
+    math.inf: math.inf, 2: 2.0, 1: 1.0,
     "inf": math.inf, "Linf": math.inf, "linf": math.inf,
     "2": 2.0, "L2": 2.0, "l2": 2.0,
     "1": 1.0, "L1": 1.0, "l1": 1.0,
@@ -113,7 +113,9 @@ def check_parameter(value: Any, name: str, x: Tensor, norm: float) -> Parameter:
                     f"{name}: got shape {tuple(value.shape)}, expected a number, ({x.shape[0]},) or x's {tuple(x.shape)}"
                 )
             if norm != math.inf:
-                raise ValueError(f"{name}: got one value per element, expected a number or one per example for norm {norm:g}")
+                raise ValueError(
+                    f"{name}: got one value per element, expected a number or one per example for norm {norm:g}"
+                )
         # not (v >= 0) catches NaN too
         if value.device.type == "cpu" and not _is_fake(value) and bool((~(value >= 0)).any()):
             raise ValueError(f"{name}: got negative or NaN values, expected values >= 0")
@@ -152,8 +154,7 @@ def check_values_in_box(x: Tensor, name: str, lo: float, hi: float) -> None:
     """Reads all of x. The attacks call it once on their input; the ops, which run in every step, do not."""
     if x.numel() == 0:
         return
-    least, most = torch.aminmax(x)
-    least, most = least.item(), most.item()
+    least, most = (t.item() for t in torch.aminmax(x))
     if not (least >= lo and most <= hi):
         raise ValueError(
             f"{name}: got values from {least:g} to {most:g}, expected values in clip = ({lo:g}, {hi:g}); "

@@ -80,8 +80,8 @@ def _define(name: str, schema: str) -> Any:
 
     def autograd(logits: Tensor, first: Tensor, second: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if torch.is_grad_enabled() and (logits.requires_grad or first.requires_grad):
-            return _Loss.apply(op, logits, first, second)  # type: ignore[no-any-return]
-        return below_autograd(op, logits, first, *(() if second is None else (second,)))  # type: ignore[no-any-return]
+            return _Loss.apply(op, logits, first, second)
+        return below_autograd(op, logits, first, *(() if second is None else (second,)))
 
     op = define(name, schema, kernel, fake, autograd)
     return op

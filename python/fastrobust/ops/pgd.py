@@ -27,7 +27,9 @@ _increment_version = torch._C._increment_version  # what torch.autograd.graph.in
 # ---- kernels: dense tensors in, the compiled module called ----
 
 
-def _param(tensor: Tensor | None, value: float, x: Tensor, fmt: torch.memory_format) -> tuple[tuple[int, float, int], Any]:
+def _param(
+    tensor: Tensor | None, value: float, x: Tensor, fmt: torch.memory_format
+) -> tuple[tuple[int, float, int], Any]:
     """(address, value, per) for the compiled module, and the tensor to keep alive."""
     if tensor is None:
         return (0, value, 0), None
@@ -138,8 +140,7 @@ _pgd_step = define("pgd_step", f"({_STEP_ARGS}) -> Tensor", _step_kernel, lambda
 
 
 def _step_out_kernel(*args: Any) -> None:
-    *given, out = args
-    _step_kernel(*given, out=out)
+    _step_kernel(*args)
 
 
 _pgd_step_out = define("pgd_step_out", f"({_STEP_ARGS}, Tensor(a!) out) -> ()", _step_out_kernel, lambda *args: None)
@@ -151,7 +152,21 @@ def _fosc_kernel(x: Tensor, x0: Tensor, grad: Tensor, eps_t: Tensor | None, eps:
     fmt = _format(x)
     value = torch.empty(x.shape[0], dtype=x.dtype, device=x.device)
     x_, x0_, grad_ = (ck.lay_out(t, fmt) for t in (x, x0, grad))
-    _call(x_, x0_, grad_, (None, 0.0), (eps_t, eps), norm, -INF, INF, None, True, None, fmt, fosc=(value.data_ptr(), 0, 0.0))
+    _call(
+        x_,
+        x0_,
+        grad_,
+        (None, 0.0),
+        (eps_t, eps),
+        norm,
+        -INF,
+        INF,
+        None,
+        True,
+        None,
+        fmt,
+        fosc=(value.data_ptr(), 0, 0.0),
+    )
     return value
 
 
@@ -169,7 +184,15 @@ def _step_fosc_kernel(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if x.dtype == torch.float64:
         return reference.pgd_step_fosc(
-            x, x0, grad, _per_value(step_t, step), _per_value(eps_t, eps), threshold, _CODE_NORM[norm], _clip(lo, hi), active
+            x,
+            x0,
+            grad,
+            _per_value(step_t, step),
+            _per_value(eps_t, eps),
+            threshold,
+            _CODE_NORM[norm],
+            _clip(lo, hi),
+            active,
         )
     fmt = _format(x)
     value = torch.empty(x.shape[0], dtype=x.dtype, device=x.device)
@@ -328,7 +351,14 @@ def pgd_step(
         lo, hi = clip
         target = torch.empty_like(x) if out is None else out
         shape = x.shape
-        if lo <= hi and _is_simple(target) and shape == x0.shape and shape == grad.shape and shape == target.shape and shape:
+        if (
+            lo <= hi
+            and _is_simple(target)
+            and shape == x0.shape
+            and shape == grad.shape
+            and shape == target.shape
+            and shape
+        ):
             px, p0, pg, pt = x.data_ptr(), x0.data_ptr(), grad.data_ptr(), target.data_ptr()
             if (pt != p0 and pt != pg) or not pt:
                 _linf_step(px, p0, pg, pt, x.numel(), -step_size if targeted else step_size, eps, lo, hi)

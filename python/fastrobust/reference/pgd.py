@@ -95,7 +95,9 @@ def _l1_ascend(x: Tensor, g: Tensor, step: Tensor, lo: float, hi: float) -> Tens
     return torch.where((take >= room) & (room > 0), face, moved).to(x.dtype).reshape(x.shape)
 
 
-def ascend(x: Tensor, grad: Tensor, step_size: float | Tensor, norm: float, lo: float, hi: float, normalize: bool) -> Tensor:
+def ascend(
+    x: Tensor, grad: Tensor, step_size: float | Tensor, norm: float, lo: float, hi: float, normalize: bool
+) -> Tensor:
     """The step before projection."""
     g = clean(grad, x.dtype)
     if norm == INF:

@@ -1,0 +1,146 @@
+"""Options of ``fastrobust bench`` and what they do."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib
+import os
+import pkgutil
+import sys
+from pathlib import Path
+
+import torch
+
+from . import harness, plot, report
+from .case import Context, Suite, Unavailable
+
+_RESULTS = Path("benchmarks") / "results"
+
+
+def suites() -> dict[str, Suite]:
+    """Every suite: a module of this package that has a `SUITE`, by the suite's name."""
+    package = importlib.import_module(__package__)
+    found: dict[str, Suite] = {}
+    for info in pkgutil.iter_modules(package.__path__):
+        if info.ispkg or info.name.startswith("_"):
+            continue
+        suite = getattr(importlib.import_module(f"{__package__}.{info.name}"), "SUITE", None)
+        if isinstance(suite, Suite):
+            found[suite.name] = suite
+    return found
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help="suites to run (default: all; see --list)")
+    parser.add_argument("--list", action="store_true", help="list the suites and stop")
+    level = parser.add_mutually_exclusive_group()
+    level.add_argument("--quick", dest="level", action="store_const", const="quick", help="fewer rows and samples")
+    level.add_argument(
+        "--smoke", dest="level", action="store_const", const="smoke", help="tiny sizes, seconds: does it run"
+    )
+    level.add_argument("--full", dest="level", action="store_const", const="full", help="every row, many samples")
+    parser.set_defaults(level="default")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (default: cuda where there is one)")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's own choice)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the generated inputs (default: 0)")
+    parser.add_argument("--data", default=os.environ.get("FASTROBUST_DATA"), help="folder of the optional data sets")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=None,
+        help="JSON file of the run (default: in benchmarks/results in a checkout, else in the current folder)",
+    )
+    parser.add_argument(
+        "--plot",
+        nargs="?",
+        type=Path,
+        const=Path(),
+        default=None,
+        metavar="PNG",
+        help="also draw the run (default: beside the JSON)",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="exit 1 when a target ratio is missed, a peer's result differs, or a row fails",
+    )
+    parser.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bar")
+
+
+def choose_device(text: str) -> torch.device:
+    if text == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise ValueError(f"--device is {text!r}; expected cpu, cuda, cuda:N or auto") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device is {text!r}; expected cpu, cuda, cuda:N or auto")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device is {text!r}, but torch sees no GPU here")
+    return device
+
+
+def choose_suites(names: list[str]) -> list[Suite]:
+    known = suites()
+    for name in names:
+        if name not in known:
+            raise ValueError(f"there is no suite {name!r}; expected some of {', '.join(sorted(known))}")
+    return [known[name] for name in names] if names else [suite for suite in known.values() if suite.default]
+
+
+def default_out(level: str, names: list[str]) -> Path:
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    folder = _RESULTS if _RESULTS.is_dir() else Path()
+    return folder / f"run-{'-'.join(names) or 'all'}-{level}-{stamp}.json"
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs what `add_arguments` collected. 0, 1 for a failed run or check, 2 for bad arguments."""
+    try:
+        chosen = choose_suites(args.suites)
+        device = choose_device(args.device)
+        if args.threads is not None and args.threads < 1:
+            raise ValueError(f"--threads is {args.threads}; expected 1 or more")
+    except ValueError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    if args.list:
+        for name, suite in suites().items():
+            print(f"{name:12} {suite.summary}" + ("" if suite.default else " (only when named)"))
+        return 0
+    before = torch.get_num_threads()
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    try:
+        context = Context(device, args.level, args.data, args.seed)
+        run = harness.run(chosen, context, report.progress_bar if args.progress else report.no_bar)
+    finally:
+        torch.set_num_threads(before)
+    print(report.table(run))
+    out = args.out or default_out(args.level, args.suites)
+    report.write_json(run, out)
+    print(f"\nwritten: {out}")
+    if args.plot is not None:
+        picture = out.with_suffix(".png") if args.plot == Path() else args.plot
+        try:
+            plot.plot(run, picture)
+            print(f"drawn: {picture}")
+        except Unavailable as missing:
+            print(f"bench: {missing}", file=sys.stderr)
+            return 2
+    if not run.rows:
+        print("bench: nothing ran", file=sys.stderr)
+        return 1
+    if args.check:
+        found = harness.problems(run)
+        print("check: all targets met" if not found else "check: " + "\ncheck: ".join(found))
+        return 1 if found else 0
+    return 1 if any(row.ours.status == harness.FAILED for row in run.rows) else 0
+
+
+def run_from_argv(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m " + __package__, description="Benchmark suites of fastrobust.")
+    add_arguments(parser)
+    return main(parser.parse_args(argv))
