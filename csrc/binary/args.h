@@ -12,10 +12,10 @@ namespace fastrobust {
 // the right border of their row and the left border of the next one, so a convolution of stride 1 is a sum of shifted
 // contiguous runs. A stride s > 1 becomes stride 1 on s * s phases: pixel (y, x) lies in phase (y mod s, x mod s).
 struct Layout {
-  int64_t lanes = 1;   // images side by side
-  int64_t block = 0;   // floats from one group of `lanes` images to the next
+  int64_t lanes = 1;  // images side by side
+  int64_t block = 0;  // floats from one group of `lanes` images to the next
   int64_t channel = 0, row = 0, col = 0;
-  int64_t phase = 0;   // floats from one phase to the next
+  int64_t phase = 0;  // floats from one phase to the next
   int phases_h = 1, phases_w = 1;
   int64_t origin = 0;  // of pixel (0, 0)
 };
@@ -31,7 +31,8 @@ struct RelayoutArgs {
 };
 
 // What is applied to a sum before it is written, once:
-//   v = sum * scale[channel] + shift[channel] + residual;  relu;  v = gate > 0 ? v : 0;  pre = v;  out = v * post[channel]
+//   v = sum * scale[channel] + shift[channel] + residual;  relu;  v = gate > 0 ? v : 0;  pre = v;  out = v *
+//   post[channel]
 struct Epilogue {
   const float* scale = nullptr;     // [channels] or null
   const float* shift = nullptr;     // [channels] or null
@@ -52,8 +53,8 @@ struct GatherArgs {
   const int32_t* ptr = nullptr;
   const int32_t* offsets = nullptr;
   int64_t rows = 0, segments = 1, entries = 0;
-  int64_t blocks = 0;                       // groups of `lanes` images
-  int64_t x_block = 0, x_origin = 0;        // floats
+  int64_t blocks = 0;                 // groups of `lanes` images
+  int64_t x_block = 0, x_origin = 0;  // floats
   int64_t out_block = 0, out_origin = 0, out_plane = 0;
   int64_t height = 0, width = 0, pitch = 0, lanes = 1;  // of the output
   Epilogue epilogue;
@@ -65,27 +66,27 @@ struct PlanArgs {
   const int32_t* index = nullptr;  // [kept]
   int64_t out_channels = 0, in_channels = 0, kernel_h = 1, kernel_w = 1, groups = 1;
   int64_t stride_h = 1, stride_w = 1, pad_h = 0, pad_w = 0, dilation_h = 1, dilation_w = 1;
-  bool transposed = false;         // the input gradient
+  bool transposed = false;  // the input gradient
   // of the layout that is read
   int64_t lanes = 1, plane = 0, pitch = 0;
-  int64_t segment = 0;             // channels read per segment, 0: one segment
-  int32_t* out_ptr = nullptr;      // [2 segments rows + 1]
-  int32_t* offsets = nullptr;      // [kept]
+  int64_t segment = 0;         // channels read per segment, 0: one segment
+  int32_t* out_ptr = nullptr;  // [2 segments rows + 1]
+  int32_t* offsets = nullptr;  // [kept]
 };
 
 struct TopkArgs {
   const float* scores = nullptr;
   uint8_t* mask = nullptr;
   int64_t n = 0, keep = 0;
-  int32_t* bad = nullptr;  // set to 1 if a score is not finite
+  int32_t* bad = nullptr;         // set to 1 if a score is not finite
   uint32_t* workspace = nullptr;  // CUDA
 };
 
 struct PackArgs {
   const float* weight = nullptr;  // [rows, row_size]
   int64_t rows = 0, row_size = 0;
-  int32_t* ptr = nullptr;         // [2 rows + 1]
-  int32_t* index = nullptr;       // [kept]; null: only ptr is written
+  int32_t* ptr = nullptr;    // [2 rows + 1]
+  int32_t* index = nullptr;  // [kept]; null: only ptr is written
 };
 
 }  // namespace fastrobust

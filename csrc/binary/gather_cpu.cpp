@@ -6,8 +6,8 @@
 #include <algorithm>
 #include <cstring>
 
-#include "binary/args.h"
 #include "binary/epilogue.h"
+#include "binary/layout.h"
 #include "runtime/parallel.h"
 
 FR_NS_BEGIN
@@ -28,12 +28,14 @@ constexpr int64_t kGrainWork = 16384;
 
 struct Tile {
   const GatherArgs& a;
-  const float* x;   // block and tile start
-  int64_t out;      // the same in the output, without the row
+  const float* x;                   // block and tile start
+  int64_t out;                      // the same in the output, without the row
   int64_t first_float, last_float;  // of the run
 };
 
-FR_HD float channel_value(const float* p, int64_t channel, float missing) { return p == nullptr ? missing : p[channel]; }
+FR_HD float channel_value(const float* p, int64_t channel, float missing) {
+  return p == nullptr ? missing : p[channel];
+}
 
 // One row of one tile and one segment.
 template <int T>
@@ -112,7 +114,7 @@ RowFn row_fn(int tile) {
 // The borders of a plane: the columns from the width to the pitch, and, at its ends, what lies before and after.
 void clear_borders(const Tile& t, float* plane) {
   const GatherArgs& a = t.a;
-  const int64_t run = ((a.height - 1) * a.pitch + a.width) * a.lanes;
+  const int64_t run = run_length(a);
   const auto clear = [&](int64_t from, int64_t to) {
     if (from < to) std::memset(plane + a.out_origin + from, 0, static_cast<size_t>(to - from) * sizeof(float));
   };
@@ -147,7 +149,7 @@ int64_t row_boundary(const GatherArgs& a, int64_t part, int64_t parts) {
 
 void gather_cpu(const GatherArgs& a) {
   if (a.blocks == 0 || a.rows == 0 || a.height == 0 || a.width == 0) return;
-  const int64_t run = ((a.height - 1) * a.pitch + a.width) * a.lanes;
+  const int64_t run = run_length(a);
   const int64_t vectors = (run + kLanes - 1) / kLanes;
   const int64_t most = a.segments > 1 ? kSegmentTile : kMaxTile;
   const int64_t per_tile = (vectors + (vectors + most - 1) / most - 1) / ((vectors + most - 1) / most);

@@ -17,9 +17,10 @@ struct BinaryTable {
 
 FR_CPU_TABLE(BinaryTable, binary)
 
-// CUDA: enqueue on a stream (cudaStream_t).
+// CUDA: enqueue on `stream` of the current device. The top-k workspace is topk_workspace_words(n) zeros.
 void gather_cuda(const GatherArgs& a, void* stream);
 void relayout_cuda(const RelayoutArgs& a, void* stream);
+int64_t topk_workspace_words(int64_t n);
 void topk_cuda(const TopkArgs& a, void* stream);
 
 }  // namespace fastrobust

@@ -10,8 +10,9 @@ FR_NS_BEGIN
 
 constexpr int kPasses = 3;
 constexpr int kBins = 2048;
-constexpr int kBits[kPasses] = {11, 11, 10};
-constexpr int kShift[kPasses] = {21, 10, 0};
+// Bits of the digit of a pass, and what lies below it.
+FR_HD int digit_bits(int pass) { return pass < 2 ? 11 : 10; }
+FR_HD int digit_shift(int pass) { return pass == 0 ? 21 : pass == 1 ? 10 : 0; }
 
 // Ascending with the value; -0 and 0 are one key. Not for NaN.
 FR_HD uint32_t order_key(float value) {

@@ -44,7 +44,8 @@ bool plan_cpu(const PlanArgs& a) {
         for (int64_t e = a.ptr[2 * k + sign]; e < a.ptr[2 * k + sign + 1]; ++e) {
           const int64_t c = a.index[e] / taps, t = a.index[e] - c * taps;
           const Tap y = ys[static_cast<size_t>(t / a.kernel_w)], x = xs[static_cast<size_t>(t % a.kernel_w)];
-          const int64_t channel = k / group_out * group_in + c, phased = (y.phase * a.stride_w + x.phase) * a.in_channels + channel;
+          const int64_t channel = k / group_out * group_in + c,
+                        phased = (y.phase * a.stride_w + x.phase) * a.in_channels + channel;
           const int64_t shift = (y.shift * a.pitch + x.shift) * a.lanes;
           if (a.transposed)
             f(2 * (k % group_out / segment * rows + phased) + sign, k * a.plane - shift);
@@ -61,7 +62,9 @@ bool plan_cpu(const PlanArgs& a) {
   if (!fits) return false;
   for (int64_t i = 0; i < 2 * segments * rows; ++i) ptr[i + 1] += ptr[i];
   std::vector<int32_t> next(ptr, ptr + 2 * segments * rows);
-  each([&](int64_t list, int64_t offset) { a.offsets[next[static_cast<size_t>(list)]++] = static_cast<int32_t>(offset); });
+  each([&](int64_t list, int64_t offset) {
+    a.offsets[next[static_cast<size_t>(list)]++] = static_cast<int32_t>(offset);
+  });
   return true;
 }
 

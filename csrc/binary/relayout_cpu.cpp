@@ -3,7 +3,7 @@
 #include <cstring>
 #include <vector>
 
-#include "binary/args.h"
+#include "binary/layout.h"
 #include "core/simd.h"
 #include "runtime/parallel.h"
 
@@ -23,15 +23,15 @@ FR_HD Quad load_quad(const float* p) {
 FR_HD void store_quad(float* p, Quad q) { std::memcpy(p, &q, sizeof q); }
 
 FR_HD void transpose(Quad q[4]) {
-  const Quad a = __builtin_shuffle(q[0], q[1], QuadIndex{0, 4, 1, 5}), b = __builtin_shuffle(q[0], q[1], QuadIndex{2, 6, 3, 7});
-  const Quad c = __builtin_shuffle(q[2], q[3], QuadIndex{0, 4, 1, 5}), d = __builtin_shuffle(q[2], q[3], QuadIndex{2, 6, 3, 7});
+  const Quad a = __builtin_shuffle(q[0], q[1], QuadIndex{0, 4, 1, 5}),
+             b = __builtin_shuffle(q[0], q[1], QuadIndex{2, 6, 3, 7});
+  const Quad c = __builtin_shuffle(q[2], q[3], QuadIndex{0, 4, 1, 5}),
+             d = __builtin_shuffle(q[2], q[3], QuadIndex{2, 6, 3, 7});
   q[0] = __builtin_shuffle(a, c, QuadIndex{0, 1, 4, 5});
   q[1] = __builtin_shuffle(a, c, QuadIndex{2, 3, 6, 7});
   q[2] = __builtin_shuffle(b, d, QuadIndex{0, 1, 4, 5});
   q[3] = __builtin_shuffle(b, d, QuadIndex{2, 3, 6, 7});
 }
-
-FR_HD int64_t image_at(const Layout& l, int64_t n) { return n / l.lanes * l.block + n % l.lanes + l.origin; }
 
 FR_HD void copy_floats(float* dst, const float* src, int64_t n) {
   int64_t i = 0;
@@ -44,12 +44,9 @@ FR_HD void copy_floats(float* dst, const float* src, int64_t n) {
 std::vector<int64_t> pixel_offsets(const Layout& l, int64_t height, int64_t width) {
   std::vector<int64_t> at(static_cast<size_t>(height * width));
   for (int64_t y = 0; y < height; ++y) {
-    const int64_t row = y % l.phases_h * l.phases_w * l.phase + y / l.phases_h * l.row;
-    int64_t* const r = at.data() + y * width;
-    if (l.phases_w == 1)
-      for (int64_t x = 0; x < width; ++x) r[x] = row + x * l.col;
-    else
-      for (int64_t x = 0; x < width; ++x) r[x] = row + x % l.phases_w * l.phase + x / l.phases_w * l.col;
+    const int64_t row = row_at(l, y);
+    for (int64_t x = 0; x < width; ++x)
+      at[static_cast<size_t>(y * width + x)] = row + (l.phases_w == 1 ? x * l.col : column_at(l, x));
   }
   return at;
 }
@@ -164,11 +161,14 @@ void relayout_cpu(const RelayoutArgs& a) {
               std::memset(plane, 0, static_cast<size_t>(a.plane) * sizeof(float));
           }
       if (s.lanes == d.lanes && (lanes == 1 ? s.col == 1 && d.col == 1 : count == lanes)) {
-        for (int64_t n = 0; n < count; n += s.lanes) copy_blocks({a, job.from, job.to, job.src, job.dst, n0 + n, 1}, lanes);
+        for (int64_t n = 0; n < count; n += s.lanes)
+          copy_blocks({a, job.from, job.to, job.src, job.dst, n0 + n, 1}, lanes);
       } else if (lanes % 4 == 0 && s.lanes == 1 && is_plain(s, a.width)) {
-        transpose_images<true>(job.src + image_at(s, n0), job.dst + image_at(d, n0), s.block, job.to, pixels, lanes, count);
+        transpose_images<true>(job.src + image_at(s, n0), job.dst + image_at(d, n0), s.block, job.to, pixels, lanes,
+                               count);
       } else if (lanes % 4 == 0 && d.lanes == 1 && is_plain(d, a.width)) {
-        transpose_images<false>(job.src + image_at(s, n0), job.dst + image_at(d, n0), d.block, job.from, pixels, lanes, count);
+        transpose_images<false>(job.src + image_at(s, n0), job.dst + image_at(d, n0), d.block, job.from, pixels, lanes,
+                                count);
       } else {
         copy_any(job);
       }

@@ -21,7 +21,7 @@ void histogram(const float* s, int64_t n, int pass, uint32_t prefix, int64_t* to
       const int64_t end = std::min(n, (c + 1) * kChunk);
       for (int64_t i = c * kChunk; i < end; ++i) {
         const uint32_t key = order_key(s[i]);
-        if (pass == 0 || (key >> kShift[pass - 1]) == prefix) ++h[digit(key, pass)];
+        if (pass == 0 || (key >> digit_shift(pass - 1)) == prefix) ++h[digit(key, pass)];
       }
     }
   });
@@ -46,7 +46,7 @@ void topk_cpu(const TopkArgs& a) {
     }
     int b = kBins - 1;
     for (; b > 0 && total[b] < rank; --b) rank -= total[b];
-    threshold = (threshold << kBits[pass]) | static_cast<uint32_t>(b);
+    threshold = (threshold << digit_bits(pass)) | static_cast<uint32_t>(b);
   }
   // rank ties of the threshold are kept, those with the largest index. keep = 0 leaves rank 0 and keeps none.
   std::vector<int64_t> ties(static_cast<size_t>(chunks) + 1, 0);

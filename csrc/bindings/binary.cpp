@@ -23,10 +23,11 @@ T* as(Address address) {
 }
 
 // device < 0 is the CPU.
-void gather(int device, Address stream, Address x, Address out, Address ptr, Address offsets, int64_t rows, int64_t segments, int64_t entries,
-            int64_t blocks, int64_t x_block, int64_t x_origin, int64_t out_block, int64_t out_origin, int64_t out_plane,
-            int64_t height, int64_t width, int64_t pitch, int64_t lanes, Address scale, Address shift, Address post,
-            Address residual, Address gate, Address pre, int64_t channels, bool relu) {
+void gather(int device, Address stream, Address x, Address out, Address ptr, Address offsets, int64_t rows,
+            int64_t segments, int64_t entries, int64_t blocks, int64_t x_block, int64_t x_origin, int64_t out_block,
+            int64_t out_origin, int64_t out_plane, int64_t height, int64_t width, int64_t pitch, int64_t lanes,
+            Address scale, Address shift, Address post, Address residual, Address gate, Address pre, int64_t channels,
+            bool relu) {
   const int64_t size = blocks * rows * height * width;
   GatherArgs a;
   a.x = pointer<const float>(x, size * entries, "x");
@@ -76,11 +77,18 @@ Layout layout(const LayoutTuple& t) {
   return l;
 }
 
-void relayout(int device, Address stream, Address src, Address dst, const LayoutTuple& from, const LayoutTuple& to, int64_t batch,
-              int64_t channels, int64_t height, int64_t width, int64_t plane) {
+void relayout(int device, Address stream, Address src, Address dst, const LayoutTuple& from, const LayoutTuple& to,
+              int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t plane) {
   const int64_t size = batch * channels * height * width;
-  const RelayoutArgs a{pointer<const float>(src, size, "src"), pointer<float>(dst, size, "dst"), layout(from),
-                       layout(to), batch, channels, height, width, plane};
+  const RelayoutArgs a{pointer<const float>(src, size, "src"),
+                       pointer<float>(dst, size, "dst"),
+                       layout(from),
+                       layout(to),
+                       batch,
+                       channels,
+                       height,
+                       width,
+                       plane};
   if (size == 0) return;
   if (device < 0) {
     without_gil(size, [&] { binary().relayout(a); });
@@ -121,7 +129,8 @@ void plan(Address ptr, Address index, int64_t kept, const std::array<int64_t, 5>
   a.offsets = pointer<int32_t>(offsets, kept, "offsets");
   bool fits = false;
   without_gil(kept, [&] { fits = binary().plan(a); });
-  if (!fits) throw std::invalid_argument("x: one group of images is too large for 32-bit offsets; expected a smaller map");
+  if (!fits)
+    throw std::invalid_argument("x: one group of images is too large for 32-bit offsets; expected a smaller map");
 }
 
 // Counts first, then the lists: their length is data, so this is for the CPU. False for an entry not in {-1, 0, 1}.
@@ -133,7 +142,7 @@ bool pack(Address weight, int64_t rows, int64_t row_size, Address ptr, Address i
   return signs;
 }
 
-// CPU: returns false when a score is not finite, the mask is then untouched. CUDA: sets `flag` on the device.
+// CPU: returns false when a score is not finite, the mask is then untouched.
 bool topk(int device, Address stream, Address scores, Address mask, int64_t n, int64_t keep, Address workspace) {
   int32_t bad = 0;
   TopkArgs a;
@@ -159,6 +168,14 @@ bool topk(int device, Address stream, Address scores, Address mask, int64_t n, i
   return true;
 }
 
+int64_t topk_workspace([[maybe_unused]] int64_t n) {
+#if defined(FASTROBUST_HAS_CUDA)
+  return topk_workspace_words(n);
+#else
+  return 0;
+#endif
+}
+
 }  // namespace
 
 void bind_binary(py::module_& m) {
@@ -167,6 +184,7 @@ void bind_binary(py::module_& m) {
   m.def("binary_plan", &plan);
   m.def("binary_pack", &pack);
   m.def("binary_topk", &topk);
+  m.def("binary_topk_workspace", &topk_workspace);
 }
 
 }  // namespace fastrobust

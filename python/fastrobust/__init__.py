@@ -11,7 +11,7 @@ if _C.__version__ != __version__:
         "reinstall the package (pip install --force-reinstall .)"
     )
 
-from . import attacks, ops, reference  # noqa: E402
+from . import attacks, nn, ops, reference, training  # noqa: E402
 from ._info import build_info  # noqa: E402
 
-__all__ = ["__version__", "attacks", "build_info", "ops", "reference"]
+__all__ = ["__version__", "attacks", "build_info", "nn", "ops", "reference", "training"]

@@ -152,9 +152,7 @@ class Region:
             pitch = max(need.phase_size[1], out[1]) + lead
             read = given
             if need.phases != given.phases or given.pitch < pitch:
-                read = Maps(
-                    count, given.channels, given.height, given.width, lanes, pitch, halo, lead, need.phases
-                )
+                read = Maps(count, given.channels, given.height, given.width, lanes, pitch, halo, lead, need.phases)
             native[i] = Maps(count, shape[0], *out, lanes, read.pitch, halo, lead)
             forward = None if choice.path == "dense" else fm.plan(unit.packed, g, read, False)
             reads.append(Read(read, native[i], choice, forward))
@@ -201,7 +199,9 @@ class Region:
                     copies[key] = self.pool.take(how.read, source.data)
                     fm.convert_maps(source.data, native[unit.source], how.read, copies[key].data)
                 source = copies[key]
-            residual = None if unit.residual is None else self._as(values[unit.residual], native[unit.residual], how.write)
+            residual = (
+                None if unit.residual is None else self._as(values[unit.residual], native[unit.residual], how.write)
+            )
             values[i] = self.pool.take(how.write, source.data)
             if how.forward is None:
                 self._dense(unit, how, source, residual, values[i])

@@ -45,10 +45,12 @@ def convert(
     layers = {name: model.get_submodule(name) for name in names}
     for name, layer in layers.items():
         if isinstance(layer, nn.Conv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
-            raise ValueError(f"model: {name} has padding {layer.padding!r} ({layer.padding_mode}), expected integer zeros")
+            raise ValueError(
+                f"model: {name} has padding {layer.padding!r} ({layer.padding_mode}), expected integer zeros"
+            )
     keeps = allocate([layer.weight.numel() for layer in layers.values()], rate, gamma, method=method)
     for (name, layer), keep in zip(layers.items(), keeps, strict=True):
-        masked = _masked(layer, keep, init, score_range, absolute)
+        masked = mask_layer(layer, keep, init, score_range, absolute)
         with torch.no_grad():
             if signs == "weights":
                 masked.signs.copy_(layer.weight.sign())
@@ -59,7 +61,10 @@ def convert(
     return model
 
 
-def _masked(layer: nn.Module, keep: int, init: str, score_range: float, absolute: bool) -> MaskedLayer:
+def mask_layer(
+    layer: nn.Module, keep: int, init: str = "binary", score_range: float = 0.01, absolute: bool = False
+) -> MaskedLayer:
+    """A masked layer of the geometry of a Conv2d or Linear, with fresh signs and scores."""
     if isinstance(layer, nn.Linear):
         return BinaryMaskedLinear(
             layer.in_features, layer.out_features, layer.bias is not None,

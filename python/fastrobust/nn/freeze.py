@@ -20,9 +20,13 @@ _ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
 _RELU = (torch.relu, F.relu, torch.relu_, "relu", "relu_")
 
 
-class _Tracer(fx.Tracer):
+class Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
         return isinstance(m, MaskedLayer) or super().is_leaf_module(m, qualified_name)
+
+
+def is_relu(node: fx.Node, module: nn.Module | None) -> bool:
+    return isinstance(module, nn.ReLU) or (node.op in ("call_function", "call_method") and node.target in _RELU)
 
 
 class _RunRegion(torch.autograd.Function):
@@ -60,9 +64,11 @@ class FrozenModel(nn.Module):
         # The model is read, never trained through here: it must not become a submodule.
         object.__setattr__(self, "source", model)
         try:
-            self.graph = _Tracer().trace(model)
+            self.graph = Tracer().trace(model)
         except Exception as error:
-            raise ValueError(f"model: expected one that torch.fx can trace, got {type(model).__name__}: {error}") from error
+            raise ValueError(
+                f"model: expected one that torch.fx can trace, got {type(model).__name__}: {error}"
+            ) from error
         self.modules_by_name = dict(model.named_modules())
         self._drop_identities()
         self.unit_nodes = self._find_units()
@@ -115,7 +121,7 @@ class FrozenModel(nn.Module):
             unit.add = user
             unit.residual = operands[1] if operands[0] is unit.last else operands[0]
             return True
-        if isinstance(module, nn.ReLU) or (user.op != "call_module" and user.target in _RELU):
+        if is_relu(user, module):
             if unit.relu:
                 return False
             unit.relu = True
@@ -179,7 +185,7 @@ class FrozenModel(nn.Module):
         assert isinstance(layer, BinaryMaskedConv2d)
         scale, shift = layer.channel_scale(), None if layer.bias is None else layer.bias.detach().clone()
         if nodes.norm is not None:
-            alpha, beta = _norm_affine(self._module(nodes.norm))
+            alpha, beta = norm_affine(self._module(nodes.norm))
             shift = beta if shift is None else shift * alpha + beta
             scale = alpha if scale is None else scale * alpha
         source = nodes.conv.args[0]
@@ -249,7 +255,9 @@ class FrozenModel(nn.Module):
         return rows
 
 
-def _row(name: str, shape: tuple[int, ...], density: float, choice: cost.Choice, maps: tuple[int, ...]) -> dict[str, Any]:
+def _row(
+    name: str, shape: tuple[int, ...], density: float, choice: cost.Choice, maps: tuple[int, ...]
+) -> dict[str, Any]:
     return {
         "layer": name,
         "weight": shape,
@@ -260,7 +268,7 @@ def _row(name: str, shape: tuple[int, ...], density: float, choice: cost.Choice,
     }
 
 
-def _norm_affine(module: nn.Module | None) -> tuple[Tensor, Tensor]:
+def norm_affine(module: nn.Module | None) -> tuple[Tensor, Tensor]:
     """Eval-mode batch normalisation as x alpha + beta."""
     assert isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))
     assert module.running_mean is not None and module.running_var is not None

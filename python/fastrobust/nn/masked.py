@@ -33,7 +33,9 @@ class _MaskedConv(torch.autograd.Function):
         layer, packed = ctx.layer, ctx.packed
         grad_x = grad_scores = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = ops.conv_input_grad(grad, packed, (x.shape[2], x.shape[3]), layer.geometry(), scale=layer.channel_scale())
+            grad_x = ops.conv_input_grad(
+                grad, packed, (x.shape[2], x.shape[3]), layer.geometry(), scale=layer.channel_scale()
+            )
         if ctx.needs_input_grad[1]:
             weight_grad = ops.conv_weight_grad(grad, x, packed.shape, layer.geometry())
             weight = layer.unmasked_weight(weight_grad.dtype)

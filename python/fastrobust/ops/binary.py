@@ -175,7 +175,9 @@ def _new_recipe(
     # Whole groups of lanes that fit the cache.
     step = max(1, _CHUNK_FLOATS // max(whole[0].block, whole[1].block)) * choice.lanes
     parts = [(n, min(batch, n + step)) for n in range(0, batch, step)]
-    return _Recipe(choice, out_size, fm.plan(packed, g, whole[0], transposed), [(*p, *layouts(p[1] - p[0])) for p in parts])
+    return _Recipe(
+        choice, out_size, fm.plan(packed, g, whole[0], transposed), [(*p, *layouts(p[1] - p[0])) for p in parts]
+    )
 
 
 def _conv_kernel(
