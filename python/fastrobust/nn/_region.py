@@ -47,13 +47,12 @@ class Pool:
     """Buffers by size. Fresh pages are slow; what a forward keeps for its backward comes back here."""
 
     def __init__(self) -> None:
-        self.free: dict[tuple[int, torch.device], list[Tensor]] = {}
+        self.free: dict[tuple[int, int], list[Tensor]] = {}
 
     def take(self, maps: Maps, like: Tensor) -> Buffer:
-        key = (maps.blocks * maps.block + fm.SLACK, like.device)
-        stack = self.free.get(key)
-        data = stack.pop() if stack else torch.empty(key[0], device=key[1])
-        return Buffer(data, self.free.setdefault(key, []))
+        size = maps.blocks * maps.block + fm.SLACK
+        stack = self.free.setdefault((size, like.get_device()), [])
+        return Buffer(stack.pop() if stack else torch.empty(size, device=like.device), stack)
 
 
 class Buffer:
@@ -98,11 +97,16 @@ class Region:
         self.pool = Pool()
         self.resolved: dict[Any, Resolved] = {}
         self.latest: tuple[list[Read], dict[int, Maps]] | None = None
-        self.last_use: dict[int, int] = {}
+        last_use: dict[int, int] = {}
         for i, unit in enumerate(units):
-            self.last_use[unit.source] = i
+            last_use[unit.source] = i
             if unit.residual is not None:
-                self.last_use[unit.residual] = i
+                last_use[unit.residual] = i
+        # Values that nobody reads after unit i.
+        self.done: list[list[int]] = [[] for _ in units]
+        for v, i in last_use.items():
+            if v not in outputs:
+                self.done[i].append(v)
 
     def set_units(self, units: list[Unit]) -> None:
         """Other weights and constants for the same graph."""
@@ -211,10 +215,10 @@ class Region:
                     residual=None if residual is None else residual.data, relu=unit.relu, out=values[i].data,
                 )  # fmt: skip
             if not keep:
-                for v in {unit.source, unit.residual}:
-                    if v is not None and self.last_use[v] == i and v not in self.outputs:
-                        values.pop(v, None)
-                        copies = {k: b for k, b in copies.items() if k[0] != v}
+                for v in self.done[i]:
+                    del values[v]
+                    for key in [k for k in copies if k[0] == v]:
+                        del copies[key]
         return values, copies
 
     def _as(self, value: Buffer, have: Maps, want: Maps) -> Buffer:
@@ -258,7 +262,7 @@ class Region:
         # What has come together for each value: gradients in its native layout or in one it was read in.
         sums: dict[int, dict[Maps, Buffer]] = {}
         waiting: dict[int, int] = {}
-        for i, unit in enumerate(self.units):
+        for unit in self.units:
             for v in (unit.source, unit.residual):
                 if v is not None:
                     waiting[v] = waiting.get(v, 0) + 1

@@ -144,9 +144,9 @@ def plain_layout(x: Tensor) -> tuple[int, ...]:
 def _relayout(
     src: Tensor, dst: Tensor, source: tuple[int, ...], target: tuple[int, ...], maps: Maps, plane: int
 ) -> None:
-    require_cuda_build(src.device)
+    device, stream = _device(src)
     _C.binary_relayout(
-        *stream_of(src.device), src.data_ptr(), dst.data_ptr(), source, target,
+        device, stream, src.data_ptr(), dst.data_ptr(), source, target,
         maps.batch, maps.channels, maps.height, maps.width, plane,
     )  # fmt: skip
 
@@ -224,6 +224,20 @@ class Plan:
     offsets: Tensor
     rows: int
     segments: int
+    bound: dict[tuple[int, int], tuple[Maps, Maps, tuple[int, ...]]] = dataclasses.field(default_factory=dict)
+
+    def bind(self, source: Maps, target: Maps) -> tuple[int, ...]:
+        """The arguments of a call that only the layouts decide."""
+        key = (id(source), id(target))
+        found = self.bound.get(key)
+        if found is None:
+            # The layouts are kept too, so that their ids stay theirs.
+            found = self.bound[key] = (source, target, (
+                self.ptr.data_ptr(), self.offsets.data_ptr(), self.rows, self.segments, self.offsets.numel(),
+                source.blocks, source.block, source.origin, target.block, target.origin, target.plane,
+                *target.phase_size, target.pitch, target.lanes,
+            ))  # fmt: skip
+        return found[2]
 
 
 def kept_with(packed: PackedWeight, name: str) -> dict[Any, Any]:
@@ -301,17 +315,20 @@ def gather(
     residual, gate and pre laid out as `target` and scale, shift and post per channel.
     """
     out = target.empty(x) if out is None else out
-    height, width = target.phase_size
-    require_cuda_build(x.device)
+    device, stream = _device(x)
     _C.binary_gather(
-        *stream_of(x.device), x.data_ptr(), out.data_ptr(), lists.ptr.data_ptr(), lists.offsets.data_ptr(),
-        lists.rows, lists.segments, lists.offsets.numel(), source.blocks,
-        source.block, source.origin, target.block, target.origin, target.plane,
-        height, width, target.pitch, target.lanes,
+        device, stream, x.data_ptr(), out.data_ptr(), *lists.bind(source, target),
         _address(scale), _address(shift), _address(post), _address(residual), _address(gate), _address(pre),
         target.channels, relu,
     )  # fmt: skip
     return out
+
+
+def _device(x: Tensor) -> tuple[int, int]:
+    if not x.is_cuda:
+        return -1, 0
+    require_cuda_build(x.device)
+    return stream_of(x.device)
 
 
 def _address(t: Tensor | None) -> int:
