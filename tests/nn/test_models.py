@@ -62,7 +62,8 @@ def make(name: str, rate: float = 0.8, **options) -> tuple[nn.Module, tuple[int,
 
 
 def relative(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b).abs().max() / b.abs().max().clamp_min(1e-30))
+    a, b = a.detach().double(), b.detach()
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
 
 
 @pytest.fixture(params=["sparse", "auto", "dense"])
