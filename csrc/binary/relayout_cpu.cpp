@@ -98,6 +98,40 @@ void transpose_images(const float* src, float* dst, int64_t image, const int64_t
     }
 }
 
+// Channels side by side on the plain side (channels_last), up to kChannels of them, images on the other. Offsets of
+// pixels: `plain` and `fast`.
+constexpr int64_t kChannels = 16;
+template <bool kInterleave>
+void transpose_channels(const RelayoutArgs& a, const float* src, float* dst, const int64_t* plain, const int64_t* fast,
+                        int64_t channels, int64_t lanes, int64_t count) {
+  const Layout &p = kInterleave ? a.from : a.to, &f = kInterleave ? a.to : a.from;
+  const Quad zero = {0.f, 0.f, 0.f, 0.f};
+  const int64_t pixels = a.height * a.width, even = channels / 4 * 4;
+  for (int64_t i = 0; i < pixels; ++i) {
+    for (int64_t c = 0; c < even; c += 4)
+      for (int64_t n = 0; n < lanes; n += 4) {
+        Quad q[4];
+        if (kInterleave) {
+          for (int j = 0; j < 4; ++j) q[j] = n + j < count ? load_quad(src + (n + j) * p.block + plain[i] + c) : zero;
+          transpose(q);
+          for (int j = 0; j < 4; ++j) store_quad(dst + (c + j) * f.channel + fast[i] + n, q[j]);
+        } else {
+          for (int j = 0; j < 4; ++j) q[j] = load_quad(src + (c + j) * f.channel + fast[i] + n);
+          transpose(q);
+          for (int j = 0; j < 4; ++j)
+            if (n + j < count) store_quad(dst + (n + j) * p.block + plain[i] + c, q[j]);
+        }
+      }
+    for (int64_t c = even; c < channels; ++c)
+      for (int64_t n = 0; n < count; ++n) {
+        if (kInterleave)
+          dst[c * f.channel + fast[i] + n] = src[n * p.block + plain[i] + c];
+        else
+          dst[n * p.block + plain[i] + c] = src[c * f.channel + fast[i] + n];
+      }
+  }
+}
+
 struct Job {
   const RelayoutArgs& a;
   const int64_t* from;  // pixel offsets
@@ -134,6 +168,7 @@ void copy_any(const Job& j) {
 bool is_plain(const Layout& l, int64_t width) {
   return l.lanes == 1 && l.col == 1 && l.row == width && l.phases_h * l.phases_w == 1;
 }
+bool is_channels_last(const Layout& l) { return l.lanes == 1 && l.channel == 1 && l.phases_h * l.phases_w == 1; }
 
 }  // namespace
 
@@ -145,30 +180,37 @@ void relayout_cpu(const RelayoutArgs& a) {
   const std::vector<int64_t> from = pixel_offsets(s, a.height, a.width), to = pixel_offsets(d, a.height, a.width);
   const int phases = d.phases_h * d.phases_w;
   const int64_t group = lanes / d.lanes;  // destination blocks per group of images
-  const int64_t grain = std::max<int64_t>(1, kGrainFloats / std::max<int64_t>(1, pixels * lanes));
-  parallel_for(blocks * a.channels, grain, [&](int64_t first, int64_t last) {
+  const bool into = is_channels_last(s), out_of = is_channels_last(d), by_channels = lanes % 4 == 0 && (into || out_of);
+  const int64_t each = by_channels ? kChannels : 1, groups = (a.channels + each - 1) / each;
+  const int64_t grain = std::max<int64_t>(1, kGrainFloats / std::max<int64_t>(1, pixels * lanes * each));
+  parallel_for(blocks * groups, grain, [&](int64_t first, int64_t last) {
     for (int64_t item = first; item < last; ++item) {
-      const int64_t block = item / a.channels, c = item - block * a.channels;
-      const int64_t n0 = block * lanes, count = std::min(lanes, a.batch - n0);
+      const int64_t block = item / groups, c = (item - block * groups) * each;
+      const int64_t channels = std::min(each, a.channels - c), n0 = block * lanes,
+                    count = std::min(lanes, a.batch - n0);
       const Job job{a, from.data(), to.data(), a.src + c * s.channel, a.dst + c * d.channel, n0, count};
       if (a.plane > 0)
         for (int64_t b = block * group; b * d.lanes < n0 + count; ++b)
-          for (int p = 0; p < phases; ++p) {
-            float* const plane = job.dst + b * d.block + p * d.phase;
+          for (int64_t k = 0; k < channels * phases; ++k) {
+            float* const plane = job.dst + b * d.block + k % phases * d.phase + k / phases * d.channel;
             if (phases == 1 && (b + 1) * d.lanes <= a.batch)
               clear_borders(plane, a);
             else
               std::memset(plane, 0, static_cast<size_t>(a.plane) * sizeof(float));
           }
-      if (s.lanes == d.lanes && (lanes == 1 ? s.col == 1 && d.col == 1 : count == lanes)) {
+      const float* const src = job.src + image_at(s, n0);
+      float* const dst = job.dst + image_at(d, n0);
+      if (by_channels && into) {
+        transpose_channels<true>(a, src, dst, job.from, job.to, channels, lanes, count);
+      } else if (by_channels) {
+        transpose_channels<false>(a, src, dst, job.to, job.from, channels, lanes, count);
+      } else if (s.lanes == d.lanes && (lanes == 1 ? s.col == 1 && d.col == 1 : count == lanes)) {
         for (int64_t n = 0; n < count; n += s.lanes)
           copy_blocks({a, job.from, job.to, job.src, job.dst, n0 + n, 1}, lanes);
       } else if (lanes % 4 == 0 && s.lanes == 1 && is_plain(s, a.width)) {
-        transpose_images<true>(job.src + image_at(s, n0), job.dst + image_at(d, n0), s.block, job.to, pixels, lanes,
-                               count);
+        transpose_images<true>(src, dst, s.block, job.to, pixels, lanes, count);
       } else if (lanes % 4 == 0 && d.lanes == 1 && is_plain(d, a.width)) {
-        transpose_images<false>(job.src + image_at(s, n0), job.dst + image_at(d, n0), d.block, job.from, pixels, lanes,
-                                count);
+        transpose_images<false>(src, dst, d.block, job.from, pixels, lanes, count);
       } else {
         copy_any(job);
       }
