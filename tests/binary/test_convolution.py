@@ -314,6 +314,23 @@ def test_bad_weights() -> None:
         fr.ops.masked_linear(torch.zeros(2, 3), fr.ops.pack(torch.zeros(6, 4)))
 
 
+@pytest.mark.parametrize("broken", ["index", "ptr", "length", "dtype"])
+def test_lists_made_by_hand_are_checked(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTROBUST_BINARY", "sparse")
+    good = fr.ops.pack(signs((6, 4, 3, 3), 0.5))
+    ptr, index = good.ptr.clone(), good.index.clone()
+    if broken == "index":
+        index[3] = 36
+    elif broken == "ptr":
+        ptr[3] = ptr[-1] + 5
+    elif broken == "length":
+        ptr = ptr[:-1]
+    else:
+        index = index.long()
+    with pytest.raises(ValueError, match="packed: expected index lists of a weight"):
+        fr.ops.masked_conv2d(torch.zeros(1, 4, 5, 5), reference.PackedWeight(good.shape, ptr, index))
+
+
 @pytest.mark.cuda
 @given(problem=problems())
 def test_cuda_equals_cpu(problem: dict) -> None:

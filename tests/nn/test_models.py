@@ -168,6 +168,18 @@ def test_freeze_refuses_what_it_cannot_trace() -> None:
 
     with pytest.raises(ValueError, match="model: expected one that torch.fx can trace, got Branching"):
         fnn.freeze(Branching())
+
+    class Broadcasting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 1, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            return torch.relu(y + self.b(y.relu()))
+
+    with pytest.raises(ValueError, match=r"model: expected what is added after a to be of size|added after b"):
+        fnn.freeze(fnn.convert(Broadcasting(), 0.5, 1.0))(torch.rand(2, 2, 6, 6))
     model, size = make("small")
     with pytest.raises(ValueError, match=r"x: expected \(N, 1, H, W\), got \(2, 3, 12, 12\)"):
         fnn.freeze(model)(torch.rand(2, 3, 12, 12))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_input
 
 from ..ops import _conv_cost as cost
 from ..ops import _feature_maps as fm
@@ -144,7 +145,8 @@ class Region:
         """Layouts of all values and the way every unit runs, for a group of `count` images."""
         if count in how.groups:
             return how.groups[count]
-        lanes, (halo, lead) = how.lanes, how.borders
+        # A last group of few images is not padded to the lanes of the others.
+        lanes, (halo, lead) = min(how.lanes, next(n for n in cost.LANES if n >= min(count, 12))), how.borders
         native = {-1 - i: Maps(count, c, h, w, lanes, w + lead, halo, lead) for i, (c, h, w) in enumerate(inputs)}
         reads = []
         for i, unit in enumerate(self.units):
@@ -158,6 +160,11 @@ class Region:
             if need.phases != given.phases or given.pitch < pitch:
                 read = Maps(count, given.channels, given.height, given.width, lanes, pitch, halo, lead, need.phases)
             native[i] = Maps(count, shape[0], *out, lanes, read.pitch, halo, lead)
+            if unit.residual is not None:
+                added, size = native[unit.residual], (shape[0], *out)
+                if (added.channels, added.height, added.width) != size:
+                    got = (added.channels, added.height, added.width)
+                    raise ValueError(f"model: expected what is added after {unit.name} to be of size {size}, got {got}")
             forward = None if choice.path == "dense" else fm.plan(unit.packed, g, read, False)
             reads.append(Read(read, native[i], choice, forward))
         how.groups[count] = (reads, native)
@@ -174,6 +181,8 @@ class Region:
         """Outputs, and per group of images what the backward needs (nothing unless `keep`)."""
         batch = inputs[0].shape[0]
         sizes = [tuple(x.shape[1:]) for x in inputs]
+        if any(x.shape[0] != batch for x in inputs):
+            raise ValueError(f"x: expected equal batch sizes inside the model, got {[x.shape[0] for x in inputs]}")
         how = self.resolve(batch, sizes)
         outs = [inputs[0].new_empty((batch, self.units[v].shape[0], *how.sizes[v])) for v in self.outputs]
         saved = []
@@ -302,7 +311,7 @@ class Region:
             plain = self._plain(grad, how.write)
             size = (target.batch, target.channels, target.height, target.width)
             weight = ops.dense_weight(unit.packed, plain)
-            dx = torch.nn.grad.conv2d_input(size, weight, plain, g.stride, g.padding, g.dilation, g.groups)
+            dx = conv2d_input(size, weight, plain, g.stride, g.padding, g.dilation, g.groups)
             buffer = self.pool.take(native[v], dx)
             fm.to_maps(dx, native[v], buffer.data)
             self._add(sums, v, buffer, native[v])

@@ -42,7 +42,7 @@ def convert(
     names = names[int(first_dense) : len(names) - int(last_dense)]
     if not names:
         raise ValueError("model: expected at least one nn.Conv2d or nn.Linear to convert, found none")
-    layers = {name: model.get_submodule(name) for name in names}
+    layers: dict[str, nn.Conv2d | nn.Linear] = {name: model.get_submodule(name) for name in names}  # type: ignore[misc]
     for name, layer in layers.items():
         if isinstance(layer, nn.Conv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
             raise ValueError(

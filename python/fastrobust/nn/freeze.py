@@ -51,13 +51,17 @@ class _UnitNodes:
     """The nodes of the traced graph that one unit stands for."""
 
     def __init__(self, conv: fx.Node) -> None:
-        self.conv, self.norm, self.add, self.last = conv, None, None, conv
+        self.conv = self.last = conv
+        self.norm: fx.Node | None = None
+        self.add: fx.Node | None = None
         self.residual: fx.Node | None = None
         self.relu = False
 
 
 class FrozenModel(nn.Module):
     """See `freeze`. `update()` takes over the model's present scores and batch statistics."""
+
+    source: nn.Module
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -214,8 +218,8 @@ class FrozenModel(nn.Module):
             if node.op == "placeholder":
                 values[node] = next(given)
                 continue
-            args = fx.map_arg(node.args, lambda n: values[n])
-            kwargs = fx.map_arg(node.kwargs, lambda n: values[n])
+            args: Any = fx.map_arg(node.args, lambda n: values[n])
+            kwargs: Any = fx.map_arg(node.kwargs, lambda n: values[n])
             if node.op == "output":
                 return args[0]
             if node.op == "call_module":
@@ -230,15 +234,18 @@ class FrozenModel(nn.Module):
 
     @staticmethod
     def _checked(region: Region, i: int, x: Tensor) -> Tensor:
-        channels = next((u.shape[1] * u.geometry.groups for u in region.units if u.source == -1 - i), None)
+        unit = next((u for u in region.units if u.source == -1 - i), None)
+        channels = None if unit is None else unit.shape[1] * unit.geometry.groups
         if x.dim() != 4 or (channels is not None and x.shape[1] != channels):
             raise ValueError(f"x: expected (N, {channels}, H, W), got {tuple(x.shape)}")
+        ops.check_operand(x, region.units[0].packed)
         return x
 
     def paths(self, *sizes: tuple[int, ...]) -> list[dict[str, Any]]:
         """Per masked layer: name, weight, density, the path taken for inputs of `sizes`, and why."""
+        device = next((r.units[0].packed.index.device for r in self.regions.values()), None)
         with torch.no_grad():
-            self(*[torch.zeros(size) for size in sizes])
+            self(*[torch.zeros(size, device=device) for size in sizes])
         rows: list[dict[str, Any]] = []
         for region in self.regions.values():
             assert region.latest is not None

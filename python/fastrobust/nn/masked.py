@@ -21,6 +21,7 @@ class _MaskedConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scores: Tensor, bias: Tensor | None, layer: MaskedLayer) -> Tensor:
         packed = layer.packed()
+        ops.check_operand(x, packed)
         ctx.layer, ctx.packed = layer, packed
         ctx.save_for_backward(x, scores)
         scale = layer.channel_scale()

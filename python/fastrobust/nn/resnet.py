@@ -39,6 +39,11 @@ class ResNet(nn.Module):
     3x3 stride-2 max pool; width: channels of the first stage, doubled in each stage.
     """
 
+    layer1: nn.Module
+    layer2: nn.Module
+    layer3: nn.Module
+    layer4: nn.Module
+
     def __init__(
         self,
         blocks: tuple[int, int, int, int],

@@ -141,7 +141,8 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> int:
         f"{name}.{key}" if name else key for name in layers for key in ("scores", "signs", "magnitude", "_extra_state")
     }
     others = {k: v for k, v in model.state_dict().items() if k not in own and isinstance(v, Tensor)}
-    payload, header = [], {"layers": [], "tensors": []}
+    payload: list[bytes] = []
+    header: dict[str, list[dict[str, Any]]] = {"layers": [], "tensors": []}
     for name, layer in layers.items():
         weight = layer.packed().to_dense().cpu().reshape(-1).numpy()
         positions = np.flatnonzero(weight)

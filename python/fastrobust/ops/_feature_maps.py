@@ -265,6 +265,7 @@ def _build(packed: PackedWeight, geometry: ConvGeometry, source: Maps, transpose
     segment = segment_channels(packed.kept, rows, read)
     segments = -(-read // segment) if segment else 1
     host = packed.to("cpu") if packed.index.device.type != "cpu" else packed
+    _check_lists(host, k, c * kh * kw)
     ptr = torch.empty(2 * segments * rows + 1, dtype=torch.int32)
     offsets = torch.empty(packed.kept, dtype=torch.int32)
     _C.binary_plan(
@@ -274,6 +275,19 @@ def _build(packed: PackedWeight, geometry: ConvGeometry, source: Maps, transpose
     )  # fmt: skip
     device = packed.index.device
     return Plan(ptr.to(device), offsets.to(device), rows, segments)
+
+
+def _check_lists(packed: PackedWeight, rows: int, row_size: int) -> None:
+    """Lists made by hand must not send the kernel outside its memory."""
+    ptr, index = packed.ptr, packed.index
+    good = ptr.dtype == index.dtype == torch.int32 and ptr.is_contiguous() and index.is_contiguous()
+    good = good and ptr.numel() == 2 * rows + 1 and int(ptr[0]) == 0 and int(ptr[-1]) == index.numel()
+    good = good and bool((ptr[1:] >= ptr[:-1]).all())
+    if good and index.numel():
+        least, most = (int(v) for v in torch.aminmax(index))
+        good = 0 <= least and most < row_size
+    if not good:
+        raise ValueError(f"packed: expected index lists of a weight {packed.shape} as fastrobust.ops.pack makes them")
 
 
 def segment_channels(kept: int, rows: int, channels: int) -> int:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from .. import _C
 from ..reference import binary as reference
@@ -226,7 +227,7 @@ def _grad_kernel(
     recipe = _recipe(packed, size[0], height, width, g, True)
     if grad.dtype != torch.float32 or recipe.choice.path == "dense":
         weight = dense_weight(packed, grad)
-        return torch.nn.grad.conv2d_input(size, weight, grad, g.stride, g.padding, g.dilation, g.groups)
+        return conv2d_input(size, weight, grad, g.stride, g.padding, g.dilation, g.groups)
     grad = grad.resolve_neg()
     out = torch.empty(size, device=grad.device, memory_format=_format(grad))
     for begin, end, source, target in recipe.parts:
@@ -354,10 +355,9 @@ def masked_linear(
     check_packed(packed)
     if len(packed.shape) != 2:
         raise ValueError(f"packed: expected a weight (K, C), got {packed.shape}")
-    _check_float("x", x)
+    check_operand(x, packed)
     if x.dim() < 1 or x.shape[-1] != packed.shape[1]:
         raise ValueError(f"x: expected (..., {packed.shape[1]}), got {tuple(x.shape)}")
-    _check_device(x, packed)
     out_shape = (*x.shape[:-1], packed.shape[0])
     if residual is not None:
         if tuple(residual.shape) != out_shape:
@@ -426,7 +426,7 @@ def conv_input_grad(
 def conv_weight_grad(grad: Tensor, x: Tensor, shape: tuple[int, ...], g: ConvGeometry) -> Tensor:
     """Dense gradient of conv2d(x, W) with respect to W: every entry, kept or pruned."""
     size = fm.conv_shape(shape)
-    return torch.nn.grad.conv2d_weight(x, size, grad, g.stride, g.padding, g.dilation, g.groups)
+    return conv2d_weight(x, size, grad, g.stride, g.padding, g.dilation, g.groups)
 
 
 def path_of(packed: PackedWeight, batch: int, height: int, width: int, g: ConvGeometry) -> cost.Choice:
@@ -449,7 +449,9 @@ def _check_float(name: str, t: Tensor) -> None:
         raise TypeError(f"{name}: expected float32 (or float64), got {t.dtype}")
 
 
-def _check_device(x: Tensor, packed: PackedWeight) -> None:
+def check_operand(x: Tensor, packed: PackedWeight) -> None:
+    """TypeError or ValueError when x cannot meet these lists: its dtype or its device."""
+    _check_float("x", x)
     if x.device != packed.index.device:
         raise ValueError(f"packed: expected index lists on {x.device} as x, got {packed.index.device}")
 
@@ -468,4 +470,4 @@ def check_conv(x: Tensor, shape: tuple[int, ...], g: ConvGeometry, packed: Packe
             f"dilation {g.dilation}, got {tuple(x.shape[2:])}"
         )
     if packed is not None:
-        _check_device(x, packed)
+        check_operand(x, packed)
