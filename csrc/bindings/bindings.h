@@ -33,5 +33,6 @@ void without_gil(int64_t work, const F& f) {
 void bind_bounds(pybind11::module_& m);
 void bind_pgd(pybind11::module_& m);
 void bind_polyhedron(pybind11::module_& m);
+void bind_binary(pybind11::module_& m);
 
 }  // namespace fastrobust

@@ -33,4 +33,5 @@ PYBIND11_MODULE(_C, m) {
   bind_bounds(m);
   bind_pgd(m);
   bind_polyhedron(m);
+  bind_binary(m);
 }

@@ -11,7 +11,7 @@ if _C.__version__ != __version__:
         "reinstall the package (pip install --force-reinstall .)"
     )
 
-from . import attacks, bounds, certify, ops, reference  # noqa: E402
+from . import attacks, bounds, certify, nn, ops, reference, training  # noqa: E402
 from ._info import build_info  # noqa: E402
 
-__all__ = ["__version__", "attacks", "bounds", "build_info", "certify", "ops", "reference"]
+__all__ = ["__version__", "attacks", "bounds", "build_info", "certify", "nn", "ops", "reference", "training"]

@@ -1,5 +1,6 @@
 """Raw ops. Each has a plain-torch definition in :mod:`fastrobust.reference` and one kernel per device."""
 
+from .binary import masked_conv2d, masked_linear, pack, topk_mask, topk_masks
 from .bounds import (
     concretize,
     interval_activation,
@@ -30,10 +31,15 @@ __all__ = [
     "kl_divergence",
     "linear_back_step",
     "margin_loss",
+    "masked_conv2d",
+    "masked_linear",
+    "pack",
     "pgd_step",
     "pgd_step_fosc",
     "polyhedral_distance",
     "project",
     "random_start",
     "relax",
+    "topk_mask",
+    "topk_masks",
 ]

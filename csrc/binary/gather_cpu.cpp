@@ -1,0 +1,216 @@
+// Sums of shifted contiguous runs: every masked convolution and its input gradient (see args.h).
+//
+// A tile of up to kMaxTile vectors of the output stays in registers while the lists are walked, so an entry costs one
+// index load and one memory operand per vector. The walk is bound by those loads; segments of the input channels keep
+// the rows that a tile reads in the first cache level when the lists are long.
+#include <algorithm>
+#include <cstring>
+
+#include "binary/epilogue.h"
+#include "binary/layout.h"
+#include "runtime/parallel.h"
+
+FR_NS_BEGIN
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kMaxTile = 28;  // vectors of sixteen: 28 of 32 registers
+constexpr int kSegmentTile = 16;
+#elif defined(__AVX__) || defined(__aarch64__)
+constexpr int kMaxTile = 6;
+constexpr int kSegmentTile = 6;
+#else
+constexpr int kMaxTile = 3;
+constexpr int kSegmentTile = 3;
+#endif
+// Vector additions that are worth waking a thread for.
+constexpr int64_t kGrainWork = 16384;
+
+struct Tile {
+  const GatherArgs& a;
+  const float* x;                   // block and tile start
+  int64_t out;                      // the same in the output, without the row
+  int64_t first_float, last_float;  // of the run
+  int64_t step;                     // floats from one line of the tile to the next
+};
+
+FR_HD float channel_value(const float* p, int64_t channel, float missing) {
+  return p == nullptr ? missing : p[channel];
+}
+
+// One row of one tile and one segment. A tile is R lines of C vectors: a stretch of the run (R = 1), or whole rows of a
+// small map, which leaves the border columns out.
+template <int R, int C>
+void tile_row(const Tile& t, int64_t row, int64_t segment) {
+  constexpr int T = R * C;
+  const GatherArgs& a = t.a;
+  const int64_t step = t.step;
+  const auto at = [step](int i) FR_INLINE_LAMBDA { return i / C * step + i % C * kLanes; };
+  const int32_t* ptr = a.ptr + 2 * (segment * a.rows + row);
+  const int32_t* p = a.offsets + ptr[0];
+  const int32_t* const minus = a.offsets + ptr[1];
+  const int32_t* const end = a.offsets + ptr[2];
+  const bool last = segment + 1 == a.segments;
+  if (segment > 0 && p == end && !last) return;
+  float* const out = a.out + t.out + row * a.out_plane;
+  Vec acc[T];
+  if (segment > 0) {
+#pragma GCC unroll 32
+    for (int i = 0; i < T; ++i) acc[i] = load(out + at(i));
+  } else {
+#pragma GCC unroll 32
+    for (int i = 0; i < T; ++i) acc[i] = Vec(0.f);
+  }
+  const float* const x = t.x;
+  for (; p < minus; ++p) {
+    const float* const s = x + *p;
+#pragma GCC unroll 32
+    for (int i = 0; i < T; ++i) acc[i] = acc[i] + load(s + at(i));
+  }
+  for (; p < end; ++p) {
+    const float* const s = x + *p;
+#pragma GCC unroll 32
+    for (int i = 0; i < T; ++i) acc[i] = acc[i] - load(s + at(i));
+  }
+  if (last) {
+    const Epilogue& e = a.epilogue;
+    const int64_t channel = row % e.channels, base = t.out + row * a.out_plane;
+    if (e.scale != nullptr || e.shift != nullptr) {
+      const Vec scale(channel_value(e.scale, channel, 1.f)), shift(channel_value(e.shift, channel, 0.f));
+#pragma GCC unroll 32
+      for (int i = 0; i < T; ++i) acc[i] = affine(acc[i], scale, shift);
+    }
+    if (e.residual != nullptr) {
+#pragma GCC unroll 32
+      for (int i = 0; i < T; ++i) acc[i] = acc[i] + load(e.residual + base + at(i));
+    }
+    if (e.relu) {
+#pragma GCC unroll 32
+      for (int i = 0; i < T; ++i) acc[i] = relu(acc[i]);
+    }
+    if (e.gate != nullptr) {
+#pragma GCC unroll 32
+      for (int i = 0; i < T; ++i) acc[i] = through(acc[i], load(e.gate + base + at(i)));
+    }
+    if (e.pre != nullptr) {
+#pragma GCC unroll 32
+      for (int i = 0; i < T; ++i) store(e.pre + base + at(i), acc[i]);
+    }
+    if (e.post != nullptr) {
+      const Vec post(e.post[channel]);
+#pragma GCC unroll 32
+      for (int i = 0; i < T; ++i) acc[i] = acc[i] * post;
+    }
+  }
+#pragma GCC unroll 32
+  for (int i = 0; i < T; ++i) store(out + at(i), acc[i]);
+}
+
+using RowFn = void (*)(const Tile&, int64_t, int64_t);
+
+template <int T>
+RowFn run_fn(int64_t tile) {
+  if constexpr (T == 1)
+    return tile_row<1, 1>;
+  else
+    return tile == T ? tile_row<1, T> : run_fn<T - 1>(tile);
+}
+
+// Lines of a whole-row tile for maps of this width, 0 where stretches of the run are as good.
+int64_t lines_for(const GatherArgs& a) {
+#if defined(__AVX512F__)
+  if (a.lanes != kLanes) return 0;
+  if (a.width == 4 && a.height == 4) return 4;
+  if (a.width == 7 && a.height == 7 && a.segments == 1) return 4;
+  if (a.width == 8 && a.height % 2 == 0 && (a.segments > 1 || a.height % 3 != 2)) return 2;
+  if (a.width == 8 && a.height % 3 == 2) return 3;
+#endif
+  (void)a;
+  return 0;
+}
+
+RowFn lines_fn([[maybe_unused]] int64_t lines, [[maybe_unused]] int64_t width) {
+#if defined(__AVX512F__)
+  if (width == 4) return tile_row<4, 4>;
+  if (width == 7) return lines == 4 ? tile_row<4, 7> : tile_row<3, 7>;
+  return lines == 3 ? tile_row<3, 8> : tile_row<2, 8>;
+#else
+  return nullptr;
+#endif
+}
+
+// The borders of a plane: the columns from the width to the pitch, and, at its ends, what lies before and after.
+void clear_borders(const Tile& t, float* plane) {
+  const GatherArgs& a = t.a;
+  const int64_t run = run_length(a);
+  const auto clear = [&](int64_t from, int64_t to) {
+    if (from < to) std::memset(plane + a.out_origin + from, 0, static_cast<size_t>(to - from) * sizeof(float));
+  };
+  if (t.first_float == 0) clear(-a.out_origin, 0);
+  if (a.pitch > a.width) {
+    int64_t y = std::max<int64_t>(0, t.first_float / a.lanes - a.pitch) / a.pitch;
+    for (; y < a.height - 1; ++y) {
+      const int64_t from = (y * a.pitch + a.width) * a.lanes, to = (y + 1) * a.pitch * a.lanes;
+      if (from >= t.last_float) break;
+      clear(std::max(from, t.first_float), std::min(to, t.last_float));
+    }
+  }
+  if (t.last_float >= run) clear(run, a.out_plane - a.out_origin);
+}
+
+// Rows that hold about the same number of entries.
+int64_t row_boundary(const GatherArgs& a, int64_t part, int64_t parts) {
+  if (a.segments > 1) return a.rows * part / parts;
+  const int64_t target = (a.entries + 2 * a.rows) * part / parts;
+  int64_t lo = 0, hi = a.rows;
+  while (lo < hi) {
+    const int64_t mid = (lo + hi) / 2;
+    if (a.ptr[2 * mid] + 2 * mid < target)
+      lo = mid + 1;
+    else
+      hi = mid;
+  }
+  return lo;
+}
+
+}  // namespace
+
+void gather_cpu(const GatherArgs& a) {
+  if (a.blocks == 0 || a.rows == 0 || a.height == 0 || a.width == 0) return;
+  const int64_t vectors = (run_length(a) + kLanes - 1) / kLanes, line = a.pitch * a.lanes;
+  const int64_t most = a.segments > 1 ? kSegmentTile : kMaxTile, lines = lines_for(a);
+  const int64_t tiles = lines > 0 ? (a.height + lines - 1) / lines : (vectors + most - 1) / most;
+  const int64_t per_tile = (vectors + tiles - 1) / tiles;
+  const int64_t parts = std::max<int64_t>(1, std::min(a.rows / 4, (16 + a.blocks * tiles - 1) / (a.blocks * tiles)));
+  const int64_t items = a.blocks * tiles * parts;
+  const int64_t work = (a.entries + 4 * a.rows * a.segments) * per_tile / parts + 1;
+  const int64_t grain = std::max<int64_t>(1, kGrainWork / work);
+  parallel_for(items, grain, [&](int64_t first, int64_t last) {
+    for (int64_t item = first; item < last; ++item) {
+      const int64_t part = item % parts, tile = item / parts % tiles, block = item / parts / tiles;
+      int64_t begin = tile * per_tile * kLanes, end = std::min(vectors * kLanes, begin + per_tile * kLanes);
+      RowFn fn;
+      if (lines > 0) {
+        const int64_t count = std::min(lines, a.height - tile * lines);
+        begin = tile * lines * line;
+        end = begin + count * line;
+        fn = lines_fn(count, a.width);
+      } else {
+        fn = run_fn<kMaxTile>((end - begin) / kLanes);
+      }
+      const Tile t{
+          a,   a.x + block * a.x_block + a.x_origin + begin, block * a.out_block + a.out_origin + begin, begin, end,
+          line};
+      const int64_t row0 = row_boundary(a, part, parts), row1 = row_boundary(a, part + 1, parts);
+      for (int64_t segment = 0; segment < a.segments; ++segment)
+        for (int64_t row = row0; row < row1; ++row) fn(t, row, segment);
+      for (int64_t row = row0; row < row1; ++row) {
+        const int64_t plane = block * a.out_block + row * a.out_plane;
+        clear_borders(t, a.out + plane);
+        if (a.epilogue.pre != nullptr) clear_borders(t, a.epilogue.pre + plane);
+      }
+    }
+  });
+}
+
+FR_NS_END

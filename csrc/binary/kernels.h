@@ -1,0 +1,26 @@
+// Entry points of the binary family.
+#pragma once
+
+#include "binary/args.h"
+#include "runtime/dispatch.h"
+
+namespace fastrobust {
+
+// One table per instruction set.
+struct BinaryTable {
+  void (*gather)(const GatherArgs&);
+  void (*relayout)(const RelayoutArgs&);
+  bool (*plan)(const PlanArgs&);  // false: an offset does not fit in 32 bits
+  bool (*pack)(const PackArgs&);  // false: an entry is not in {-1, 0, 1}
+  void (*topk)(const TopkArgs&);
+};
+
+FR_CPU_TABLE(BinaryTable, binary)
+
+// CUDA: enqueue on `stream` of the current device. The top-k workspace is topk_workspace_words(n) zeros.
+void gather_cuda(const GatherArgs& a, void* stream);
+void relayout_cuda(const RelayoutArgs& a, void* stream);
+int64_t topk_workspace_words(int64_t n);
+void topk_cuda(const TopkArgs& a, void* stream);
+
+}  // namespace fastrobust

@@ -1,0 +1,16 @@
+// The binary family's entry points of one instruction set.
+#include "binary/kernels.h"
+#include "core/macros.h"
+
+FR_NS_BEGIN
+
+void gather_cpu(const GatherArgs&);
+void relayout_cpu(const RelayoutArgs&);
+bool plan_cpu(const PlanArgs&);
+bool pack_cpu(const PackArgs&);
+void topk_cpu(const TopkArgs&);
+
+extern const BinaryTable binary_table;
+const BinaryTable binary_table = {gather_cpu, relayout_cpu, plan_cpu, pack_cpu, topk_cpu};
+
+FR_NS_END

@@ -1,0 +1,286 @@
+"""Layers whose weights are fixed signs and whose mask is learned (thesis, section 5.1)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import binary as ops
+from ..ops._feature_maps import LINEAR_GEOMETRY, ConvGeometry, pair
+from ..reference.binary import PackedWeight, straight_through
+
+INITIALISATIONS = ("binary", "signed_constant")
+
+
+class _MaskedConv(torch.autograd.Function):
+    """Convolution with a packed weight; the scores get the straight-through gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scores: Tensor, bias: Tensor | None, layer: MaskedLayer) -> Tensor:
+        packed = layer.packed()
+        ops.check_operand(x, packed)
+        ctx.layer, ctx.packed = layer, packed
+        ctx.save_for_backward(x, scores)
+        scale = layer.channel_scale()
+        return ops.conv_forward(x, packed, layer.geometry(), bias=bias, scale=scale)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, scores = ctx.saved_tensors
+        layer, packed = ctx.layer, ctx.packed
+        grad_x = grad_scores = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = ops.conv_input_grad(
+                grad, packed, (x.shape[2], x.shape[3]), layer.geometry(), scale=layer.channel_scale()
+            )
+        if ctx.needs_input_grad[1]:
+            weight_grad = ops.conv_weight_grad(grad, x, packed.shape, layer.geometry())
+            weight = layer.unmasked_weight(weight_grad.dtype)
+            grad_scores = straight_through(weight_grad.reshape(weight.shape), weight, scores, layer.absolute)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.sum(dim=[0, *range(2, grad.dim())])
+        return grad_x, grad_scores, grad_bias, None
+
+
+class MaskedLayer(nn.Module):
+    """What the convolution and the linear layer share: scores, signs, keep count, packed cache.
+
+    The weight is magnitude * signs * mask(scores), signs in {-1, 0, +1}; only the scores (and the
+    bias, if there is one) are learned. `keep` is the number of weights kept.
+    """
+
+    signs: Tensor
+    magnitude: Tensor
+
+    def __init__(
+        self,
+        weight_shape: tuple[int, ...],
+        keep: int | None,
+        bias: bool,
+        init: str,
+        score_range: float,
+        absolute: bool,
+        device: torch.device | str | None,
+    ) -> None:
+        super().__init__()
+        self.absolute = absolute
+        self.scores = nn.Parameter(torch.empty(weight_shape, device=device))
+        self.register_buffer("signs", torch.empty(weight_shape, dtype=torch.int8, device=device))
+        self.register_buffer("magnitude", torch.ones((), device=device))
+        self.bias = nn.Parameter(torch.zeros(weight_shape[0], device=device)) if bias else None
+        self._keep = 0
+        self.keep = self.scores.numel() if keep is None else keep
+        self._cache: tuple[tuple[Any, ...], PackedWeight] | None = None
+        self.reset_parameters(init, score_range)
+
+    @property
+    def keep(self) -> int:
+        return self._keep
+
+    @keep.setter
+    def keep(self, value: int) -> None:
+        size = self.scores.numel()
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"keep: expected an int, got {type(value).__name__}")
+        if not 0 <= value <= size:
+            raise ValueError(f"keep: expected 0 to {size}, the weights of the layer, got {value}")
+        self._keep = value
+
+    @torch.no_grad()
+    def reset_parameters(self, init: str = "binary", score_range: float = 0.01) -> None:
+        """Draw signs and scores anew.
+
+        init "binary": signs uniform in {-1, +1}, magnitude 1, scores uniform in [-a, a] with
+        a = `score_range` (thesis, section 5.1.3). init "signed_constant": magnitude
+        sqrt(2 / (l (1 - r))) with l the fan-in and 1 - r the kept fraction, scores uniform in
+        [-1/sqrt(l), 1/sqrt(l)].
+        """
+        if init not in INITIALISATIONS:
+            raise ValueError(f"init: expected one of {INITIALISATIONS}, got {init!r}")
+        self.signs.copy_(torch.randint(0, 2, self.signs.shape, device=self.signs.device) * 2 - 1)
+        fan_in = max(1, math.prod(self.scores.shape[1:]))
+        if init == "binary":
+            self.magnitude.fill_(1.0)
+            self.scores.uniform_(-score_range, score_range)
+        else:
+            fraction = max(self.keep, 1) / max(self.scores.numel(), 1)
+            self.magnitude.fill_(math.sqrt(2.0 / (fan_in * fraction)))
+            self.scores.uniform_(-1.0 / math.sqrt(fan_in), 1.0 / math.sqrt(fan_in))
+
+    def ranking(self) -> Tensor:
+        """The values the mask ranks: the scores, or |scores| with absolute=True."""
+        scores = self.scores.detach()
+        return scores.abs() if self.absolute else scores
+
+    def mask(self) -> Tensor:
+        """Bool mask of the `keep` highest ranked weights."""
+        return ops.topk_mask(self.ranking(), self.keep)
+
+    def packed(self) -> PackedWeight:
+        """Index lists of the masked signs, computed once per version of the scores.
+
+        In-place changes that torch counts (optimizers, load_state_dict, copy_) are seen; a write
+        through `.data` is not, call `refresh()` after one.
+        """
+        key = self._cache_key()
+        if self._cache is None or self._cache[0] != key:
+            self._cache = (key, ops.pack(self.signs * self.mask()))
+        return self._cache[1]
+
+    def set_mask(self, mask: Tensor) -> None:
+        """Store the index lists of a mask that was selected together with other layers' masks."""
+        self._cache = (self._cache_key(), ops.pack(self.signs * mask))
+
+    def stale(self) -> bool:
+        return self._cache is None or self._cache[0] != self._cache_key()
+
+    def refresh(self) -> None:
+        self._cache = None
+
+    def _cache_key(self) -> tuple[Any, ...]:
+        return (
+            self.scores._version,
+            self.scores.data_ptr(),
+            self.signs._version,
+            self.signs.data_ptr(),
+            self.keep,
+            self.absolute,
+            self.scores.device,
+        )
+
+    def channel_scale(self) -> Tensor | None:
+        """The magnitude as one factor per output channel, None when it is 1."""
+        magnitude = float(self.magnitude)
+        if magnitude == 1.0:
+            return None
+        return torch.full((self.scores.shape[0],), magnitude, device=self.scores.device)
+
+    def unmasked_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.signs.to(dtype) * self.magnitude.to(dtype)
+
+    def dense_weight(self) -> Tensor:
+        """The masked weight as an ordinary dense tensor."""
+        return self.packed().to_dense(self.scores.dtype) * self.magnitude
+
+    def geometry(self) -> ConvGeometry:
+        """How the weight is applied; a linear layer is a 1x1 convolution of 1x1 maps."""
+        return LINEAR_GEOMETRY
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"keep": self.keep, "absolute": self.absolute}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.keep, self.absolute = int(state["keep"]), bool(state["absolute"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Index lists are derived data: copies and pickles rebuild them.
+        return {**self.__dict__, "_cache": None}
+
+
+class BinaryMaskedConv2d(MaskedLayer):
+    """2-d convolution with weight magnitude * signs * mask(scores).
+
+    Arguments as torch.nn.Conv2d (integer padding), and
+    keep: weights kept, an int from 0 to K C kh kw / groups; None keeps all.
+    init, score_range: see `reset_parameters`.
+    absolute: rank |scores|, as the authors' code does; the default ranks the scores as they are
+        (thesis, equation 5.2).
+
+    x: (N, C, H, W) float32, NCHW or channels_last; returns (N, K, H', W').
+    Differentiable in x (sparse), scores (straight-through, a dense weight gradient) and bias.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = False,
+        *,
+        keep: int | None = None,
+        init: str = "binary",
+        score_range: float = 0.01,
+        absolute: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        geometry = ConvGeometry.of(stride, padding, dilation, groups)
+        if in_channels % groups or out_channels % groups:
+            raise ValueError(f"groups: expected a divisor of {in_channels} and {out_channels}, got {groups}")
+        kernel = pair("kernel_size", kernel_size, 1)
+        shape = (out_channels, in_channels // groups, *kernel)
+        super().__init__(shape, keep, bias, init, score_range, absolute, device)
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.kernel_size = kernel
+        self._geometry = geometry
+
+    def geometry(self) -> ConvGeometry:
+        return self._geometry
+
+    def forward(self, x: Tensor) -> Tensor:
+        ops.check_conv(x, tuple(self.scores.shape), self._geometry)
+        return _MaskedConv.apply(x, self.scores, self.bias, self)
+
+    def extra_repr(self) -> str:
+        g = self._geometry
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={g.stride}, padding={g.padding}, dilation={g.dilation}, groups={g.groups}, "
+            f"keep={self.keep} of {self.scores.numel()}, absolute={self.absolute}"
+        )
+
+
+class BinaryMaskedLinear(MaskedLayer):
+    """Linear layer with weight magnitude * signs * mask(scores); x (..., C) to (..., K).
+
+    Keyword arguments as in BinaryMaskedConv2d.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        *,
+        keep: int | None = None,
+        init: str = "binary",
+        score_range: float = 0.01,
+        absolute: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        shape = (out_features, in_features)
+        super().__init__(shape, keep, bias, init, score_range, absolute, device)
+        self.in_features, self.out_features = in_features, out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() < 1 or x.shape[-1] != self.in_features:
+            raise ValueError(f"x: expected (..., {self.in_features}), got {tuple(x.shape)}")
+        flat = x.reshape(-1, self.in_features, 1, 1)
+        out = _MaskedConv.apply(flat, self.scores, self.bias, self)
+        return out.reshape(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, "
+            f"keep={self.keep} of {self.scores.numel()}, absolute={self.absolute}"
+        )
+
+
+def masked_layers(model: nn.Module) -> dict[str, MaskedLayer]:
+    """The masked layers of a model by name, in the order of definition."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, MaskedLayer)}
+
+
+def update_masks(model: nn.Module) -> None:
+    """Recompute the masks of all layers whose scores changed, in one selection call."""
+    stale = [layer for layer in masked_layers(model).values() if layer.stale()]
+    masks = ops.topk_masks([layer.ranking() for layer in stale], [layer.keep for layer in stale])
+    for layer, mask in zip(stale, masks, strict=True):
+        layer.set_mask(mask)

@@ -1,0 +1,349 @@
+"""The fast layout of feature maps, and the plan that reads it.
+
+A group of `lanes` images lies interleaved as [phase][channel][row][column][lane], rows `pitch` columns
+apart. The columns from the width to the pitch are zero: they are the right border of their row and
+the left border of the next. In this layout a masked convolution of stride 1 is a sum of shifted
+contiguous runs, whatever its kernel, dilation and padding; a stride s reads s x s phases, pixel
+(y, x) lying in phase (y mod s, x mod s), and is then of stride 1 as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from ..reference.binary import PackedWeight
+from ._library import require_cuda_build, stream_of
+
+VECTOR = 16  # floats the CPU kernels handle at once
+SLACK = 64  # floats behind the last plane that a vector may read
+SCRATCH_FLOATS = 1 << 21  # kept between calls, per thread and slot
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvGeometry:
+    """Stride, padding and dilation by dimension, and groups."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    @staticmethod
+    def of(stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1) -> ConvGeometry:
+        if isinstance(groups, bool) or not isinstance(groups, int):
+            raise TypeError(f"groups: expected an int, got {type(groups).__name__}")
+        if groups < 1:
+            raise ValueError(f"groups: expected at least 1, got {groups}")
+        return ConvGeometry(
+            pair("stride", stride, 1), pair("padding", padding, 0), pair("dilation", dilation, 1), groups
+        )
+
+    def out_size(self, shape: tuple[int, ...], height: int, width: int) -> tuple[int, int]:
+        """Size of the output map for a weight shape (K, C / groups, kh, kw)."""
+        sizes = []
+        for size, kernel, s, p, d in zip(
+            (height, width), shape[2:], self.stride, self.padding, self.dilation, strict=True
+        ):
+            sizes.append((size + 2 * p - d * (kernel - 1) - 1) // s + 1)
+        return sizes[0], sizes[1]
+
+
+def pair(name: str, value: Any, least: int) -> tuple[int, int]:
+    values = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else None
+    if values is None or any(isinstance(v, bool) or not isinstance(v, int) for v in values):
+        raise TypeError(f"{name}: expected an int or two, got {value!r}")
+    if len(values) != 2 or any(v < least for v in values):
+        raise ValueError(f"{name}: expected one or two ints of at least {least}, got {value!r}")
+    return values[0], values[1]
+
+
+LINEAR_GEOMETRY = ConvGeometry()
+
+
+@dataclasses.dataclass(frozen=True)
+class Maps:
+    """Sizes of a batch of feature maps in the fast layout. `halo` rows of zeros lie above and below."""
+
+    batch: int
+    channels: int
+    height: int
+    width: int
+    lanes: int
+    pitch: int
+    halo: int
+    lead: int
+    phases: tuple[int, int] = (1, 1)
+
+    # derived
+    blocks: int = dataclasses.field(init=False, compare=False)
+    phase_size: tuple[int, int] = dataclasses.field(init=False, compare=False)
+    origin: int = dataclasses.field(init=False, compare=False)
+    plane: int = dataclasses.field(init=False, compare=False)
+    block: int = dataclasses.field(init=False, compare=False)
+    layout: tuple[int, ...] = dataclasses.field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        rows, columns = -(-self.height // self.phases[0]), -(-self.width // self.phases[1])
+        origin = (self.halo * self.pitch + self.lead) * self.lanes
+        size = (self.lead + (rows + 2 * self.halo) * self.pitch) * self.lanes
+        # A tail vector may overshoot the run by fifteen floats.
+        plane = (size + 2 * VECTOR - 2) // VECTOR * VECTOR
+        block = self.phases[0] * self.phases[1] * self.channels * plane
+        derived = {
+            "blocks": -(-self.batch // self.lanes),
+            "phase_size": (rows, columns),
+            "origin": origin,
+            "plane": plane,
+            "block": block,
+            "layout": (
+                self.lanes, block, plane, self.pitch * self.lanes, self.lanes, self.channels * plane,
+                *self.phases, origin,
+            ),
+        }  # fmt: skip
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
+
+    def empty(self, like: Tensor) -> Tensor:
+        return like.new_empty(self.blocks * self.block + SLACK)
+
+
+_local = threading.local()
+
+
+def scratch(slot: int, maps: Maps, like: Tensor) -> Tensor:
+    """Working memory of this thread for maps that do not outlive the call.
+
+    Fresh pages cost more than the convolution of a small map; CUDA has its own caching allocator.
+    """
+    if like.is_cuda:
+        return maps.empty(like)
+    size = maps.blocks * maps.block + SLACK
+    buffers: dict[int, Tensor] = _local.__dict__.setdefault("buffers", {})
+    found = buffers.get(slot)
+    if found is None or found.numel() < size:
+        with torch.inference_mode(False):
+            found = torch.empty(size)
+        if size <= SCRATCH_FLOATS:
+            buffers[slot] = found
+    return found
+
+
+def plain_layout(x: Tensor) -> tuple[int, ...]:
+    """The layout of an ordinary (N, C, H, W) tensor of any strides."""
+    n, c, h, w = x.stride()
+    return (1, n, c, h, w, 0, 1, 1, 0)
+
+
+def _relayout(
+    src: Tensor, dst: Tensor, source: tuple[int, ...], target: tuple[int, ...], maps: Maps, plane: int
+) -> None:
+    device, stream = _device(src)
+    _C.binary_relayout(
+        device, stream, src.data_ptr(), dst.data_ptr(), source, target,
+        maps.batch, maps.channels, maps.height, maps.width, plane,
+    )  # fmt: skip
+
+
+def to_maps(x: Tensor, maps: Maps, out: Tensor | None = None) -> Tensor:
+    """A plain tensor (N, C, H, W) of any strides in the fast layout."""
+    out = maps.empty(x) if out is None else out
+    _relayout(x, out, plain_layout(x), maps.layout, maps, maps.plane)
+    return out
+
+
+def from_maps(data: Tensor, maps: Maps, out: Tensor) -> Tensor:
+    """Write the maps into a plain tensor (N, C, H, W) of any strides."""
+    _relayout(data, out, maps.layout, plain_layout(out), maps, 0)
+    return out
+
+
+def convert_maps(data: Tensor, source: Maps, target: Maps, out: Tensor | None = None) -> Tensor:
+    """Other lanes, pitch, borders or phases of the same maps."""
+    out = target.empty(data) if out is None else out
+    _relayout(data, out, source.layout, target.layout, target, target.plane)
+    return out
+
+
+def input_maps(
+    batch: int, channels: int, height: int, width: int, shape: tuple[int, ...], geometry: ConvGeometry, lanes: int
+) -> Maps:
+    """The smallest layout of an input from which the convolution can be read."""
+    out_h, out_w = geometry.out_size(shape, height, width)
+    planes = -(-height // geometry.stride[0]), -(-width // geometry.stride[1])
+    top, bottom = _borders(shape[2], planes[0], out_h, geometry, 0)
+    left, right = _borders(shape[3], planes[1], out_w, geometry, 1)
+    lead = max(left, right)
+    # In a 1 x k kernel no row above is read, so the left border of the first row is the lead alone.
+    return Maps(
+        batch, channels, height, width, lanes,
+        max(planes[1] + lead, out_w), max(top, bottom), lead, geometry.stride,
+    )  # fmt: skip
+
+
+def _borders(kernel: int, size: int, out: int, geometry: ConvGeometry, dim: int) -> tuple[int, int]:
+    stride, padding, dilation = geometry.stride[dim], geometry.padding[dim], geometry.dilation[dim]
+    low = -padding // stride
+    high = (dilation * (kernel - 1) - padding) // stride
+    return max(0, -low), max(0, out - 1 + high - (size - 1))
+
+
+def grad_maps(
+    batch: int, height: int, width: int, shape: tuple[int, ...], geometry: ConvGeometry, lanes: int
+) -> tuple[Maps, Maps]:
+    """Layouts of the output gradient, from which the input gradient is read, and of the latter.
+
+    height, width: of the convolution's input. The input gradient comes in the phases of the stride.
+    """
+    channels = shape[1] * geometry.groups
+    out_h, out_w = geometry.out_size(shape, height, width)
+    planes = -(-height // geometry.stride[0]), -(-width // geometry.stride[1])
+    borders = []
+    for dim, (kernel, size, out) in enumerate(zip(shape[2:], planes, (out_h, out_w), strict=True)):
+        stride, padding, dilation = geometry.stride[dim], geometry.padding[dim], geometry.dilation[dim]
+        low, high = -padding // stride, (dilation * (kernel - 1) - padding) // stride
+        borders.append((max(0, high), max(0, size - 1 - low - (out - 1))))
+    lead = max(borders[1])
+    pitch = max(out_w + lead, planes[1])
+    source = Maps(batch, shape[0], out_h, out_w, lanes, pitch, max(borders[0]), lead)
+    target = Maps(batch, channels, height, width, lanes, pitch, 0, 0, geometry.stride)
+    return source, target
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """Offsets of one convolution into one layout: segments of rows of a plus and a minus list."""
+
+    ptr: Tensor
+    offsets: Tensor
+    rows: int
+    segments: int
+    bound: dict[tuple[int, int], tuple[Maps, Maps, tuple[int, ...]]] = dataclasses.field(default_factory=dict)
+
+    def bind(self, source: Maps, target: Maps) -> tuple[int, ...]:
+        """The arguments of a call that only the layouts decide."""
+        key = (id(source), id(target))
+        found = self.bound.get(key)
+        if found is None:
+            # The layouts are kept too, so that their ids stay theirs.
+            found = self.bound[key] = (source, target, (
+                self.ptr.data_ptr(), self.offsets.data_ptr(), self.rows, self.segments, self.offsets.numel(),
+                source.blocks, source.block, source.origin, target.block, target.origin, target.plane,
+                *target.phase_size, target.pitch, target.lanes,
+            ))  # fmt: skip
+        return found[2]
+
+
+def kept_with(packed: PackedWeight, name: str) -> dict[Any, Any]:
+    """A dictionary that lives as long as the index lists, for what is derived from them."""
+    return packed.index.__dict__.setdefault(f"_fastrobust_{name}", {})
+
+
+def plan(packed: PackedWeight, geometry: ConvGeometry, source: Maps, transposed: bool) -> Plan:
+    """The plan of a packed weight for maps laid out as `source`, built once."""
+    plans = kept_with(packed, "plans")
+    key = (geometry, transposed, source.lanes, source.plane, source.pitch, len(packed.shape))
+    found: Plan | None = plans.get(key)
+    if found is None:
+        found = plans[key] = _build(packed, geometry, source, transposed)
+    return found
+
+
+def _build(packed: PackedWeight, geometry: ConvGeometry, source: Maps, transposed: bool) -> Plan:
+    k, c, kh, kw = conv_shape(packed.shape)
+    rows = k
+    read = c
+    if transposed:
+        rows = c * geometry.groups * math.prod(geometry.stride)
+        read = k // geometry.groups
+    segment = segment_channels(packed.kept, rows, read)
+    segments = -(-read // segment) if segment else 1
+    host = packed.to("cpu") if packed.index.device.type != "cpu" else packed
+    _check_lists(host, k, c * kh * kw)
+    ptr = torch.empty(2 * segments * rows + 1, dtype=torch.int32)
+    offsets = torch.empty(packed.kept, dtype=torch.int32)
+    _C.binary_plan(
+        host.ptr.data_ptr(), host.index.data_ptr(), packed.kept, (k, c * geometry.groups, kh, kw, geometry.groups),
+        (*geometry.stride, *geometry.padding, *geometry.dilation), transposed,
+        source.lanes, source.plane, source.pitch, segment, ptr.data_ptr(), offsets.data_ptr(),
+    )  # fmt: skip
+    device = packed.index.device
+    return Plan(ptr.to(device), offsets.to(device), rows, segments)
+
+
+def _check_lists(packed: PackedWeight, rows: int, row_size: int) -> None:
+    """Lists made by hand must not send the kernel outside its memory."""
+    ptr, index = packed.ptr, packed.index
+    good = ptr.dtype == index.dtype == torch.int32 and ptr.is_contiguous() and index.is_contiguous()
+    good = good and ptr.numel() == 2 * rows + 1 and int(ptr[0]) == 0 and int(ptr[-1]) == index.numel()
+    good = good and bool((ptr[1:] >= ptr[:-1]).all())
+    if good and index.numel():
+        least, most = (int(v) for v in torch.aminmax(index))
+        good = least >= 0 and most < row_size
+    if not good:
+        raise ValueError(f"packed: expected index lists of a weight {packed.shape} as fastrobust.ops.pack makes them")
+
+
+def segment_channels(kept: int, rows: int, channels: int) -> int:
+    """Channels read per segment, 0 for one segment.
+
+    Long lists are cut so that what a tile reads stays in the first cache level; a segment keeps
+    about sixteen entries per row, below which its own cost shows. Depends on the weight alone, and
+    so does the order of summation.
+    """
+    per_channel = kept / max(1, rows * channels)
+    if per_channel == 0:
+        return 0
+    segment = max(8, 8 * math.ceil(16 / per_channel / 8))
+    return segment if 2 * segment <= channels else 0
+
+
+def conv_shape(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+    return (*shape, 1, 1)[:4]  # type: ignore[return-value]
+
+
+def gather(
+    x: Tensor,
+    source: Maps,
+    target: Maps,
+    lists: Plan,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    gate: Tensor | None = None,
+    pre: Tensor | None = None,
+    post: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Run a plan: x laid out as `source` to a tensor laid out as `target`.
+
+    v = sum * scale + shift + residual; relu; v = 0 where gate <= 0; pre = v; result v * post, with
+    residual, gate and pre laid out as `target` and scale, shift and post per channel.
+    """
+    out = target.empty(x) if out is None else out
+    device, stream = _device(x)
+    _C.binary_gather(
+        device, stream, x.data_ptr(), out.data_ptr(), *lists.bind(source, target),
+        _address(scale), _address(shift), _address(post), _address(residual), _address(gate), _address(pre),
+        target.channels, relu,
+    )  # fmt: skip
+    return out
+
+
+def _device(x: Tensor) -> tuple[int, int]:
+    if not x.is_cuda:
+        return -1, 0
+    require_cuda_build(x.device)
+    return stream_of(x.device)
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()

@@ -1,0 +1,473 @@
+"""Top-k masks, index lists of +-1 weights, and masked convolutions (thesis, section 5.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+from .. import _C
+from ..reference import binary as reference
+from ..reference.binary import PackedWeight
+from . import _conv_cost as cost
+from . import _feature_maps as fm
+from ._feature_maps import ConvGeometry
+from ._library import below_autograd, define, nothing_intercepts, require_cuda_build, stream_of
+
+# Floats of the fast layout handled at a time: what is read and written again stays in cache.
+_CHUNK_FLOATS = fm.SCRATCH_FLOATS - fm.SLACK
+
+
+# ---- top-k masks ----
+
+
+def _topk_kernel(scores: Tensor, keep: int) -> Tensor:
+    if scores.dtype == torch.float64:
+        _require_finite(scores)
+        return reference.topk_mask(scores, keep)
+    require_cuda_build(scores.device)
+    flat = scores.contiguous()
+    mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+    workspace = None
+    if scores.is_cuda:
+        workspace = torch.zeros(_C.binary_topk_workspace(flat.numel()), dtype=torch.int32, device=scores.device)
+    finite = _C.binary_topk(
+        *stream_of(scores.device), flat.data_ptr(), mask.data_ptr(), flat.numel(), keep,
+        0 if workspace is None else workspace.data_ptr(),
+    )  # fmt: skip
+    if not finite:
+        _require_finite(scores)
+    return mask
+
+
+def _require_finite(scores: Tensor) -> None:
+    bad = int((~torch.isfinite(scores)).sum())
+    if bad:
+        raise ValueError(f"scores: expected finite values, got {bad} infinite or NaN of {scores.numel()}")
+
+
+_topk_op = define(
+    "topk_mask",
+    "(Tensor scores, int keep) -> Tensor",
+    _topk_kernel,
+    lambda scores, keep: torch.empty(scores.shape, dtype=torch.bool, device=scores.device),
+)
+
+
+def topk_mask(scores: Tensor, keep: int) -> Tensor:
+    """Mask of the ``keep`` largest scores as given (take ``abs()`` yourself for a mask by magnitude).
+
+    Of equal scores the larger flat index is kept, so that exactly ``keep`` entries are True; off ties this is the rule
+    of the authors' code. -0 equals 0. Radix selection, no sort.
+
+    scores: any shape, float32 (float64 through the reference), finite. keep: 0 to the number of scores.
+    Returns a bool tensor of the shape of scores. Not differentiable.
+    Raises ValueError for a keep out of range and, on the CPU, for scores that are not finite; on CUDA, where looking
+    would synchronise, infinities rank as usual and NaN above them.
+    """
+    _check_scores("scores", scores, keep)
+    return _topk_op(scores, keep)
+
+
+def topk_masks(scores: Sequence[Tensor], keeps: Sequence[int]) -> list[Tensor]:
+    """`topk_mask` of several layers; everything is checked before the first mask is computed."""
+    if len(scores) != len(keeps):
+        raise ValueError(f"keeps: expected one count per layer, got {len(keeps)} for {len(scores)} layers")
+    for i, (s, k) in enumerate(zip(scores, keeps, strict=True)):
+        _check_scores(f"scores[{i}]", s, k)
+    return [_topk_op(s, k) for s, k in zip(scores, keeps, strict=True)]
+
+
+def _check_scores(name: str, scores: Tensor, keep: int) -> None:
+    if not isinstance(scores, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(scores).__name__}")
+    if scores.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name}: expected float32 or float64, got {scores.dtype}")
+    if isinstance(keep, bool) or not isinstance(keep, int):
+        raise TypeError(f"keep: expected an int, got {type(keep).__name__}")
+    if not 0 <= keep <= scores.numel():
+        raise ValueError(f"keep: expected 0 to {scores.numel()}, the number of scores, got {keep}")
+
+
+# ---- index lists ----
+
+
+def pack(weight: Tensor) -> PackedWeight:
+    """Index lists of a weight with entries in {-1, 0, +1}, for `masked_conv2d` and `masked_linear`.
+
+    weight: (K, C / groups, kh, kw) or (K, C), any real dtype. The length of the lists is data, so a CUDA weight is
+    copied to the host once. Raises ValueError for other entries or ranks.
+    """
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight: expected a tensor, got {type(weight).__name__}")
+    if weight.dim() not in (2, 4):
+        raise ValueError(f"weight: expected (K, C / groups, kh, kw) or (K, C), got {tuple(weight.shape)}")
+    if weight.is_complex():
+        raise TypeError(f"weight: expected real entries, got {weight.dtype}")
+    host = weight.detach().to(device="cpu", dtype=torch.float32).contiguous()
+    rows = host.shape[0]
+    size = host.numel() // rows if rows else 0
+    ptr = torch.zeros(2 * rows + 1, dtype=torch.int32)
+    if not _C.binary_pack(host.data_ptr(), rows, size, ptr.data_ptr(), 0, True):
+        bad = host[(host != 0) & (host.abs() != 1)].flatten()[0].item()
+        raise ValueError(f"weight: expected entries in {{-1, 0, +1}}, got {bad}")
+    index = torch.empty(int(ptr[-1]), dtype=torch.int32)
+    _C.binary_pack(host.data_ptr(), rows, size, ptr.data_ptr(), index.data_ptr(), False)
+    packed = PackedWeight(tuple(weight.shape), ptr, index)
+    return packed if weight.device.type == "cpu" else packed.to(weight.device)
+
+
+# ---- convolutions: kernels ----
+
+_CONV_ARGS = "Tensor ptr, Tensor index, int[] shape, int[] stride, int[] padding, int[] dilation, int groups"
+
+
+def _geometry(stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int) -> ConvGeometry:
+    return ConvGeometry(tuple(stride), tuple(padding), tuple(dilation), groups)  # type: ignore[arg-type]
+
+
+def dense_weight(packed: PackedWeight, like: Tensor) -> Tensor:
+    """The dense weight, kept with the index lists for the calls that take the dense path."""
+    dense = fm.kept_with(packed, "dense")
+    if like.dtype not in dense:
+        dense[like.dtype] = packed.to_dense(like.dtype).reshape(fm.conv_shape(packed.shape))
+    found: Tensor = dense[like.dtype]
+    return found
+
+
+class _Recipe(NamedTuple):
+    """How a convolution of one batch size and map size is done; `parts` are empty on the dense path."""
+
+    choice: cost.Choice
+    out_size: tuple[int, int]
+    lists: fm.Plan | None
+    parts: list[tuple[int, int, fm.Maps, fm.Maps]]  # first and last image, layouts of what is read and written
+
+
+def _recipe(packed: PackedWeight, batch: int, height: int, width: int, g: ConvGeometry, transposed: bool) -> _Recipe:
+    recipes = fm.kept_with(packed, "recipes")
+    key = (batch, height, width, g, transposed, len(packed.shape), cost.forced_path())
+    found: _Recipe | None = recipes.get(key)
+    if found is None:
+        found = recipes[key] = _new_recipe(packed, batch, height, width, g, transposed)
+    return found
+
+
+def _new_recipe(
+    packed: PackedWeight, batch: int, height: int, width: int, g: ConvGeometry, transposed: bool
+) -> _Recipe:
+    shape = fm.conv_shape(packed.shape)
+    out_size = g.out_size(shape, height, width)
+    choice = path_of(packed, batch, height, width, g)
+    if choice.path == "dense" or batch == 0:
+        return _Recipe(choice, out_size, None, [])
+
+    def layouts(count: int) -> tuple[fm.Maps, fm.Maps]:
+        if transposed:
+            return fm.grad_maps(count, height, width, shape, g, choice.lanes)
+        source = fm.input_maps(count, shape[1] * g.groups, height, width, shape, g, choice.lanes)
+        return source, fm.Maps(count, shape[0], *out_size, choice.lanes, source.pitch, 0, 0)
+
+    whole = layouts(batch)
+    # Whole groups of lanes that fit the cache.
+    step = max(1, _CHUNK_FLOATS // max(whole[0].block, whole[1].block)) * choice.lanes
+    parts = [(n, min(batch, n + step)) for n in range(0, batch, step)]
+    return _Recipe(
+        choice, out_size, fm.plan(packed, g, whole[0], transposed), [(*p, *layouts(p[1] - p[0])) for p in parts]
+    )
+
+
+def _conv_kernel(
+    x: Tensor, ptr: Tensor, index: Tensor, shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], groups: int, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
+    relu: bool,
+) -> Tensor:  # fmt: skip
+    packed, g = PackedWeight(tuple(shape), ptr, index), _geometry(stride, padding, dilation, groups)
+    batch, _, height, width = x.shape
+    recipe = _recipe(packed, batch, height, width, g, False)
+    if x.dtype != torch.float32 or recipe.choice.path == "dense":
+        y = F.conv2d(x, dense_weight(packed, x), None, g.stride, g.padding, g.dilation, g.groups)
+        return reference.epilogue(y, None, scale, shift, residual, relu)
+    x = x.resolve_neg()
+    out = torch.empty((batch, shape[0], *recipe.out_size), device=x.device, memory_format=_format(x))
+    scale, shift = (None if t is None else t.contiguous() for t in (scale, shift))
+    for begin, end, source, target in recipe.parts:
+        part = x if len(recipe.parts) == 1 else x[begin:end]
+        maps = fm.to_maps(part, source, fm.scratch(0, source, x))
+        y = fm.scratch(1, target, x)
+        added = None if residual is None else fm.to_maps(residual[begin:end].resolve_neg(), target)
+        assert recipe.lists is not None
+        fm.gather(maps, source, target, recipe.lists, scale=scale, shift=shift, residual=added, relu=relu, out=y)
+        fm.from_maps(y, target, out if part is x else out[begin:end])
+    return out
+
+
+def _format(x: Tensor) -> torch.memory_format:
+    """channels_last only when x is that and not also contiguous, as torch decides."""
+    if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def _conv_fake(x: Tensor, ptr: Tensor, index: Tensor, shape: Sequence[int], *args: Any) -> Tensor:
+    out_size = _geometry(*args[:4]).out_size(fm.conv_shape(tuple(shape)), x.shape[2], x.shape[3])
+    return torch.empty((x.shape[0], shape[0], *out_size), dtype=x.dtype, device=x.device, memory_format=_format(x))
+
+
+def _grad_kernel(
+    grad: Tensor, ptr: Tensor, index: Tensor, shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], groups: int, height: int, width: int,
+) -> Tensor:  # fmt: skip
+    packed, g = PackedWeight(tuple(shape), ptr, index), _geometry(stride, padding, dilation, groups)
+    size = (grad.shape[0], fm.conv_shape(packed.shape)[1] * groups, height, width)
+    recipe = _recipe(packed, size[0], height, width, g, True)
+    if grad.dtype != torch.float32 or recipe.choice.path == "dense":
+        weight = dense_weight(packed, grad)
+        return conv2d_input(size, weight, grad, g.stride, g.padding, g.dilation, g.groups)
+    grad = grad.resolve_neg()
+    out = torch.empty(size, device=grad.device, memory_format=_format(grad))
+    for begin, end, source, target in recipe.parts:
+        assert recipe.lists is not None
+        maps = fm.to_maps(grad[begin:end], source, fm.scratch(0, source, grad))
+        y = fm.gather(maps, source, target, recipe.lists, out=fm.scratch(1, target, grad))
+        fm.from_maps(y, target, out[begin:end])
+    return out
+
+
+def _grad_fake(
+    grad: Tensor, ptr: Tensor, index: Tensor, shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], groups: int, height: int, width: int,
+) -> Tensor:  # fmt: skip
+    size = (grad.shape[0], fm.conv_shape(tuple(shape))[1] * groups, height, width)
+    return torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=_format(grad))
+
+
+# ---- convolutions: autograd ----
+
+
+class _Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
+        out = below_autograd(_conv_op, x, *args)
+        lists, scale, relu = args[:7], args[7], args[10]
+        ctx.save_for_backward(lists[0], lists[1], scale, out if relu else None)
+        ctx.rest, ctx.size = lists[2:], x.shape[2:]
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        ptr, index, scale, out = ctx.saved_tensors
+        if out is not None:
+            grad = grad * (out > 0)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            through = grad if scale is None else grad * scale.reshape(1, -1, 1, 1)
+            grad_x = _grad_op(through, ptr, index, *ctx.rest, *ctx.size)
+        grad_shift = grad.sum(dim=(0, 2, 3)) if ctx.needs_input_grad[9] else None
+        return grad_x, *([None] * 8), grad_shift, grad if ctx.needs_input_grad[10] else None, None
+
+
+class _InputGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, *args: Any) -> Tensor:
+        ctx.save_for_backward(*args[:2])
+        ctx.rest = args[2:7]
+        return below_autograd(_grad_op, grad, *args)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        # The input gradient is linear in the output gradient; its adjoint is the convolution.
+        return _conv_op(grad, *ctx.saved_tensors, *ctx.rest, None, None, None, False), *([None] * 9)
+
+
+_conv_op = define(
+    "masked_conv2d",
+    f"(Tensor x, {_CONV_ARGS}, Tensor? scale, Tensor? shift, Tensor? residual, bool relu) -> Tensor",
+    _conv_kernel,
+    _conv_fake,
+    _Conv.apply,
+)
+_grad_op = define(
+    "masked_conv2d_input_grad",
+    f"(Tensor grad, {_CONV_ARGS}, int height, int width) -> Tensor",
+    _grad_kernel,
+    _grad_fake,
+    _InputGrad.apply,
+)
+
+
+# ---- convolutions: the functions ----
+
+
+def masked_conv2d(
+    x: Tensor,
+    packed: PackedWeight,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """act((conv2d(x, W) + bias) scale + shift + residual) for a packed weight W with entries in {-1, 0, +1}.
+
+    x: (N, C, H, W) float32, NCHW or channels_last (the output follows). packed: from `pack`, shape (K, C / groups, kh,
+    kw). bias, scale, shift: (K,), for instance an eval-mode batch normalisation; residual: the output's shape; act: the
+    identity or, with relu, ReLU. Everything after the sum happens in the same write.
+    Returns (N, K, H', W') as `torch.nn.functional.conv2d`, equal to it within float32 rounding. The result of an image
+    depends neither on the rest of the batch nor on the threads, as long as the same path is taken.
+
+    Only the kept weights are visited, forward and in the gradient of x; where a cost model finds torch's dense
+    convolution faster, that is called instead (FASTROBUST_BINARY=sparse|dense overrides). float64 takes the dense path.
+    Differentiable, any number of times, in x, bias, scale, shift and residual.
+    Raises TypeError or ValueError for arguments that do not fit together.
+    """
+    g = ConvGeometry.of(stride, padding, dilation, groups)
+    check_packed(packed)
+    if len(packed.shape) != 4:
+        raise ValueError(f"packed: expected a weight (K, C / groups, kh, kw), got {packed.shape}")
+    check_conv(x, packed.shape, g, packed)
+    return _masked_conv(x, packed, g, bias, scale, shift, residual, relu)
+
+
+def masked_linear(
+    x: Tensor,
+    packed: PackedWeight,
+    bias: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """act((x W^T + bias) scale + shift + residual) for a packed weight W of shape (K, C).
+
+    x: (..., C) float32; residual: (..., K); otherwise as `masked_conv2d`. Returns (..., K).
+    """
+    check_packed(packed)
+    if len(packed.shape) != 2:
+        raise ValueError(f"packed: expected a weight (K, C), got {packed.shape}")
+    check_operand(x, packed)
+    if x.dim() < 1 or x.shape[-1] != packed.shape[1]:
+        raise ValueError(f"x: expected (..., {packed.shape[1]}), got {tuple(x.shape)}")
+    out_shape = (*x.shape[:-1], packed.shape[0])
+    if residual is not None:
+        if tuple(residual.shape) != out_shape:
+            raise ValueError(f"residual: expected {out_shape}, got {tuple(residual.shape)}")
+        residual = residual.reshape(-1, packed.shape[0], 1, 1)
+    maps = x.reshape(-1, packed.shape[1], 1, 1)
+    return _masked_conv(maps, packed, ConvGeometry(), bias, scale, shift, residual, relu).reshape(out_shape)
+
+
+def _masked_conv(
+    x: Tensor, packed: PackedWeight, g: ConvGeometry, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None,
+    residual: Tensor | None, relu: bool,
+) -> Tensor:  # fmt: skip
+    out_shape = (x.shape[0], packed.shape[0], *g.out_size(fm.conv_shape(packed.shape), x.shape[2], x.shape[3]))
+    for name, t, shape in (
+        ("bias", bias, out_shape[1:2]),
+        ("scale", scale, out_shape[1:2]),
+        ("shift", shift, out_shape[1:2]),
+        ("residual", residual, out_shape),
+    ):
+        if t is None:
+            continue
+        _check_float(name, t)
+        if tuple(t.shape) != tuple(shape):
+            raise ValueError(f"{name}: expected {tuple(shape)}, got {tuple(t.shape)}")
+        if t.dtype != x.dtype or t.device != x.device:
+            raise TypeError(f"{name}: expected {x.dtype} on {x.device} as x, got {t.dtype} on {t.device}")
+    args = (packed.ptr, packed.index, packed.shape, g.stride, g.padding, g.dilation, g.groups)
+    if scale is not None and scale.requires_grad and torch.is_grad_enabled():
+        # The gradient of the scale needs the sums themselves.
+        return reference.epilogue(_conv_op(x, *args, None, None, None, False), bias, scale, shift, residual, relu)
+    if bias is not None:
+        scaled = bias if scale is None else bias * scale
+        shift = scaled if shift is None else scaled + shift
+    # The inner loop of an attack takes the short way, past the dispatcher.
+    plain = _conv_kernel if nothing_intercepts() and not _records(x, shift, residual) else _conv_op
+    out: Tensor = plain(x, *args, scale, shift, residual, relu)
+    return out
+
+
+def _records(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+# ---- what the modules use ----
+
+
+def conv_forward(
+    x: Tensor, packed: PackedWeight, g: ConvGeometry, bias: Tensor | None = None, scale: Tensor | None = None
+) -> Tensor:
+    """conv2d(x, W) scale + bias, not recorded."""
+    args = (packed.ptr, packed.index, packed.shape, g.stride, g.padding, g.dilation, g.groups)
+    return below_autograd(_conv_op, x, *args, scale, bias, None, False)
+
+
+def conv_input_grad(
+    grad: Tensor, packed: PackedWeight, size: tuple[int, int], g: ConvGeometry, scale: Tensor | None = None
+) -> Tensor:
+    """Gradient of `conv_forward` with respect to x of map size `size`."""
+    if scale is not None:
+        grad = grad * scale.reshape(1, -1, 1, 1)
+    args = (packed.ptr, packed.index, packed.shape, g.stride, g.padding, g.dilation, g.groups)
+    return below_autograd(_grad_op, grad, *args, *size)
+
+
+def conv_weight_grad(grad: Tensor, x: Tensor, shape: tuple[int, ...], g: ConvGeometry) -> Tensor:
+    """Dense gradient of conv2d(x, W) with respect to W: every entry, kept or pruned."""
+    size = fm.conv_shape(shape)
+    return conv2d_weight(x, size, grad, g.stride, g.padding, g.dilation, g.groups)
+
+
+def path_of(packed: PackedWeight, batch: int, height: int, width: int, g: ConvGeometry) -> cost.Choice:
+    """Which path `masked_conv2d` takes for maps of this size, and why."""
+    return cost.choose(batch, height, width, fm.conv_shape(packed.shape), g, packed.kept, cost.forced_path())
+
+
+# ---- checks ----
+
+
+def check_packed(packed: PackedWeight) -> None:
+    if not isinstance(packed, PackedWeight):
+        raise TypeError(f"packed: expected the result of fastrobust.ops.pack, got {type(packed).__name__}")
+
+
+def _check_float(name: str, t: Tensor) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
+    if t.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name}: expected float32 (or float64), got {t.dtype}")
+
+
+def check_operand(x: Tensor, packed: PackedWeight) -> None:
+    """TypeError or ValueError when x cannot meet these lists: its dtype or its device."""
+    _check_float("x", x)
+    if x.device != packed.index.device:
+        raise ValueError(f"packed: expected index lists on {x.device} as x, got {packed.index.device}")
+
+
+def check_conv(x: Tensor, shape: tuple[int, ...], g: ConvGeometry, packed: PackedWeight | None = None) -> None:
+    """ValueError or TypeError when x does not fit a weight of `shape`."""
+    _check_float("x", x)
+    channels = shape[1] * g.groups
+    if x.dim() != 4 or x.shape[1] != channels:
+        raise ValueError(f"x: expected (N, {channels}, H, W), got {tuple(x.shape)}")
+    if shape[0] % g.groups:
+        raise ValueError(f"groups: expected a divisor of the {shape[0]} output channels, got {g.groups}")
+    if any(size < 1 for size in g.out_size(shape, x.shape[2], x.shape[3])):
+        raise ValueError(
+            f"x: expected maps at least as large as the kernel {tuple(shape[2:])} with padding {g.padding} and "
+            f"dilation {g.dilation}, got {tuple(x.shape[2:])}"
+        )
+    if packed is not None:
+        check_operand(x, packed)

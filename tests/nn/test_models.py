@@ -1,0 +1,306 @@
+"""Masked layers, conversion, freezing, compacting: against the dense model with the masked weights."""
+
+from __future__ import annotations
+
+import copy
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastrobust as fr
+from fastrobust import nn as fnn
+from fastrobust.reference import binary as reference
+
+
+def with_statistics(model: nn.Module) -> nn.Module:
+    """Batch statistics as after some training, and affine parameters that are not trivial."""
+    for m in model.modules():
+        if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            m.running_mean.normal_(0, 2)
+            m.running_var.uniform_(1, 50)
+            if m.weight is not None:
+                nn.init.uniform_(m.weight, -1, 2)
+                nn.init.normal_(m.bias)
+    return model
+
+
+class Plain(nn.Module):
+    """What a user might write: odd kernels, biases, groups, dilation, dropout, a residual of another width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 8, (5, 3), (2, 1), (2, 1))
+        self.bn = nn.BatchNorm2d(8)
+        self.grouped = nn.Conv2d(8, 12, 3, 1, 2, 2, groups=4)
+        self.point = nn.Conv2d(12, 12, 1)
+        self.shrink = nn.Conv2d(12, 6, 3, 3)
+        self.drop = nn.Dropout(0.5)
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = F.relu(self.bn(self.first(x)))
+        b = self.grouped(a)
+        c = torch.relu(self.point(b) + b)
+        d = self.drop(self.shrink(c).sigmoid())
+        return self.fc(d.amax(dim=(2, 3)))
+
+
+MODELS = {
+    "small": (lambda: fnn.small_cnn(width=8), (1, 12, 12)),
+    "cifar": (lambda: fnn.resnet18(width=4, affine=True), (3, 32, 32)),
+    "imagenet": (lambda: fnn.resnet18(width=4, stem="imagenet", last_batch_norm=False), (3, 65, 65)),
+    "plain": (Plain, (2, 19, 14)),
+}
+
+
+def make(name: str, rate: float = 0.8, **options) -> tuple[nn.Module, tuple[int, ...]]:
+    model, size = MODELS[name]
+    return with_statistics(fnn.convert(model(), rate, 0.4, **options)).eval(), size
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    a, b = a.detach().double(), b.detach()
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
+
+
+@pytest.fixture(params=["sparse", "auto", "dense"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("FASTROBUST_BINARY", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("init", fnn.INITIALISATIONS)
+def test_layers_equal_the_dense_model_forward_and_both_gradients(name: str, init: str) -> None:
+    model, size = make(name, init=init)
+    dense = fnn.dense_copy(model).double()
+    x = torch.rand(5, *size, requires_grad=True)
+    exact_x = x.detach().double().requires_grad_()
+    y, want = model(x), dense(exact_x)
+    assert relative(y, want) < 1e-5
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    want.backward(grad.double())
+    assert relative(x.grad, exact_x.grad) < 1e-4
+    modules = dict(dense.named_modules())
+    for layer_name, layer in fnn.masked_layers(model).items():
+        unmasked = layer.unmasked_weight(torch.float64)
+        truth = modules[layer_name].weight.grad * unmasked
+        assert relative(layer.scores.grad, truth) < 1e-4
+        # Pruned weights are learned too.
+        assert (layer.scores.grad[~layer.mask()] != 0).any() or layer.keep == layer.scores.numel()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("batch", [0, 1, 3, 7, 16, 33])
+def test_frozen_equals_the_model(name: str, batch: int, path: str) -> None:
+    model, size = make(name)
+    frozen = fnn.freeze(model)
+    dense = fnn.dense_copy(model).double()
+    x = torch.rand(batch, *size)
+    with torch.no_grad():
+        inference = frozen(x)
+    x.requires_grad_()
+    exact_x = x.detach().double().requires_grad_()
+    y, want = frozen(x), dense(exact_x)
+    assert y.shape == want.shape and torch.equal(inference, y)
+    if batch == 0:
+        return
+    assert relative(y, want) < 1e-5
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    want.backward(grad.double())
+    # A sum that is zero up to rounding may fall on either side of a ReLU: almost all images agree closely.
+    error = (x.grad - exact_x.grad).abs().flatten(1).amax(1) / exact_x.grad.abs().flatten(1).amax(1)
+    assert (error < 1e-4).double().mean() > 0.9
+
+
+def test_frozen_follows_only_on_update_and_trains_nothing() -> None:
+    model, size = make("small")
+    frozen = fnn.freeze(model)
+    x = torch.rand(4, *size)
+    before = frozen(x)
+    with torch.no_grad():
+        for layer in fnn.masked_layers(model).values():
+            layer.scores.copy_(torch.randn_like(layer.scores))
+    assert torch.equal(frozen(x), before)
+    frozen.update()
+    after = frozen(x)
+    assert not torch.equal(after, before)
+    assert relative(after, fnn.dense_copy(model).double()(x.double())) < 1e-5
+    assert not list(frozen.parameters())
+    z = x.clone().requires_grad_()
+    frozen(z).sum().backward()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_frozen_gradient_twice_and_pgd() -> None:
+    model, size = make("cifar")
+    frozen = fnn.freeze(model)
+    x = torch.rand(3, *size, requires_grad=True)
+    y = frozen(x).sum()
+    (first,) = torch.autograd.grad(y, x, retain_graph=True)
+    (second,) = torch.autograd.grad(y, x)
+    assert torch.equal(first, second)
+    labels = torch.tensor([0, 1, 2])
+    options = {"eps": 0.05, "steps": 3, "step_size": 0.02, "seed": 3}
+    ours = fr.attacks.pgd(frozen, x.detach(), labels, **options)
+    theirs = fr.attacks.pgd(fnn.dense_copy(model), x.detach(), labels, **options)
+    assert (ours - theirs).abs().mean() < 1e-3
+
+
+def test_paths_reports_every_layer(path: str) -> None:
+    model, size = make("cifar")
+    rows = fnn.freeze(model).paths((4, *size))
+    assert sorted(r["layer"] for r in rows) == sorted(fnn.masked_layers(model))
+    if path != "auto":
+        assert {r["path"] for r in rows} == {path}
+    assert all("us sparse" in r["reason"] for r in rows)
+
+
+def test_freeze_refuses_what_it_cannot_trace() -> None:
+    class Branching(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(ValueError, match="model: expected one that torch.fx can trace, got Branching"):
+        fnn.freeze(Branching())
+
+    class Broadcasting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 1, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            return torch.relu(y + self.b(y.relu()))
+
+    with pytest.raises(ValueError, match=r"model: expected what is added after a to be of size|added after b"):
+        fnn.freeze(fnn.convert(Broadcasting(), 0.5, 1.0))(torch.rand(2, 2, 6, 6))
+    model, size = make("small")
+    with pytest.raises(ValueError, match=r"x: expected \(N, 1, H, W\), got \(2, 3, 12, 12\)"):
+        fnn.freeze(model)(torch.rand(2, 3, 12, 12))
+
+
+def test_the_mask_is_cached_on_the_version_of_the_scores() -> None:
+    layer = fnn.BinaryMaskedConv2d(4, 8, 3, keep=50)
+    packed = layer.packed()
+    assert layer.packed() is packed and packed.kept == 50
+    with torch.no_grad():
+        layer.scores.neg_()
+    assert layer.packed() is not packed
+    layer.keep = 20
+    assert layer.packed().kept == 20
+    assert torch.equal(layer.mask(), reference.topk_mask(layer.scores, 20))
+
+
+def test_absolute_ranks_by_magnitude() -> None:
+    layer = fnn.BinaryMaskedLinear(10, 3, keep=7, absolute=True)
+    assert torch.equal(layer.mask(), reference.topk_mask(layer.scores.abs(), 7))
+    x = torch.randn(4, 10)
+    layer(x).sum().backward()
+    plain = copy.deepcopy(layer)
+    plain.absolute, plain.scores.grad = False, None
+    plain.set_mask(layer.mask())
+    plain(x).sum().backward()
+    assert torch.allclose(layer.scores.grad, plain.scores.grad * layer.scores.sign())
+
+
+def test_initialisations() -> None:
+    binary = fnn.BinaryMaskedConv2d(16, 32, 3, keep=100, score_range=0.1)
+    assert set(binary.signs.unique().tolist()) == {-1, 1} and float(binary.magnitude) == 1
+    assert 0.09 < float(binary.scores.abs().max()) <= 0.1
+    constant = fnn.BinaryMaskedConv2d(16, 32, 3, keep=100, init="signed_constant")
+    fan_in, fraction = 16 * 9, 100 / (32 * 16 * 9)
+    assert float(constant.magnitude) == pytest.approx((2 / (fan_in * fraction)) ** 0.5)
+    assert float(constant.scores.abs().max()) <= fan_in**-0.5
+    with pytest.raises(ValueError, match="init: expected one of"):
+        fnn.BinaryMaskedConv2d(1, 1, 1, init="normal")
+
+
+def test_convert_keeps_what_it_is_told() -> None:
+    net = fnn.resnet18(width=4)
+    model = fnn.convert(net, 0.9, 0.3, first_dense=True, last_dense=True)
+    assert type(model.conv1) is nn.Conv2d and type(model.fc) is nn.Linear and type(net.layer1[0].conv1) is nn.Conv2d
+    layers = fnn.masked_layers(model)
+    total = sum(layer.scores.numel() for layer in layers.values())
+    assert sum(layer.keep for layer in layers.values()) == total // 10
+    for name, layer in layers.items():
+        assert torch.equal(layer.signs.float(), net.get_submodule(name).weight.sign())
+    with pytest.raises(ValueError, match="model: expected at least one"):
+        fnn.convert(nn.ReLU(), 0.9, 0.3)
+
+
+def test_state_dict_round_trip_and_dense_export() -> None:
+    model, size = make("plain")
+    other = fnn.convert(Plain(), 0.5, 1.0)
+    other.load_state_dict(model.state_dict())
+    x = torch.rand(3, *size)
+    assert torch.equal(other.eval()(x), model(x))
+    dense = Plain().eval()
+    dense.load_state_dict(fnn.dense_state_dict(model))
+    assert relative(dense(x), model(x).double()) < 1e-5
+
+
+def test_update_masks_does_all_stale_layers() -> None:
+    model, _ = make("cifar")
+    fnn.update_masks(model)
+    layers = fnn.masked_layers(model)
+    assert not any(layer.stale() for layer in layers.values())
+    first = next(iter(layers.values()))
+    with torch.no_grad():
+        first.scores.mul_(-1)
+    assert first.stale()
+    fnn.update_masks(model)
+    assert torch.equal(first.packed().to_dense() != 0, first.mask())
+
+
+def test_compact_is_the_same_function_and_smaller() -> None:
+    model, size = make("cifar", rate=0.97)
+    small = fnn.compact(model)
+    x = torch.rand(6, *size)
+    assert relative(small(x), fnn.dense_copy(model).double()(x.double())) < 1e-5
+    before = sum(layer.scores.numel() for layer in fnn.masked_layers(model).values())
+    after = sum(layer.scores.numel() for layer in fnn.masked_layers(small).values())
+    assert after < before
+    assert fnn.compact(small).state_dict().keys() == small.state_dict().keys()
+    again = sum(layer.scores.numel() for layer in fnn.masked_layers(fnn.compact(small)).values())
+    assert again == after
+    assert relative(fnn.freeze(small)(x), model(x).double()) < 1e-5
+
+
+def test_compact_keeps_a_dead_row_that_is_not_zero() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(1, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 2, 3, padding=1)
+    )
+    model = fnn.convert(net, 0.0, 1.0).eval()
+    model[0].signs[1:] = 0  # rows 1 and 2 are empty
+    model[1].running_mean.copy_(torch.tensor([0.0, -1.0, 1.0]))  # they become +1 and -1, and ReLU drops the latter
+    model[0].refresh()
+    small = fnn.compact(model)
+    assert small[0].out_channels == 2 and small[3].in_channels == 2
+    x = torch.rand(2, 1, 6, 6)
+    assert relative(small(x), model(x).double()) < 1e-6
+    model[3].signs[:, 1] = 0  # now nobody reads row 1
+    model[3].refresh()
+    assert fnn.compact(model)[0].out_channels == 1
+
+
+def test_bad_layers() -> None:
+    with pytest.raises(ValueError, match="keep: expected 0 to 36, the weights of the layer, got 37"):
+        fnn.BinaryMaskedConv2d(1, 4, 3, keep=37)
+    with pytest.raises(TypeError, match="keep: expected an int"):
+        fnn.BinaryMaskedLinear(2, 2, keep=1.0)
+    with pytest.raises(ValueError, match="groups: expected a divisor"):
+        fnn.BinaryMaskedConv2d(3, 4, 3, groups=2)
+    layer = fnn.BinaryMaskedLinear(2, 3)
+    with pytest.raises(ValueError, match=r"x: expected \(..., 2\), got \(4, 3\)"):
+        layer(torch.zeros(4, 3))
+    with torch.no_grad():
+        layer.scores[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="scores: expected finite"):
+        layer(torch.zeros(4, 2))
+    assert os.environ.get("FASTROBUST_BINARY") is None
