@@ -80,7 +80,12 @@ void sparse(const LossArgs& a, int64_t row) {
   const int64_t y = a.labels[row], target = a.targets != nullptr ? a.targets[row] : y;
   Top t;
   top_start(&t);
-  for (int64_t j = 0; j < a.classes; ++j) top_add(&t, z[j], j, j == y);
+  for (int64_t i = 0; i < a.classes; i += kLanes) {
+    // once the top is filled, sixteen logits that cannot enter it are passed over together
+    if (i >= kLanes && a.classes - i >= kLanes && !any(load(z + i) > Vec(vmin(t.value[3], t.other)))) continue;
+    const int64_t end = std::min(a.classes, i + kLanes);
+    for (int64_t j = i; j < end; ++j) top_add(&t, z[j], j, j == y);
+  }
   const Sparse s = sparse_loss(a.loss, t, z[y], y, z[target], target);
   std::fill(g, g + a.classes, 0.f);
   for (int k = 0; k < s.count; ++k) g[s.index[k]] += s.weight[k];
