@@ -175,7 +175,7 @@ def test_relax_is_valid_also_where_intervals_degenerate(act: str, kind: str, dty
         y = relaxations.value(x, act)
         low = slopes[0].double() * x + intercepts[0].double()
         up = slopes[-1].double() * x + intercepts[1].double()
-        slack = (1 + x.abs()) * (4e-7 if dtype == torch.float32 else 3e-9)
+        slack = (1 + x.abs()) * (4e-7 if dtype == torch.float32 else 1e-14)
         assert (low <= y + slack).all() and (up >= y - slack).all(), width
 
 
