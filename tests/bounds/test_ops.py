@@ -246,11 +246,11 @@ def test_gradcheck_of_the_ops() -> None:
     )
     for q in (1.0, 2.0, math.inf):
         assert torch.autograd.gradcheck(
-            lambda *t: ops.concretize_rows(t[0], t[1], example, (t[2], t[3]), (t[2], t[3]), q), (A, b, c, r)
+            lambda *t, q=q: ops.concretize_rows(t[0], t[1], example, (t[2], t[3]), (t[2], t[3]), q), (A, b, c, r)
         )
     w = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
     for finish in (0, 1, 2):
-        assert torch.autograd.gradcheck(lambda *t: ops.center_linear(*t, None, finish), (c, r, w))
+        assert torch.autograd.gradcheck(lambda *t, finish=finish: ops.center_linear(*t, None, finish), (c, r, w))
 
 
 @pytest.mark.parametrize("act", relaxations.ACTIVATIONS)
