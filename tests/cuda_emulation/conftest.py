@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fastrobust.ops import losses, pgd
+from fastrobust.ops import _pgd_ops, losses, pgd
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -49,7 +49,7 @@ def on_device(emulated_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> C
 
     def run(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with monkeypatch.context() as m:
-            for module in (pgd, losses):
+            for module in (_pgd_ops, losses):
                 m.setattr(module, "_C", emulated_module)
                 m.setattr(module, "stream_of", lambda device: (0, 0))
                 m.setattr(module, "require_cuda_build", lambda device: None)

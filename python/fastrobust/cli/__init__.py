@@ -5,7 +5,6 @@ A command is a module with ``add_arguments(parser)`` and ``main(args) -> int``, 
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
 from collections.abc import Sequence
@@ -48,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser(argv: Sequence[str]) -> Parser:
     """All commands by name; only the chosen one is imported, so that its neighbours' dependencies cannot stop it."""
-    common = argparse.ArgumentParser(add_help=False)
+    common = Parser(add_help=False)
     common.add_argument("--debug", action="store_true", help="on bad input show the traceback")
     parser = Parser(
         prog="fastrobust", description="Compiled kernels for adversarial robustness in PyTorch.", parents=[common]

@@ -217,7 +217,8 @@ def _write(
     written = []
     if args.out is not None:
         with open(args.out, "wb") as file:  # savez would add a suffix to a bare name
-            np.savez_compressed(file, **report.arrays(outcome, setting))
+            arrays: dict[str, Any] = report.arrays(outcome, setting)
+            np.savez_compressed(file, **arrays)
         written.append(args.out)
     if args.report is not None:
         args.report.write_text(report.to_json(setting, found))
@@ -225,8 +226,11 @@ def _write(
     if with_picture:
         rows = picture.pick(outcome.labels, outcome.before, outcome.after)
         clean, robust = (f"{100 * found[key]:.1f} %" for key in ("clean_accuracy", "robust_accuracy"))
-        title = f"{setting['attack']}, {setting['norm']}, eps {setting['eps']:.4g}: accuracy {clean} falls to {robust}"
-        fields = (outcome.images, outcome.adversarial, outcome.labels, outcome.before, outcome.after)
-        picture.save(picture.draw(*(field[rows] for field in fields), title), args.picture)
+        title = (
+            f"{setting['attack']}, {setting['norm']}, eps {setting['eps']:.4g}: accuracy {clean}, under attack {robust}"
+        )
+        images, adversarial = outcome.images[rows], outcome.adversarial[rows]
+        labels, before, after = outcome.labels[rows], outcome.before[rows], outcome.after[rows]
+        picture.save(picture.draw(images, adversarial, labels, before, after, title), args.picture)
         written.append(args.picture)
     return written
