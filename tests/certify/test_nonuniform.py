@@ -37,6 +37,8 @@ def test_linear_model_has_a_closed_form():
 @pytest.mark.parametrize("elision", (True, False))
 def test_every_region_is_certified_again_in_float64(norm, elision):
     model = network()
+    with torch.no_grad():
+        model[0].weight *= torch.linspace(0.1, 2, 8)  # features of different weight
     x = torch.randn(6, 8)
     y = model(x).argmax(1)
     y[2] = (y[2] + 1) % 3  # cannot be certified
@@ -46,7 +48,7 @@ def test_every_region_is_certified_again_in_float64(norm, elision):
     assert found.uniform[2] == 0
     keep = torch.arange(6) != 2
     assert (found.volume[keep] >= found.uniform[keep] * (1 - 1e-6)).all()
-    assert found.volume[keep].mean() > 1.02 * found.uniform[keep].mean()
+    assert found.volume[keep].mean() > 1.1 * found.uniform[keep].mean()
     model.double()
     lower = fr.bounds.compute_bounds(
         model, x[keep].double(), found.eps[keep].double(), norm=norm, method="fast-lin", labels=y[keep]
