@@ -1,6 +1,5 @@
-#include "bounds/kernels.h"
-
 #include "bindings/bindings.h"
+#include "bounds/kernels.h"
 #include "runtime/device.h"
 
 namespace py = pybind11;
@@ -32,7 +31,7 @@ void run(int device, uintptr_t stream, int64_t work, const Args& a, void (*cpu)(
   });
 }
 
-// (a, side_stride, pick, example, count, length, sides, window): window is None or
+// (a, side_stride, pick, example, count, length, sides, window, minus): window is None or
 // (corner_y, corner_x, height, width, channels, map_height, map_width)
 Rows rows_from(const py::tuple& t) {
   Rows r;
@@ -43,6 +42,7 @@ Rows rows_from(const py::tuple& t) {
   r.pick = reinterpret_cast<const int64_t*>(t[2].cast<uintptr_t>());
   r.example = reinterpret_cast<const int64_t*>(t[3].cast<uintptr_t>());
   r.sides = t[6].cast<int>();
+  r.minus = reinterpret_cast<const int64_t*>(t[8].cast<uintptr_t>());
   if (!t[7].is_none()) {
     const py::tuple w = t[7];
     r.corner_y = pointer<const int64_t>(w[0].cast<uintptr_t>(), r.count, "corner_y");
@@ -94,10 +94,11 @@ void concretize(int device, uintptr_t stream, const py::tuple& rows, uintptr_t c
 // sizes: (count, in_h, in_w, in_c, out_h, out_w, out_c, kernel_h, kernel_w, stride_y, stride_x, pad_y, pad_x, lanes)
 void spread(uintptr_t a, uintptr_t weight, uintptr_t out, const py::tuple& sizes) {
   SpreadArgs g;
-  int64_t* const to[] = {&g.count, &g.in_h, &g.in_w, &g.in_c, &g.out_h, &g.out_w, &g.out_c,
+  int64_t* const to[] = {&g.count,    &g.in_h,     &g.in_w,     &g.in_c,     &g.out_h, &g.out_w, &g.out_c,
                          &g.kernel_h, &g.kernel_w, &g.stride_y, &g.stride_x, &g.pad_y, &g.pad_x, &g.lanes};
   for (size_t i = 0; i < 14; ++i) *to[i] = sizes[i].cast<int64_t>();
-  if (g.lanes % 16 != 0 || g.lanes < 16 || g.lanes > 64) throw std::invalid_argument("lanes: expected 16, 32, 48 or 64");
+  if (g.lanes % 16 != 0 || g.lanes < 16 || g.lanes > 64)
+    throw std::invalid_argument("lanes: expected 16, 32, 48 or 64");
   if (g.count == 0) return;
   g.a = pointer<const float>(a, g.count, "A");
   g.weight = pointer<const float>(weight, g.in_c, "weight");

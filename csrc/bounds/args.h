@@ -5,18 +5,20 @@
 
 namespace fastrobust {
 
-// R rows of coefficients. Each row is a window of `height` x `width` positions with `channels` numbers each, laid over a map
-// of map_height x map_width positions of one example (channels innermost in both). A dense row is the whole map in one line.
+// R rows of coefficients. Each row is a window of `height` x `width` positions with `channels` numbers each, laid over
+// a map of map_height x map_width positions of one example (channels innermost in both). A dense row is the whole map
+// in one line.
 struct Rows {
   const float* a = nullptr;           // [sides_a, rows of a, length]
   int64_t side_stride = 0;            // 0: one matrix serves both sides
   const int64_t* pick = nullptr;      // [count] row of `a`, or null: the row itself
+  const int64_t* minus = nullptr;     // [count] row of `a` that is subtracted, or null: none
   const int64_t* example = nullptr;   // [count] row of the maps, or null: the row itself
   const int64_t* corner_y = nullptr;  // [count] upper left corner of the window, or null: 0
   const int64_t* corner_x = nullptr;
-  int64_t count = 0, length = 0;      // length = height * width * channels
+  int64_t count = 0, length = 0;  // length = height * width * channels
   int64_t height = 1, width = 0, channels = 1, map_height = 1, map_width = 0;
-  int sides = 2;                      // 2: lower and upper; 1: lower only
+  int sides = 2;  // 2: lower and upper; 1: lower only
 };
 
 // A' = A times a line's slope by sign, b' = b + A times its intercept by sign. Outside the map A' is zero.
@@ -26,9 +28,9 @@ struct BackArgs {
   const float* intercepts = nullptr;  // [2, examples, map]
   int64_t examples = 0;
   int slope_sides = 1;
-  const float* b = nullptr;           // [sides, count]
-  float* b_out = nullptr;             // [sides, count]
-  float* out = nullptr;               // [sides_out, count, length]
+  const float* b = nullptr;  // [sides, count]
+  float* b_out = nullptr;    // [sides, count]
+  float* out = nullptr;      // [sides_out, count, length]
   int sides_out = 1;
 };
 
@@ -38,24 +40,30 @@ struct ConcretizeArgs {
   Rows rows;
   const float* center = nullptr;  // [examples, map], null: no box
   const float* radius = nullptr;
-  const float* x = nullptr;       // [examples, map], with dual != none
+  const float* x = nullptr;  // [examples, map], with dual != none
   const float* eps = nullptr;
   Dual dual = Dual::none;
-  const float* b = nullptr;       // [sides, count]
-  float* out = nullptr;           // [sides, count]
+  const float* b = nullptr;  // [sides, count]
+  float* out = nullptr;      // [sides, count]
 };
 
-// The adjoint of a convolution with few input numbers per tap: [count, in_h, in_w, in_c] -> [count, out_h, out_w, out_c].
+// The adjoint of a convolution with few input numbers per tap: [count, in_h, in_w, in_c] -> [count, out_h, out_w,
+// out_c].
 struct SpreadArgs {
   const float* a = nullptr;
-  const float* weight = nullptr;  // [in_c, lanes], taps in order (ky, kx, channel), zero beyond kernel_h * kernel_w * out_c
+  const float* weight =
+      nullptr;  // [in_c, lanes], taps in order (ky, kx, channel), zero beyond kernel_h * kernel_w * out_c
   float* out = nullptr;
   int64_t count = 0, in_h = 0, in_w = 0, in_c = 0, out_h = 0, out_w = 0, out_c = 0;
   int64_t kernel_h = 1, kernel_w = 1, stride_y = 1, stride_x = 1, pad_y = 0, pad_x = 0, lanes = 16;
 };
 
 // c' = W c + b, r' = |W| r in one read of W.
-enum class Finish : int { center, ends, relu_center };  // (c', r'); (c' - r', c' + r'); centre and radius of the ReLU of it
+enum class Finish : int {
+  center,
+  ends,
+  relu_center
+};  // (c', r'); (c' - r', c' + r'); centre and radius of the ReLU of it
 struct IntervalArgs {
   const float* center = nullptr;  // [batch, n]
   const float* radius = nullptr;
@@ -89,10 +97,10 @@ struct IntervalStepArgs {
 struct ReluLinesArgs {
   const float* lower = nullptr;  // [count]
   const float* upper = nullptr;
-  float* slopes = nullptr;       // [1 or 2, count]
-  float* intercepts = nullptr;   // [2, count]
+  float* slopes = nullptr;      // [1 or 2, count]
+  float* intercepts = nullptr;  // [2, count]
   int64_t count = 0;
-  float left = 0.f;              // the slope below 0
+  float left = 0.f;  // the slope below 0
   bool adaptive = false;
 };
 

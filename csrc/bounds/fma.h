@@ -16,7 +16,8 @@ FR_HD Vec fmadd(Vec a, Vec b, Vec c) {
   for (int i = 0; i < kRegs; ++i) c.r[i] = (NativeF)_mm256_fmadd_ps((__m256)a.r[i], (__m256)b.r[i], (__m256)c.r[i]);
   return c;
 #elif defined(__aarch64__)
-  for (int i = 0; i < kRegs; ++i) c.r[i] = (NativeF)vfmaq_f32((float32x4_t)c.r[i], (float32x4_t)a.r[i], (float32x4_t)b.r[i]);
+  for (int i = 0; i < kRegs; ++i)
+    c.r[i] = (NativeF)vfmaq_f32((float32x4_t)c.r[i], (float32x4_t)a.r[i], (float32x4_t)b.r[i]);
   return c;
 #else
   return a * b + c;

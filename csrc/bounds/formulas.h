@@ -82,8 +82,9 @@ FR_HD void relu_lines(V l, V u, V left, bool adaptive, V& slope_low, V& slope_up
   const V nan = sum;  // where it is not fine, sum is NaN
   slope_up = select(fine, slope_up, select(number, zero, nan));
   slope_low = select(fine, slope_low, select(number, zero, nan));
-  low = select(fine, low, select(number, select(l < zero, left * l, l), nan));
-  up = select(fine, up, select(number, select(u < zero, left * u, u), nan));
+  const auto flat = left == zero;  // not 0 * inf
+  low = select(fine, low, select(number, select(l < zero, select(flat, zero, left * l), l), nan));
+  up = select(fine, up, select(number, select(u < zero, select(flat, zero, left * u), u), nan));
 }
 
 FR_NS_END

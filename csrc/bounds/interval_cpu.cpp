@@ -71,7 +71,8 @@ void strip(const IntervalArgs& g, int64_t j, int64_t begin, int64_t end) {
 void interval_cpu(const IntervalArgs& g) {
   if (g.batch * g.m == 0) return;
   // as many examples as stay in a core's second cache
-  const int64_t group = std::max<int64_t>(kTileBatch, (int64_t{600} << 10) / (8 * std::max<int64_t>(1, g.n)) / kTileBatch * kTileBatch);
+  const int64_t group =
+      std::max<int64_t>(kTileBatch, (int64_t{600} << 10) / (8 * std::max<int64_t>(1, g.n)) / kTileBatch * kTileBatch);
   const int64_t strips = (g.m + kTileOut - 1) / kTileOut;
   const int64_t grain = std::max<int64_t>(1, 32768 / (std::max<int64_t>(1, g.n) * kTileOut * std::min(group, g.batch)));
   parallel_for(strips, grain, [&](int64_t first, int64_t last) {

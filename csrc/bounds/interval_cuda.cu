@@ -14,7 +14,8 @@ __global__ void __launch_bounds__(kThreads) interval_kernel(IntervalArgs g) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int64_t first = static_cast<int64_t>(blockIdx.y) * kExamples;
   const int count = static_cast<int>(g.batch - first < kExamples ? g.batch - first : kExamples);
-  for (int64_t j = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp; j < g.m; j += static_cast<int64_t>(gridDim.x) * kWarps) {
+  for (int64_t j = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp; j < g.m;
+       j += static_cast<int64_t>(gridDim.x) * kWarps) {
     float mid[kExamples] = {}, reach[kExamples] = {};
     for (int64_t k = lane; k < g.n; k += kWarp) {
       const float w = g.weight[j * g.n + k], a = vabs(w);
@@ -39,7 +40,8 @@ __global__ void __launch_bounds__(kThreads) interval_kernel(IntervalArgs g) {
 }
 
 __global__ void __launch_bounds__(kThreads) interval_step_kernel(IntervalStepArgs g) {
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < g.count; i += static_cast<int64_t>(gridDim.x) * kThreads) {
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < g.count;
+       i += static_cast<int64_t>(gridDim.x) * kThreads) {
     float a = g.a[i], b = g.b != nullptr ? g.b[i] : g.eps_value;
     interval_step(g, a, b);
     g.out_a[i] = a;
@@ -48,7 +50,8 @@ __global__ void __launch_bounds__(kThreads) interval_step_kernel(IntervalStepArg
 }
 
 __global__ void __launch_bounds__(kThreads) relu_lines_kernel(ReluLinesArgs g) {
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < g.count; i += static_cast<int64_t>(gridDim.x) * kThreads) {
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < g.count;
+       i += static_cast<int64_t>(gridDim.x) * kThreads) {
     float sl, su, low, up;
     relu_lines(g.lower[i], g.upper[i], g.left, g.adaptive, sl, su, low, up);
     g.slopes[i] = sl;

@@ -21,6 +21,7 @@ void back_row(const BackArgs& g, int64_t row) {
   const int64_t maps = map_size(r), ex = example_of(r, row);
   const float* a0 = r.a + source_row(r, row) * r.length;
   const float* a1 = kOut == 2 || kSides == 2 ? a0 + r.side_stride : a0;
+  const float* less = r.minus != nullptr ? r.a + r.minus[row] * r.length : nullptr;
   const float* s0 = g.slopes + ex * maps;
   const float* s1 = kTwo ? s0 + g.examples * maps : s0;
   const float* i0 = g.intercepts + ex * maps;
@@ -32,12 +33,18 @@ void back_row(const BackArgs& g, int64_t row) {
     const bool full = n == kLanes;
     const auto get = [&](const float* p) FR_INLINE_LAMBDA { return full ? load(p) : load_n(p, n); };
     const auto put = [&](float* p, Vec v) FR_INLINE_LAMBDA { full ? store(p, v) : store_n(p, v, n); };
-    const Vec a = get(a0 + at), sl = get(s0 + map), il = get(i0 + map), iu = get(i1 + map);
+    Vec a = get(a0 + at);
+    if (less != nullptr) a = a - get(less + at);
+    const Vec sl = get(s0 + map), il = get(i0 + map), iu = get(i1 + map);
     const Vec su = kTwo ? get(s1 + map) : sl;
     low = fmadd(a, by_sign(a, il, iu), low);
     put(o0 + at, a * (kTwo ? by_sign(a, sl, su) : sl));
     if (kSides == 2) {
-      const Vec c = r.side_stride == 0 ? a : get(a1 + at);
+      Vec c = a;
+      if (r.side_stride != 0) {
+        c = get(a1 + at);
+        if (less != nullptr) c = c - get(less + r.side_stride + at);
+      }
       up = fmadd(c, by_sign(c, iu, il), up);
       if (kOut == 2) put(o1 + at, c * (kTwo ? by_sign(c, su, sl) : sl));
     }
@@ -46,7 +53,8 @@ void back_row(const BackArgs& g, int64_t row) {
     const Segment s = segment_of(r, row, line);
     for (float* o : {o0, o1}) {
       if (o == nullptr) continue;
-      if (s.begin > s.line_begin) std::memset(o + s.line_begin, 0, static_cast<size_t>(s.begin - s.line_begin) * sizeof(float));
+      if (s.begin > s.line_begin)
+        std::memset(o + s.line_begin, 0, static_cast<size_t>(s.begin - s.line_begin) * sizeof(float));
       if (s.line_end > s.end) std::memset(o + s.end, 0, static_cast<size_t>(s.line_end - s.end) * sizeof(float));
     }
     int64_t i = s.begin, map = s.map;
@@ -72,10 +80,12 @@ void concretize_row(const ConcretizeArgs& g, int64_t row) {
   const int64_t base = example_of(r, row) * map_size(r);
   for (int side = 0; side < r.sides; ++side) {
     const float* a = r.a + side * r.side_stride + source_row(r, row) * r.length;
+    const float* less = r.minus != nullptr ? r.a + side * r.side_stride + r.minus[row] * r.length : nullptr;
     Vec mid(0.f), reach(0.f), at_x(0.f), size(0.f);
     const auto one = [&](int64_t at, int64_t map, int n) FR_INLINE_LAMBDA {
       const auto get = [&](const float* p) FR_INLINE_LAMBDA { return n == kLanes ? load(p) : load_n(p, n); };
-      const Vec v = get(a + at);
+      Vec v = get(a + at);
+      if (less != nullptr) v = v - get(less + at);
       if (kBox) {
         mid = fmadd(v, get(g.center + base + map), mid);
         reach = fmadd(vabs(v), get(g.radius + base + map), reach);

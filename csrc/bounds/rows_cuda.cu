@@ -12,7 +12,8 @@ constexpr int kThreads = 128;
 // Position i of a row on its map, or -1 outside.
 __device__ __forceinline__ int64_t map_of(const Rows& r, int64_t row, int64_t i) {
   if (r.corner_y == nullptr) return i;
-  const int64_t line = r.width * r.channels, y = r.corner_y[row] + i / line, x = r.corner_x[row] + i % line / r.channels;
+  const int64_t line = r.width * r.channels, y = r.corner_y[row] + i / line,
+                x = r.corner_x[row] + i % line / r.channels;
   if (y < 0 || y >= r.map_height || x < 0 || x >= r.map_width) return -1;
   return (y * r.map_width + x) * r.channels + i % r.channels;
 }
@@ -21,7 +22,7 @@ __global__ void __launch_bounds__(kThreads) back_kernel(BackArgs g) {
   const Rows& r = g.rows;
   const int64_t maps = map_size(r);
   for (int64_t row = blockIdx.x; row < r.count; row += gridDim.x) {
-    const int64_t ex = example_of(r, row) * maps, source = source_row(r, row) * r.length;
+    const int64_t ex = example_of(r, row) * maps;
     double low = 0., up = 0.;
     for (int64_t i = threadIdx.x; i < r.length; i += kThreads) {
       const int64_t m = map_of(r, row, i), o = row * r.length + i;
@@ -30,13 +31,13 @@ __global__ void __launch_bounds__(kThreads) back_kernel(BackArgs g) {
         if (g.sides_out == 2) g.out[r.count * r.length + o] = 0.f;
         continue;
       }
-      const float a = r.a[source + i], sl = g.slopes[ex + m];
+      const float a = coefficient(r, row, 0, i), sl = g.slopes[ex + m];
       const float su = g.slope_sides == 2 ? g.slopes[g.examples * maps + ex + m] : sl;
       const float il = g.intercepts[ex + m], iu = g.intercepts[g.examples * maps + ex + m];
       low += static_cast<double>(a * by_sign(a, il, iu));
       g.out[o] = a * by_sign(a, sl, su);
       if (r.sides == 2) {
-        const float c = r.side_stride == 0 ? a : r.a[r.side_stride + source + i];
+        const float c = r.side_stride == 0 ? a : coefficient(r, row, r.side_stride, i);
         up += static_cast<double>(c * by_sign(c, iu, il));
         if (g.sides_out == 2) g.out[r.count * r.length + o] = c * by_sign(c, su, sl);
       }
@@ -56,14 +57,13 @@ __global__ void __launch_bounds__(kThreads) concretize_kernel(ConcretizeArgs g) 
   for (int64_t row = blockIdx.x; row < r.count; row += gridDim.x) {
     const int64_t base = example_of(r, row) * map_size(r);
     for (int side = 0; side < r.sides; ++side) {
-      const float* a = r.a + side * r.side_stride + source_row(r, row) * r.length;
       double mid = 0., reach = 0., at_x = 0., size = 0.;
       float top = 0.f;
       bool nan = false;
       for (int64_t i = threadIdx.x; i < r.length; i += kThreads) {
         const int64_t m = map_of(r, row, i);
         if (m < 0) continue;
-        const float v = a[i];
+        const float v = coefficient(r, row, side * r.side_stride, i);
         if (box) {
           mid += static_cast<double>(v) * g.center[base + m];
           reach += static_cast<double>(vabs(v)) * g.radius[base + m];
@@ -95,7 +95,9 @@ __global__ void __launch_bounds__(kThreads) concretize_kernel(ConcretizeArgs g) 
   }
 }
 
-unsigned blocks_of(const Rows& r) { return static_cast<unsigned>(r.count < (int64_t{1} << 30) ? r.count : (int64_t{1} << 30)); }
+unsigned blocks_of(const Rows& r) {
+  return static_cast<unsigned>(r.count < (int64_t{1} << 30) ? r.count : (int64_t{1} << 30));
+}
 
 }  // namespace
 FR_NS_END

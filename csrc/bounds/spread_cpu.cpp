@@ -1,4 +1,5 @@
-// The adjoint of a convolution whose taps fill a few registers: products of one position at a time, added where they belong.
+// The adjoint of a convolution whose taps fill a few registers: products of one position at a time, added where they
+// belong.
 #include <algorithm>
 #include <cstring>
 

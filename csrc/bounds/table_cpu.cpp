@@ -3,5 +3,6 @@
 
 FR_NS_BEGIN
 extern const BoundsTable bounds_table;
-const BoundsTable bounds_table = {back_cpu, concretize_cpu, spread_cpu, interval_cpu, interval_step_cpu, relu_lines_cpu};
+const BoundsTable bounds_table = {back_cpu,     concretize_cpu,    spread_cpu,
+                                  interval_cpu, interval_step_cpu, relu_lines_cpu};
 FR_NS_END

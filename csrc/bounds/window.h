@@ -26,6 +26,10 @@ FR_HD int64_t map_size(const Rows& r) {
   return r.corner_y == nullptr ? r.length : r.map_height * r.map_width * r.channels;
 }
 FR_HD int64_t source_row(const Rows& r, int64_t row) { return r.pick != nullptr ? r.pick[row] : row; }
+FR_HD float coefficient(const Rows& r, int64_t row, int64_t side_offset, int64_t i) {
+  const float a = r.a[side_offset + source_row(r, row) * r.length + i];
+  return r.minus != nullptr ? a - r.a[side_offset + r.minus[row] * r.length + i] : a;
+}
 FR_HD int64_t example_of(const Rows& r, int64_t row) { return r.example != nullptr ? r.example[row] : row; }
 
 FR_NS_END

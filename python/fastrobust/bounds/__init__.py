@@ -1,6 +1,6 @@
 """Sound bounds of a network's outputs: interval and linear bound propagation."""
 
 from fastrobust.bounds.api import METHODS, Bounds, LinearBounds, compute_bounds
-from fastrobust.bounds.trace import SUPPORTED, UnsupportedLayerError
+from fastrobust.bounds.builder import SUPPORTED, UnsupportedLayerError
 
 __all__ = ["METHODS", "SUPPORTED", "Bounds", "LinearBounds", "UnsupportedLayerError", "compute_bounds"]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastrobust.bounds import graph as G
+from fastrobust.bounds import outward as O
 from fastrobust.bounds.backward import Backward, Chunk, Lines, Rows
 from fastrobust.bounds.checks import check_inputs, check_spec, explain_not_finite
 from fastrobust.bounds.region import Box, Region
@@ -48,7 +50,8 @@ class LinearBounds:
     def upper_at(self, x: Tensor) -> Tensor:
         if self.upper_A is None:
             raise ValueError("upper_at: these bounds were computed with sides='lower'")
-        return torch.einsum("bsn,bn->bs", self.upper_A.flatten(2), x.flatten(1)) + self.upper_b
+        value = torch.einsum("bsn,bn->bs", self.upper_A.flatten(2), x.flatten(1))
+        return value if self.upper_b is None else value + self.upper_b
 
 
 @dataclass
@@ -62,12 +65,17 @@ class Bounds:
 
 
 class _Engine:
-    def __init__(self, graph: G.Graph, region: Region, method: str, max_memory: int, intersect: bool, keep: bool):
+    def __init__(
+        self, graph: G.Graph, region: Region, method: str, max_memory: int, intersect: bool, keep: bool, outward: bool
+    ):
         self.graph, self.region, self.intersect, self.max_memory = graph, region, intersect, max_memory
+        self.outward = outward
+        self.slack: dict[int, Tensor] = {}  # float32 errors of the linear nodes
         self.keep = keep  # intermediate bounds are asked for
         self.done: set[int] = set()  # ReLUs that joined the layer before
-        self.tighten, self.kind = METHODS[method]
-        self.boxes: list[Box | None] = [None] * len(graph.nodes)
+        self.tighten = METHODS[method][0]
+        self.kind: Any = METHODS[method][1]
+        self.boxes: list[Any] = [None] * len(graph.nodes)
         self.lines: dict[int, Lines] = {}
         self.exact: list[bool] = [False] * len(graph.nodes)
         self.diagonal: list[bool] = [False] * len(graph.nodes)
@@ -86,13 +94,28 @@ class _Engine:
                     self._tighten(j, node)
                 self.lines[i] = self._relax(node)
             self.boxes[i] = self._interval(i, node)
+            if self.outward:
+                self.boxes[i] = self._widened(i, node)
+
+    def _widened(self, i: int, node: Any) -> Box:
+        """The interval with what float32 evaluation of the node can add; remembers it for the linear bounds."""
+        box: Box = self.boxes[i]
+        if isinstance(node, G.LinearNode):
+            slack = O.slack(node, [O.magnitude(self.boxes[j]) for j in node.inputs])
+            if slack is None:
+                return box
+            self.slack[i] = slack
+            return O.widen(box, slack)
+        if isinstance(node, G.Activation):
+            return O.widen(box, O.activation_error(node, self.boxes[node.inputs[0]], O.magnitude(box)))
+        return box
 
     def _at_input(self, i: int) -> bool:
         while isinstance(self.graph.nodes[i], G.Reshape):
             i = self.graph.nodes[i].inputs[0]
         return i == 0
 
-    def _interval(self, i: int, node: G.Node) -> Box:
+    def _interval(self, i: int, node: Any) -> Box:
         region = self.region
         if isinstance(node, G.Input):
             self.diagonal[i] = True
@@ -129,7 +152,8 @@ class _Engine:
                 return before
             if node.activation == "relu":
                 return before.relu()
-            return Box(ops.interval_activation(*before.ends, node.activation, node.params))
+            l, u = before.ends
+            return Box(ops.interval_activation(l, u, node.activation, node.params))
         self.diagonal[i] = isinstance(node, (G.Reshape, G.Scale)) and self.diagonal[first]
         self.exact[i] = self.diagonal[i]
         if isinstance(node, G.Reshape):
@@ -138,18 +162,28 @@ class _Engine:
 
     def _feeds_relu(self, node: G.Node) -> bool:
         """Whether only a ReLU reads this node and its own bounds are not asked for, so that the ReLU joins the product."""
-        if self.kind is not None or self.keep or len(node.consumers) != 1:
+        if self.kind is not None or self.keep or self.outward or len(node.consumers) != 1:
             return False
         after = self.graph.nodes[node.consumers[0]]
         return isinstance(after, G.Activation) and after.activation == "relu"
 
     # -- relaxations ---------------------------------------------------------------------------------------------------
-    def _relax(self, node: G.Node) -> Lines:
+    def _relax(self, node: Any) -> Lines:
         l, u = self.boxes[node.inputs[0]].ends
         if isinstance(node, G.MaxPool):
-            return _relax_max_pool(node, l, u, self.kind)
+            lines = _relax_max_pool(node, l, u, self.kind)
+            if self.outward:
+                top = O.magnitude(Box((node.pool(l), node.pool(u))))
+                pad = O.RELATIVE * (top + lines.intercepts.abs().amax(0))
+                lines.intercepts = torch.stack([lines.intercepts[0] - pad, lines.intercepts[1] + pad])
+            return lines
         slopes, intercepts = ops.relax(l, u, node.activation, self.kind, node.params)
         before = self.graph.nodes[node.inputs[0]]
+        if self.outward:
+            box = self.boxes[node.inputs[0]]
+            value = O.magnitude(Box(ops.interval_activation(l, u, node.activation, node.params)))
+            error = O.activation_error(node, box, value)
+            return Lines(slopes, O.pad_lines(slopes, intercepts, box, error))
         if isinstance(before, (G.Dense, G.Conv, G.ConvTranspose)) and before.consumers == [node.index]:
             bias = before.bias()
             if bias is not None:  # the bias of the layer before joins the intercepts: one pass over A less
@@ -171,7 +205,9 @@ class _Engine:
             low = torch.maximum(low, l.flatten(1)[example, neuron])
             up = torch.minimum(up, u.flatten(1)[example, neuron])
         at = (example, neuron)
-        self.boxes[j] = Box((l.flatten(1).index_put(at, low).view(l.shape), u.flatten(1).index_put(at, up).view(u.shape)))
+        self.boxes[j] = Box(
+            (l.flatten(1).index_put(at, low).view(l.shape), u.flatten(1).index_put(at, up).view(u.shape))
+        )
 
     # -- rows ----------------------------------------------------------------------------------------------------------
     def bound_rows(self, start: int, example: Tensor, plus: Tensor, minus: Tensor | None, sides: int = 2) -> Tensor:
@@ -186,19 +222,21 @@ class _Engine:
                 where = (inner // node.shape[2], inner % node.shape[2])
             b = torch.zeros(sides, len(p), dtype=self.region.x.dtype, device=self.region.x.device)
             rows = Rows(None, plus=p, minus=None if minus is None else minus[piece])
-            back = Backward(self.graph, self.region, self.lines, self.boxes)
+            back = Backward(self.graph, self.region, self.lines, self.boxes, self.slack)
             results.append(back.run(start, rows, Chunk(example[piece], b, where))[0])
         return results[0] if len(results) == 1 else torch.cat(results, 1)
 
     def _pieces(self, start: int, rows: int, sides: int) -> list[slice]:
-        per_row = 4 * self.graph.ancestor_size[start] * self.region.x.element_size() * (sides if self.kind == "crown" else 1)
+        per_row = 4 * self.graph.row_size(start) * self.region.x.element_size() * (sides if self.kind == "crown" else 1)
         budget = self.max_memory
         if self.region.x.device.type == "cpu" and not torch.is_grad_enabled():
             budget = min(budget, 4 * _CACHE_BYTES)
         step = max(1, budget // per_row)
         return [slice(i, min(rows, i + step)) for i in range(0, rows, step)] or [slice(0, 0)]
 
-    def final(self, example: Tensor, plus: Tensor | None, minus: Tensor | None, matrix: Tensor | None, sides: int, keep: bool):
+    def final(
+        self, example: Tensor, plus: Any, minus: Tensor | None, matrix: Tensor | None, sides: int, keep: bool
+    ) -> tuple[Tensor, Any]:
         """Bounds of the output rows, with the linear map at the input when ``keep``."""
         start = self.graph.output
         x = self.region.x
@@ -211,7 +249,7 @@ class _Engine:
                 rows = Rows(matrix[None, piece].unflatten(2, self.graph.nodes[start].shape))
             else:
                 rows = Rows(None, plus=plus[piece], minus=None if minus is None else minus[piece])
-            back = Backward(self.graph, self.region, self.lines, self.boxes, keep)
+            back = Backward(self.graph, self.region, self.lines, self.boxes, self.slack, keep)
             out, kept = back.run(start, rows, Chunk(ex, b))
             bounds.append(out)
             if kept is not None:
@@ -227,16 +265,28 @@ def _relax_max_pool(node: G.MaxPool, l: Tensor, u: Tensor, kind: str) -> Lines:
     c, h, w = l.shape[1:]
     out = node.shape
     with torch.no_grad():
-        _, source = torch.nn.functional.max_pool2d(l, node.kernel, node.stride, node.padding, node.dilation, node.ceil_mode, True)
+        _, source = torch.nn.functional.max_pool2d(
+            l, node.kernel, node.stride, node.padding, node.dilation, node.ceil_mode, True
+        )
         source = source.flatten(2)
         numbers = torch.arange(h * w, device=l.device, dtype=l.dtype).view(1, 1, h, w)
         # windows of flat positions, -1 where the window leaves the image
-        need = [(o - 1) * s + d * (k - 1) + 1 for o, s, d, k in zip(out[1:], node.stride, node.dilation, node.kernel)]
-        pads = (node.padding[1], max(0, need[1] - w - node.padding[1]), node.padding[0], max(0, need[0] - h - node.padding[0]))
+        need = [
+            (o - 1) * s + d * (k - 1) + 1
+            for o, s, d, k in zip(out[1:], node.stride, node.dilation, node.kernel, strict=False)
+        ]
+        pads = (
+            node.padding[1],
+            max(0, need[1] - w - node.padding[1]),
+            node.padding[0],
+            max(0, need[0] - h - node.padding[0]),
+        )
         if h * w > 1 << 24:
             raise ValueError(f"model: MaxPool2d at '{node.where}' has more than 2^24 positions")
         grid = torch.nn.functional.pad(numbers, pads, value=-1.0)[..., : need[0], : need[1]]
-        index = torch.nn.functional.unfold(grid.float(), node.kernel, node.dilation, 0, node.stride).long()[0]  # (kk, L)
+        index = torch.nn.functional.unfold(grid.float(), node.kernel, node.dilation, 0, node.stride).long()[
+            0
+        ]  # (kk, L)
     flat = u.flatten(2)
     values = flat[:, :, index.clamp(min=0)]  # (B, C, kk, L)
     hidden = (index < 0) | (index == source.unsqueeze(2))
@@ -289,17 +339,26 @@ def compute_bounds(
         raise ValueError(f"method: got {method!r}, expected one of {', '.join(METHODS)}")
     if sides not in ("both", "lower"):
         raise ValueError(f"sides: got {sides!r}, expected 'both' or 'lower'")
-    if rounding != "nearest":
-        raise ValueError(f"rounding: got {rounding!r}, expected 'nearest'")
+    if rounding not in ("nearest", "outward"):
+        raise ValueError(f"rounding: got {rounding!r}, expected 'nearest' or 'outward'")
+    outward = rounding == "outward"
+    if outward and x.dtype != torch.float32:
+        raise TypeError(f"x: got {x.dtype}, expected float32 with rounding='outward'")
     if return_linear and METHODS[method][1] is None:
         raise ValueError("return_linear: method 'ibp' has no linear bounds; use 'ibp-linear'")
-    graph = trace(model, tuple(x.shape[1:]))
+    graph = trace(model, tuple(x.shape[1:]), outward)
     parameter = next(model.parameters(), None)
     if parameter is not None and (parameter.dtype, parameter.device) != (x.dtype, x.device):
-        raise ValueError(f"x: is {x.dtype} on {x.device}, the model's parameters are {parameter.dtype} on {parameter.device}")
+        raise ValueError(
+            f"x: is {x.dtype} on {x.device}, the model's parameters are {parameter.dtype} on {parameter.device}"
+        )
     example, plus, minus, matrix = check_spec(labels, spec, x, graph.nodes[graph.output].shape)
-    region = Region(x, eps, p, clip)
-    engine = _Engine(graph, region, method, max_memory, intersect, return_intermediate)
+    if outward:
+        region = Region(x.double(), eps.double() if isinstance(eps, Tensor) else eps, p, clip, O.RELATIVE)
+        matrix = None if matrix is None else matrix.double()
+    else:
+        region = Region(x, eps.to(x.dtype) if isinstance(eps, Tensor) else eps, p, clip)
+    engine = _Engine(graph, region, method, max_memory, intersect, return_intermediate, outward)
     output = graph.nodes[graph.output]
     count = 1 if sides == "lower" else 2
     kept = None
@@ -315,18 +374,37 @@ def compute_bounds(
                 out = _intersect(engine, out, example, plus, minus, matrix, count)
             shape = (x.shape[0], *output.shape) if plain else (x.shape[0], -1 if x.shape[0] else 0)
             if x.shape[0] == 0 and not plain:
-                shape = (0, output.size - 1 if labels is not None else spec.shape[-2])
+                shape = (0, output.size - 1 if labels is not None else _rows_of_spec(spec))
             low, up = out[0].view(shape), (out[1].view(shape) if count == 2 else None)
-    if not bool(torch.isfinite(low.sum() if up is None else low.sum() + up.sum())):
+    if outward:
+        low, up = O.round_down(low), None if up is None else O.round_up(up)
+    if not bool(torch.isfinite(low.sum() + (0 if up is None else up.sum()))):
         explain_not_finite(model, low, up)
     linear = None
     if kept is not None:
         A, b = kept
         lead = (x.shape[0], low.flatten(1).shape[1])
         A, b = A.view(A.shape[0], *lead, *x.shape[1:]), b.view(-1, *lead)
-        upper = (A[-1], b[1]) if count == 2 else (None, None)
-        linear = LinearBounds(A[0], b[0], *upper, *region.ends)
+        linear = _linear_bounds(A, b, region, outward, count)
     return Bounds(low, up if count == 2 else None, linear, _intermediate(engine) if return_intermediate else {})
+
+
+def _linear_bounds(A: Tensor, b: Tensor, region: Region, outward: bool, count: int) -> LinearBounds:
+    low, up = region.ends
+    if outward:
+        near = A.float()
+        moved = ((A - near.double()).abs() * torch.maximum(low.abs(), up.abs()).unsqueeze(1)).flatten(3).sum(3) * (
+            1 + O.RELATIVE
+        )
+        ends = [O.round_down(b[0] - moved[0] - O.RELATIVE * b[0].abs())]
+        if count == 2:
+            ends.append(O.round_up(b[1] + moved[-1] + O.RELATIVE * b[1].abs()))
+        A, b, low, up = near, torch.stack(ends), O.round_down(low), O.round_up(up)
+    return LinearBounds(A[0], b[0], A[-1] if count == 2 else None, b[1] if count == 2 else None, low, up)
+
+
+def _rows_of_spec(spec: Tensor | None) -> int:
+    return 0 if spec is None else spec.shape[-2]
 
 
 def _frontier(graph: G.Graph) -> int:
@@ -335,7 +413,7 @@ def _frontier(graph: G.Graph) -> int:
     return max((i for i in wanted if not isinstance(graph.nodes[i], G.LinearNode)), default=0)
 
 
-def _intersect(engine: _Engine, out: Tensor, example, plus, minus, matrix, count: int) -> Tensor:
+def _intersect(engine: _Engine, out: Tensor, example: Tensor, plus: Any, minus: Any, matrix: Any, count: int) -> Tensor:
     lines, kind = engine.lines, engine.kind
     engine.lines, engine.kind = {}, None
     try:
@@ -355,7 +433,8 @@ def _intermediate(engine: _Engine) -> dict[str, tuple[Tensor, Tensor]]:
             key, n = name, 2
             while key in found:
                 key, n = f"{name}#{n}", n + 1
-            found[key] = engine.boxes[node.inputs[0]].ends
+            low, up = engine.boxes[node.inputs[0]].ends
+            found[key] = (O.round_down(low), O.round_up(up)) if engine.outward else (low, up)
     return found
 
 

@@ -6,13 +6,16 @@ at a convolution stay windows (k, R, C, ph, pw) around their neuron until the wi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastrobust.bounds import graph as G
+from fastrobust.bounds.outward import RELATIVE
 from fastrobust.bounds.region import Region, flat
 from fastrobust.ops import bounds as ops
 from fastrobust.reference.bounds import row_maps
@@ -33,14 +36,17 @@ class Window:
 class Rows:
     """Coefficients at a node: A itself, rows of a matrix (``pick``), or unit vectors e_plus - e_minus (A is None)."""
 
-    A: Tensor | None
-    window: Window | None = None
+    A: Any
+    window: Any = None
     pick: Tensor | None = None
-    plus: Tensor | None = None
-    minus: Tensor | None = None
+    plus: Any = None
+    minus: Tensor | None = None  # with ``pick``: rows that are subtracted
+    clean: bool = False  # windows: already zero outside the image
 
     def solid(self) -> Tensor:
-        return self.A if self.pick is None else self.A[:, self.pick]
+        if self.pick is None:
+            return self.A
+        return self.A[:, self.pick] if self.minus is None else self.A[:, self.pick] - self.A[:, self.minus]
 
 
 @dataclass
@@ -49,7 +55,7 @@ class Chunk:
 
     example: Tensor  # (R,)
     b: Tensor  # (m, R)
-    where: tuple[Tensor, Tensor] | None = None  # location of each row's neuron, for windows
+    where: Any = None  # location of each row's neuron, for windows
 
 
 @dataclass
@@ -59,13 +65,16 @@ class Lines:
     slopes: Tensor  # (1 or 2, B, *shape)
     intercepts: Tensor  # (2, B, *shape), of the node before without its bias where ``folded``
     folded: int = -1  # the node whose bias is in the intercepts
-    source: Tensor | None = None  # max pooling: (B, C, L) flat index of the input that each output follows
+    source: Any = None  # max pooling: (B, C, L) flat index of the input that each output follows
     flat: dict[bool, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def flattened(self, image: bool) -> tuple[Tensor, Tensor]:
         """Slopes and intercepts as (., B, n), in channels-last order for images."""
         if image not in self.flat:
-            self.flat[image] = (_flatten(self.slopes, image).contiguous(), _flatten(self.intercepts, image).contiguous())
+            self.flat[image] = (
+                _flatten(self.slopes, image).contiguous(),
+                _flatten(self.intercepts, image).contiguous(),
+            )
         return self.flat[image]
 
 
@@ -80,7 +89,7 @@ def _unflatten(t: Tensor, shape: tuple[int, ...], image: bool) -> Tensor:
     return t.unflatten(2, (*shape[1:], shape[0])).movedim(-1, 2)
 
 
-def _join(f, a: Tensor, *args):
+def _join(f: Callable[..., Tensor], a: Tensor, *args: Any) -> Tensor:
     """Applies f to (k * R, ...) and splits again."""
     return f(a.flatten(0, 1), *args).unflatten(0, a.shape[:2])
 
@@ -88,10 +97,19 @@ def _join(f, a: Tensor, *args):
 class Backward:
     """One backward pass for the rows of a chunk."""
 
-    def __init__(self, graph: G.Graph, region: Region, lines: dict[int, Lines], boxes: list, keep_input: bool = False):
+    def __init__(
+        self,
+        graph: G.Graph,
+        region: Region,
+        lines: dict[int, Lines],
+        boxes: list[Any],
+        slack: dict[int, Tensor],
+        keep_input: bool = False,
+    ):
         self.graph, self.region, self.lines, self.boxes, self.keep_input = graph, region, lines, boxes, keep_input
+        self.slack = slack  # outward rounding: what float32 evaluation of a node can add, (B, *shape)
 
-    def run(self, start: int, rows: Rows, chunk: Chunk) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    def run(self, start: int, rows: Rows, chunk: Chunk) -> tuple[Tensor, Any]:
         """Bounds (m, R), and with ``keep_input`` the linear map at the input: (A (k, R, *shape), b (m, R))."""
         self.chunk = chunk
         self.at_input: Tensor | None = None
@@ -113,7 +131,7 @@ class Backward:
             if not isinstance(node, G.LinearNode) and i not in self.lines:
                 self._concretize_node(node, r)
                 continue
-            for j, new in zip(node.inputs, self._step(node, r)):
+            for j, new in zip(node.inputs, self._step(node, r), strict=False):
                 pending[j] = new if j not in pending else self._merge(self.graph.nodes[j], pending[j], new)
         out = chunk.b if total is None else total
         if not self.keep_input:
@@ -172,7 +190,7 @@ class Backward:
         return a * inside.view(1, -1, 1, *a.shape[3:])
 
     # -- one node ------------------------------------------------------------------------------------------------------
-    def _step(self, node: G.Node, r: Rows) -> list[Rows]:
+    def _step(self, node: Any, r: Rows) -> list[Rows]:
         if isinstance(node, G.LinearNode):
             return self._linear(node, r)
         if isinstance(node, G.MaxPool):
@@ -183,6 +201,8 @@ class Backward:
         self.chunk.b = self.chunk.b + offset
 
     def _add_bias(self, node: G.LinearNode, r: Rows) -> None:
+        if node.index in self.slack:
+            self._add_slack(node, r, self.slack[node.index])
         consumers = node.consumers
         if len(consumers) == 1 and node.index != self.start:
             line = self.lines.get(consumers[0])
@@ -207,17 +227,29 @@ class Backward:
             sums = (a * bias.expand(node.shape)).flatten(2).sum(2)
         self._add(sums)
 
-    def _linear(self, node: G.LinearNode, r: Rows) -> list[Rows]:
+    def _add_slack(self, node: G.LinearNode, r: Rows, slack: Tensor) -> None:
+        chunk = self.chunk
+        if r.A is None:
+            full = slack.flatten(1)
+            out = full[chunk.example, r.plus]
+            out = out if r.minus is None else out + full[chunk.example, r.minus]
+            chunk.b = chunk.b + torch.stack([-out, out])[: len(chunk.b)]
+            return
+        image = len(node.shape) == 3
+        reach = flat(slack, image)
+        a, box = _flatten(r.A, image), (torch.zeros_like(reach), reach)
+        corner, window = (None, None) if r.window is None else self._placement(node, r)
+        chunk.b = ops.concretize_rows(a, chunk.b, chunk.example, box, None, 1.0, r.pick, corner, window, r.minus)
+
+    def _linear(self, node: Any, r: Rows) -> list[Rows]:
         shapes = self.graph.input_shapes(node)
         if r.A is None:
             self._add_bias(node, r)
             if isinstance(node, G.Dense) and len(node.shape) == 1:
-                if r.minus is None:
-                    return [Rows(node.get_weight()[None], pick=r.plus)]
-                return [Rows(node.transpose_rows(r.plus, r.minus)[None])]
+                return [Rows(node.get_weight()[None], pick=r.plus, minus=r.minus)]
             if isinstance(node, G.Conv) and r.minus is None and self.chunk.where is not None:
                 channel = r.plus // (node.shape[1] * node.shape[2])
-                span = [d * (s - 1) + 1 for d, s in zip(node.dilation, node.get_weight().shape[2:])]
+                span = [d * (s - 1) + 1 for d, s in zip(node.dilation, node.get_weight().shape[2:], strict=False)]
                 if node.dilation == (1, 1) and span[0] * span[1] < shapes[0][1] * shapes[0][2]:
                     return [Rows(node.dense_kernel()[None], Window(node.stride, node.padding), channel)]
             elif isinstance(node, G.Reshape):
@@ -225,26 +257,30 @@ class Backward:
             elif isinstance(node, G.Sum) and min(node.signs) > 0:
                 return [Rows(None, plus=r.plus, minus=r.minus) for _ in node.inputs]
             return self._transpose(node, self._dense(node, r), shapes)
-        elif r.window is not None:
+        if r.window is not None:
             if isinstance(node, G.Sum):
+                self._add_bias(node, r)
                 return [Rows(t, r.window) for t in node.transpose(r.solid(), shapes)]
             channelwise = isinstance(node, G.Scale) and all(
-                t is None or t.numel() == 1 or (t.dim() >= 3 and t.shape[-3] == t.numel()) for t in (node.get_factor(), node.get_shift())
+                t is None or t.numel() == 1 or (t.dim() >= 3 and t.shape[-3] == t.numel())
+                for t in (node.get_factor(), node.get_shift())
             )
             if isinstance(node, G.Conv) or channelwise:
                 bias, factor = node.bias(), node.get_factor() if channelwise else None
                 a = r.solid()
-                if bias is not None or isinstance(node, G.Conv):
-                    a = self._masked(node, r)
+                if bias is not None or isinstance(node, G.Conv) or node.index in self.slack:
+                    a = a if r.clean else self._masked(node, r)
                     r = Rows(a, r.window)
                     self._add_bias(node, r)
                 if channelwise:
                     return [Rows(a if factor is None else a * factor.to(a).reshape(-1, 1, 1), r.window)]
-                low = [(n - 1) * s + (k - 1) * d + 1 for n, s, k, d in zip(a.shape[3:], node.stride, node.get_weight().shape[2:], node.dilation)]  # fmt: skip
+                low = [(n - 1) * s + (k - 1) * d + 1 for n, s, k, d in zip(a.shape[3:], node.stride, node.get_weight().shape[2:], node.dilation, strict=False)]  # fmt: skip
                 if low[0] * low[1] < shapes[0][1] * shapes[0][2]:
                     (sy, sx), (oy, ox) = r.window.step, r.window.origin
                     (ty, tx), (py, px) = node.stride, node.padding
-                    return [Rows(_join(node.transpose_window, a), Window((sy * ty, sx * tx), (oy * ty + py, ox * tx + px)))]
+                    return [
+                        Rows(_join(node.transpose_window, a), Window((sy * ty, sx * tx), (oy * ty + py, ox * tx + px)))
+                    ]
             r = Rows(self._dense(node, r))
             if isinstance(node, G.Conv):
                 return [Rows(t.unflatten(0, r.A.shape[:2])) for t in node.transpose(r.A.flatten(0, 1), shapes)]
@@ -253,7 +289,7 @@ class Backward:
         self._add_bias(node, r)
         return self._transpose(node, r.solid(), shapes)
 
-    def _transpose(self, node: G.LinearNode, a: Tensor, shapes) -> list[Rows]:
+    def _transpose(self, node: G.LinearNode, a: Tensor, shapes: list[G.Shape]) -> list[Rows]:
         lead = a.shape[:2]
         flat = a.flatten(0, 1)
         if flat.dim() == 4 and isinstance(node, G.Conv):
@@ -268,12 +304,14 @@ class Backward:
         s, i = line.flattened(image)
         if r.window is not None:
             corner, window = self._placement(node, r)
-            a, chunk.b = ops.linear_back_step(_flatten(r.A, True), chunk.b, s, i, chunk.example, r.pick, corner, window)
-            return Rows(_unflatten(a, r.A.shape[2:], True), r.window)
-        a, chunk.b = ops.linear_back_step(_flatten(r.A, image), chunk.b, s, i, chunk.example, r.pick)
+            a, chunk.b = ops.linear_back_step(
+                _flatten(r.A, True), chunk.b, s, i, chunk.example, r.pick, corner, window, r.minus
+            )
+            return Rows(_unflatten(a, r.A.shape[2:], True), r.window, clean=True)
+        a, chunk.b = ops.linear_back_step(_flatten(r.A, image), chunk.b, s, i, chunk.example, r.pick, minus=r.minus)
         return Rows(_unflatten(a, node.shape, image))
 
-    def _placement(self, node: G.Node, r: Rows):
+    def _placement(self, node: G.Node, r: Rows) -> tuple[Any, Any]:
         """(corner, window) of the ops for window rows at an image."""
         c, h, w = node.shape
         return r.window.corner(self.chunk.where), (*r.A.shape[3:], c, h, w)
@@ -292,15 +330,25 @@ class Backward:
     # -- the ends ------------------------------------------------------------------------------------------------------
     def _concretize_node(self, node: G.Node, r: Rows) -> None:
         image = len(node.shape) == 3
-        a = _flatten(self._dense(node, r), image)
+        picked = r.window is None and r.A is not None
+        a = _flatten(r.A if picked else self._dense(node, r), image)
         middle, reach = self.boxes[node.index].middle
-        box = (flat(middle, image), flat(reach, image))
-        self.chunk.b = ops.concretize_rows(a, self.chunk.b, self.chunk.example, box, None, 1.0)
+        if self.slack:
+            reach = reach + RELATIVE * (middle.abs() + reach)
+        box, chunk = (flat(middle, image), flat(reach, image)), self.chunk
+        rows = (r.pick, r.minus) if picked else (None, None)
+        chunk.b = ops.concretize_rows(a, chunk.b, chunk.example, box, None, 1.0, rows[0], minus=rows[1])
 
     def _concretize_input(self, node: G.Node, r: Rows, dense: Tensor | None) -> Tensor:
+        placed: Any
         chunk, image = self.chunk, len(node.shape) == 3
         box, ball = self.region.flattened(image)
         if dense is not None:
-            return ops.concretize_rows(_flatten(dense, image), chunk.b, chunk.example, box, ball, self.region.q)
-        corner, window = self._placement(node, r)
-        return ops.concretize_rows(_flatten(r.A, True), chunk.b, chunk.example, box, ball, self.region.q, r.pick, corner, window)
+            a, placed = _flatten(dense, image), (None, None, None)
+        else:
+            a, placed = _flatten(r.A, True), (r.pick, *self._placement(node, r))
+        out = ops.concretize_rows(a, chunk.b, chunk.example, box, ball, self.region.q, *placed)
+        if self.slack and ball is not None:  # the rounding errors of A x and of the norm
+            reach = RELATIVE * (ball[0].abs() + ball[1])
+            out = ops.concretize_rows(a, out, chunk.example, (torch.zeros_like(reach), reach), None, 1.0, *placed)
+        return out

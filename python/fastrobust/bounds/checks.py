@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ def check_norm(norm: float | str) -> float:
     return float(norm)
 
 
-def check_inputs(x: Tensor, eps: float | Tensor, norm: float | str, clip) -> tuple[Tensor, float | Tensor, float, tuple[float, float] | None]:  # fmt: skip
+def check_inputs(x: Tensor, eps: float | Tensor, norm: float | str, clip: Any) -> tuple[Tensor, float | Tensor, float, tuple[float, float] | None]:  # fmt: skip
     if not isinstance(x, Tensor):
         raise TypeError(f"x: got {type(x).__name__}, expected a tensor")
     if x.dtype not in (torch.float32, torch.float64):
@@ -33,7 +34,9 @@ def check_inputs(x: Tensor, eps: float | Tensor, norm: float | str, clip) -> tup
         raise ValueError("x: holds NaN or infinite values, expected finite ones")
     if isinstance(eps, Tensor):
         if eps.dim() > 0 and tuple(eps.shape) not in ((x.shape[0],), tuple(x.shape)):
-            raise ValueError(f"eps: got shape {tuple(eps.shape)}, expected a number, ({x.shape[0]},) or {tuple(x.shape)}")
+            raise ValueError(
+                f"eps: got shape {tuple(eps.shape)}, expected a number, ({x.shape[0]},) or {tuple(x.shape)}"
+            )
         if not eps.dtype.is_floating_point:
             raise TypeError(f"eps: got {eps.dtype}, expected floating point")
         if eps.device != x.device and eps.dim() > 0:
@@ -41,7 +44,6 @@ def check_inputs(x: Tensor, eps: float | Tensor, norm: float | str, clip) -> tup
         e = eps.detach()
         if e.numel() and not bool(((e >= 0) & torch.isfinite(e)).all()):
             raise ValueError("eps: holds negative, NaN or infinite values, expected finite ones >= 0")
-        eps = eps.to(x.dtype)
     else:
         if isinstance(eps, bool) or not isinstance(eps, (int, float)):
             raise TypeError(f"eps: got {type(eps).__name__}, expected a number or a tensor")
@@ -49,13 +51,13 @@ def check_inputs(x: Tensor, eps: float | Tensor, norm: float | str, clip) -> tup
             raise ValueError(f"eps: got {eps}, expected a finite number >= 0")
     if clip is not None:
         clip = check_clip(clip)
-        low, high = (x.detach().aminmax() if x.numel() else (torch.tensor(clip[0]), torch.tensor(clip[1])))
+        low, high = x.detach().aminmax() if x.numel() else (torch.tensor(clip[0]), torch.tensor(clip[1]))
         if float(low) < clip[0] or float(high) > clip[1]:
             raise ValueError(f"x: has values in [{float(low)}, {float(high)}], outside clip {clip}")
     return x, eps, check_norm(norm), clip
 
 
-def check_clip(clip) -> tuple[float, float]:
+def check_clip(clip: Any) -> tuple[float, float]:
     try:
         low, high = (float(v) for v in clip)
     except (TypeError, ValueError):
@@ -65,7 +67,9 @@ def check_clip(clip) -> tuple[float, float]:
     return low, high
 
 
-def check_spec(labels: Tensor | None, spec: Tensor | None, x: Tensor, shape: tuple[int, ...]):
+def check_spec(
+    labels: Tensor | None, spec: Tensor | None, x: Tensor, shape: tuple[int, ...]
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(example, plus, minus, matrix) of the rows to bound: differences of outputs, single outputs, or rows of a matrix."""
     batch, device = x.shape[0], x.device
     count = math.prod(shape)
@@ -73,7 +77,9 @@ def check_spec(labels: Tensor | None, spec: Tensor | None, x: Tensor, shape: tup
         raise ValueError("spec: give labels or spec, not both")
     if labels is not None:
         if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"labels: expected an int64 tensor, got {labels.dtype if isinstance(labels, Tensor) else type(labels).__name__}")
+            raise TypeError(
+                f"labels: expected an int64 tensor, got {labels.dtype if isinstance(labels, Tensor) else type(labels).__name__}"
+            )
         if tuple(labels.shape) != (batch,):
             raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected ({batch},)")
         if len(shape) != 1 or count < 2:
@@ -86,7 +92,9 @@ def check_spec(labels: Tensor | None, spec: Tensor | None, x: Tensor, shape: tup
         return _examples(batch, count - 1, device), labels.repeat_interleave(count - 1), minus.flatten(), None
     if spec is not None:
         if not isinstance(spec, Tensor) or spec.dtype != x.dtype:
-            raise TypeError(f"spec: expected a tensor of {x.dtype}, got {spec.dtype if isinstance(spec, Tensor) else type(spec).__name__}")
+            raise TypeError(
+                f"spec: expected a tensor of {x.dtype}, got {spec.dtype if isinstance(spec, Tensor) else type(spec).__name__}"
+            )
         if spec.dim() not in (2, 3) or spec.shape[-1] != count or (spec.dim() == 3 and spec.shape[0] != batch):
             raise ValueError(f"spec: got shape {tuple(spec.shape)}, expected (S, {count}) or ({batch}, S, {count})")
         matrix = spec.expand(batch, *spec.shape[-2:]).reshape(-1, count)

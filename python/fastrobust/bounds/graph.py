@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +16,15 @@ from torch import Tensor
 from fastrobust.ops.bounds import spread
 
 Shape = tuple[int, ...]
-Getter = Callable[[], "Tensor | None"]
+Getter = Callable[[], Any]  # a tensor or None, read when the node runs
+Ends = tuple[Tensor, Tensor]
 
 
-def pair(v) -> tuple[int, int]:
+def _nothing(*_: Any) -> Any:
+    return None
+
+
+def pair(v: Any) -> tuple[int, int]:
     return (v, v) if isinstance(v, int) else (tuple(v) if len(v) == 2 else (v[0], v[0]))
 
 
@@ -61,39 +67,37 @@ class LinearNode(Node):
 
 @dataclass(eq=False)
 class Dense(LinearNode):
-    get_weight: Getter = None
-    get_bias: Getter = None
+    get_weight: Getter = _nothing
+    get_bias: Getter = _nothing
 
-    def bias(self):
+    def bias(self) -> Tensor | None:
         return self.get_bias()
 
-    def transpose(self, a, shapes):
+    def transpose(self, a: Tensor, shapes: list[Shape]) -> list[Tensor]:
         return [a @ self.get_weight()]
-
-    def transpose_rows(self, plus: Tensor, minus: Tensor | None) -> Tensor:
-        w = self.get_weight()
-        return w[plus] if minus is None else w[plus] - w[minus]
 
 
 @dataclass(eq=False)
 class Conv(LinearNode):
     """Two-dimensional convolution with zero padding."""
 
-    get_weight: Getter = None
-    get_bias: Getter = None
+    get_weight: Getter = _nothing
+    get_bias: Getter = _nothing
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
 
-    def bias(self):
+    def bias(self) -> Tensor | None:
         b = self.get_bias()
         return None if b is None else b.view(-1, 1, 1)
 
     def _extra(self, size_in: int, size_out: int, axis: int, kernel: int) -> int:
-        return size_in - ((size_out - 1) * self.stride[axis] - 2 * self.padding[axis] + self.dilation[axis] * (kernel - 1) + 1)
+        return size_in - (
+            (size_out - 1) * self.stride[axis] - 2 * self.padding[axis] + self.dilation[axis] * (kernel - 1) + 1
+        )
 
-    def transpose(self, a, shapes):
+    def transpose(self, a: Tensor, shapes: list[Shape]) -> list[Tensor]:
         w = self.get_weight()
         (_, h, width), (_, ho, wo) = shapes[0], self.shape
         if self.groups == 1 and self.dilation == (1, 1):
@@ -107,7 +111,7 @@ class Conv(LinearNode):
         """The adjoint on windows (N, O, ph, pw), without borders."""
         w = self.get_weight()
         if self.groups == 1 and self.dilation == (1, 1):
-            size = [(n - 1) * s + k for n, s, k in zip(a.shape[2:], self.stride, w.shape[2:])]
+            size = [(n - 1) * s + k for n, s, k in zip(a.shape[2:], self.stride, w.shape[2:], strict=False)]
             out = spread(a, w, self.stride, (0, 0), (size[0], size[1]))
             if out is not None:
                 return out
@@ -128,26 +132,26 @@ class Conv(LinearNode):
 
 @dataclass(eq=False)
 class ConvTranspose(LinearNode):
-    get_weight: Getter = None
-    get_bias: Getter = None
+    get_weight: Getter = _nothing
+    get_bias: Getter = _nothing
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
     output_padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
 
-    def bias(self):
+    def bias(self) -> Tensor | None:
         b = self.get_bias()
         return None if b is None else b.view(-1, 1, 1)
 
-    def _apply(self, x, w, b=None):
+    def _apply(self, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         return F.conv_transpose2d(x, w, b, self.stride, self.padding, self.output_padding, self.groups, self.dilation)
 
-    def transpose(self, a, shapes):
+    def transpose(self, a: Tensor, shapes: list[Shape]) -> list[Tensor]:
         out = F.conv2d(a, self.get_weight(), None, self.stride, self.padding, self.dilation, self.groups)
         return [out[..., : shapes[0][1], : shapes[0][2]]]
 
-    def interval(self, bounds):
+    def interval(self, bounds: list[Ends]) -> Ends:
         (l, u), w = bounds[0], self.get_weight()
         c = self._apply(0.5 * (l + u), w, self.get_bias())
         r = self._apply(0.5 * (u - l), w.abs())
@@ -158,17 +162,22 @@ class ConvTranspose(LinearNode):
 class Scale(LinearNode):
     """y = x * factor + shift, both constant per example and broadcastable to (1, *shape)."""
 
-    get_factor: Getter = None
-    get_shift: Getter = None
+    get_factor: Getter = _nothing
+    get_shift: Getter = _nothing
+    get_shift_size: Getter | None = None  # |a| + |b| + ... of a shift a + b + ... that is itself computed
 
-    def bias(self):
+    def bias(self) -> Tensor | None:
         return self.get_shift()
 
-    def transpose(self, a, shapes):
+    def shift_size(self) -> Tensor | None:
+        s = self.get_shift() if self.get_shift_size is None else self.get_shift_size()
+        return None if s is None else s.abs()
+
+    def transpose(self, a: Tensor, shapes: list[Shape]) -> list[Tensor]:
         f = self.get_factor()
         return [a if f is None else a * f.to(a)]
 
-    def interval(self, bounds):
+    def interval(self, bounds: list[Ends]) -> Ends:
         l, u = bounds[0]
         f, s = self.get_factor(), self.get_shift()
         if f is not None:
@@ -184,14 +193,14 @@ class Sum(LinearNode):
 
     signs: tuple[int, ...] = ()
 
-    def transpose(self, a, shapes):
+    def transpose(self, a: Tensor, shapes: list[Shape]) -> list[Tensor]:
         return [a if s > 0 else -a for s in self.signs]
 
-    def interval(self, bounds):
-        low = up = None
-        for s, (l, u) in zip(self.signs, bounds):
-            l, u = (l, u) if s > 0 else (-u, -l)
-            low, up = (l, u) if low is None else (low + l, up + u)
+    def interval(self, bounds: list[Ends]) -> Ends:
+        ends = [(l, u) if s > 0 else (-u, -l) for s, (l, u) in zip(self.signs, bounds, strict=True)]
+        low, up = ends[0]
+        for l, u in ends[1:]:
+            low, up = low + l, up + u
         return low, up
 
 
@@ -199,19 +208,19 @@ class Sum(LinearNode):
 class Concat(LinearNode):
     dim: int = 0  # without the batch dimension
 
-    def transpose(self, a, shapes):
+    def transpose(self, a: Tensor, shapes: list[Shape]) -> list[Tensor]:
         return list(torch.split(a, [s[self.dim] for s in shapes], dim=self.dim + 1))
 
-    def interval(self, bounds):
+    def interval(self, bounds: list[Ends]) -> Ends:
         return torch.cat([b[0] for b in bounds], self.dim + 1), torch.cat([b[1] for b in bounds], self.dim + 1)
 
 
 @dataclass(eq=False)
 class Reshape(LinearNode):
-    def transpose(self, a, shapes):
+    def transpose(self, a: Tensor, shapes: list[Shape]) -> list[Tensor]:
         return [a.reshape(a.shape[0], *shapes[0])]
 
-    def interval(self, bounds):
+    def interval(self, bounds: list[Ends]) -> Ends:
         l, u = bounds[0]
         return l.reshape(l.shape[0], *self.shape), u.reshape(u.shape[0], *self.shape)
 
@@ -220,16 +229,17 @@ class Reshape(LinearNode):
 class Monotone(LinearNode):
     """A linear function with non-negative coefficients plus a constant: pooling by averages, permutation, slice, padding."""
 
-    function: Callable[[Tensor], Tensor] = None
+    function: Callable[[Tensor], Tensor] = _nothing
+    taps: int = 0  # terms of a sum; 0: values are only moved
 
-    def bias(self):
+    def bias(self) -> Tensor | None:
         return None
 
-    def transpose(self, a, shapes):
+    def transpose(self, a: Tensor, shapes: list[Shape]) -> list[Tensor]:
         zero = torch.zeros(a.shape[0], *shapes[0], dtype=a.dtype, device=a.device)
         return [torch.func.vjp(self.function, zero)[1](a)[0]]
 
-    def interval(self, bounds):
+    def interval(self, bounds: list[Ends]) -> Ends:
         return self.function(bounds[0][0]), self.function(bounds[0][1])
 
 
@@ -261,7 +271,7 @@ class MaxPool(Node):
     def pool(self, x: Tensor) -> Tensor:
         return F.max_pool2d(x, self.kernel, self.stride, self.padding, self.dilation, self.ceil_mode)
 
-    def interval(self, bounds):
+    def interval(self, bounds: list[Ends]) -> Ends:
         return self.pool(bounds[0][0]), self.pool(bounds[0][1])
 
 
@@ -270,7 +280,7 @@ class Graph:
     nodes: list[Node]
     output: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for i, n in enumerate(self.nodes):
             n.index = i
             for j in n.inputs:
@@ -282,6 +292,25 @@ class Graph:
             seen.append(up)
             self.ancestor_size[i] = max(self.nodes[j].size for j in up)
         self.ancestors = seen
+
+    def row_size(self, start: int) -> int:
+        """Numbers in the largest row on the way from ``start`` to the input."""
+        node = self.nodes[start]
+        if not isinstance(node, Conv) or node.dilation != (1, 1):
+            return self.ancestor_size[start]
+        most, h, w = 1, 1, 1  # a window that grows layer by layer
+        while node.inputs:
+            before = self.nodes[node.inputs[0]]
+            if isinstance(node, Conv):
+                kh, kw = node.get_weight().shape[2:]
+                h, w = (h - 1) * node.stride[0] + kh, (w - 1) * node.stride[1] + kw
+            elif not isinstance(node, (Activation, Scale)):
+                return self.ancestor_size[start]
+            if len(before.shape) != 3 or h * w >= before.shape[1] * before.shape[2]:
+                return self.ancestor_size[start]
+            most = max(most, before.shape[0] * h * w)
+            node = before
+        return most
 
     def input_shapes(self, node: Node) -> list[Shape]:
         return [self.nodes[j].shape for j in node.inputs]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor
 
@@ -18,7 +19,8 @@ class Box:
     __slots__ = ("_ends", "_middle")
 
     def __init__(self, ends: Pair | None = None, middle: Pair | None = None):
-        self._ends, self._middle = ends, middle
+        self._ends: Any = ends
+        self._middle: Any = middle
 
     @property
     def ends(self) -> Pair:
@@ -47,13 +49,20 @@ class Box:
 class Region:
     """x (B, *shape), eps (a number, (B,) or x's shape), norm, clip.
 
-    ``box`` takes part for the l-infinity norm or with ``clip``; ``ball``: (x, eps), for p < inf.
+    ``widen``: relative enlargement of the box and the ball. ``box`` takes part for the l-infinity norm or with ``clip``; ``ball``: (x, eps), for p < inf.
     """
 
-    def __init__(self, x: Tensor, eps: float | Tensor, norm: float, clip: tuple[float, float] | None):
+    def __init__(
+        self, x: Tensor, eps: float | Tensor, norm: float, clip: tuple[float, float] | None, widen: float = 0.0
+    ):
         self.x, self.eps, self.norm, self.clip = x, eps, norm, clip
         self.q = dual_exponent(norm)
         self.cut = Box(middle=ops.box_center(x, eps, clip))
+        if widen:  # outward rounding: the errors of centre, radius and of sums over them
+            if norm != math.inf:
+                self.eps = eps = eps * (1 + widen)
+            c, r = self.cut.middle
+            self.cut = Box(middle=(c, r + widen * (c.abs() + r)))
         self.box: Pair | None = self.cut.middle if clip is not None or norm == math.inf else None
         self.ball: Pair | None = None if norm == math.inf else (x, eps_like(eps, x).expand_as(x))
         self._flat: dict[bool, tuple[Pair | None, Pair | None]] = {}
@@ -72,10 +81,18 @@ class Region:
     def flattened(self, image: bool) -> tuple[Pair | None, Pair | None]:
         """(box, ball) as (B, n), in channels-last order for images."""
         if image not in self._flat:
-            self._flat[image] = tuple(None if p is None else (flat(p[0], image), flat(p[1], image)) for p in (self.box, self.ball))
+            self._flat[image] = (_flat_pair(self.box, image), _flat_pair(self.ball, image))
         return self._flat[image]
+
+
+def _flat_pair(p: Pair | None, image: bool) -> Pair | None:
+    return None if p is None else (flat(p[0], image), flat(p[1], image))
 
 
 def flat(t: Tensor, image: bool) -> Tensor:
     """(B, *shape) as (B, n), channels last for images."""
-    return (t.movedim(1, -1) if image else t).reshape(len(t), t[0].numel() if len(t) else math.prod(t.shape[1:])).contiguous()
+    return (
+        (t.movedim(1, -1) if image else t)
+        .reshape(len(t), t[0].numel() if len(t) else math.prod(t.shape[1:]))
+        .contiguous()
+    )

@@ -14,8 +14,9 @@ from .. import _C
 from ..reference import bounds as reference
 from ..reference import relaxations
 from ..reference.bounds import Window, center_radius, dual_exponent, eps_like, interval_activation
+from . import _bounds_autograd as gradients
 from . import _checks as ck
-from ._library import below_autograd, define, nothing_intercepts, require_cuda_build, stream_of
+from ._library import define, nothing_intercepts, require_cuda_build, stream_of
 
 __all__ = [
     "Window", "concretize", "concretize_rows", "interval_activation", "interval_ball_conv2d", "interval_ball_linear", "interval_conv2d",
@@ -50,43 +51,11 @@ def _direct(*tensors: Tensor | None) -> bool:
     return not _needs_grad(*tensors) and nothing_intercepts()
 
 
-class _Recompute(torch.autograd.Function):
-    """Backward of an op by differentiating its definition at the saved inputs: nothing but the inputs is kept."""
-
-    @staticmethod
-    def forward(ctx: Any, op: Callable[..., Any], definition: Callable[..., Any], *args: Any) -> Any:
-        tensors = [a if isinstance(a, Tensor) else None for a in args]
-        ctx.save_for_backward(*tensors)
-        ctx.plain = [None if isinstance(a, Tensor) else a for a in args]
-        ctx.definition = definition
-        return below_autograd(op, *args)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        saved = ctx.saved_tensors
-        need = ctx.needs_input_grad[2:]
-        inputs = [None if t is None else t.detach().requires_grad_(n) for t, n in zip(saved, need, strict=True)]
-        args = [p if t is None else t for t, p in zip(inputs, ctx.plain, strict=True)]
-        with torch.enable_grad():
-            out = ctx.definition(*args)
-        out = out if isinstance(out, (tuple, list)) else (out,)
-        pairs = [(o, g) for o, g in zip(out, grads, strict=True) if o.requires_grad and g is not None]
-        wanted = [t for t in inputs if t is not None and t.requires_grad]
-        found = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True) if pairs else [None] * len(wanted)
-        give = iter(found)
-        return None, None, *(next(give) if t is not None and t.requires_grad else None for t in inputs)
-
-
-def _register(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], definition: Callable[..., Any]) -> Any:
+def _register(
+    name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], gradient: Callable[..., Any]
+) -> Any:
     box: list[Any] = []
-
-    def autograd(*args: Any) -> Any:
-        if _needs_grad(*(a for a in args if isinstance(a, Tensor))):
-            return _Recompute.apply(box[0], definition, *args)
-        return below_autograd(box[0], *args)
-
-    box.append(define(name, schema, kernel, fake, autograd))
+    box.append(define(name, schema, kernel, fake, gradients.differentiable(lambda: box[0], gradient)))
     return box[0]
 
 
@@ -103,14 +72,39 @@ def _corner(corner_y: Tensor | None, corner_x: Tensor | None, window: Any) -> tu
     return (None, None) if corner_y is None else ((corner_y, corner_x), tuple(window))
 
 
-def _rows_tuple(A: Tensor, b: Tensor, example: Tensor | None, rows: Tensor | None, window: Any) -> tuple[tuple[Any, ...], int]:
+def _rows_tuple(
+    A: Tensor, b: Tensor, example: Tensor | None, rows: Tensor | None, minus: Tensor | None, window: Any
+) -> tuple[tuple[Any, ...], int]:
     count = b.shape[1]
     stride = A.shape[1] * A.shape[2] if A.shape[0] == 2 else 0
-    return (A.data_ptr(), stride, _address(rows), _address(example), count, A.shape[2], b.shape[0], window), count
+    return (
+        A.data_ptr(),
+        stride,
+        _address(rows),
+        _address(example),
+        count,
+        A.shape[2],
+        b.shape[0],
+        window,
+        _address(minus),
+    ), count
 
 
-def _back_definition(A: Any, b: Any, slopes: Any, intercepts: Any, example: Any, rows: Any, corner_y: Any, corner_x: Any, window: Any) -> Any:
-    return reference.linear_back_step(A, b, slopes, intercepts, example, rows, *_corner(corner_y, corner_x, window))
+def _back_definition(
+    A: Any,
+    b: Any,
+    slopes: Any,
+    intercepts: Any,
+    example: Any,
+    rows: Any,
+    minus: Any,
+    corner_y: Any,
+    corner_x: Any,
+    window: Any,
+) -> Any:
+    return reference.linear_back_step(
+        A, b, slopes, intercepts, example, rows, *_corner(corner_y, corner_x, window), minus
+    )
 
 
 def _sides_out(A: Tensor, b: Tensor, slopes: Tensor) -> int:
@@ -118,15 +112,15 @@ def _sides_out(A: Tensor, b: Tensor, slopes: Tensor) -> int:
 
 
 def _back_kernel(
-    A: Tensor, b: Tensor, slopes: Tensor, intercepts: Tensor, example: Tensor | None, rows: Tensor | None,
+    A: Tensor, b: Tensor, slopes: Tensor, intercepts: Tensor, example: Tensor | None, rows: Tensor | None, minus: Tensor | None,
     corner_y: Tensor | None, corner_x: Tensor | None, window: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if not _native(A):
-        return _back_definition(A, b, slopes, intercepts, example, rows, corner_y, corner_x, window)
+        return _back_definition(A, b, slopes, intercepts, example, rows, minus, corner_y, corner_x, window)
     require_cuda_build(A.device)
     device, stream = stream_of(A.device)
     A, b, slopes, intercepts = _dense(A), _dense(b), _dense(slopes), _dense(intercepts)
-    args, count = _rows_tuple(A, b, example, rows, _window_args(corner_y, corner_x, window))
+    args, count = _rows_tuple(A, b, example, rows, minus, _window_args(corner_y, corner_x, window))
     out = A.new_empty(_sides_out(A, b, slopes), count, A.shape[2])
     b_out = torch.empty_like(b)
     _C.bounds_back(
@@ -138,11 +132,11 @@ def _back_kernel(
 
 _back = _register(
     "bounds_back_step",
-    "(Tensor A, Tensor b, Tensor slopes, Tensor intercepts, Tensor? example, Tensor? rows, Tensor? corner_y, Tensor? corner_x, int[] window)"
-    " -> (Tensor, Tensor)",
+    "(Tensor A, Tensor b, Tensor slopes, Tensor intercepts, Tensor? example, Tensor? rows, Tensor? minus, Tensor? corner_y, "
+    "Tensor? corner_x, int[] window) -> (Tensor, Tensor)",
     _back_kernel,
     lambda A, b, slopes, *rest: (A.new_empty(_sides_out(A, b, slopes), b.shape[1], A.shape[2]), torch.empty_like(b)),
-    _back_definition,
+    gradients.back_step,
 )
 
 
@@ -153,7 +147,7 @@ def _check_index(t: Tensor | None, name: str, count: int, like: Tensor) -> None:
         raise ValueError(f"{name}: got {ck.describe(t)}, expected ({count},) int64 on {like.device}")
 
 
-def _check_rows(A: Tensor, b: Tensor, example: Tensor | None, rows: Tensor | None, corner: Any, maps: dict[str, Tensor], window: Any) -> None:
+def _check_rows(A: Tensor, b: Tensor, example: Tensor | None, rows: Tensor | None, corner: Any, maps: dict[str, Tensor], window: Any, minus: Tensor | None) -> None:  # fmt: skip
     for name, t, dim in (("A", A, 3), ("b", b, 2), *((k, v, 0) for k, v in maps.items())):
         if not isinstance(t, Tensor) or t.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"{name}: got {ck.describe(t)}, expected a float32 tensor")
@@ -162,17 +156,23 @@ def _check_rows(A: Tensor, b: Tensor, example: Tensor | None, rows: Tensor | Non
         if t.dtype != A.dtype or t.device != A.device:
             raise ValueError(f"{name}: got {ck.describe(t)}, expected {A.dtype} on {A.device}, as A has")
     if A.shape[0] not in (1, 2) or b.shape[0] not in (1, 2) or A.shape[0] > b.shape[0]:
-        raise ValueError(f"A: got {A.shape[0]} matrices for b of shape {tuple(b.shape)}, expected one per side or one for all")
+        raise ValueError(
+            f"A: got {A.shape[0]} matrices for b of shape {tuple(b.shape)}, expected one per side or one for all"
+        )
     count = b.shape[1]
+    if minus is not None and rows is None:
+        raise ValueError("minus: needs rows")
     if rows is None and A.shape[1] != count:
         raise ValueError(f"b: got {count} rows, expected A's {A.shape[1]}")
-    for name, index in (("example", example), ("rows", rows)):
+    for name, index in (("example", example), ("rows", rows), ("minus", minus)):
         _check_index(index, name, count, A)
     if corner is not None:
         _check_index(corner[0], "corner", count, A)
         _check_index(corner[1], "corner", count, A)
         if A.shape[2] != window[0] * window[1] * window[2]:
-            raise ValueError(f"window: {window} holds {window[0] * window[1] * window[2]} numbers, A's rows {A.shape[2]}")
+            raise ValueError(
+                f"window: {window} holds {window[0] * window[1] * window[2]} numbers, A's rows {A.shape[2]}"
+            )
     size = A.shape[2] if corner is None else window[2] * window[3] * window[4]
     for name, t in maps.items():
         if t.shape[-1] != size:
@@ -181,61 +181,63 @@ def _check_rows(A: Tensor, b: Tensor, example: Tensor | None, rows: Tensor | Non
             raise ValueError(f"{name}: got shape {tuple(t.shape)}, expected {count} rows without `example`")
 
 
-def linear_back_step(A: Tensor, b: Tensor, slopes: Tensor, intercepts: Tensor, example: Tensor | None = None, rows: Tensor | None = None, corner: tuple[Tensor, Tensor] | None = None, window: Window | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+def linear_back_step(A: Tensor, b: Tensor, slopes: Tensor, intercepts: Tensor, example: Tensor | None = None, rows: Tensor | None = None, corner: tuple[Tensor, Tensor] | None = None, window: Window | None = None, minus: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Moves linear bounds through an elementwise function in one pass over A; see ``reference.bounds.linear_back_step``.
 
-    ``example`` and ``rows`` must hold valid indices: they are not read here.
+    ``example``, ``rows`` and ``minus`` must hold valid indices: they are not read here.
     """
-    _check_rows(A, b, example, rows, corner, {"slopes": slopes, "intercepts": intercepts}, window)
+    _check_rows(A, b, example, rows, corner, {"slopes": slopes, "intercepts": intercepts}, window, minus)
     y, x = (None, None) if corner is None else (_dense(corner[0]), _dense(corner[1]))
     f = _back_kernel if _direct(A, b, slopes, intercepts) else _back
-    return f(A, b, slopes, intercepts, example, rows, y, x, list(window or ()))
+    return f(A, b, slopes, intercepts, example, rows, minus, y, x, list(window or ()))
 
 
-def _concretize_definition(A: Any, b: Any, example: Any, rows: Any, center: Any, radius: Any, x: Any, eps: Any, q: float, corner_y: Any, corner_x: Any, window: Any) -> Any:  # fmt: skip
+def _concretize_definition(A: Any, b: Any, example: Any, rows: Any, minus: Any, center: Any, radius: Any, x: Any, eps: Any, q: float, corner_y: Any, corner_x: Any, window: Any) -> Any:  # fmt: skip
     box, ball = (None if center is None else (center, radius)), (None if x is None else (x, eps))
-    return reference.concretize_rows(A, b, example, box, ball, q, rows, *_corner(corner_y, corner_x, window))
+    return reference.concretize_rows(A, b, example, box, ball, q, rows, *_corner(corner_y, corner_x, window), minus)
 
 
 def _concretize_kernel(
-    A: Tensor, b: Tensor, example: Tensor | None, rows: Tensor | None, center: Tensor | None, radius: Tensor | None,
+    A: Tensor, b: Tensor, example: Tensor | None, rows: Tensor | None, minus: Tensor | None, center: Tensor | None, radius: Tensor | None,
     x: Tensor | None, eps: Tensor | None, q: float, corner_y: Tensor | None, corner_x: Tensor | None, window: Any,
 ) -> Tensor:  # fmt: skip
     if not _native(A) or (x is not None and q not in _DUAL):
-        return _concretize_definition(A, b, example, rows, center, radius, x, eps, q, corner_y, corner_x, window)
+        return _concretize_definition(A, b, example, rows, minus, center, radius, x, eps, q, corner_y, corner_x, window)
     require_cuda_build(A.device)
     device, stream = stream_of(A.device)
     A, b = _dense(A), _dense(b)
     maps = [None if t is None else _dense(t) for t in (center, radius, x, eps)]
-    args, _ = _rows_tuple(A, b, example, rows, _window_args(corner_y, corner_x, window))
+    args, _ = _rows_tuple(A, b, example, rows, minus, _window_args(corner_y, corner_x, window))
     out = torch.empty_like(b)
-    _C.bounds_concretize(device, stream, args, *map(_address, maps), 0 if x is None else _DUAL[q], b.data_ptr(), out.data_ptr())
+    _C.bounds_concretize(
+        device, stream, args, *map(_address, maps), 0 if x is None else _DUAL[q], b.data_ptr(), out.data_ptr()
+    )
     return out
 
 
 _concretize = _register(
     "bounds_concretize",
-    "(Tensor A, Tensor b, Tensor? example, Tensor? rows, Tensor? center, Tensor? radius, Tensor? x, Tensor? eps, float q, "
+    "(Tensor A, Tensor b, Tensor? example, Tensor? rows, Tensor? minus, Tensor? center, Tensor? radius, Tensor? x, Tensor? eps, float q, "
     "Tensor? corner_y, Tensor? corner_x, int[] window) -> Tensor",
     _concretize_kernel,
     lambda A, b, *rest: torch.empty_like(b),
-    _concretize_definition,
+    gradients.concretize,
 )
 
 
-def concretize_rows(A: Tensor, b: Tensor, example: Tensor | None, box: tuple[Tensor, Tensor] | None, ball: tuple[Tensor, Tensor] | None, q: float, rows: Tensor | None = None, corner: tuple[Tensor, Tensor] | None = None, window: Window | None = None) -> Tensor:  # fmt: skip
+def concretize_rows(A: Tensor, b: Tensor, example: Tensor | None, box: tuple[Tensor, Tensor] | None, ball: tuple[Tensor, Tensor] | None, q: float, rows: Tensor | None = None, corner: tuple[Tensor, Tensor] | None = None, window: Window | None = None, minus: Tensor | None = None) -> Tensor:  # fmt: skip
     """Extremes of linear bounds over boxes and balls; see ``reference.bounds.concretize_rows``."""
-    maps = {}
+    maps: dict[str, Tensor] = {}
     if box is not None:
         maps.update(center=box[0], radius=box[1])
     if ball is not None:
         maps.update(x=ball[0], eps=ball[1])
     if not maps:
         raise ValueError("box: got None, and ball None too, expected at least one")
-    _check_rows(A, b, example, rows, corner, maps, window)
+    _check_rows(A, b, example, rows, corner, maps, window, minus)
     y, x = (None, None) if corner is None else (_dense(corner[0]), _dense(corner[1]))
-    f = _concretize_kernel if _direct(A, b, *maps.values()) else _concretize
-    return f(A, b, example, rows, *(box or (None, None)), *(ball or (None, None)), q, y, x, list(window or ()))
+    f: Any = _concretize_kernel if _direct(A, b, *maps.values()) else _concretize
+    return f(A, b, example, rows, minus, *(box or (None, None)), *(ball or (None, None)), q, y, x, list(window or ()))
 
 
 def concretize(A: Tensor, b: Tensor, x: Tensor, eps: float | Tensor, norm: Any = INF, clip: tuple[float, float] | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -246,14 +248,23 @@ def concretize(A: Tensor, b: Tensor, x: Tensor, eps: float | Tensor, norm: Any =
     """
     p = check_p(norm)
     x = ck.check_state(x, "x")
-    if A.dim() < 3 or A.shape[:2] != b.shape or A.shape[0] != x.shape[0] or A[0, 0].numel() != x[0].numel():
-        raise ValueError(f"A: got {tuple(A.shape)} with b {tuple(b.shape)} and x {tuple(x.shape)}, expected (B, S, n), (B, S), (B, *shape)")
+    if (
+        A.dim() < 3
+        or A.shape[:2] != b.shape
+        or A.shape[0] != x.shape[0]
+        or math.prod(A.shape[2:]) != math.prod(x.shape[1:])
+    ):
+        raise ValueError(
+            f"A: got {tuple(A.shape)} with b {tuple(b.shape)} and x {tuple(x.shape)}, expected (B, S, n), (B, S), (B, *shape)"
+        )
     check_eps(eps, x)
     batch, per = b.shape
     box, ball = reference.region(x, eps, p, clip)
     example = torch.arange(batch, device=A.device).repeat_interleave(per)
     offset = b.reshape(1, -1).expand(2, -1)
-    out = concretize_rows(A.reshape(1, batch * per, -1), offset, example, box, ball, dual_exponent(p))
+    out = concretize_rows(
+        A.reshape(1, batch * per, math.prod(x.shape[1:])), offset, example, box, ball, dual_exponent(p)
+    )
     return out[0].view(batch, per), out[1].view(batch, per)
 
 
@@ -270,7 +281,9 @@ def check_eps(eps: Any, x: Tensor) -> None:
     """A finite number >= 0, or a tensor of one per example or per element; CPU values are read."""
     if isinstance(eps, Tensor):
         if eps.dim() > 0 and tuple(eps.shape) not in ((x.shape[0],), tuple(x.shape)):
-            raise ValueError(f"eps: got shape {tuple(eps.shape)}, expected a number, ({x.shape[0]},) or {tuple(x.shape)}")
+            raise ValueError(
+                f"eps: got shape {tuple(eps.shape)}, expected a number, ({x.shape[0]},) or {tuple(x.shape)}"
+            )
         if not eps.dtype.is_floating_point:
             raise TypeError(f"eps: got {eps.dtype}, expected floating point")
         if eps.dim() > 0 and eps.device != x.device:
@@ -288,12 +301,16 @@ def check_eps(eps: Any, x: Tensor) -> None:
 # ---- intervals ----
 
 
-def _step(a: Tensor, b: Tensor | None, step: int, eps: float = 0.0, lo: float = -INF, hi: float = INF) -> tuple[Tensor, Tensor]:
+def _step(
+    a: Tensor, b: Tensor | None, step: int, eps: float = 0.0, lo: float = -INF, hi: float = INF
+) -> tuple[Tensor, Tensor]:
     """One fused elementwise pass; a and b dense float32 in one memory format. Not recorded."""
     require_cuda_build(a.device)
     device, stream = stream_of(a.device)
     out_a, out_b = torch.empty_like(a), torch.empty_like(a)
-    _C.bounds_interval_step(device, stream, a.data_ptr(), _address(b), out_a.data_ptr(), out_b.data_ptr(), a.numel(), step, eps, lo, hi)
+    _C.bounds_interval_step(
+        device, stream, a.data_ptr(), _address(b), out_a.data_ptr(), out_b.data_ptr(), a.numel(), step, eps, lo, hi
+    )
     return out_a, out_b
 
 
@@ -334,7 +351,9 @@ def box_center(x: Tensor, eps: float | Tensor, clip: tuple[float, float] | None)
     return center_radius(*reference.input_box(x, eps, clip))
 
 
-def _interval_definition(center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, finish: int) -> tuple[Tensor, Tensor]:
+def _interval_definition(
+    center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, finish: int
+) -> tuple[Tensor, Tensor]:
     c, r = F.linear(center, weight, bias), F.linear(radius, weight.abs())
     if finish == CENTER:
         return c, r
@@ -342,7 +361,9 @@ def _interval_definition(center: Tensor, radius: Tensor, weight: Tensor, bias: T
     return (low, up) if finish == ENDS else center_radius(low.relu(), up.relu())
 
 
-def _interval_kernel(center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, finish: int) -> tuple[Tensor, Tensor]:
+def _interval_kernel(
+    center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, finish: int
+) -> tuple[Tensor, Tensor]:
     if not _native(center):
         return _interval_definition(center, radius, weight, bias, finish)
     require_cuda_build(center.device)
@@ -364,11 +385,13 @@ _interval = _register(
     "(Tensor center, Tensor radius, Tensor weight, Tensor? bias, int finish) -> (Tensor, Tensor)",
     _interval_kernel,
     lambda c, r, w, bias, finish: (c.new_empty(c.shape[0], w.shape[0]), c.new_empty(c.shape[0], w.shape[0])),
-    _interval_definition,
+    gradients.interval,
 )
 
 
-def center_linear(center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, finish: int = ENDS) -> tuple[Tensor, Tensor]:
+def center_linear(
+    center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, finish: int = ENDS
+) -> tuple[Tensor, Tensor]:
     """The interval of a linear layer from centre and radius (B, n); finish 0: centre and radius, 1: ends, 2: of the ReLU."""
     f = _interval_kernel if _direct(center, radius, weight, bias) else _interval
     return f(center, radius, weight, bias, finish)
@@ -385,7 +408,9 @@ def _check_weight(x: Tensor, weight: Tensor, bias: Tensor | None, features: int,
     if weight.dtype != x.dtype or weight.device != x.device:
         raise ValueError(f"weight: got {ck.describe(weight)}, expected {x.dtype} on {x.device}")
     if weight.dim() != dim or weight.shape[1] != features:
-        raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected {dim} dimensions and {features} in the second")
+        raise ValueError(
+            f"weight: got shape {tuple(weight.shape)}, expected {dim} dimensions and {features} in the second"
+        )
     if bias is not None and tuple(ck.need_tensor(bias, "bias").shape) != (weight.shape[0],):
         raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected ({weight.shape[0]},)")
 
@@ -402,8 +427,10 @@ def interval_linear(lower: Tensor, upper: Tensor, weight: Tensor, bias: Tensor |
     _check_interval(lower, upper, weight, bias, lower.shape[-1] if isinstance(lower, Tensor) and lower.dim() else 0, 2)
     lead = lower.shape[:-1]
     c, r = to_center(lower, upper)
-    low, up = center_linear(c.reshape(-1, c.shape[-1]), r.reshape(-1, r.shape[-1]), weight, bias)
-    return _finish(low.view(*lead, -1), up.view(*lead, -1), activation, params)
+    shape_in = (math.prod(lead), weight.shape[1])
+    low, up = center_linear(c.reshape(shape_in), r.reshape(shape_in), weight, bias)
+    shape = (*lead, weight.shape[0])
+    return _finish(low.view(shape), up.view(shape), activation, params)
 
 
 def interval_conv2d(lower: Tensor, upper: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1, activation: str | None = None, params: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -411,10 +438,16 @@ def interval_conv2d(lower: Tensor, upper: Tensor, weight: Tensor, bias: Tensor |
     if isinstance(lower, Tensor) and lower.dim() != 4:
         raise ValueError(f"lower: got shape {tuple(lower.shape)}, expected (B, C, H, W)")
     _check_interval(lower, upper, weight, bias, lower.shape[1] // groups, 4)
-    return _finish(*from_center(*center_conv2d(*to_center(lower, upper), weight, bias, stride, padding, dilation, groups)), activation, params)
+    return _finish(
+        *from_center(*center_conv2d(*to_center(lower, upper), weight, bias, stride, padding, dilation, groups)),
+        activation,
+        params,
+    )
 
 
-def center_conv2d(center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, *conv: Any) -> tuple[Tensor, Tensor]:
+def center_conv2d(
+    center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, *conv: Any
+) -> tuple[Tensor, Tensor]:
     """Centre and radius of a convolution of an interval: two convolutions, the vendor's engine being right for them."""
     return F.conv2d(center, weight, bias, *conv), F.conv2d(radius, weight.abs(), None, *conv)
 
@@ -508,11 +541,13 @@ _lines = _register(
     "(Tensor lower, Tensor upper, float left, bool adaptive) -> (Tensor, Tensor)",
     _lines_kernel,
     lambda l, u, left, adaptive: (l.new_empty(2 if adaptive else 1, *l.shape), l.new_empty(2, *l.shape)),
-    _lines_definition,
+    gradients.relu_lines,
 )
 
 
-def relax(lower: Tensor, upper: Tensor, activation: str, kind: str = "parallel", params: tuple[float, ...] = ()) -> relaxations.Lines:
+def relax(
+    lower: Tensor, upper: Tensor, activation: str, kind: str = "parallel", params: tuple[float, ...] = ()
+) -> relaxations.Lines:
     """Lines around an activation on [lower, upper]: slopes (1 or 2, *shape), intercepts (2, *shape), lower first, so that
     slopes[0] x + intercepts[0] <= s(x) <= slopes[-1] x + intercepts[1]; see ``reference.relaxations``.
 
@@ -531,7 +566,9 @@ def relax(lower: Tensor, upper: Tensor, activation: str, kind: str = "parallel",
 # ---- the adjoint of a small convolution ----
 
 
-def spread(a: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int], size: tuple[int, int]) -> Tensor | None:
+def spread(
+    a: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int], size: tuple[int, int]
+) -> Tensor | None:
     """The adjoint of a convolution: a (N, O, h, w) to (N, C, *size), in one pass where the taps of one position fit a few
     registers. None where this is not the right engine; not recorded."""
     o, c, kh, kw = weight.shape

@@ -8,6 +8,7 @@ is {x_i + d : ||d||_p <= eps_i} for a scalar eps_i, {x_i + eps_i * v : ||v||_p <
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +57,7 @@ def interval_linear(lower: Tensor, upper: Tensor, weight: Tensor, bias: Tensor |
     return _finish(c - r, c + r, activation, params)
 
 
-def interval_conv2d(lower: Tensor, upper: Tensor, weight: Tensor, bias: Tensor | None = None, stride=1, padding=0, dilation=1, groups: int = 1, activation: str | None = None, params: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:  # fmt: skip
+def interval_conv2d(lower: Tensor, upper: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1, activation: str | None = None, params: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The same for a convolution with zero padding: (B, C, H, W) -> (B, O, H', W')."""
     c, r = center_radius(lower, upper)
     c = F.conv2d(c, weight, bias, stride, padding, dilation, groups)
@@ -79,7 +80,7 @@ def interval_ball_linear(x: Tensor, eps: float | Tensor, norm: float, clip: tupl
     tighter of that and of the bounds over the clipped box. x: (B, n) or (B, *shape) with n elements."""
     e = eps_like(eps, x).expand_as(x).flatten(1)
     x = x.flatten(1)
-    box = None
+    box: Any = None
     if clip is not None or norm == math.inf:
         box = interval_linear(*input_box(x, e, clip), weight, bias)
     if norm != math.inf:
@@ -90,14 +91,14 @@ def interval_ball_linear(x: Tensor, eps: float | Tensor, norm: float, clip: tupl
             r = _power_sum_root(F.linear(e.pow(q), weight.abs().pow(q)), q)
         ball = (c - r, c + r)
         box = ball if box is None else (torch.maximum(box[0], ball[0]), torch.minimum(box[1], ball[1]))
-    return _finish(*box, activation, params)
+    return _finish(box[0], box[1], activation, params)
 
 
-def interval_ball_conv2d(x: Tensor, eps: float | Tensor, norm: float, clip: tuple[float, float] | None, weight: Tensor, bias: Tensor | None = None, stride=1, padding=0, dilation=1, groups: int = 1, activation: str | None = None, params: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:  # fmt: skip
+def interval_ball_conv2d(x: Tensor, eps: float | Tensor, norm: float, clip: tuple[float, float] | None, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1, activation: str | None = None, params: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The same for a convolution of x: (B, C, H, W)."""
     conv = (stride, padding, dilation, groups)
     e = eps_like(eps, x).expand_as(x)
-    box = None
+    box: Any = None
     if clip is not None or norm == math.inf:
         box = interval_conv2d(*input_box(x, e, clip), weight, bias, *conv)
     if norm != math.inf:
@@ -108,10 +109,10 @@ def interval_ball_conv2d(x: Tensor, eps: float | Tensor, norm: float, clip: tupl
             r = _power_sum_root(F.conv2d(e.pow(q), weight.abs().pow(q), None, *conv), q)
         ball = (c - r, c + r)
         box = ball if box is None else (torch.maximum(box[0], ball[0]), torch.minimum(box[1], ball[1]))
-    return _finish(*box, activation, params)
+    return _finish(box[0], box[1], activation, params)
 
 
-def _max_conv2d(e: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> Tensor:
+def _max_conv2d(e: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> Tensor:
     """max instead of sum of weight * e over each window."""
     kh, kw = weight.shape[2:]
     pad = (padding, padding) if isinstance(padding, int) else tuple(padding)
@@ -147,13 +148,13 @@ def row_maps(t: Tensor, example: Tensor | None, corner: tuple[Tensor, Tensor] | 
     return (seen * inside[..., None].to(t.dtype)).flatten(2)
 
 
-def linear_back_step(A: Tensor, b: Tensor, slopes: Tensor, intercepts: Tensor, example: Tensor | None = None, rows: Tensor | None = None, corner: tuple[Tensor, Tensor] | None = None, window: Window | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+def linear_back_step(A: Tensor, b: Tensor, slopes: Tensor, intercepts: Tensor, example: Tensor | None = None, rows: Tensor | None = None, corner: tuple[Tensor, Tensor] | None = None, window: Window | None = None, minus: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Moves linear bounds from the output of an elementwise function to its input (thesis, equation 3.7; CROWN).
 
     A: (k, R, n), lower coefficients first; k = 1 means that one matrix serves every side. b: (m, R), m = 2 (lower, upper) or
     m = 1 (lower only, k = 1). slopes (1 or 2, B, map) and intercepts (2, B, map): the lines of the function, lower first.
     ``example``: (R,) int64, the row of slopes and intercepts that each row of A uses (default: its own, B = R). ``rows``: (R,)
-    int64, the rows of A to start from (default: all). ``corner`` and ``window``: see ``row_maps``.
+    int64, the rows of A to start from (default: all), less the rows ``minus``. ``corner`` and ``window``: see ``row_maps``.
 
         lower: A' = A+ slopes[0] + A- slopes[-1],   b' = b + sum(A+ intercepts[0] + A- intercepts[1])
         upper: the same with the two lines exchanged.
@@ -161,7 +162,7 @@ def linear_back_step(A: Tensor, b: Tensor, slopes: Tensor, intercepts: Tensor, e
     One slope keeps k; two slopes give k = m.
     """
     if rows is not None:
-        A = A[:, rows]
+        A = A[:, rows] if minus is None else A[:, rows] - A[:, minus]
     s, i = row_maps(slopes, example, corner, window), row_maps(intercepts, example, corner, window)
     out, offsets = [], []
     for side in range(b.shape[0]):
@@ -173,14 +174,14 @@ def linear_back_step(A: Tensor, b: Tensor, slopes: Tensor, intercepts: Tensor, e
     return (torch.stack(out) if out else A * s), torch.stack(offsets)
 
 
-def concretize_rows(A: Tensor, b: Tensor, example: Tensor | None, box: tuple[Tensor, Tensor] | None, ball: tuple[Tensor, Tensor] | None, q: float, rows: Tensor | None = None, corner: tuple[Tensor, Tensor] | None = None, window: Window | None = None) -> Tensor:  # fmt: skip
+def concretize_rows(A: Tensor, b: Tensor, example: Tensor | None, box: tuple[Tensor, Tensor] | None, ball: tuple[Tensor, Tensor] | None, q: float, rows: Tensor | None = None, corner: tuple[Tensor, Tensor] | None = None, window: Window | None = None, minus: Tensor | None = None) -> Tensor:  # fmt: skip
     """Minimum (row 0) and maximum (row 1) of A x + b: (m, R).
 
-    A, b, example, rows, corner, window as in ``linear_back_step``. box = (center, radius), each (B, map); ball = (x, eps), each
+    A, b, example, rows, corner, window, minus as in ``linear_back_step``. box = (center, radius), each (B, map); ball = (x, eps), each
     (B, map), with dual exponent q: A x -+ ||eps * A||_q. With both, the tighter one.
     """
     if rows is not None:
-        A = A[:, rows]
+        A = A[:, rows] if minus is None else A[:, rows] - A[:, minus]
     box_maps = None if box is None else row_maps(torch.stack(box), example, corner, window)
     ball_maps = None if ball is None else row_maps(torch.stack(ball), example, corner, window)
     out = []
@@ -211,5 +212,11 @@ def concretize(A: Tensor, b: Tensor, x: Tensor, eps: float | Tensor, norm: float
     batch, per = A.shape[:2]
     example = torch.arange(batch, device=A.device).repeat_interleave(per)
     offset = b.reshape(1, -1).expand(2, -1)
-    out = concretize_rows(A.reshape(1, batch * per, -1), offset, example, *region(x, eps, norm, clip), dual_exponent(norm))
+    out = concretize_rows(
+        A.reshape(1, batch * per, math.prod(A.shape[2:])),
+        offset,
+        example,
+        *region(x, eps, norm, clip),
+        dual_exponent(norm),
+    )
     return out[0].view(batch, per), out[1].view(batch, per)

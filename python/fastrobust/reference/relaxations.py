@@ -23,7 +23,12 @@ from torch import Tensor
 ACTIVATIONS = (
     "relu", "leaky_relu", "hardtanh", "relu6", "sigmoid", "tanh", "arctan", "softplus", "elu", "silu", "gelu", "gelu_tanh",
 )  # fmt: skip
-_DEFAULTS: dict[str, tuple[float, ...]] = {"leaky_relu": (0.01,), "hardtanh": (-1.0, 1.0), "softplus": (1.0, 20.0), "elu": (1.0,)}
+_DEFAULTS: dict[str, tuple[float, ...]] = {
+    "leaky_relu": (0.01,),
+    "hardtanh": (-1.0, 1.0),
+    "softplus": (1.0, 20.0),
+    "elu": (1.0,),
+}
 _NARROW = 1e-2  # below this width the chord's slope is replaced by the derivative at the midpoint (cancellation)
 _SQRT2, _INV_SQRT_2PI = math.sqrt(2.0), 1.0 / math.sqrt(2.0 * math.pi)
 _TANH_C, _TANH_K = math.sqrt(2.0 / math.pi), 0.044715
@@ -199,14 +204,18 @@ def _intercepts(d: Tensor, l: Tensor, u: Tensor, activation: str, params: tuple[
     with torch.no_grad():
         points = [torch.full_like(d, k) for k in kinks(activation, params)] + _critical(d, activation, params)
         inside = [(l < t) & (t < u) for t in points]
-    for t, m in zip(points, inside):
+    for t, m in zip(points, inside, strict=False):
         candidates.append(torch.where(m, value(t, activation, params) - d * t, candidates[0]))
     stack = torch.stack(candidates)
     low, high = stack.amin(0), stack.amax(0)
     if activation in ("relu", "leaky_relu", "hardtanh", "relu6"):
         return low, high
     with torch.no_grad():
-        pad = 4 * torch.finfo(d.dtype).eps * (d.abs() * torch.maximum(l.abs(), u.abs()) + torch.maximum(sl.abs(), su.abs()))
+        pad = (
+            4
+            * torch.finfo(d.dtype).eps
+            * (d.abs() * torch.maximum(l.abs(), u.abs()) + torch.maximum(sl.abs(), su.abs()))
+        )
     return low - pad, high + pad
 
 
@@ -248,7 +257,7 @@ def _relax_piecewise(l: Tensor, u: Tensor, kind: str, left: float, lo: float, hi
     exact = torch.where(above, base[-1] - right * knots[-1], base[0] - torch.where(below, one * left, 1.0) * knots[0])
     if kind == "parallel":
         ends = [s_l - chord * l, s_u - chord * u] + [
-            torch.where((l < k) & (k < u), v - chord * k, s_l - chord * l) for k, v in zip(knots, base)
+            torch.where((l < k) & (k < u), v - chord * k, s_l - chord * l) for k, v in zip(knots, base, strict=False)
         ]
         if hi == math.inf:  # convex: both ends lie on the chord, the kink below it
             low, high = base[0] - chord * knots[0], left * l - chord * l if left else -chord * l
@@ -277,7 +286,10 @@ def _tangent_from(end: Tensor, far: Tensor, activation: str) -> Tensor:
     """t between 0 and ``far`` (the other side of 0 than ``end``) whose tangent passes through (end, s(end)); s is odd up to a
     constant. Differentiable in ``end`` by one implicit step."""
     with torch.no_grad():
-        a, b = torch.zeros_like(far), far.clone()  # the tangent at a = 0 does not cross s before end, the one at far does
+        a, b = (
+            torch.zeros_like(far),
+            far.clone(),
+        )  # the tangent at a = 0 does not cross s before end, the one at far does
         s_end = value(end, activation)
         for _ in range(56 if end.dtype == torch.float64 else 34):
             m = 0.5 * (a + b)
@@ -309,8 +321,12 @@ def _relax_s_shaped(l: Tensor, u: Tensor, activation: str) -> Lines:
     one, minus = torch.ones_like(l), -torch.ones_like(l)
     t_low = _tangent_from(torch.where(mixed & bend_low, u, one), torch.where(mixed & bend_low, l, minus), activation)
     t_up = _tangent_from(torch.where(mixed & bend_up, l, minus), torch.where(mixed & bend_up, u, one), activation)
-    d_low = torch.where(bend_low, torch.where(u <= 0, at_mid, torch.where(mixed, derivative(t_low, activation), chord)), chord)
-    d_up = torch.where(bend_up, torch.where(l >= 0, at_mid, torch.where(mixed, derivative(t_up, activation), chord)), chord)
+    d_low = torch.where(
+        bend_low, torch.where(u <= 0, at_mid, torch.where(mixed, derivative(t_low, activation), chord)), chord
+    )
+    d_up = torch.where(
+        bend_up, torch.where(l >= 0, at_mid, torch.where(mixed, derivative(t_up, activation), chord)), chord
+    )
     b_low, _ = _intercepts(d_low, *ends, activation, ())
     _, b_up = _intercepts(d_up, *ends, activation, ())
     return Lines(torch.stack([d_low, d_up]), torch.stack([b_low, b_up]))
@@ -342,7 +358,9 @@ def relax(
         lines = Lines(torch.stack([d_low, d_up]), torch.stack([low, high]))
     else:
         d = _chord(l, u, activation, params)
-        lines = Lines(d[None].expand(2 if kind == "crown" else 1, *d.shape), torch.stack(_intercepts(d, l, u, activation, params)))
+        lines = Lines(
+            d[None].expand(2 if kind == "crown" else 1, *d.shape), torch.stack(_intercepts(d, l, u, activation, params))
+        )
     if bool(finite.all()):
         return lines
     low, high = interval_activation(lower, upper, activation, params)

@@ -1,0 +1,186 @@
+"""Bound propagation: margins of the certification papers' networks by intervals and by linear bounds, and certified training steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastrobust.bounds import compute_bounds
+
+from . import models
+from .case import FLOOR, OURS, Call, Candidate, Case, Context, Floor, Suite, Target, once, relative_difference
+from .peers import auto_lirpa
+
+EPS = {"FC1": 0.1, "CNN": 0.1, "CIFAR 5-conv": 2 / 255, "residual": 2 / 255}
+SHAPES = {"FC1": (1, 28, 28), "CNN": (1, 28, 28), "CIFAR 5-conv": (3, 32, 32), "residual": (3, 32, 32)}
+TOLERANCE = 1e-4
+Problem = tuple[nn.Module, Tensor, Tensor]
+
+
+class Residual(nn.Module):
+    """A stem, two residual blocks (the second strided, with a shortcut convolution), average pooling."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.stem, self.a1, self.a2 = (
+            nn.Conv2d(3, width, 3, 2, 1),
+            nn.Conv2d(width, width, 3, 1, 1),
+            nn.Conv2d(width, width, 3, 1, 1),
+        )
+        self.b1, self.b2 = nn.Conv2d(width, 2 * width, 3, 2, 1), nn.Conv2d(2 * width, 2 * width, 3, 1, 1)
+        self.short, self.out = nn.Conv2d(width, 2 * width, 1, 2, 0), nn.Linear(32 * width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.stem(x))
+        h = torch.relu(self.a2(torch.relu(self.a1(h))) + h)
+        h = torch.relu(self.b2(torch.relu(self.b1(h))) + self.short(h))
+        return self.out(torch.flatten(F.avg_pool2d(h, 2), 1))
+
+
+def network(name: str) -> nn.Module:
+    if name == "FC1":
+        return nn.Sequential(nn.Flatten(), nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 10))
+    if name == "CNN":
+        return models.small_cnn()
+    if name == "residual":
+        return Residual()
+    layers: list[nn.Module] = []
+    for i, o, stride in ((3, 16, 1), (16, 16, 2), (16, 32, 1), (32, 32, 2), (32, 32, 1)):
+        layers += [nn.Conv2d(i, o, 3, stride, 1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(2048, 100), nn.ReLU(), nn.Linear(100, 10))
+
+
+def problem(context: Context, name: str, batch: int, grad: bool) -> Problem:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(context.seed)
+        net = network(name).eval().requires_grad_(grad).to(context.device)
+    x = torch.rand(batch, *SHAPES[name], generator=context.generator())
+    y = torch.randint(0, 10, (batch,), generator=context.generator())
+    return net, x.to(context.device), y.to(context.device)
+
+
+def ours(given: Callable[[], Problem], name: str, method: str, norm: float, backward: bool) -> Call:
+    net, x, y = given()
+
+    def call() -> Tensor:
+        with torch.set_grad_enabled(backward):
+            low = compute_bounds(net, x, EPS[name], norm=norm, method=method, labels=y, sides="lower").lower
+            if backward:
+                for p in net.parameters():
+                    p.grad = None
+                low.sum().backward()
+        return low.detach()
+
+    return call
+
+
+def peer(given: Callable[[], Problem], name: str, method: str, norm: float, backward: bool) -> Call:
+    net, x, y = given()
+    return auto_lirpa.margins(net, x, y, 10, eps=EPS[name], norm=norm, method=method, backward=backward)
+
+
+def two_products(given: Callable[[], Problem], name: str) -> Call:
+    """IBP of a sequential network in plain torch: a product with W and one with its absolute value per layer, last layer elided."""
+    net, x, y = given()
+    eps, eye = EPS[name], torch.eye(10, device=x.device)
+    C = torch.stack([torch.stack([eye[k] - eye[j] for j in range(10) if j != k]) for k in y.tolist()])
+    layers = list(net)  # type: ignore[call-overload]
+
+    def call() -> Tensor:
+        c, r = x, torch.full_like(x, eps)
+        with torch.no_grad():
+            for layer in layers[:-1]:
+                if isinstance(layer, nn.Linear):
+                    c, r = layer(c), F.linear(r, layer.weight.abs())
+                elif isinstance(layer, nn.Conv2d):
+                    c, r = layer(c), F.conv2d(r, layer.weight.abs(), None, layer.stride, layer.padding)
+                elif isinstance(layer, nn.ReLU):
+                    low, up = (c - r).relu(), (c + r).relu()
+                    c, r = (low + up) / 2, (up - low) / 2
+                else:
+                    c, r = layer(c), layer(r)
+            W, b = C @ layers[-1].weight, C @ layers[-1].bias
+            return torch.einsum("bsn,bn->bs", W, c) + b - torch.einsum("bsn,bn->bs", W.abs(), r)
+
+    return call
+
+
+def forward_alone(given: Callable[[], Problem]) -> Call:
+    net, x, _ = given()
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            return net(x)
+
+    return call
+
+
+def linear_flops(name: str, method: str, batch: int) -> int:
+    """Two operations for each multiplication that the rows need: margins to the input, and for methods that bound the
+    hidden layers linearly every row of them (all neurons: a net of random weights leaves most of them unstable)."""
+    rows = 9 * batch
+    if name == "FC1":
+        return 2 * rows * (784 * 1024 + 10 * 1024)
+    conv2, conv1 = 32 * 49 * 16 * 16, 16 * 196 * 16
+    total = rows * (10 * 100 + 100 * 1568 + conv2 + conv1)
+    if method in ("crown", "fast-lin"):
+        total += batch * 100 * (1568 + conv2 + conv1) + batch * 1568 * 16 * 16 * 16
+    return 2 * total
+
+
+def cases(context: Context) -> Iterator[Case]:
+    smoke = context.level == "smoke"
+    for name in ("FC1", "CNN"):
+        for batch in (2,) if smoke else (1, 8, 100):
+            given = once(partial(problem, context, name, batch, False))
+            yield Case(
+                "IBP margins",
+                {"model": name, "batch": batch},
+                Candidate(OURS, partial(ours, given, name, "ibp", math.inf, False)),
+                (
+                    Candidate("two products in torch", partial(two_products, given, name)),
+                    Candidate("auto_LiRPA", partial(peer, given, name, "ibp", math.inf, False)),
+                ),
+                Floor(part=partial(forward_alone, given), part_name="forward"),
+                TOLERANCE,
+                relative_difference,
+                (Target(FLOOR, 1 / 2.5),) if batch == 100 else (Target("two products in torch", 2.0),),
+            )
+    for name in ("FC1", "CNN") if not context.at_least("full") else tuple(EPS):
+        batch = 2 if smoke else (100 if name in ("FC1", "CNN") else 16)
+        small = name in ("FC1", "CNN")
+        for method in ("crown-ibp", "fast-lin", "crown"):
+            given = once(partial(problem, context, name, batch, False))
+            yield Case(
+                f"{method} margins",
+                {"model": name, "batch": batch},
+                Candidate(OURS, partial(ours, given, name, method, math.inf, False)),
+                (Candidate("auto_LiRPA", partial(peer, given, name, method, math.inf, False)),),
+                Floor(flops=linear_flops(name, method, batch))
+                if small
+                else Floor(part=partial(forward_alone, given), part_name="forward"),
+                TOLERANCE,
+                relative_difference,
+                (Target("auto_LiRPA", 20.0), Target(FLOOR, 1 / 3)) if small and not smoke else (),
+            )
+    if smoke or context.at_least("default"):
+        for name in ("FC1", "CNN"):
+            given = once(partial(problem, context, name, 2 if smoke else 100, True))
+            yield Case(
+                "crown-ibp bounds and backward",
+                {"model": name, "batch": 2 if smoke else 100},
+                Candidate(OURS, partial(ours, given, name, "crown-ibp", math.inf, True)),
+                (Candidate("auto_LiRPA", partial(peer, given, name, "crown-ibp", math.inf, True)),),
+                Floor(flops=3 * linear_flops(name, "crown-ibp", 2 if smoke else 100)),
+                TOLERANCE,
+                relative_difference,
+                () if smoke else (Target("auto_LiRPA", 5.0),),
+            )
+
+
+SUITE = Suite("bounds", cases, "interval and linear bounds of margins, and certified training steps")

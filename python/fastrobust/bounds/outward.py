@@ -1,0 +1,108 @@
+"""Outward rounding: bounds that hold in real arithmetic and for every float32 evaluation order of the network.
+
+The propagation runs in float64 and carries, per layer, a bound on what float32 evaluation of that layer can add. For a layer with
+n products per output, any order of float32 additions, with or without fused multiply-add, satisfies (Higham, Accuracy and
+Stability of Numerical Algorithms, section 3.1)
+
+    |fl(W x + b) - (W x + b)| <= gamma_(n+2) (|W| |x| + |b|) + (n + 2) 2^-125,      gamma_k = k u / (1 - k u),  u = 2^-24,
+
+the last term covering underflow, also where subnormals are flushed to zero. This slack is enlarged by 2^-10 of itself: the float64
+propagation's own errors obey the same inequality with u = 2^-53, which is less than 2^-28 of it. Lines, boxes and radii, which
+carry no float32 slack of their own, are enlarged by 2^-30 of their size for the same purpose.
+
+Activations: ReLU, hardtanh and ReLU6 are exact in float32; the others are taken to be computed within 8 units in the last place of
+|s(x)| (sigmoid, tanh, arctan, ELU, leaky ReLU) or of |s(x)| + |x| (softplus, SiLU, GELU). Algorithms that are not an evaluation order
+of the definition (Winograd or Fourier convolutions, TF32, half precision) are not covered.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastrobust.bounds import graph as G
+from fastrobust.bounds.region import Box
+
+_U = 2.0**-24
+_TINY = 2.0**-125
+RELATIVE = 2.0**-30
+_EXACT = ("relu", "hardtanh", "relu6")
+_RELATIVE_TO_VALUE = ("sigmoid", "tanh", "arctan", "elu", "leaky_relu")
+
+
+def gamma(n: int) -> float:
+    """n u / (1 - n u), enlarged for the errors of the float64 propagation."""
+    if n * _U >= 0.25:
+        raise ValueError(f"model: a layer sums {n} products, too many for float32 error bounds")
+    return n * _U / (1 - n * _U) * (1 + 2.0**-10)
+
+
+def magnitude(box: Box) -> Tensor:
+    l, u = box.ends
+    return torch.maximum(l.abs(), u.abs())
+
+
+def slack(node: G.LinearNode, inputs: list[Tensor]) -> Tensor | None:
+    """Bound of the float32 error of a linear node whose inputs have these magnitudes; None where it is exact."""
+    if isinstance(node, (G.Dense, G.Conv, G.ConvTranspose)):
+        w, b, m = node.get_weight(), node.get_bias(), inputs[0]
+        n = w[0].numel()
+        if isinstance(node, G.Dense):
+            size = F.linear(m, w.abs(), None if b is None else b.abs())
+        elif isinstance(node, G.Conv):
+            size = F.conv2d(
+                m, w.abs(), None if b is None else b.abs(), node.stride, node.padding, node.dilation, node.groups
+            )
+        else:
+            n = w.numel() // max(1, w.shape[1])
+            size = node._apply(m, w.abs(), None if b is None else b.abs())
+        return gamma(n + 2) * size + (n + 2) * _TINY
+    if isinstance(node, G.Scale):
+        f, size = node.get_factor(), inputs[0]
+        size = size if f is None else size * f.to(size).abs()
+        shift = node.shift_size()
+        # the factors of a normalisation are themselves computed in float32
+        return gamma(16) * (size if shift is None else size + shift.to(size)) + 16 * _TINY
+    if isinstance(node, G.Sum):
+        return gamma(len(inputs)) * torch.stack(inputs).sum(0) + _TINY
+    if isinstance(node, G.Monotone) and node.taps:
+        return gamma(node.taps + 2) * node.function(inputs[0]).abs() + (node.taps + 2) * _TINY
+    return None
+
+
+def activation_error(node: G.Activation, box: Box, value: Tensor) -> Tensor | float:
+    """Bound of the float32 error of an activation, for inputs in ``box`` and values of at most ``value``."""
+    if node.activation in _EXACT:
+        return 0.0
+    size = value if node.activation in _RELATIVE_TO_VALUE else value + magnitude(box)
+    return 16 * _U * size + 16 * _TINY
+
+
+def widen(box: Box, by: Tensor | float) -> Box:
+    l, u = box.ends
+    return Box((l - by, u + by))
+
+
+def pad_lines(slopes: Tensor, intercepts: Tensor, box: Box, error: Tensor | float) -> Tensor:
+    """Intercepts moved outwards by the rounding errors of the lines, of their use, and of the activation itself."""
+    m = magnitude(box)
+    pad = RELATIVE * (slopes.abs().amax(0) * m + intercepts.abs().amax(0) + m) + error
+    return torch.stack([intercepts[0] - pad, intercepts[1] + pad])
+
+
+def _round(x: Tensor, towards: float) -> Tensor:
+    near = x.to(torch.float32)
+    wrong = (near.to(x.dtype) > x) if towards < 0 else (near.to(x.dtype) < x)
+    return torch.where(wrong, torch.nextafter(near, torch.full_like(near, towards)), near)
+
+
+def round_down(x: Tensor) -> Tensor:
+    """The largest float32 not above each float64."""
+    return _round(x, -math.inf)
+
+
+def round_up(x: Tensor) -> Tensor:
+    return _round(x, math.inf)

@@ -1,0 +1,187 @@
+"""Gradients of the bounds ops, by hand. Only inputs are kept; each ``backward`` returns one gradient per argument of its op."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..reference.bounds import row_maps
+from ._library import below_autograd
+
+Grads = tuple[Tensor | None, ...]
+
+
+def differentiable(op: Callable[[], Any], gradient: Callable[..., Grads]) -> Callable[..., Any]:
+    """The autograd form of an op: ``gradient(args, need, *grads)``; ``op`` gives the op itself, which is defined later."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            ctx.save_for_backward(*(a if isinstance(a, Tensor) else None for a in args))
+            ctx.plain = [None if isinstance(a, Tensor) else a for a in args]
+            return below_autograd(op(), *args)
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, *grads: Tensor) -> Any:
+            args = [p if t is None else t for t, p in zip(ctx.saved_tensors, ctx.plain, strict=True)]
+            found = gradient(args, ctx.needs_input_grad, *grads)
+            return tuple(g if n else None for g, n in zip(found, ctx.needs_input_grad, strict=True))
+
+    def call(*args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            return Function.apply(*args)
+        return below_autograd(op(), *args)
+
+    return call
+
+
+def _corner(y: Tensor | None, x: Tensor | None, window: Any) -> tuple[Any, Any]:
+    return (None, None) if y is None else ((y, x), tuple(window))
+
+
+def _to_maps(
+    g: Tensor, like: Tensor, example: Tensor | None, y: Tensor | None, x: Tensor | None, window: Any
+) -> Tensor:
+    """The adjoint of ``row_maps``: (m, R, length) to (m, B, map)."""
+    m, batch, size = g.shape[0], like.shape[1], like.shape[2]
+    if y is None or x is None:
+        return g if example is None else g.new_zeros(m, batch, size).index_add(1, example, g)
+    height, width, channels, h, w = window
+    yy = y[:, None] + torch.arange(height, device=g.device)
+    xx = x[:, None] + torch.arange(width, device=g.device)
+    inside = ((yy >= 0) & (yy < h))[:, :, None] & ((xx >= 0) & (xx < w))[:, None, :]
+    if example is None:
+        example = torch.arange(len(y), device=g.device)
+    at = (example[:, None, None] * h + yy.clamp(0, h - 1)[:, :, None]) * w + xx.clamp(0, w - 1)[:, None, :]
+    g = g.unflatten(2, (height, width, channels)) * inside[..., None].to(g.dtype)
+    return g.new_zeros(m, batch * h * w, channels).index_add(1, at.flatten(), g.flatten(1, 3)).view(m, batch, size)
+
+
+def _rows_of(A: Tensor, rows: Tensor | None, minus: Tensor | None) -> Tensor:
+    if rows is None:
+        return A
+    return A[:, rows] if minus is None else A[:, rows] - A[:, minus]
+
+
+def _to_rows(g: Tensor, A: Tensor, rows: Tensor | None, minus: Tensor | None) -> Tensor:
+    """The adjoint of ``_rows_of``."""
+    if rows is None:
+        return g
+    out = torch.zeros_like(A).index_add(1, rows, g)
+    return out if minus is None else out.index_add(1, minus, -g)
+
+
+def back_step(args: list[Any], need: Any, g_out: Tensor, g_b: Tensor) -> Grads:
+    A, b, slopes, intercepts, example, rows, minus, y, x, window = args
+    seen = _rows_of(A, rows, minus)
+    place = _corner(y, x, window)
+    s, i = row_maps(slopes, example, *place), row_maps(intercepts, example, *place)
+    two = slopes.shape[0] == 2
+    g_a = [torch.zeros_like(seen[0]) for _ in range(A.shape[0])] if two else list((g_out * s).unbind(0))
+    g_i = [torch.zeros_like(seen[0]), torch.zeros_like(seen[0])]
+    g_s = [torch.zeros_like(seen[0]), torch.zeros_like(seen[0])]
+    for side in range(b.shape[0]):
+        k = min(side, A.shape[0] - 1)
+        a = seen[k]
+        positive = a >= 0
+        through = g_b[side][:, None]
+        g_a[k] = g_a[k] + through * torch.where(positive, i[side], i[1 - side])
+        moved = through * a
+        g_i[side] = g_i[side] + torch.where(positive, moved, 0.0)
+        g_i[1 - side] = g_i[1 - side] + torch.where(positive, 0.0, moved)
+        if two:
+            g_a[k] = g_a[k] + g_out[side] * torch.where(positive, s[side], s[1 - side])
+            scaled = g_out[side] * a
+            g_s[side] = g_s[side] + torch.where(positive, scaled, 0.0)
+            g_s[1 - side] = g_s[1 - side] + torch.where(positive, 0.0, scaled)
+    slope_rows = torch.stack(g_s) if two else (g_out * seen).sum(0, keepdim=True)
+    return (
+        _to_rows(torch.stack(g_a), A, rows, minus), g_b, _to_maps(slope_rows, slopes, example, y, x, window),
+        _to_maps(torch.stack(g_i), intercepts, example, y, x, window), None, None, None, None, None, None,
+    )  # fmt: skip
+
+
+def _norm_and_slope(w: Tensor, q: float) -> tuple[Tensor, Tensor]:
+    """||w||_q over the last dimension for w >= 0, and its gradient (0 at 0)."""
+    if q == math.inf:
+        size = w.amax(-1, keepdim=True)
+        top = (w == size).to(w.dtype)
+        return size[..., 0], top / top.sum(-1, keepdim=True)
+    if q == 1:
+        return w.sum(-1), torch.ones_like(w)
+    size = w.pow(q).sum(-1, keepdim=True)
+    size = torch.where(size > 0, size.clamp(min=torch.finfo(w.dtype).tiny).pow(1 / q), 0.0)
+    return size[..., 0], torch.where(size > 0, (w / torch.where(size > 0, size, 1.0)).pow(q - 1), 0.0)
+
+
+def concretize(args: list[Any], need: Any, g: Tensor) -> Grads:
+    A, b, example, rows, minus, center, radius, x0, eps, q, y, x, window = args
+    seen = _rows_of(A, rows, minus)
+    place = _corner(y, x, window)
+
+    def maps(t: Tensor | None) -> Tensor | None:
+        return None if t is None else row_maps(t[None], example, *place)[0]
+
+    c, r, p, e = (maps(t) for t in (center, radius, x0, eps))
+    g_a = [torch.zeros_like(t) for t in seen.unbind(0)]
+    found: dict[str, Tensor] = {}
+
+    def add(name: str, t: Tensor) -> None:
+        found[name] = found[name] + t if name in found else t
+
+    for side in range(b.shape[0]):
+        k, sign = min(side, A.shape[0] - 1), 2.0 * side - 1.0
+        a, through = seen[k], g[side][:, None]
+        box_share = ball_share = through
+        slope = None
+        if p is not None and e is not None:
+            size, slope = _norm_and_slope((a * e).abs(), q)
+        if c is not None and r is not None and p is not None and slope is not None:
+            box_value = (a * c).sum(-1) + sign * (a.abs() * r).sum(-1)
+            ball_value = (a * p).sum(-1) + sign * size
+            by_box = ((box_value >= ball_value) if side == 0 else (box_value <= ball_value))[:, None].to(a.dtype)
+            box_share, ball_share = through * by_box, through * (1 - by_box)
+        if c is not None and r is not None:
+            g_a[k] = g_a[k] + box_share * (c + sign * a.sign() * r)
+            add("center", box_share * a)
+            add("radius", box_share * sign * a.abs())
+        if p is not None and e is not None and slope is not None:
+            g_a[k] = g_a[k] + ball_share * (p + sign * slope * e * a.sign())
+            add("x", ball_share * a)
+            add("eps", ball_share * sign * slope * a.abs())
+    back = [
+        None if t is None else _to_maps(found[name][None], t[None], example, y, x, window)[0]
+        for name, t in (("center", center), ("radius", radius), ("x", x0), ("eps", eps))
+    ]
+    return _to_rows(torch.stack(g_a), A, rows, minus), g, None, None, None, *back, None, None, None, None
+
+
+def interval(args: list[Any], need: Any, g_a: Tensor, g_b: Tensor) -> Grads:
+    center, radius, weight, bias, finish = args
+    if finish == 0:
+        g_c, g_r = g_a, g_b
+    else:
+        if finish == 2:  # centre and radius of the ReLU: through its ends
+            c, r = F.linear(center, weight, bias), F.linear(radius, weight.abs())
+            g_a, g_b = 0.5 * (g_a - g_b) * (c - r > 0), 0.5 * (g_a + g_b) * (c + r > 0)
+        g_c, g_r = g_a + g_b, g_b - g_a
+    g_w = g_c.t() @ center + weight.sign() * (g_r.t() @ radius) if need[2] else None
+    return g_c @ weight, g_r @ weight.abs(), g_w, g_c.sum(0), None
+
+
+def relu_lines(args: list[Any], need: Any, g_slopes: Tensor, g_intercepts: Tensor) -> Grads:
+    l, u, left, adaptive = args
+    width = u - l
+    between = (l < 0) & (u > 0) & torch.isfinite(width)
+    w = torch.where(between, width, 1.0)
+    d = (u - left * l) / w
+    chord, top = g_slopes[-1], g_intercepts[1]
+    g_d = torch.where(between, chord - top * l, 0.0)
+    g_l = g_d * (d - left) / w + torch.where(between, top * (left - d), 0.0)
+    return g_l, g_d * (1 - d) / w, None, None
