@@ -35,8 +35,8 @@ _TANH_C, _TANH_K = math.sqrt(2.0 / math.pi), 0.044715
 # s'' = 0 and s' = 0 of the activations without closed tangent points: (inflection point, point of the minimum)
 _VALLEY = {
     "silu": (2.3993572805154676, -1.2784645427610738),
-    "gelu": (_SQRT2, -0.7517915243860855),
-    "gelu_tanh": (1.4152745226763745, -0.7524613881536462),
+    "gelu": (_SQRT2, -0.7517915246935645),
+    "gelu_tanh": (1.4185040087908283, -0.7524614220710163),
 }
 
 
@@ -211,11 +211,9 @@ def _intercepts(d: Tensor, l: Tensor, u: Tensor, activation: str, params: tuple[
     if activation in ("relu", "leaky_relu", "hardtanh", "relu6"):
         return low, high
     with torch.no_grad():
-        pad = (
-            4
-            * torch.finfo(d.dtype).eps
-            * (d.abs() * torch.maximum(l.abs(), u.abs()) + torch.maximum(sl.abs(), su.abs()))
-        )
+        jump = math.exp(-params[1]) / params[0] if activation == "softplus" else 0.0  # torch's switch to the identity
+        size = d.abs() * torch.maximum(l.abs(), u.abs()) + torch.maximum(sl.abs(), su.abs())
+        pad = jump + 8 * torch.finfo(d.dtype).eps * size
     return low - pad, high + pad
 
 
