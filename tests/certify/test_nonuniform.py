@@ -27,8 +27,8 @@ def test_linear_model_has_a_closed_form():
     a = model.weight[0] - model.weight[1]
     margin = (model(x)[:, 0] - model(x)[:, 1]).abs().detach()
     want = margin[:, None] / (6 * a.abs())
-    torch.testing.assert_close(found.volume, want.log().mean(1).exp().detach(), rtol=5e-3, atol=0)
-    torch.testing.assert_close(found.eps, want.detach(), rtol=0.1, atol=0)
+    torch.testing.assert_close(found.volume, want.log().mean(1).exp().detach(), rtol=2e-2, atol=0)
+    assert (found.volume <= want.log().mean(1).exp() * (1 + 1e-5)).all()
     torch.testing.assert_close(found.uniform, (margin / a.abs().sum()).detach(), rtol=1e-3, atol=0)
     assert (found.volume > found.uniform).all()
 
@@ -37,6 +37,8 @@ def test_linear_model_has_a_closed_form():
 @pytest.mark.parametrize("elision", (True, False))
 def test_every_region_is_certified_again_in_float64(norm, elision):
     model = network()
+    with torch.no_grad():
+        model[0].weight *= torch.linspace(0.1, 2, 8)  # features of different weight
     x = torch.randn(6, 8)
     y = model(x).argmax(1)
     y[2] = (y[2] + 1) % 3  # cannot be certified
@@ -46,7 +48,7 @@ def test_every_region_is_certified_again_in_float64(norm, elision):
     assert found.uniform[2] == 0
     keep = torch.arange(6) != 2
     assert (found.volume[keep] >= found.uniform[keep] * (1 - 1e-6)).all()
-    assert found.volume[keep].mean() > 1.02 * found.uniform[keep].mean()
+    assert found.volume[keep].mean() > 1.1 * found.uniform[keep].mean()
     model.double()
     lower = fr.bounds.compute_bounds(
         model, x[keep].double(), found.eps[keep].double(), norm=norm, method="fast-lin", labels=y[keep]
@@ -64,7 +66,7 @@ def test_uniform_mode_and_direction():
     model = network()
     x = torch.randn(4, 8)
     y = model(x).argmax(1)
-    uniform = nonuniform_radius(model, x, y, uniform=True)
+    uniform = nonuniform_radius(model, x, y, uniform=True, delta=0.0)
     assert torch.equal(uniform.eps, uniform.uniform[:, None].expand(4, 8))
     torch.testing.assert_close(uniform.volume, uniform.uniform, rtol=1e-5, atol=0)
     search = fr.certify.search_radius(model, x, y, high=4.0, tol=1e-5)
