@@ -285,7 +285,7 @@ def _check_lists(packed: PackedWeight, rows: int, row_size: int) -> None:
     good = good and bool((ptr[1:] >= ptr[:-1]).all())
     if good and index.numel():
         least, most = (int(v) for v in torch.aminmax(index))
-        good = 0 <= least and most < row_size
+        good = least >= 0 and most < row_size
     if not good:
         raise ValueError(f"packed: expected index lists of a weight {packed.shape} as fastrobust.ops.pack makes them")
 
