@@ -33,7 +33,9 @@ class MissingDependency(ImportError):
     """An optional package is not installed; the message says what to install."""
 
 
-def load(source: str | Path, split: str = "test", *, folder: str | Path | None = None, limit: int | None = None) -> Images:
+def load(
+    source: str | Path, split: str = "test", *, folder: str | Path | None = None, limit: int | None = None
+) -> Images:
     """Load a data set by name, or from an npz file.
 
     Args:

@@ -91,7 +91,9 @@ def _restore(model: nn.Sequential, path: Path, seed: int) -> bool:
         model.load_state_dict(kept["state"])
     except Exception as error:  # whatever is wrong with a cache, the remedy is the same
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        print(f"fastrobust: training the digits model again, its cache {path} is not usable ({reason})", file=sys.stderr)
+        print(
+            f"fastrobust: training the digits model again, its cache {path} is not usable ({reason})", file=sys.stderr
+        )
         return False
     return True
 

@@ -5,7 +5,6 @@ A command is a module with ``add_arguments(parser)`` and ``main(args) -> int``, 
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
 from collections.abc import Sequence
@@ -48,14 +47,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser(argv: Sequence[str]) -> Parser:
     """All commands by name; only the chosen one is imported, so that its neighbours' dependencies cannot stop it."""
-    common = argparse.ArgumentParser(add_help=False)
+    common = Parser(add_help=False)
     common.add_argument("--debug", action="store_true", help="on bad input show the traceback")
-    parser = Parser(prog="fastrobust", description="Compiled kernels for adversarial robustness in PyTorch.", parents=[common])
+    parser = Parser(
+        prog="fastrobust", description="Compiled kernels for adversarial robustness in PyTorch.", parents=[common]
+    )
     parser.add_argument("--version", action="version", version=f"fastrobust {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     chosen = next((word for word in argv if not word.startswith("-")), None)
     for name, command in COMMANDS.items():
-        sub = commands.add_parser(name, help=command.summary, description=command.summary.capitalize() + ".", parents=[common])
+        sub = commands.add_parser(
+            name, help=command.summary, description=command.summary.capitalize() + ".", parents=[common]
+        )
         if name == chosen:
             module = importlib.import_module(command.module)
             module.add_arguments(sub)

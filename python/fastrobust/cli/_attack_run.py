@@ -53,7 +53,9 @@ def attack_all(args: argparse.Namespace, model: nn.Module, images: Images, setti
                 before, after = logits.argmax(1), _logits(model, found.adv, setting["normalize"]).argmax(1)
             # the score of a targeted attack is minus its loss
             loss = found.loss if setting["target"] is None else -found.loss
-            parts.append({"adversarial": found.adv.cpu(), "before": before.cpu(), "after": after.cpu(), "loss": loss.cpu()})
+            parts.append(
+                {"adversarial": found.adv.cpu(), "before": before.cpu(), "after": after.cpu(), "loss": loss.cpu()}
+            )
             passes = max(passes, found.queries)
             robust += int(((before == y) & (after == y)).sum())
             bar.update(len(y))
@@ -72,7 +74,9 @@ def _logits(model: nn.Module, x: Tensor, normalize: Any) -> Tensor:
 
 def _check_classes(classes: int, y: Tensor, target: int | None) -> None:
     if int(y.max()) >= classes:
-        raise BadArguments(f"fastrobust attack: the labels reach class {int(y.max())}, but the model has {classes} classes")
+        raise BadArguments(
+            f"fastrobust attack: the labels reach class {int(y.max())}, but the model has {classes} classes"
+        )
     if target is not None and target >= classes:
         raise BadArguments(f"fastrobust attack: argument --targeted: got {target}, but the model has {classes} classes")
 

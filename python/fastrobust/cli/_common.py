@@ -85,7 +85,7 @@ def output(text: str) -> Path:
 
 
 def device(text: str) -> torch.device:
-    """"auto": the GPU where this build and this machine have one, else the CPU."""
+    """ "auto": the GPU where this build and this machine have one, else the CPU."""
     kernels = bool(build_info()["cuda_toolkit"])
     if text == "auto":
         return torch.device("cuda" if kernels and torch.cuda.is_available() else "cpu")

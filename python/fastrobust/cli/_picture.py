@@ -21,7 +21,9 @@ def pick(labels: Tensor, before: Tensor, after: Tensor, columns: int = COLUMNS) 
     """Indices to show: examples that fell first, one of each class before a second of any, then the others."""
     rank: dict[tuple[int, bool], int] = {}
     order = []
-    for i, (label, fell) in enumerate(zip(labels.tolist(), ((before == labels) & (after != labels)).tolist(), strict=True)):
+    for i, (label, fell) in enumerate(
+        zip(labels.tolist(), ((before == labels) & (after != labels)).tolist(), strict=True)
+    ):
         seen = rank[label, fell] = rank.get((label, fell), -1) + 1
         order.append((not fell, seen, label, i))
     chosen = [key[-1] for key in sorted(order)[:columns]]
@@ -41,12 +43,14 @@ def draw(images: Tensor, adversarial: Tensor, labels: Tensor, before: Tensor, af
     height = top + ROWS * (cell + gap) + bottom
     figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
     figure.text(left / width, 1 - 0.16 / height, title, fontsize=9.5, color=_INK, weight="bold", va="top")
-    heads = (f"original", "perturbation", "adversarial")
+    heads = ("original", "perturbation", "adversarial")
     bar = None
     for column in range(columns):
         true, was, now = int(labels[column]), int(before[column]), int(after[column])
         panels = (
-            (images[column], f"true {true}", _INK) if was == true else (images[column], f"true {true}, says {was}", _BAD),
+            (images[column], f"true {true}", _INK)
+            if was == true
+            else (images[column], f"true {true}, says {was}", _BAD),
             (delta[column], f"max {float(delta[column].abs().max()):.3g}", _QUIET),
             (adversarial[column], f"says {now}", _GOOD if now == true else _BAD),
         )

@@ -92,9 +92,15 @@ def text(setting: dict[str, Any], found: dict[str, Any]) -> str:
     if "reached_target" in found:
         rows.append((f"says {setting['target']}", percent("reached_target")))
     rows += [
-        (f"loss ({setting['reported_loss']})", f"mean {found['loss']['mean']:.4f}, median {found['loss']['median']:.4f}"),
+        (
+            f"loss ({setting['reported_loss']})",
+            f"mean {found['loss']['mean']:.4f}, median {found['loss']['median']:.4f}",
+        ),
         ("perturbation", f"largest {setting['norm']} {p['largest']!r}"),
-        ("", f"the ball of {p['eps']!r} {holds}, the box [{setting['clip'][0]:g}, {setting['clip'][1]:g}] {box} (float64)"),
+        (
+            "",
+            f"the ball of {p['eps']!r} {holds}, the box [{setting['clip'][0]:g}, {setting['clip'][1]:g}] {box} (float64)",
+        ),
         ("", "mean " + ", ".join(f"{name} {value:.4g}" for name, value in p["mean"].items())),
         ("time", f"{found['seconds']:.2f} s, {found['examples_per_second']:.0f} examples/s, {_passes(setting, found)}"),
     ]

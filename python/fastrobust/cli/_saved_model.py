@@ -53,7 +53,9 @@ def _pickled(path: Path, device: torch.device, trust: bool) -> nn.Module:
         held: Any = torch.load(path, map_location=device, weights_only=not trust)
     except pickle.UnpicklingError:
         if trust:
-            raise BadArguments(f"--model: {path} is not a TorchScript file, exported program or pickled module") from None
+            raise BadArguments(
+                f"--model: {path} is not a TorchScript file, exported program or pickled module"
+            ) from None
         raise BadArguments(
             f"--model: {path} is a pickle, or no model at all; loading a pickle runs whatever code it holds: "
             "give --trust if you trust its author, or save the model as TorchScript or with torch.export"
@@ -62,5 +64,7 @@ def _pickled(path: Path, device: torch.device, trust: bool) -> nn.Module:
         raise BadArguments(f"--model: {path} cannot be loaded: {type(error).__name__}: {error}") from error
     if not isinstance(held, nn.Module):
         what = "weights without a model (a state_dict)" if isinstance(held, dict) else f"a {type(held).__name__}"
-        raise BadArguments(f"--model: {path} holds {what}, expected a whole model: TorchScript, torch.export or nn.Module")
+        raise BadArguments(
+            f"--model: {path} holds {what}, expected a whole model: TorchScript, torch.export or nn.Module"
+        )
     return held.to(device)

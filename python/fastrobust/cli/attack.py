@@ -38,13 +38,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a TorchScript file, an exported program (.pt2), or with --trust a pickled nn.Module; it maps images in [0, 1] "
         "to logits (default: a small CNN trained on the digits at first use)",
     )  # fmt: skip
-    what.add_argument("--trust", action="store_true", help="load a pickled model, which runs any code its author put there")
+    what.add_argument(
+        "--trust", action="store_true", help="load a pickled model, which runs any code its author put there"
+    )
     what.add_argument(
         "--data", default="digits", metavar="DATA",
         help="digits, mnist, cifar10 (test images), or an npz file with images and labels (default: digits)",
     )  # fmt: skip
     what.add_argument(
-        "--data-dir", type=Path, metavar="DIR", help=f"folder of mnist.npz and cifar10_subset.npz (default: ${data.ENVIRONMENT})"
+        "--data-dir",
+        type=Path,
+        metavar="DIR",
+        help=f"folder of mnist.npz and cifar10_subset.npz (default: ${data.ENVIRONMENT})",
     )
     what.add_argument("--limit", type=common.count, metavar="N", help="the first N images only")
     what.add_argument(
@@ -54,25 +59,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("the attack")
     how.add_argument("--attack", choices=list(ATTACKS), default="pgd", help="default: pgd")
     how.add_argument("--norm", type=_norm, default="Linf", help="Linf, L2 or L1 (default: Linf)")
-    how.add_argument("--eps", type=common.radius, help="radius, such as 0.1 or 8/255 (default: a usual one for the data set)")
+    how.add_argument(
+        "--eps", type=common.radius, help="radius, such as 0.1 or 8/255 (default: a usual one for the data set)"
+    )
     how.add_argument("--steps", type=common.natural, metavar="N", help="default: 10 (fgsm takes one)")
-    how.add_argument("--step-size", type=common.radius, metavar="SIZE", help="default: 2.5 eps / steps; ifgsm: eps / steps")
+    how.add_argument(
+        "--step-size", type=common.radius, metavar="SIZE", help="default: 2.5 eps / steps; ifgsm: eps / steps"
+    )
     how.add_argument("--restarts", type=common.count, default=1, metavar="N", help="default: 1")
     how.add_argument("--loss", choices=LOSSES, default="ce", help="default: ce")
     how.add_argument("--targeted", type=common.natural, metavar="CLASS", help="make the model say CLASS")
-    how.add_argument("--targets", type=_targets, metavar="N|all", help="attack towards the N likeliest wrong classes, or all")
+    how.add_argument(
+        "--targets", type=_targets, metavar="N|all", help="attack towards the N likeliest wrong classes, or all"
+    )
     how.add_argument("--early-stop", action="store_true", help="an example leaves its batch once the model is fooled")
     how.add_argument("--keep", choices=("last", "best"), default="last", help="the iterate kept (default: last)")
-    how.add_argument("--seed", type=common.natural, default=0, help="of the random starts and the built-in model (default: 0)")
+    how.add_argument(
+        "--seed", type=common.natural, default=0, help="of the random starts and the built-in model (default: 0)"
+    )
     run = parser.add_argument_group("running and results")
     run.add_argument("--batch-size", type=common.count, default=256, metavar="N", help="default: 256")
-    run.add_argument("--device", type=common.device, default="auto", help="cpu, cuda, cuda:N (default: a GPU if there is one)")
-    run.add_argument("--no-cache", action="store_true", help="train the built-in model anew and do not keep it")
-    run.add_argument("--out", type=common.output, metavar="NPZ", help="save images, labels, adversarial examples, predictions")
-    run.add_argument("--report", type=common.output, metavar="JSON", help="save the setting and the figures")
-    run.add_argument("--picture", type=common.output, metavar="PNG", help="draw originals, perturbations, adversarial examples")
     run.add_argument(
-        "--progress", action=argparse.BooleanOptionalAction, default=None, help="a bar over batches (default: on a terminal)"
+        "--device", type=common.device, default="auto", help="cpu, cuda, cuda:N (default: a GPU if there is one)"
+    )
+    run.add_argument("--no-cache", action="store_true", help="train the built-in model anew and do not keep it")
+    run.add_argument(
+        "--out", type=common.output, metavar="NPZ", help="save images, labels, adversarial examples, predictions"
+    )
+    run.add_argument("--report", type=common.output, metavar="JSON", help="save the setting and the figures")
+    run.add_argument(
+        "--picture", type=common.output, metavar="PNG", help="draw originals, perturbations, adversarial examples"
+    )
+    run.add_argument(
+        "--progress",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="a bar over batches (default: on a terminal)",
     )
 
 
@@ -125,7 +147,10 @@ def _eps(args: argparse.Namespace) -> float:
 def _can_draw(images: Tensor) -> bool:
     """The picture is an extra: without it the attack still runs, and a line says why there is none."""
     if not picture.drawable(images):
-        print(f"fastrobust: no picture: images of shape {tuple(images.shape[1:])} are neither grey nor RGB", file=sys.stderr)
+        print(
+            f"fastrobust: no picture: images of shape {tuple(images.shape[1:])} are neither grey nor RGB",
+            file=sys.stderr,
+        )
         return False
     if importlib.util.find_spec("matplotlib") is None:
         print("fastrobust: no picture: it needs matplotlib: pip install matplotlib", file=sys.stderr)
@@ -138,8 +163,12 @@ def _model(args: argparse.Namespace, name: str) -> tuple[nn.Module, str]:
         model, kind = load_model(args.model, args.device, args.trust)
         return model, f"{args.model} ({kind})"
     if name != "digits":
-        raise BadArguments(f"fastrobust attack: argument --model: is needed with --data {args.data}; the built-in one reads digits")
-    return models.train_digits(args.seed, cache=not args.no_cache).to(args.device), f"built-in digits CNN (seed {args.seed})"
+        raise BadArguments(
+            f"fastrobust attack: argument --model: is needed with --data {args.data}; the built-in one reads digits"
+        )
+    return models.train_digits(args.seed, cache=not args.no_cache).to(
+        args.device
+    ), f"built-in digits CNN (seed {args.seed})"
 
 
 def _without_target(images: data.Images, target: int | None) -> data.Images:
@@ -154,7 +183,9 @@ def _without_target(images: data.Images, target: int | None) -> data.Images:
 
 def _setting(args: argparse.Namespace, eps: float, images: data.Images, described: str) -> dict[str, Any]:
     if args.attack == "fgsm" and args.steps not in (None, 1):
-        raise BadArguments(f"fastrobust attack: argument --steps: got {args.steps}, but fgsm takes one; use ifgsm or pgd")
+        raise BadArguments(
+            f"fastrobust attack: argument --steps: got {args.steps}, but fgsm takes one; use ifgsm or pgd"
+        )
     if args.targets is not None and args.targeted is not None:
         raise BadArguments("fastrobust attack: argument --targets: cannot be combined with --targeted")
     steps = 1 if args.attack == "fgsm" else 10 if args.steps is None else args.steps
@@ -177,12 +208,17 @@ def _setting(args: argparse.Namespace, eps: float, images: data.Images, describe
 
 
 def _write(
-    args: argparse.Namespace, outcome: report.Outcome, setting: dict[str, Any], found: dict[str, Any], with_picture: bool
+    args: argparse.Namespace,
+    outcome: report.Outcome,
+    setting: dict[str, Any],
+    found: dict[str, Any],
+    with_picture: bool,
 ) -> list[Path]:
     written = []
     if args.out is not None:
         with open(args.out, "wb") as file:  # savez would add a suffix to a bare name
-            np.savez_compressed(file, **report.arrays(outcome, setting))
+            arrays: dict[str, Any] = report.arrays(outcome, setting)
+            np.savez_compressed(file, **arrays)
         written.append(args.out)
     if args.report is not None:
         args.report.write_text(report.to_json(setting, found))
@@ -191,7 +227,8 @@ def _write(
         rows = picture.pick(outcome.labels, outcome.before, outcome.after)
         clean, robust = (f"{100 * found[key]:.1f} %" for key in ("clean_accuracy", "robust_accuracy"))
         title = f"{setting['attack']}, {setting['norm']}, eps {setting['eps']:.4g}: accuracy {clean} falls to {robust}"
-        fields = (outcome.images, outcome.adversarial, outcome.labels, outcome.before, outcome.after)
-        picture.save(picture.draw(*(field[rows] for field in fields), title), args.picture)
+        images, adversarial = outcome.images[rows], outcome.adversarial[rows]
+        labels, before, after = outcome.labels[rows], outcome.before[rows], outcome.after[rows]
+        picture.save(picture.draw(images, adversarial, labels, before, after, title), args.picture)
         written.append(args.picture)
     return written
