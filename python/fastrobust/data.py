@@ -97,15 +97,15 @@ def _find(name: str, folder: str | Path | None) -> Path:
 def _archive(path: Path, split: str, name: str, limit: int | None) -> Images:
     if not path.is_file():
         raise FileNotFoundError(f"data: there is no file {path}")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"data: {path} is not an npz file (of numpy.savez)")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ValueError("it is a single array")
             prefix = f"{split}_" if f"{split}_images" in archive else ""
             missing = [key for key in (f"{prefix}images", f"{prefix}labels") if key not in archive]
             if missing:
                 held = ", ".join(archive.files) or "nothing"
-                raise ValueError(f"it has no array {' and no '.join(missing)} (it holds {held})")
+                raise ValueError(f"it has no {' and no '.join(missing)} (it holds {held})")
             images, labels = archive[f"{prefix}images"], archive[f"{prefix}labels"]
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError) as error:
         raise ValueError(f"data: {path} is not a readable npz of images and labels: {error}") from None

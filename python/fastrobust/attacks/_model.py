@@ -87,7 +87,8 @@ def undisturbed(model: Any, mode: str) -> Iterator[None]:
     """
     if mode not in ("eval", "keep"):
         raise ValueError(f"model_mode: got {mode!r}, expected 'eval' or 'keep'")
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    # a frozen TorchScript module has no flag: it is in eval mode for good
+    modules = [m for m in model.modules() if hasattr(m, "training")] if isinstance(model, nn.Module) else []
     flags = [m.training for m in modules]
     buffers: list[tuple[dict[str, Tensor | None], str, Tensor, Tensor]] = []
     if mode == "keep" and any(flags):

@@ -128,7 +128,9 @@ class Run:
 
     def _key(self, objective: Objective) -> tuple[object, ...]:
         model, victim = self.victim.model, self.victim
-        flags = tuple(m.training for m in model.modules()) if isinstance(model, torch.nn.Module) else ()
+        flags = (
+            tuple(getattr(m, "training", False) for m in model.modules()) if isinstance(model, torch.nn.Module) else ()
+        )
         scale = (
             None
             if victim.mean is None or victim.std is None

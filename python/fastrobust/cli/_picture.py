@@ -37,12 +37,12 @@ def draw(images: Tensor, adversarial: Tensor, labels: Tensor, before: Tensor, af
     columns = len(images)
     delta = (adversarial - images).double()
     scale = max(float(delta.abs().max()) if delta.numel() else 0.0, 1e-12)
-    left, right, top, bottom = 0.95, 1.0, 0.8, 0.15  # inches around the panels: row names, colour bar, titles
-    cell, gap = 1.15, 0.33
+    left, right, top, bottom = 0.95, 1.0, 0.42, 0.05  # inches around the panels: row names, colour bar, titles
+    cell, gap = 1.15, 0.22
     width = left + max(columns, 4) * cell + right
     height = top + ROWS * (cell + gap) + bottom
     figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
-    figure.text(left / width, 1 - 0.16 / height, title, fontsize=9.5, color=_INK, weight="bold", va="top")
+    figure.text(left / width, 1 - 0.12 / height, title, fontsize=9.5, color=_INK, weight="bold", va="top")
     heads = ("original", "perturbation", "adversarial")
     bar = None
     for column in range(columns):
@@ -75,7 +75,7 @@ def draw(images: Tensor, adversarial: Tensor, labels: Tensor, before: Tensor, af
 def _show(axes: Any, panel: Tensor, scale: float | None) -> Any:
     """scale: a perturbation, whose largest magnitude takes the full colour; grey ones in blue (down) and red (up)."""
     if panel.shape[0] == 1:
-        lo, hi, colours = (0.0, 1.0, "gray") if scale is None else (-scale, scale, "RdBu_r")
+        lo, hi, colours = (0.0, 1.0, "gray") if scale is None else (-1.25 * scale, 1.25 * scale, "RdBu_r")
         return axes.imshow(panel[0].numpy(), cmap=colours, vmin=lo, vmax=hi, interpolation="nearest")
     rgb = panel if scale is None else (0.5 + panel / (2 * scale)).clamp(0, 1)
     return axes.imshow(rgb.permute(1, 2, 0).numpy(), interpolation="nearest")
@@ -94,6 +94,7 @@ def _legend(
     colours = figure.colorbar(bar, cax=axes, ticks=[-scale, 0, scale])
     colours.ax.set_yticklabels([f"-{scale:.3g}", "0", f"+{scale:.3g}"], fontsize=7, color=_QUIET)
     colours.ax.tick_params(length=2, color=_QUIET)
+    colours.ax.set_ylim(-scale, scale)
     colours.outline.set_linewidth(0.5)
 
 

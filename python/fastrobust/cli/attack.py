@@ -226,7 +226,9 @@ def _write(
     if with_picture:
         rows = picture.pick(outcome.labels, outcome.before, outcome.after)
         clean, robust = (f"{100 * found[key]:.1f} %" for key in ("clean_accuracy", "robust_accuracy"))
-        title = f"{setting['attack']}, {setting['norm']}, eps {setting['eps']:.4g}: accuracy {clean} falls to {robust}"
+        title = (
+            f"{setting['attack']}, {setting['norm']}, eps {setting['eps']:.4g}: accuracy {clean}, under attack {robust}"
+        )
         images, adversarial = outcome.images[rows], outcome.adversarial[rows]
         labels, before, after = outcome.labels[rows], outcome.before[rows], outcome.after[rows]
         picture.save(picture.draw(images, adversarial, labels, before, after, title), args.picture)

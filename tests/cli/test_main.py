@@ -1,0 +1,114 @@
+"""info, bench, and what every command shares."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from cli_helpers import Run
+
+import fastrobust
+from fastrobust import cli
+
+
+def test_info_text_says_what_is_used(run: Run) -> None:
+    status, out, err = run("info")
+    info = fastrobust.build_info()
+    assert status == 0 and err == ""
+    assert f"fastrobust {fastrobust.__version__}" in out
+    assert f"{info['cpu_variant']} in use ({info['cpu_variant_reason']})" in out
+    assert f"{info['threads']}, run by {info['thread_backend']}" in out
+    assert torch.__version__ in out
+    for device in info["devices"]:
+        assert str(device) in out
+    if not info["devices"]:
+        assert "none, the CPU kernels serve" in out and info["device_error"] in out
+
+
+def test_info_json(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+    monkeypatch.setenv("FASTROBUST_DATA", str(tmp_path))
+    status, out, _ = run("info", "--json")
+    found = json.loads(out)
+    assert status == 0
+    assert found["data"] == {"folder": str(tmp_path), "found": {"mnist": False, "cifar10": False}}
+    assert {k: found[k] for k in fastrobust.build_info()} == fastrobust.build_info()
+
+
+def test_info_follows_the_environment(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FASTROBUST_DATA", raising=False)
+    assert "set FASTROBUST_DATA" in run("info")[1]
+
+
+def test_info_names_missing_extras(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "matplotlib":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    (line,) = [line for line in run("info")[1].splitlines() if "matplotlib" in line]
+    assert "missing" in line and "pip install matplotlib" in line
+    assert json.loads(run("info", "--json")[1])["extras"]["matplotlib"] is None
+
+
+def test_subprocess() -> None:
+    done = subprocess.run([sys.executable, "-m", "fastrobust", "info", "--json"], capture_output=True, text=True)
+    assert done.returncode == 0 and json.loads(done.stdout)["version"] == fastrobust.__version__
+    bad = subprocess.run([sys.executable, "-m", "fastrobust", "attack", "--eps", "x"], capture_output=True, text=True)
+    assert bad.returncode == 2 and bad.stdout == "" and len(bad.stderr.splitlines()) == 1 and "--eps" in bad.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        ([], "COMMAND"),
+        (["fly"], "'fly'"),
+        (["info", "--yaml"], "--yaml"),
+        (["info", "--js"], "--js"),  # no abbreviations
+    ],
+)
+def test_bad_commands(run: Run, argv: list[str], named: str) -> None:
+    status, out, err = run(*argv)
+    assert status == 2 and out == "" and len(err.splitlines()) == 1 and named in err
+
+
+def test_debug_shows_the_traceback(run: Run) -> None:
+    with pytest.raises(ValueError, match="nothing-here"):
+        run("attack", "--data", "nothing-here", "--debug")
+    assert run("attack", "--data", "nothing-here")[0] == 2
+
+
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
+def test_help_of_every_command(run: Run, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    with pytest.raises(SystemExit) as done:
+        run(name, "--help")
+    assert done.value.code == 0 and f"fastrobust {name}" in capsys.readouterr().out
+
+
+def test_bench_lists_its_suites(run: Run) -> None:
+    status, out, _ = run("bench", "--list")
+    assert status == 0 and "pgd" in out
+    status, _, err = run("bench", "no-such-suite")
+    assert status == 2 and "no-such-suite" in err
+
+
+def test_bench_without_the_suites(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [n for n in sys.modules if n.startswith("fastrobust.benchmarks")]:
+        monkeypatch.delitem(sys.modules, name)
+    real = importlib.import_module
+
+    def without(name: str, package: str | None = None) -> object:
+        if name.startswith("fastrobust.benchmarks"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name="fastrobust.benchmarks")
+        return real(name, package)
+
+    monkeypatch.setattr(importlib, "import_module", without)
+    status, _, err = run("bench")
+    assert status == 2 and "not part of this installation" in err and len(err.splitlines()) == 1

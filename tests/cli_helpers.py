@@ -1,0 +1,7 @@
+"""Types the tests of the command line share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+Run = Callable[..., tuple[int, str, str]]
