@@ -187,6 +187,24 @@ def test_an_image_does_not_depend_on_its_batch(batch: int, monkeypatch: pytest.M
         assert torch.equal(fr.ops.masked_conv2d(x[n : n + 1], packed, padding=1)[0], whole[n])
 
 
+@pytest.mark.parametrize("size", [(4, 4), (7, 7), (8, 8), (5, 8), (6, 8), (7, 8), (14, 14), (32, 32)])
+@pytest.mark.parametrize("density", [0.05, 0.6])
+def test_map_sizes_with_tiles_of_their_own(size: tuple[int, int], density: float, monkeypatch) -> None:
+    """Whole-row tiles, one and several segments, with everything in the epilogue."""
+    monkeypatch.setenv("FASTROBUST_BINARY", "sparse")
+    w = signs((36, 40, 3, 3), density)
+    packed = fr.ops.pack(w)
+    x, residual = torch.randn(16, 40, *size), torch.randn(16, 36, *size)
+    scale, shift = torch.randn(36), torch.randn(36)
+    y = fr.ops.masked_conv2d(x, packed, padding=1, scale=scale, shift=shift, residual=residual, relu=True)
+    want = reference.epilogue(F.conv2d(x.double(), w.double(), padding=1), None, scale, shift, residual, True)
+    close(y, want, 360)
+    assert torch.equal(
+        fr.ops.masked_conv2d(x[:1], packed, padding=1, scale=scale, shift=shift, residual=residual[:1], relu=True),
+        y[:1],
+    )
+
+
 def test_threads_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTROBUST_BINARY", "sparse")
     packed = fr.ops.pack(signs((64, 48, 3, 3), 0.3))

@@ -32,13 +32,12 @@ def _topk_kernel(scores: Tensor, keep: int) -> Tensor:
     require_cuda_build(scores.device)
     flat = scores.contiguous()
     mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+    device, stream = stream_of(scores.device)
     workspace = None
-    if scores.is_cuda:
+    if device >= 0:
         workspace = torch.zeros(_C.binary_topk_workspace(flat.numel()), dtype=torch.int32, device=scores.device)
-    finite = _C.binary_topk(
-        *stream_of(scores.device), flat.data_ptr(), mask.data_ptr(), flat.numel(), keep,
-        0 if workspace is None else workspace.data_ptr(),
-    )  # fmt: skip
+    address = 0 if workspace is None else workspace.data_ptr()
+    finite = _C.binary_topk(device, stream, flat.data_ptr(), mask.data_ptr(), flat.numel(), keep, address)
     if not finite:
         _require_finite(scores)
     return mask
