@@ -51,7 +51,7 @@ def test_a_training_step_lowers_the_certified_loss() -> None:
         loss.backward()
         opt.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < losses[0] - 0.03 and losses[-1] < math.log(2)  # below what a constant network reaches
 
 
 def test_the_cached_graph_follows_the_model() -> None:
