@@ -26,6 +26,19 @@ void set_box(double lo, double hi, float* lo32, float* hi32) {
   *hi32 = round_down(hi);
 }
 
+// Kernels read and write the same position of x and out only; any other overlap of the output would spoil the input.
+void refuse_overlap(const StepArgs& a, int64_t elements) {
+  const auto apart = [&](const void* p, int64_t bytes) {
+    const uintptr_t in = reinterpret_cast<uintptr_t>(p), out = reinterpret_cast<uintptr_t>(a.out);
+    return p == nullptr || in + static_cast<uintptr_t>(bytes) <= out ||
+           out + 4 * static_cast<uintptr_t>(elements) <= in;
+  };
+  if (a.out == nullptr || elements == 0) return;
+  const int64_t grad_bytes = (a.grad_type == GradType::f32 ? 4 : 2) * elements;
+  if (!apart(a.x0, 4 * elements) || !apart(a.grad, grad_bytes) || (a.out != a.x && !apart(a.x, 4 * elements)))
+    throw std::invalid_argument("out: got memory that overlaps x, x0 or grad, expected memory of its own or x itself");
+}
+
 // device < 0 is the CPU. One call for every step: which outputs are given tells what is computed.
 void step(int device, uintptr_t stream, uintptr_t x, uintptr_t x0, uintptr_t grad, uintptr_t out, int64_t batch,
           int64_t n, int norm, int grad_type, py::tuple step_size, py::tuple eps, double lo, double hi,
@@ -63,6 +76,7 @@ void step(int device, uintptr_t stream, uintptr_t x, uintptr_t x0, uintptr_t gra
     a.max_step = t[7].cast<float>();
   }
   if (a.fosc == nullptr) pointer<float>(out, elements, "out");
+  refuse_overlap(a, elements);
   const bool elementwise = static_cast<Norm>(norm) == Norm::linf && a.fosc == nullptr && a.v_out == nullptr;
   if (device < 0) {
     without_gil(elements, [&] { elementwise ? pgd().linf(a) : pgd().rows(a, static_cast<Norm>(norm)); });
@@ -92,6 +106,7 @@ void linf_step(uintptr_t x, uintptr_t x0, uintptr_t grad, uintptr_t out, int64_t
   a.step.value = static_cast<float>(step_size);
   a.eps.value = round_down(eps);
   set_box(lo, hi, &a.lo, &a.hi);
+  refuse_overlap(a, elements);
   without_gil(elements, [&] { pgd().linf(a); });
 }
 

@@ -28,11 +28,10 @@ FR_HD V add_up_two_sum(V a, V b) {
   const V next = select(s > V(0.f), step_bits(s, 1), step_bits(s, -1));
   return select(two_sum_error(a, b, s) > V(0.f), next, s);
 }
+// By negation, so that an exact sum of zero has the sign that rounding down gives it in hardware: -0.
 template <class V>
 FR_HD V add_down_two_sum(V a, V b) {
-  const V s = a + b;
-  const V next = select(s > V(0.f), step_bits(s, -1), step_bits(s, 1));
-  return select(two_sum_error(a, b, s) < V(0.f), next, s);
+  return -add_up_two_sum(-a, -b);
 }
 
 FR_HD float add_up(float a, float b) { return add_up_two_sum(a, b); }

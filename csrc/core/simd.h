@@ -109,6 +109,8 @@ constexpr int kRegs = 64 / kWidth;
 typedef float NativeF __attribute__((vector_size(kWidth)));
 typedef int32_t NativeI __attribute__((vector_size(kWidth)));
 typedef double NativeD __attribute__((vector_size(kWidth)));
+typedef NativeF UnalignedF __attribute__((aligned(4), may_alias));
+typedef NativeD UnalignedD __attribute__((aligned(8), may_alias));
 
 #define FR_EACH _Pragma("GCC unroll 8") for (int i = 0; i < kRegs; ++i)
 #define FR_EACH2 _Pragma("GCC unroll 8") for (int i = 0; i < 2 * kRegs; ++i)
@@ -184,18 +186,23 @@ FR_HD Vec vabs(Vec a) {
   FR_EACH a.r[i] = (NativeF)((NativeI)a.r[i] & 0x7fffffff);
   return a;
 }
+// Register by register: a memcpy of the whole struct would keep it on the stack.
 FR_HD Vec load(const float* p) {
   Vec a;
-  std::memcpy(&a, p, sizeof a);
+  FR_EACH a.r[i] = *reinterpret_cast<const UnalignedF*>(p + i * (kWidth / 4));
   return a;
 }
+FR_HD void store(float* p, Vec a) { FR_EACH* reinterpret_cast<UnalignedF*>(p + i * (kWidth / 4)) = a.r[i]; }
 FR_HD Vec load_n(const float* p, int n) {
-  Vec a(0.f);
-  std::memcpy(&a, p, static_cast<size_t>(n) * sizeof(float));
-  return a;
+  float f[kLanes] = {};
+  std::memcpy(f, p, static_cast<size_t>(n) * sizeof(float));
+  return load(f);
 }
-FR_HD void store(float* p, Vec a) { std::memcpy(p, &a, sizeof a); }
-FR_HD void store_n(float* p, Vec a, int n) { std::memcpy(p, &a, static_cast<size_t>(n) * sizeof(float)); }
+FR_HD void store_n(float* p, Vec a, int n) {
+  float f[kLanes];
+  store(f, a);
+  std::memcpy(p, f, static_cast<size_t>(n) * sizeof(float));
+}
 FR_HD void store_stream(float* p, Vec a) {
 #if defined(__AVX__)
   FR_EACH _mm256_stream_ps(p + 8 * i, (__m256)a.r[i]);
@@ -212,16 +219,14 @@ FR_HD Vec load_half(const uint16_t* p) {
 #else
   float f[kLanes];
   for (int i = 0; i < kLanes; ++i) f[i] = half_to_float(p[i]);
-  std::memcpy(&a, f, sizeof a);
+  a = load(f);
 #endif
   return a;
 }
 FR_HD Vec load_bfloat(const uint16_t* p) {
-  uint32_t u[kLanes];
-  for (int i = 0; i < kLanes; ++i) u[i] = static_cast<uint32_t>(p[i]) << 16;
-  Vec a;
-  std::memcpy(&a, u, sizeof a);
-  return a;
+  float f[kLanes];
+  for (int i = 0; i < kLanes; ++i) f[i] = bfloat_to_float(p[i]);
+  return load(f);
 }
 FR_HD Vec step_bits(Vec a, int dir) {
   FR_EACH a.r[i] = (NativeF)((NativeI)a.r[i] + dir);
@@ -266,13 +271,13 @@ FR_HD DVec widen(Vec a) {
 #else
   float f[kLanes];
   double w[kLanes];
-  std::memcpy(f, &a, sizeof f);
+  store(f, a);
   for (int i = 0; i < kLanes; ++i) w[i] = f[i];
-  std::memcpy(&d, w, sizeof d);
+  FR_EACH2 d.r[i] = *reinterpret_cast<const UnalignedD*>(w + i * (kWidth / 8));
 #endif
   return d;
 }
-FR_HD void store(double* p, DVec a) { std::memcpy(p, &a, sizeof a); }
+FR_HD void store(double* p, DVec a) { FR_EACH2* reinterpret_cast<UnalignedD*>(p + i * (kWidth / 8)) = a.r[i]; }
 
 #undef FR_EACH
 #undef FR_EACH2

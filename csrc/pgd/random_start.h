@@ -19,7 +19,7 @@ constexpr float kSumScale = 0x1p20f;
 // u is uniform on [0, 1).
 template <class V>
 FR_HD V random_linf(V x0, V eps, V lo, V hi, V u) {
-  const V from = vmax(add_up(x0, -eps), lo), to = vmin(add_down(x0, eps), hi);
+  const V from = vmax(lo, add_up(x0, -eps)), to = vmin(hi, add_down(x0, eps));
   return vmin(vmax(from + u * (to - from), from), to);
 }
 
@@ -43,7 +43,7 @@ template <class V>
 FR_HD V random_ball(V x0, V t, V scale, V lo, V hi) {
   const V d = t * scale, above = hi - x0, below = x0 - lo;
   const auto leaves_above = (d > above) & (d <= below), leaves_below = (-d > below) & (-d <= above);
-  return vmin(vmax(add_inward(x0, select(leaves_above | leaves_below, -d, d)), lo), hi);
+  return vmin(hi, vmax(lo, add_inward(x0, select(leaves_above | leaves_below, -d, d))));
 }
 
 FR_NS_END

@@ -38,8 +38,8 @@ struct Row {
         g(args.grad, row * args.n),
         out(args.out == nullptr ? nullptr : args.out + row * args.n),
         n(args.n),
-        step(param_at(args.step, row, args.n, 0)),
-        eps(param_at(args.eps, row, args.n, 0)) {}
+        step(args.step.per == Per::element ? 0.f : param_at(args.step, row, args.n, 0)),
+        eps(args.eps.per == Per::element ? 0.f : param_at(args.eps, row, args.n, 0)) {}
 
   template <bool kClean>
   FR_HD Vec grad(int64_t i, int m) const {

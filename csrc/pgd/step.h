@@ -16,12 +16,18 @@ FR_HD V clean_grad(V g) {
   return vmin(vmax(g, V(-FLT_MAX)), V(FLT_MAX));
 }
 
+// To the box. The operands' order keeps a -0 that equals a face, and a NaN.
+template <class V>
+FR_HD V clip_to(V y, V lo, V hi) {
+  return vmin(hi, vmax(lo, y));
+}
+
 // ---- L-inf (thesis eq. 2.2): clip(x + step sign(g)) to the ball, then to the box ----
 // The ball's faces are x0 -+ eps rounded inwards, so |out - x0| <= eps holds exactly. sign(0) = sign(NaN) = 0.
 template <class V>
 FR_HD V linf_project(V y, V x0, V eps, V lo, V hi) {
   y = vmin(vmax(y, add_up(x0, -eps)), add_down(x0, eps));
-  return vmin(vmax(y, lo), hi);
+  return clip_to(y, lo, hi);
 }
 template <class V>
 FR_HD V linf_ascend(V x, V g, V step) {
@@ -69,7 +75,7 @@ FR_HD float l2_shrink(double sum_d2, float eps) {
 template <class V>
 FR_HD V l2_project(V y, V x0, V shrink, V lo, V hi) {
   const V z = select(shrink < V(1.f), add_inward(x0, (y - x0) * shrink), y);
-  return vmin(vmax(z, lo), hi);
+  return clip_to(z, lo, hi);
 }
 
 // ---- L1: exact projection on the intersection of the ball and the box ----
@@ -81,14 +87,14 @@ FR_HD V l1_room(V d, V x0, V lo, V hi) {
 }
 template <class V>
 FR_HD V l1_length(V d, V room, V lambda) {
-  return vmin(vmax(vabs(d) - lambda, V(0.f)), room);
+  return vmax(vmin(vabs(d) - lambda, room), V(0.f));  // never negative, also in unused lanes, where room may be
 }
 template <class V>
 FR_HD V l1_project(V y, V x0, V lambda, V lo, V hi) {
   const V d = y - x0;
   const V length = vmax(vabs(d) - lambda, V(0.f));
   const V shrunk = add_inward(x0, select(d < V(0.f), -length, length));
-  return vmin(vmax(select(lambda > V(0.f), shrunk, y), lo), hi);
+  return clip_to(select(lambda > V(0.f), shrunk, y), lo, hi);
 }
 
 // ---- L1 steepest ascent in the box: max <g, p> with ||p||_1 <= step and lo <= x + p <= hi ----

@@ -10,15 +10,17 @@ import torch
 from torch import Tensor, nn
 
 _WARM_UP = 3
+Step = Callable[[tuple[Any, ...]], tuple[Tensor, int]]
 _cache: weakref.WeakKeyDictionary[Any, dict[Any, CapturedStep]] = weakref.WeakKeyDictionary()
 _KEPT = 4  # graphs a model keeps: each holds the memory of one forward and backward
 
 
 class CapturedStep:
-    """``step(tensors)`` recorded once over static copies of its tensors; ``tensors[0]`` is updated in place."""
+    """``step(inputs)`` recorded once over static copies of its tensors; ``inputs[0]`` is updated in place. It returns the
+    loss and the number of classes."""
 
-    def __init__(self, step: Callable[[list[Tensor]], None], tensors: list[Tensor]) -> None:
-        self.static = [t.detach().clone() for t in tensors]
+    def __init__(self, step: Step, inputs: tuple[Any, ...]) -> None:
+        self.static = tuple(t.detach().clone() if isinstance(t, Tensor) else t for t in inputs)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # lazy initialisation and autotuning happen outside the graph
@@ -27,33 +29,33 @@ class CapturedStep:
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            step(self.static)
+            self.loss, self.classes = step(self.static)
 
-    def run(self, tensors: list[Tensor], steps: int, tick: Callable[[int], object]) -> Tensor:
-        for static, given in zip(self.static, tensors, strict=True):
-            static.copy_(given)
+    def run(self, inputs: tuple[Any, ...], steps: int, tick: Callable[[int], object]) -> Tensor:
+        for static, given in zip(self.static, inputs, strict=True):
+            if isinstance(static, Tensor):
+                static.copy_(given)
         for _ in range(steps):
             self.graph.replay()
             tick(1)
-        return self.static[0].clone()
+        adv: Tensor = self.static[0].clone()
+        return adv
 
 
-def captured(model: Any, key: Any, step: Callable[[list[Tensor]], None], tensors: list[Tensor]) -> CapturedStep:
+def captured(model: Any, key: Any, step: Step, inputs: tuple[Any, ...]) -> CapturedStep:
     """The graph for this model and setting, recorded when it is new.
 
     A graph reads the weights where they lay when it was recorded: in-place training is seen, moved weights make a new
-    graph.
+    graph. Nothing is kept for a plain callable, whose weights cannot be watched.
     """
-    addresses: tuple[int, ...] = ()
-    if isinstance(model, nn.Module):
-        addresses = tuple(t.data_ptr() for t in (*model.parameters(), *model.buffers()))
-    full_key = (key, addresses, tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors))
-    try:
-        graphs = _cache.setdefault(model, {})
-    except TypeError:  # a callable that cannot be referred to weakly: no cache
-        return CapturedStep(step, tensors)
+    if not isinstance(model, nn.Module):
+        return CapturedStep(step, inputs)
+    addresses = tuple(t.data_ptr() for t in (*model.parameters(), *model.buffers()))
+    kinds = tuple((t.shape, t.stride(), t.dtype, t.device) if isinstance(t, Tensor) else t for t in inputs)
+    full_key = (key, addresses, kinds)
+    graphs = _cache.setdefault(model, {})
     if full_key not in graphs:
         while len(graphs) >= _KEPT:
             graphs.pop(next(iter(graphs)))
-        graphs[full_key] = CapturedStep(step, tensors)
+        graphs[full_key] = CapturedStep(step, inputs)
     return graphs[full_key]

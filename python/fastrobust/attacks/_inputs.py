@@ -11,6 +11,7 @@ from torch import Tensor
 from ..ops import _checks as ck
 
 _HALF = (torch.float16, torch.bfloat16)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def images(x: Any, lo: float, hi: float, check: bool) -> tuple[Tensor, torch.dtype]:
@@ -32,7 +33,7 @@ def narrow_inward(x: Tensor, x0: Tensor, dtype: torch.dtype) -> Tensor:
     near = x.to(dtype)
     bits = near.view(torch.int16)
     wide = near.to(x.dtype)
-    past = (wide - x0).abs() > (x - x0).abs()
+    past = torch.where(x < x0, wide < x, wide > x)  # compared exactly: a difference would round
     # one unit in the last place towards x0: up when the result lies below it, in the order of the magnitudes
     up = wide < x0
     away_from_zero = torch.where(up, wide > 0, wide < 0) | (wide == 0)
@@ -61,6 +62,28 @@ def take(value: float | Tensor, index: Tensor, batch: int) -> float | Tensor:
     return value
 
 
-def check_inside(eps: float | Tensor) -> None:
-    if not isinstance(eps, Tensor) and not math.isfinite(eps):
-        raise ValueError(f"eps: got {eps}, expected a finite radius")
+def parameter(value: Any, name: str, x: Tensor, norm: float) -> float | Tensor:
+    """The checked number, or tensor in x's dtype; a number that comes as a tensor on the host is moved once, here."""
+    checked = ck.check_parameter(value, name, x, norm)
+    if checked.tensor is not None:
+        return checked.tensor
+    if not math.isfinite(checked.value):
+        raise ValueError(f"{name}: got {checked.value}, expected a finite number")
+    return checked.value
+
+
+def check_seed(seed: Any) -> int | None:
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise TypeError(f"seed: got {ck.describe(seed)}, expected an integer or None")
+    return seed
+
+
+def check_targets(targets: Any, batch: int, device: torch.device) -> None:
+    """What can be said of ``targets`` before the number of classes is known."""
+    if isinstance(targets, Tensor):
+        if targets.dim() != 2 or targets.shape[0] != batch or not targets.shape[1] or targets.dtype not in _INTEGERS:
+            raise ValueError(f"targets: got {ck.describe(targets)}, expected integer classes of shape ({batch}, T)")
+        if targets.device != device:
+            raise ValueError(f"targets: got device {targets.device}, expected x's device {device}")
+    elif targets not in (None, "all") and (isinstance(targets, bool) or not isinstance(targets, int) or targets < 1):
+        raise ValueError(f"targets: got {targets!r}, expected 'all', a number of classes or a (B, T) tensor")

@@ -24,6 +24,8 @@ class Victim:
     ) -> None:
         if not callable(model):
             raise TypeError(f"model: got {ck.describe(model)}, expected an nn.Module or a callable")
+        if autocast not in (None, torch.float16, torch.bfloat16):
+            raise TypeError(f"autocast: got {ck.describe(autocast)}, expected torch.float16, torch.bfloat16 or None")
         self.model = model
         self.autocast = autocast
         self.mean: Tensor | None = None
@@ -87,9 +89,10 @@ def undisturbed(model: Any, mode: str) -> Iterator[None]:
         raise ValueError(f"model_mode: got {mode!r}, expected 'eval' or 'keep'")
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     flags = [m.training for m in modules]
-    buffers: list[tuple[Tensor, Tensor]] = []
+    buffers: list[tuple[dict[str, Tensor | None], str, Tensor, Tensor]] = []
     if mode == "keep" and any(flags):
-        buffers = [(b, b.detach().clone()) for b in model.buffers()]
+        owners = [m._buffers for m in modules]
+        buffers = [(o, name, b, b.detach().clone()) for o in owners for name, b in o.items() if b is not None]
     try:
         if mode == "eval":
             for m in modules:
@@ -100,7 +103,8 @@ def undisturbed(model: Any, mode: str) -> Iterator[None]:
         for m, flag in zip(modules, flags, strict=True):
             m.training = flag
         with torch.no_grad():
-            for b, saved in buffers:
+            for owner, name, b, saved in buffers:
+                owner[name] = b  # a forward may have put another tensor in its place
                 b.copy_(saved)
 
 

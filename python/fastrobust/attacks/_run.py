@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,12 +70,18 @@ class Run:
         leaf = x.detach().requires_grad_()
         logits = self.victim(leaf)
         self.queries += 1
-        if self.check_labels:  # once: now the number of classes is known
-            ck.check_label_values(goal.labels, "y", logits.shape[1])
-            self.check_labels = False
+        self.check_classes(goal.labels, logits)
+        if not logits.requires_grad:
+            raise ValueError("model: returned logits without a gradient to its input; does it detach, or use no_grad?")
         value, grad = objective.value_and_grad(logits, leaf, goal.labels, goal.extra)
         self.last_loss = value
         return logits.detach(), value, grad
+
+    def check_classes(self, labels: Tensor, logits: Tensor) -> None:
+        """Once: after a first forward pass the number of classes is known."""
+        if self.check_labels:
+            ck.check_label_values(labels, "y", logits.shape[1])
+            self.check_labels = False
 
     def judge(self, objective: Objective, logits: Tensor, value: Tensor, goal: Goal) -> tuple[Tensor, Tensor]:
         """fooled and a score that is larger for better points."""
@@ -88,6 +95,7 @@ class Run:
         with torch.no_grad():
             logits = self.victim(x)
             self.queries += 1
+            self.check_classes(goal.labels, logits)
             return self.judge(objective, logits, objective.value(logits, goal.labels, goal.extra), goal)
 
     def update(
@@ -98,19 +106,23 @@ class Run:
     def plain(self, objective: Objective, x: Tensor, x0: Tensor, goal: Goal) -> Tensor:
         """The last iterate of one run: no bookkeeping, no synchronisation."""
 
-        def step(t: list[Tensor]) -> None:
-            here = Goal(t[2], t[3] if len(t) > 3 else None)
-            _, _, grad = self.gradient(objective, t[0], here)
-            self.update(objective, t[0], t[1], grad, self.step_size, self.eps)
+        def step(t: tuple[Any, ...]) -> tuple[Tensor, int]:
+            x, x0, labels, extra, step_size, eps = t
+            logits, value, grad = self.gradient(objective, x, Goal(labels, extra))
+            self.update(objective, x, x0, grad, step_size, eps)
+            return value, logits.shape[1]
 
-        tensors = [x, x0, goal.labels] + ([] if goal.extra is None else [goal.extra])
+        inputs = (x, x0, goal.labels, goal.extra, self.step_size, self.eps)
         if self.cuda_graph:
-            self.queries += self.steps
-            return _graph.captured(self.victim.model, self._key(objective), step, tensors).run(
-                tensors, self.steps, self.tick
-            )
+            queries = self.queries + self.steps
+            graph = _graph.captured(self.victim.model, self._key(objective), step, inputs)
+            if self.check_labels:  # a graph from the cache
+                ck.check_label_values(goal.labels, "y", graph.classes)
+            x = graph.run(inputs, self.steps, self.tick)
+            self.queries, self.last_loss = queries, graph.loss
+            return x
         for _ in range(self.steps):
-            step(tensors)
+            step(inputs)
             self.tick(1)
         return x
 
@@ -123,8 +135,6 @@ class Run:
             else (tuple(victim.mean.flatten().tolist()), tuple(victim.std.flatten().tolist()))
         )
         return (
-            self.eps,
-            self.step_size,
             self.norm,
             self.clip,
             objective.loss,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,7 +25,8 @@ Loss = str | Callable[[Tensor, Tensor], Tensor]
 
 
 class AttackResult(NamedTuple):
-    """``adv`` (B, ...); ``fooled`` (B,) bool and ``loss`` (B,) at ``adv``; ``queries``: forward passes of the batch."""
+    """``adv`` (B, ...); ``fooled`` (B,) bool and ``loss`` (B,) at ``adv``, the score that is ascended (targeted: minus the
+    loss; multi-targeted: the margin of y); ``queries``: forward passes of the batch."""
 
     adv: Tensor
     fooled: Tensor
@@ -111,16 +113,19 @@ def pgd(
         raise ValueError("y: got None, expected the classes to reach (targeted) or the true labels (targets)")
     if targeted and targets is not None:
         raise ValueError("targets: got a multi-targeted attack together with targeted=True; give the true labels in y")
-    ck.check_parameter(eps, "eps", x0, p)
+    eps = _inputs.parameter(eps, "eps", x0, p)
     step = _inputs.default_step(eps, steps) if step_size is None else step_size
-    ck.check_parameter(step, "step_size", x0, p)
+    step = _inputs.parameter(step, "step_size", x0, p)
+    seed = _inputs.check_seed(seed)
+    _inputs.check_targets(targets, x0.shape[0], x0.device)
     multi = targets is not None
     objective = Objective(loss, targeted, multi)
     victim = Victim(model, normalize, autocast, x0)
-    labels = None if y is None else usable(ck.check_labels(y, "y", x0.shape[0], None, x0.device).detach()).long()
+    labels = None if y is None else ck.check_labels(y, "y", x0.shape[0], None, x0.device).detach()
 
     with undisturbed(model, model_mode), tqdm(disable=not progress, desc="pgd", unit="step") as bar:
         x0 = usable(x0)
+        labels = None if labels is None else usable(labels).long()
         run = Run(
             victim, eps, step, p, None if clip is None else (lo, hi), steps, keep == "best", early_stop,
             cuda_graph=False, check_labels=check and labels is not None, tick=bar.update if progress else _no_tick,
@@ -128,8 +133,10 @@ def pgd(
         clean = None
         if x0.shape[0] and (labels is None or multi or objective.name == "kl"):
             with torch.no_grad():
-                clean = victim(x0)
+                clean = victim(x0.clone())  # a model may write into its input
             run.queries += 1
+            if labels is not None:
+                run.check_classes(labels, clean)
         if labels is None:
             labels = torch.zeros(0, dtype=torch.int64, device=x0.device) if clean is None else clean.argmax(1)
         goals = [Goal(labels, clean if objective.name == "kl" else None)]
@@ -216,15 +223,9 @@ def _goals(targets: Any, labels: Tensor, clean: Tensor, objective: Objective) ->
     """One goal per target: "all", a number of the likeliest wrong classes, or a (B, T) tensor."""
     classes = clean.shape[1]
     if isinstance(targets, Tensor):
-        if targets.dim() != 2 or targets.shape[0] != len(labels) or targets.dtype.is_floating_point:
-            raise ValueError(
-                f"targets: got {ck.describe(targets)}, expected integer classes of shape ({len(labels)}, T)"
-            )
         ck.check_label_values(targets, "targets", classes)
-        plan = targets.long()
+        plan = usable(targets.detach()).long()
     else:
-        if targets != "all" and (isinstance(targets, bool) or not isinstance(targets, int) or targets < 1):
-            raise ValueError(f"targets: got {targets!r}, expected 'all', a number of classes or a (B, T) tensor")
         count = classes - 1 if targets == "all" else min(targets, classes - 1)
         others = clean.scatter(1, labels[:, None], -math.inf)
         plan = others.topk(count, 1).indices
@@ -242,6 +243,8 @@ def ifgsm(
     steps = options.setdefault("steps", 10)
     options.setdefault("random_start", False)
     if options.get("step_size") is None:
+        if not isinstance(eps, (Tensor, numbers.Real)):
+            raise TypeError(f"eps: got {ck.describe(eps)}, expected a number >= 0 or a tensor")
         options["step_size"] = eps / max(_inputs.integer(steps, "steps", 0), 1)
     return pgd(model, x, y, eps=eps, **options)
 

@@ -32,16 +32,16 @@ def parse_norm(norm: Any) -> float:
         raise ValueError(f"norm: got {describe(norm)}, expected 1, 2 or inf (or 'L1', 'L2', 'Linf')") from None
 
 
-def parse_clip(clip: Any) -> tuple[float, float]:
+def parse_clip(clip: Any, name: str = "clip") -> tuple[float, float]:
     """(lo, hi); None is the whole line."""
     if clip is None:
         return -math.inf, math.inf
     try:
         lo, hi = (float(c) for c in clip)
     except (TypeError, ValueError):
-        raise TypeError(f"clip: got {describe(clip)}, expected (lo, hi) or None") from None
+        raise TypeError(f"{name}: got {describe(clip)}, expected (lo, hi) or None") from None
     if not lo <= hi:
-        raise ValueError(f"clip: got ({lo}, {hi}), expected lo <= hi")
+        raise ValueError(f"{name}: got ({lo}, {hi}), expected lo <= hi")
     return lo, hi
 
 
@@ -117,7 +117,7 @@ def check_parameter(value: Any, name: str, x: Tensor, norm: float) -> Parameter:
                     f"{name}: got one value per element, expected a number or one per example for norm {norm:g}"
                 )
         # not (v >= 0) catches NaN too
-        if value.device.type == "cpu" and not _is_fake(value) and bool((~(value >= 0)).any()):
+        if value.device.type == "cpu" and has_values(value) and bool((~(value >= 0)).any()):
             raise ValueError(f"{name}: got negative or NaN values, expected values >= 0")
         return Parameter(_to_state_dtype(value, x.dtype, name), 0.0)
     if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat)):
@@ -128,8 +128,20 @@ def check_parameter(value: Any, name: str, x: Tensor, norm: float) -> Parameter:
     return Parameter(None, number)
 
 
-def _is_fake(t: Tensor) -> bool:
-    return t.is_meta or type(t) is not Tensor
+def check_finite(parameter: Parameter, name: str) -> None:
+    """Refuses an infinite radius; a CUDA tensor's values are not read."""
+    t = parameter.tensor
+    if parameter.value == math.inf or (
+        t is not None and t.device.type == "cpu" and has_values(t) and bool(torch.isinf(t).any())
+    ):
+        raise ValueError(
+            f"{name}: got an infinite value, expected a finite radius: there is no uniform point of an unbounded set"
+        )
+
+
+def has_values(t: Tensor) -> bool:
+    """False for fake, meta and traced tensors, whose values and addresses cannot be asked for."""
+    return not torch.compiler.is_compiling() and not t.is_meta and type(t) in (Tensor, torch.nn.Parameter)
 
 
 def _to_state_dtype(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import _C
 from ..reference import losses as reference
@@ -24,11 +25,7 @@ _KINDS = {"cross_entropy": 0, "margin_loss": 1, "dlr_loss": 2, "dlr_targeted_los
 
 
 def _reference(name: str, logits: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
-    with torch.enable_grad():
-        z = logits.detach().requires_grad_()
-        value = getattr(reference, name)(z, *others)
-        (grad,) = torch.autograd.grad(value.sum(), z)
-    return value.detach(), grad
+    return getattr(reference, name)(logits, *others), reference.gradient(name, logits, *others)
 
 
 def _launch(name: str, logits: Tensor, first: Tensor, second: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -79,6 +76,10 @@ def _define(name: str, schema: str) -> Any:
         return logits.new_empty(logits.shape[0]), logits.new_empty(logits.shape)
 
     def autograd(logits: Tensor, first: Tensor, second: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if forward_ad._current_level >= 0:
+            raise NotImplementedError(
+                f"{name}: has no forward-mode derivative; use reverse mode, or fastrobust.reference.losses"
+            )
         if torch.is_grad_enabled() and (logits.requires_grad or first.requires_grad):
             return _Loss.apply(op, logits, first, second)
         return below_autograd(op, logits, first, *(() if second is None else (second,)))
@@ -107,7 +108,11 @@ def _logits(logits: Any, least: int, name: str) -> Tensor:
 
 
 def _labels(labels: Any, name: str, logits: Tensor, check: bool) -> Tensor:
-    classes = logits.shape[1] if check and logits.device.type == "cpu" and type(labels) is Tensor else None
+    classes = (
+        logits.shape[1]
+        if check and logits.device.type == "cpu" and isinstance(labels, Tensor) and ck.has_values(labels)
+        else None
+    )
     return ck.check_labels(labels, name, logits.shape[0], classes, logits.device).long()
 
 

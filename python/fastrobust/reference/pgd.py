@@ -83,7 +83,8 @@ def project(
 
 def _l1_ascend(x: Tensor, g: Tensor, step: Tensor, lo: float, hi: float) -> Tensor:
     """max <g, p> with ||p||_1 <= step inside the box: fill coordinates in order of |g| (ties: lower index first)."""
-    flat, gf = x.reshape(x.shape[0], -1), g.reshape(g.shape[0], -1)
+    n = math.prod(x.shape[1:])
+    flat, gf = x.reshape(x.shape[0], n), g.reshape(x.shape[0], n)
     room = torch.where(gf > 0, hi - flat, torch.where(gf < 0, flat - lo, 0)).clamp_min(0).double()
     order = gf.abs().argsort(dim=1, descending=True, stable=True)
     sorted_room = room.gather(1, order)

@@ -26,7 +26,7 @@ def words(seed: int, batch: int, n: int, first_example: int = 0, stream: int = 0
     example = torch.arange(first_example, first_example + batch, dtype=torch.int64, device=device)[:, None]  # type: ignore[call-overload]
     block = torch.arange((n + 3) // 4, dtype=torch.int64, device=device)[None]  # type: ignore[call-overload]
     four = philox(seed, stream, example, block.expand(batch, -1))
-    return torch.stack(four, -1).reshape(batch, -1)[:, :n]
+    return torch.stack(four, -1).reshape(batch, 4 * block.shape[1])[:, :n]
 
 
 def uniform(u: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def uniform_open(u: Tensor) -> Tensor:
 
 def normals(u: Tensor) -> Tensor:
     """Standard normals from pairs of words along the last dimension (Box and Muller 1958); u has even length."""
-    pair = u.reshape(*u.shape[:-1], -1, 2)
+    pair = u.reshape(*u.shape[:-1], u.shape[-1] // 2, 2)
     radius = (-2 * uniform_open(pair[..., 0]).log()).sqrt()
     angle = 2 * math.pi * uniform(pair[..., 1])
     return torch.stack((radius * angle.cos(), radius * angle.sin()), -1).reshape(u.shape)

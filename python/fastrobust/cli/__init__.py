@@ -1,0 +1,69 @@
+"""The command line: ``fastrobust info | attack | bench``.
+
+A command is a module with ``add_arguments(parser)`` and ``main(args) -> int``, and one line in :data:`COMMANDS`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from .. import __version__
+from ._common import BadArguments, Parser, one_line
+
+
+class Command(NamedTuple):
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "info": Command("fastrobust.cli.info", "what was built, what is used on this machine, and why"),
+    "attack": Command("fastrobust.cli.attack", "attack a model; report its accuracy, save and draw the examples"),
+    "bench": Command("fastrobust.cli.bench", "benchmark suites: ratios to the best peer and to the floor"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. 0: done; 1: done, and a check failed; 2: bad input, one line on stderr says what."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    try:
+        args = _parser(argv).parse_args(argv)
+        return int(args.run(args))
+    except (BadArguments, ValueError, TypeError, OSError, ImportError, torch.OutOfMemoryError) as error:
+        if debug:
+            raise
+        print(one_line(error), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fastrobust: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser(argv: Sequence[str]) -> Parser:
+    """All commands by name; only the chosen one is imported, so that its neighbours' dependencies cannot stop it."""
+    common = Parser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="on bad input show the traceback")
+    parser = Parser(
+        prog="fastrobust", description="Compiled kernels for adversarial robustness in PyTorch.", parents=[common]
+    )
+    parser.add_argument("--version", action="version", version=f"fastrobust {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    chosen = next((word for word in argv if not word.startswith("-")), None)
+    for name, command in COMMANDS.items():
+        sub = commands.add_parser(
+            name, help=command.summary, description=command.summary.capitalize() + ".", parents=[common]
+        )
+        if name == chosen:
+            module = importlib.import_module(command.module)
+            module.add_arguments(sub)
+            sub.set_defaults(run=module.main)
+    return parser
+
+
+__all__ = ["COMMANDS", "main"]

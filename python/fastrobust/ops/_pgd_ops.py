@@ -1,0 +1,261 @@
+"""Registration of the PGD ops: schemas, kernels over dense tensors, fakes. The public functions are in pgd.py."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from ..reference import pgd as reference
+from . import _checks as ck
+from ._library import define, require_cuda_build, stream_of
+
+INF = math.inf
+NORM_CODE = {INF: 0, 2.0: 1, 1.0: 2}
+_CODE_NORM = (INF, 2.0, 1.0)
+_GRAD_CODE = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+
+
+def _param(
+    tensor: Tensor | None, value: float, x: Tensor, fmt: torch.memory_format
+) -> tuple[tuple[int, float, int], Any]:
+    """(address, value, per) for the compiled module, and the tensor to keep alive."""
+    if tensor is None:
+        return (0, value, 0), None
+    if tensor.dim() == 1 and tensor.shape[0] == x.shape[0]:
+        t = tensor.contiguous()
+        return (t.data_ptr(), 0.0, 1), t
+    t = ck.lay_out(tensor, fmt)
+    return (t.data_ptr(), 0.0, 2), t
+
+
+def _per_value(tensor: Tensor | None, value: float) -> float | Tensor:
+    return value if tensor is None else tensor
+
+
+def _clip(lo: float, hi: float) -> tuple[float, float]:
+    return (lo, hi)
+
+
+def _examples(x: Tensor) -> int:
+    return math.prod(x.shape[1:])
+
+
+def _call(
+    x: Tensor,
+    x0: Tensor,
+    grad: Tensor | None,
+    step: tuple[Tensor | None, float],
+    eps: tuple[Tensor | None, float],
+    norm: int,
+    lo: float,
+    hi: float,
+    active: Tensor | None,
+    normalize: bool,
+    out: Tensor | None,
+    fmt: torch.memory_format,
+    fosc: Any = None,
+    atas: Any = None,
+) -> None:
+    """x, x0, grad and out are dense in fmt."""
+    require_cuda_build(x.device)
+    device, stream = stream_of(x.device)
+    batch, n = x.shape[0], _examples(x)
+    step_args, keep_step = _param(*step, x, fmt)
+    eps_args, keep_eps = _param(*eps, x, fmt)
+    keep_active = None if active is None else active.contiguous()
+    workspace = None
+    if device >= 0 and (norm != 0 or fosc is not None or atas is not None):
+        workspace = torch.empty(_C.pgd_workspace_doubles(batch, n), dtype=torch.float64, device=x.device)
+    _C.pgd_step(
+        device,
+        stream,
+        x.data_ptr(),
+        x0.data_ptr(),
+        0 if grad is None else grad.data_ptr(),
+        0 if out is None else out.data_ptr(),
+        batch,
+        n,
+        norm,
+        0 if grad is None else _GRAD_CODE[grad.dtype],
+        step_args,
+        eps_args,
+        lo,
+        hi,
+        0 if keep_active is None else keep_active.data_ptr(),
+        normalize,
+        fosc,
+        atas,
+        0 if workspace is None else workspace.data_ptr(),
+    )
+    del keep_step, keep_eps, keep_active, workspace
+
+
+def _format(x: Tensor) -> torch.memory_format:
+    return ck.dense_format(x) or torch.contiguous_format
+
+
+def _step_kernel(
+    x: Tensor, x0: Tensor, grad: Tensor | None, step_t: Tensor | None, step: float, eps_t: Tensor | None, eps: float,
+    norm: int, lo: float, hi: float, active: Tensor | None, normalize: bool, out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    if x.dtype == torch.float64:
+        p, clip, radius = _CODE_NORM[norm], _clip(lo, hi), _per_value(eps_t, eps)
+        if grad is None:
+            y = reference.project(x, x0, radius, p, clip)
+        else:
+            y = reference.pgd_step(x, x0, grad, _per_value(step_t, step), radius, p, clip, active, normalize)
+        return y if out is None else out.copy_(y)
+    fmt = _format(x)
+    x_, x0_ = ck.lay_out(x, fmt), ck.lay_out(x0, fmt)
+    grad_ = None if grad is None else ck.lay_out(grad, fmt)
+    direct = out is not None and not out.is_neg() and out.is_contiguous(memory_format=fmt)
+    target = out if direct else torch.empty_like(x_, memory_format=fmt)
+    assert target is not None
+    _call(x_, x0_, grad_, (step_t, step), (eps_t, eps), norm, lo, hi, active, normalize, target, fmt)
+    return target if out is None or direct else out.copy_(target)
+
+
+def _like(x: Tensor) -> Tensor:
+    """What an op that keeps x's layout returns."""
+    return torch.empty_like(x, memory_format=_format(x))
+
+
+_STEP_ARGS = (
+    "Tensor x, Tensor x0, Tensor? grad, Tensor? step_t, float step, Tensor? eps_t, float eps, "
+    "int norm, float lo, float hi, Tensor? active, bool normalize"
+)
+pgd_step = define("pgd_step", f"({_STEP_ARGS}) -> Tensor", _step_kernel, lambda x, *args: _like(x))
+
+
+def _step_out_kernel(*args: Any) -> None:
+    _step_kernel(*args)
+
+
+pgd_step_out = define("pgd_step_out", f"({_STEP_ARGS}, Tensor(a!) out) -> ()", _step_out_kernel, lambda *args: None)
+
+
+def _fosc_kernel(x: Tensor, x0: Tensor, grad: Tensor, eps_t: Tensor | None, eps: float, norm: int) -> Tensor:
+    if x.dtype == torch.float64:
+        return reference.fosc(x, x0, grad, _per_value(eps_t, eps), _CODE_NORM[norm])
+    fmt = _format(x)
+    value = torch.empty(x.shape[0], dtype=x.dtype, device=x.device)
+    x_, x0_, grad_ = (ck.lay_out(t, fmt) for t in (x, x0, grad))
+    _call(
+        x_,
+        x0_,
+        grad_,
+        (None, 0.0),
+        (eps_t, eps),
+        norm,
+        -INF,
+        INF,
+        None,
+        True,
+        None,
+        fmt,
+        fosc=(value.data_ptr(), 0, 0.0),
+    )
+    return value
+
+
+fosc = define(
+    "fosc",
+    "(Tensor x, Tensor x0, Tensor grad, Tensor? eps_t, float eps, int norm) -> Tensor",
+    _fosc_kernel,
+    lambda x, *args: x.new_empty(x.shape[0]),
+)
+
+
+def _step_fosc_kernel(
+    x: Tensor, x0: Tensor, grad: Tensor, step_t: Tensor | None, step: float, eps_t: Tensor | None, eps: float,
+    threshold: float, norm: int, lo: float, hi: float, active: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if x.dtype == torch.float64:
+        return reference.pgd_step_fosc(
+            x,
+            x0,
+            grad,
+            _per_value(step_t, step),
+            _per_value(eps_t, eps),
+            threshold,
+            _CODE_NORM[norm],
+            _clip(lo, hi),
+            active,
+        )
+    fmt = _format(x)
+    value = torch.empty(x.shape[0], dtype=x.dtype, device=x.device)
+    keep = torch.empty(x.shape[0], dtype=torch.bool, device=x.device)
+    out = torch.empty_like(x, memory_format=fmt)
+    x_, x0_, grad_ = (ck.lay_out(t, fmt) for t in (x, x0, grad))
+    outputs = (value.data_ptr(), keep.data_ptr(), threshold)
+    _call(x_, x0_, grad_, (step_t, step), (eps_t, eps), norm, lo, hi, active, True, out, fmt, fosc=outputs)
+    return out, value, keep
+
+
+pgd_step_fosc = define(
+    "pgd_step_fosc",
+    "(Tensor x, Tensor x0, Tensor grad, Tensor? step_t, float step, Tensor? eps_t, float eps, float threshold, "
+    "int norm, float lo, float hi, Tensor? active) -> (Tensor, Tensor, Tensor)",
+    _step_fosc_kernel,
+    lambda x, *args: (_like(x), x.new_empty(x.shape[0]), x.new_empty(x.shape[0], dtype=torch.bool)),
+)
+
+
+def _atas_kernel(
+    x: Tensor, x0: Tensor, grad: Tensor, v: Tensor, step_t: Tensor | None, step: float, eps_t: Tensor | None, eps: float,
+    norm: int, lo: float, hi: float, beta: float, c: float, authors: bool, min_step: float, max_step: float,
+    active: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if x.dtype == torch.float64:
+        return reference.atas_step(
+            x, x0, grad, v, _per_value(step_t, step), _per_value(eps_t, eps), _CODE_NORM[norm], _clip(lo, hi),
+            beta, c, "authors" if authors else "paper", (min_step, max_step), active,
+        )  # fmt: skip
+    fmt = _format(x)
+    out = torch.empty_like(x, memory_format=fmt)
+    v_, v_out, step_out = v.contiguous(), torch.empty_like(v), torch.empty_like(v)
+    x_, x0_, grad_ = (ck.lay_out(t, fmt) for t in (x, x0, grad))
+    state = (v_.data_ptr(), v_out.data_ptr(), step_out.data_ptr(), beta, c, authors, min_step, max_step)
+    _call(x_, x0_, grad_, (step_t, step), (eps_t, eps), norm, lo, hi, active, True, out, fmt, atas=state)
+    return out, v_out, step_out
+
+
+atas_step = define(
+    "atas_step",
+    "(Tensor x, Tensor x0, Tensor grad, Tensor v, Tensor? step_t, float step, Tensor? eps_t, float eps, int norm, "
+    "float lo, float hi, float beta, float c, bool authors, float min_step, float max_step, Tensor? active) "
+    "-> (Tensor, Tensor, Tensor)",
+    _atas_kernel,
+    lambda x, x0, grad, v, *args: (_like(x), torch.empty_like(v), torch.empty_like(v)),
+)
+
+
+def _random_start_kernel(
+    x0: Tensor, eps_t: Tensor | None, eps: float, norm: int, lo: float, hi: float, seed: int, first_example: int
+) -> Tensor:
+    if x0.dtype == torch.float64:
+        return reference.random_start(x0, _per_value(eps_t, eps), _CODE_NORM[norm], _clip(lo, hi), seed, first_example)
+    require_cuda_build(x0.device)
+    device, stream = stream_of(x0.device)
+    x0_ = x0.resolve_neg().contiguous()  # numbers belong to logical positions, whatever the strides
+    out = torch.empty_like(x0_)
+    eps_args, keep = _param(eps_t, eps, x0_, torch.contiguous_format)
+    workspace = torch.empty(x0.shape[0] if device >= 0 and norm != 0 else 0, dtype=torch.int64, device=x0.device)
+    _C.pgd_random_start(
+        device, stream, x0_.data_ptr(), out.data_ptr(), x0.shape[0], _examples(x0), norm, eps_args, lo, hi,
+        seed & 0xFFFFFFFFFFFFFFFF, first_example, workspace.data_ptr(),
+    )  # fmt: skip
+    del keep, workspace
+    return out.contiguous(memory_format=_format(x0))
+
+
+random_start = define(
+    "random_start",
+    "(Tensor x0, Tensor? eps_t, float eps, int norm, float lo, float hi, int seed, int first_example) -> Tensor",
+    _random_start_kernel,
+    lambda x0, *args: _like(x0),
+)

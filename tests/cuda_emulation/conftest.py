@@ -1,0 +1,59 @@
+"""Builds the module with its CUDA kernels compiled for the CPU, once a session, and routes the ops to them."""
+
+from __future__ import annotations
+
+import importlib.util
+import pathlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from fastrobust.ops import _pgd_ops, losses, pgd
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def emulated_module(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    cmake = shutil.which("cmake")
+    if cmake is None or shutil.which("c++") is None:
+        pytest.skip("needs cmake and a C++ compiler to build the emulated kernels")
+    pybind11 = pytest.importorskip("pybind11", reason="needs pybind11 to build the emulated kernels")
+    folder = tmp_path_factory.mktemp("emulation")
+    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    commands = [
+        [cmake, *generator, "-S", str(ROOT), "-B", str(folder), "-DFASTROBUST_CUDA_EMULATION=ON", f"-DPython_EXECUTABLE={sys.executable}",
+         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"],
+        [cmake, "--build", str(folder), "--parallel", "2"],
+    ]  # fmt: skip
+    for command in commands:
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (library,) = folder.glob("_C*.so")
+    spec = importlib.util.spec_from_file_location("_C", library)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.cuda_toolkit == "emulated"
+    return module
+
+
+@pytest.fixture
+def on_device(emulated_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """on_device(op, ...) runs a public op on the emulated CUDA kernels."""
+
+    def run(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with monkeypatch.context() as m:
+            for module in (_pgd_ops, losses):
+                m.setattr(module, "_C", emulated_module)
+                m.setattr(module, "stream_of", lambda device: (0, 0))
+                m.setattr(module, "require_cuda_build", lambda device: None)
+            m.setattr(pgd, "_is_simple", lambda t: False)  # the fast path is the CPU's
+            return op(*args, **kwargs)
+
+    return run
