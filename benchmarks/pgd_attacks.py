@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,14 +86,14 @@ def cases(context: Context) -> Iterator[Case]:
     for name, make in problems.items():
         problem = once(partial(make, context))
         for norm, eps, step_size in SETTINGS:
-            settings = {"norm": norm, "eps": eps, "step_size": step_size, "steps": STEPS}
+            settings: dict[str, Any] = {"norm": norm, "eps": eps, "step_size": step_size, "steps": STEPS}
 
-            def ours(problem: Callable[[], Problem] = problem, settings: dict[str, float] = settings) -> Call:
+            def ours(problem: Callable[[], Problem] = problem, settings: dict[str, Any] = settings) -> Call:
                 model, images, labels = problem()
                 return lambda: fr.attacks.pgd(model, images, labels, random_start=False, **settings)
 
             def peer(
-                module: object, problem: Callable[[], Problem] = problem, settings: dict[str, float] = settings
+                module: object, problem: Callable[[], Problem] = problem, settings: dict[str, Any] = settings
             ) -> Call:
                 model, images, labels = problem()
                 return module.pgd(model, images, labels, **settings)  # type: ignore[attr-defined]
