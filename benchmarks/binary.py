@@ -145,7 +145,8 @@ def network_case(context: Context, gamma: float, batch: int, gradient: bool, rat
 
     def dense(memory_format: torch.memory_format) -> Callable[[], Call]:
         def build() -> Call:
-            network = fr.nn.dense_copy(model()).requires_grad_(False).to(memory_format=memory_format)
+            network = fr.nn.dense_copy(model()).requires_grad_(False)
+            network.to(memory_format=memory_format)  # type: ignore[call-overload]  # missing from torch's stubs
             return call(network, x().contiguous(memory_format=memory_format))
 
         return build

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +86,9 @@ def distance_cases(context: Context) -> Iterator[Case]:
             if large and p == math.inf:
                 targets.append(Target(FLOOR, 0.4 if context.device.type == "cpu" else 0.6))
 
-            def build(function: Callable[..., Tensor], inputs=inputs, p: float = p) -> Callable[[], Tensor]:
+            def build(
+                function: Callable[..., Any], inputs: Callable[[], Any] = inputs, p: float = p
+            ) -> Callable[[], Any]:
                 return partial(function, *inputs(), p)
 
             yield Case(
