@@ -1,6 +1,6 @@
 """Which path a masked convolution takes: a cost model of the sparse kernel and of torch's dense one.
 
-The constants are microseconds on two cores of an AVX-512 server processor, fitted to the table that
+The constants are microseconds on two cores of an AVX-512 server processor, set by hand from measurements like those that
 `benchmarks/binary.py` prints. Only ratios matter to the choice, and both sides scale with the vector
 width and the clock. FASTROBUST_BINARY=sparse|dense overrides it.
 """
