@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_helpers import Run
 from torch import nn
 
+from cli_helpers import Run
 from fastrobust import models
 from fastrobust.cli import main
 

@@ -10,9 +10,9 @@ import sys
 
 import pytest
 import torch
-from cli_helpers import Run
 
 import fastrobust
+from cli_helpers import Run
 from fastrobust import cli
 
 

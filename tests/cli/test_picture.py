@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from cli_helpers import Run
 
 pytest.importorskip("matplotlib", reason="pictures need matplotlib")
