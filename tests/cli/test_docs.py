@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+
 from cli_helpers import Run
 
 PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
