@@ -221,16 +221,16 @@ def _row_inputs(dtype: torch.dtype, grad: bool) -> tuple[Tensor, ...]:
 def test_opcheck(dtype: torch.dtype) -> None:
     A, b, slopes, intercepts = _row_inputs(dtype, True)
     example = torch.tensor([0, 2, 1, 1])
-    torch.library.opcheck(ops._back, (A, b, slopes, intercepts, example, None, None, None, None, []))
+    torch.library.opcheck(ops._back.op, (A, b, slopes, intercepts, example, None, None, None, None, []))
     c, r = (torch.rand(3, 6, dtype=dtype, requires_grad=True) for _ in range(2))
-    torch.library.opcheck(ops._concretize, (A, b, example, None, None, c, r, c, r, 2.0, None, None, []))
+    torch.library.opcheck(ops._concretize.op, (A, b, example, None, None, c, r, c, r, 2.0, None, None, []))
     w = torch.randn(5, 6, dtype=dtype, requires_grad=True)
     bias = torch.randn(5, dtype=dtype, requires_grad=True)
     for finish in (0, 1, 2):
-        torch.library.opcheck(ops._interval, (c, r, w, bias, finish))
+        torch.library.opcheck(ops._interval.op, (c, r, w, bias, finish))
     l = torch.randn(3, 6, dtype=dtype, requires_grad=True)
     for adaptive in (False, True):
-        torch.library.opcheck(ops._lines, (l, l.detach() + 1, 0.1, adaptive))
+        torch.library.opcheck(ops._lines.op, (l, l.detach() + 1, 0.1, adaptive))
 
 
 def test_gradcheck_of_the_ops() -> None:

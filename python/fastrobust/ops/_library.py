@@ -43,6 +43,7 @@ def define(
     def call(*args: Any) -> Any:
         return kernel(*args) if nothing_intercepts() and all(map(_is_direct, args)) else op(*args)
 
+    call.op = op  # type: ignore[attr-defined]
     return call
 
 
@@ -51,6 +52,8 @@ def _is_direct(arg: Any) -> bool:
     if type(arg) is torch.Tensor:
         wanted = arg.requires_grad and torch.is_grad_enabled()
         return (arg.is_cpu or arg.is_cuda) and not wanted and not arg.is_neg()
+    if isinstance(arg, (list, tuple)):
+        return all(map(_is_direct, arg))
     return not isinstance(arg, torch.Tensor)
 
 
