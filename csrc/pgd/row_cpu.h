@@ -11,8 +11,6 @@ void rows_cpu(const StepArgs& a, Norm norm);
 void random_start_cpu(const RandomStartArgs& a);
 void loss_cpu(const LossArgs& a);
 
-constexpr int64_t kAhead = 256;  // elements
-
 template <GradType T, bool kStepEach, bool kEpsEach, bool kStream>
 void linf_block(const StepArgs& a, int64_t row, int64_t begin, int64_t end) {
   const int64_t base = row * a.n;
@@ -27,10 +25,6 @@ void linf_block(const StepArgs& a, int64_t row, int64_t begin, int64_t end) {
   const Vec lo(a.lo), hi(a.hi);
   int64_t i = begin;
   for (; i + kLanes <= end; i += kLanes) {
-    // from the last-level cache the four streams are bound by latency: ask early (15 % at 1.5 MB a tensor)
-    __builtin_prefetch(x + i + kAhead);
-    __builtin_prefetch(x0 + i + kAhead);
-    if (!kStream) __builtin_prefetch(out + i + kAhead, 1);
     const Vec step = kStepEach ? load(steps + i) : step_all;
     const Vec eps = kEpsEach ? load(sizes + i) : eps_all;
     const Vec y = linf_project(linf_ascend(load(x + i), g.vec(i), step), load(x0 + i), eps, lo, hi);
