@@ -108,6 +108,7 @@ constexpr int kWidth = 16;
 constexpr int kRegs = 64 / kWidth;
 typedef float NativeF __attribute__((vector_size(kWidth)));
 typedef int32_t NativeI __attribute__((vector_size(kWidth)));
+typedef uint32_t NativeU __attribute__((vector_size(kWidth)));  // bits wrap; signed ones must not
 typedef double NativeD __attribute__((vector_size(kWidth)));
 typedef NativeF UnalignedF __attribute__((aligned(4), may_alias));
 typedef NativeD UnalignedD __attribute__((aligned(8), may_alias));
@@ -229,11 +230,11 @@ FR_HD Vec load_bfloat(const uint16_t* p) {
   return load(f);
 }
 FR_HD Vec step_bits(Vec a, int dir) {
-  FR_EACH a.r[i] = (NativeF)((NativeI)a.r[i] + dir);
+  FR_EACH a.r[i] = (NativeF)((NativeU)a.r[i] + static_cast<uint32_t>(dir));
   return a;
 }
 FR_HD Vec scale_exponent(Vec p, Vec t) {
-  FR_EACH p.r[i] = (NativeF)((NativeI)p.r[i] + ((NativeI)t.r[i] << 23));
+  FR_EACH p.r[i] = (NativeF)((NativeU)p.r[i] + ((NativeU)t.r[i] << 23));
   return p;
 }
 
