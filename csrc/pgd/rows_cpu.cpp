@@ -137,6 +137,7 @@ struct Row {
     }
   }
   void l1() const {
+    if (T == GradType::none && n == 0) return;
     if (T == GradType::none)
       std::memmove(out, x, static_cast<size_t>(n) * sizeof(float));
     else
@@ -230,7 +231,7 @@ void do_row(const StepArgs& a, Norm norm, int64_t i) {
   Row<T> row(a, i);
   const bool move = a.active == nullptr || a.active[i] != 0;
   const bool writes = a.out != nullptr;
-  if (writes && !move && a.out != a.x) std::memcpy(row.out, row.x, static_cast<size_t>(a.n) * sizeof(float));
+  if (writes && !move && a.n > 0 && a.out != a.x) std::memcpy(row.out, row.x, static_cast<size_t>(a.n) * sizeof(float));
   if (a.fosc != nullptr) {
     a.fosc[i] = row.fosc_step(i, norm, writes && move);
     if (a.active_out != nullptr) a.active_out[i] = move && a.fosc[i] > a.threshold;
