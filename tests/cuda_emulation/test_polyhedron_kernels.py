@@ -3,28 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
-import sys
 
 import pytest
 import torch
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "polyhedron"))
-from cases import KINDS, rows, staircase  # noqa: E402
-from oracle import exact, exact_signed, sorted_float64  # noqa: E402
-
-from fastrobust.ops import polyhedral_distance  # noqa: E402
-
-NORMS = (1, 1.5, 2, 3, math.inf)
-
-
-def close_and_never_above(got: torch.Tensor, want, relative: float = 1e-6) -> None:
-    for value, truth in zip(got.double().flatten().tolist(), want, strict=True):
-        if math.isinf(truth):
-            assert value == truth
-        else:
-            assert not value > truth, (value, truth)
-            assert abs(value - float(truth)) <= relative * max(abs(float(truth)), 1e-38), (value, float(truth))
+from fastrobust.ops import polyhedral_distance
+from polyhedron_cases import KINDS, rows, staircase
+from polyhedron_oracle import NORMS, close_and_never_above, exact, exact_signed, sorted_float64
 
 
 def distance(a, b, lower, upper, p, **kwargs):

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import math
-import os
-import sys
-
 import pytest
 import torch
 
-sys.path.insert(0, os.path.dirname(__file__))
-from cases import KINDS, rows  # noqa: E402
-
-from fastrobust.ops import polyhedral_distance  # noqa: E402
-
-NORMS = (1, 1.5, 2, 3, math.inf)
+from fastrobust.ops import polyhedral_distance
+from polyhedron_cases import KINDS, rows
+from polyhedron_oracle import NORMS
 
 
 @pytest.mark.cuda
