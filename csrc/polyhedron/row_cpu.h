@@ -69,10 +69,11 @@ struct Row {
       part(vabs(x), select(x * turn > zero, -lower.at_end(j, left), upper.at_end(j, left)));
     }
   }
-  // The same by fours: part(sizes, rooms), zeros behind the end. kFetch: brings the next row closer on the way.
-  template <bool kFetch, class Part>
+  // The same by fours, of a row that is not flipped: part(sizes, rooms), zeros behind the end.
+  // kFetch: brings the next row closer on the way. kFull: both sides have a value for every element.
+  template <bool kFetch, bool kFull, class Part>
   FR_HD void each_four(const Part& part) const {
-    const Vec zero(0.f), turn(flip ? -1.f : 1.f);
+    const Vec zero(0.f);
     const float *const from = a, *const low = lower.data, *const high = upper.data, *const ahead = next;
     const int64_t n = m, low_mask = lower.mask, high_mask = upper.mask;
     Vec size[4], room[4];
@@ -84,7 +85,7 @@ struct Row {
         if (kFetch) __builtin_prefetch(ahead + k);
         const Vec x = load(from + k);
         size[i] = vabs(x);
-        room[i] = select(x * turn > zero, -load(low + (k & low_mask)), load(high + (k & high_mask)));
+        room[i] = select(x > zero, -load(low + (kFull ? k : k & low_mask)), load(high + (kFull ? k : k & high_mask)));
       }
       part(size, room);
     }
@@ -97,7 +98,7 @@ struct Row {
         const int left = static_cast<int>(n - k < kLanes ? n - k : kLanes);
         const Vec x = load_n(from + k, left);
         size[i] = vabs(x);
-        room[i] = select(x * turn > zero, -lower.at_end(k, left), upper.at_end(k, left));
+        room[i] = select(x > zero, -lower.at_end(k, left), upper.at_end(k, left));
       }
       part(size, room);
     }
@@ -173,9 +174,13 @@ struct Row {
 
   template <Distance kKind>
   FastSums fast(float t) const {
+    return lower.mask && upper.mask ? fast<kKind, true>(t) : fast<kKind, false>(t);
+  }
+  template <Distance kKind, bool kFull>
+  FastSums fast(float t) const {
     const Vec level(t), zero(0.f);
     Vec used[4] = {zero, zero, zero, zero}, slope[4] = {zero, zero, zero, zero};
-    each_four<false>([&](const Vec(&size)[4], const Vec(&room)[4]) FR_INLINE_LAMBDA {
+    each_four<false, kFull>([&](const Vec(&size)[4], const Vec(&room)[4]) FR_INLINE_LAMBDA {
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         const Mask fixed = room[i] <= cap_at<kKind>(level, size[i]);
@@ -189,15 +194,20 @@ struct Row {
 
   template <Distance kKind>
   QuickSums quick(double t, double high) const {
+    return lower.mask && upper.mask ? quick<kKind, true>(t, high) : quick<kKind, false>(t, high);
+  }
+  template <Distance kKind, bool kFull>
+  QuickSums quick(double t, double high) const {
     const Vec level(round_down(t)), later(-round_down(-high)), zero(0.f);
     DVec used(0.), slope(0.), squares(0.);
-    Mask changed = zero > zero;
-    each_four<true>([&](const Vec(&size)[4], const Vec(&room)[4]) FR_INLINE_LAMBDA {
+    Vec crossed(0.f);  // its signs: an element meets the box between t and high, or at t
+    each_four<true, kFull>([&](const Vec(&size)[4], const Vec(&room)[4]) FR_INLINE_LAMBDA {
       Vec spent[4], free[4], square[4];
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        const Mask fixed = room[i] <= cap_at<kKind>(level, size[i]);
-        changed = changed | (!fixed & (room[i] <= cap_at<kKind>(later, size[i])));
+        const Vec now = cap_at<kKind>(level, size[i]);
+        const Mask fixed = room[i] <= now;
+        crossed = mark_crossing(crossed, room[i] - now, room[i] - cap_at<kKind>(later, size[i]));
         spent[i] = select(fixed, size[i] * room[i], zero);
         free[i] = select(fixed, zero, slope_of<kKind>(size[i]));
         if (kKind == Distance::l2) square[i] = select(fixed, room[i] * room[i], zero);
@@ -206,7 +216,7 @@ struct Row {
       slope = slope + (widen(free[0] + free[1]) + widen(free[2] + free[3]));
       if (kKind == Distance::l2) squares = squares + widen((square[0] + square[1]) + (square[2] + square[3]));
     });
-    return {lane_sum(used), lane_sum(slope), kKind == Distance::l2 ? lane_sum(squares) : 0., any(changed)};
+    return {lane_sum(used), lane_sum(slope), kKind == Distance::l2 ? lane_sum(squares) : 0., any_sign(crossed)};
   }
 
   template <Distance kKind, bool kNarrow>

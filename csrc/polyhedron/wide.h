@@ -37,6 +37,12 @@ FR_HD double lane_sum(DVec a) {
   return _mm_cvtsd_f64(_mm_add_sd(d, _mm_unpackhi_pd(d, d)));
 }
 FR_HD float lane_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
+// Sign bits: set where they were set in `marks` or where a and b have different ones.
+FR_HD Vec mark_crossing(Vec marks, Vec a, Vec b) {
+  const __m512i differ = _mm512_xor_si512(_mm512_castps_si512(a.v), _mm512_castps_si512(b.v));
+  return _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(marks.v), differ));
+}
+FR_HD bool any_sign(Vec a) { return _mm512_movepi32_mask(_mm512_castps_si512(a.v)) != 0; }
 // The nearest floats.
 FR_HD Vec narrow(DVec a) {
   return _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(a.lo)), _mm512_cvtpd_ps(a.hi), 1);
@@ -100,6 +106,17 @@ FR_HD DVec drop(WideMask m, DVec a) {
 
 FR_HD double lane_sum(DVec a) { return sum(a); }
 FR_HD float lane_max(Vec a) { return max_lane(a); }
+FR_HD Vec mark_crossing(Vec marks, Vec a, Vec b) {
+#pragma GCC unroll 4
+  for (int i = 0; i < kRegs; ++i) marks.r[i] = (NativeF)((NativeU)marks.r[i] | ((NativeU)a.r[i] ^ (NativeU)b.r[i]));
+  return marks;
+}
+FR_HD bool any_sign(Vec a) {
+  uint32_t bits = 0;
+  for (int i = 0; i < kRegs; ++i)
+    for (int k = 0; k < kWidth / 4; ++k) bits |= ((NativeU)a.r[i])[k];
+  return (bits >> 31) != 0;
+}
 FR_HD Vec narrow(DVec a) {
   Vec x;
 #pragma GCC unroll 4

@@ -67,3 +67,17 @@ def test_staircase_and_bad_rows(on_device):
         spoilt[1, 7] = math.nan
         got = on_device(distance, spoilt, b.repeat(3), lower, upper, p)
         assert got.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("p", NORMS)
+def test_a_box_that_excludes_the_point_gives_nan_for_its_row_alone(on_device, p):
+    """A GPU raises nothing here, because reading the values would stop it: the rows are NaN, and so are their points."""
+    op = torch.ops.fastrobust.polyhedral_distance.default  # below the check that CPU tensors get
+    a, b, lower, upper = (torch.tensor(t) for t in rows("normal", 4, 40))
+    clean = on_device(op, a, b, lower, upper, p, False, False)[0]
+    lower[1, 3], upper[1, 3] = 0.5, 0.25  # lower > upper
+    lower[2, 39] = 0.125  # the point is not inside
+    got, _, point = on_device(op, a, b, lower, upper, p, False, True)
+    assert got.isnan().tolist() == [False, True, True, False]
+    assert point.isnan().all(1).tolist() == [False, True, True, False]
+    assert torch.equal(got[[0, 3]], clean[[0, 3]])

@@ -243,8 +243,20 @@ def test_bad_rows_stay_alone(p):
     assert torch.equal(got[~bad], clean[~bad])
 
 
+def test_inside_a_compiled_graph_a_wrong_box_gives_nan_for_its_row_alone():
+    a, b, x = torch.randn(3, 5), torch.rand(3) * 0.1, torch.rand(3, 5)
+    clean = polyhedral_distance(a, b, -x, 1 - x, 2)
+    lower = -x
+    lower[1, 2] = 0.5
+    got = torch.compile(polyhedral_distance, fullgraph=True, backend="aot_eager")(a, b, lower, 1 - x, 2)
+    assert got.isnan().tolist() == [False, True, False]
+    assert torch.equal(got[[0, 2]], clean[[0, 2]])
+
+
 def test_errors_name_the_argument():
     a, b, x = torch.randn(3, 5), torch.rand(3), torch.rand(3, 5)
+    with pytest.raises(ValueError, match="lower: got values up to"):  # lower > upper
+        polyhedral_distance(a, b, 2 - x, 1 - x, 2)
     with pytest.raises(ValueError, match="lower: got values up to"):
         polyhedral_distance(a, b, 1 - x, 1 - x, 2)
     with pytest.raises(ValueError, match="upper: got values down to"):
