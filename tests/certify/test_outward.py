@@ -38,7 +38,7 @@ def at(row: list[Fraction], offset: Fraction, x: list[Fraction]) -> Fraction:
 def test_linear_models_have_an_exact_distance(norm, scale, clip):
     """Large weights that nearly cancel in the differences: float32 margins are off by much of their size."""
     torch.manual_seed(0)
-    for _ in range(10):
+    for _ in range(2 if norm == 2 else 8):  # square roots of long fractions take their time
         model = nn.Linear(12, 4)
         with torch.no_grad():
             model.weight += scale
