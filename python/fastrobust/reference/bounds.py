@@ -19,7 +19,7 @@ from fastrobust.reference.relaxations import interval_activation, relax
 __all__ = [
     "center_radius", "concretize", "concretize_rows", "dual_exponent", "eps_like", "input_box", "interval_activation",
     "interval_ball_conv2d", "interval_ball_linear", "interval_conv2d", "interval_linear", "linear_back_step", "region", "relax",
-    "row_maps",
+    "room_of", "row_maps", "split_support",
 ]  # fmt: skip
 
 
@@ -174,11 +174,60 @@ def linear_back_step(A: Tensor, b: Tensor, slopes: Tensor, intercepts: Tensor, e
     return (torch.stack(out) if out else A * s), torch.stack(offsets)
 
 
+@torch.no_grad()
+def split_support(w: Tensor, room: Tensor, q: float) -> tuple[Tensor, Tensor, Tensor]:
+    """max w.v over ||v||_p <= 1 and 0 <= v <= room, for w, room >= 0 (..., n), 1/p + 1/q = 1: (ball, v, full).
+
+    The support function of an intersection is the cheapest way to split w between the two sets (Rockafellar, Convex Analysis,
+    corollary 16.4.1): the maximum is min over 0 <= ball <= w of room.(w - ball) + ||ball||_q. EVERY split is an upper bound,
+    so rounding in the search costs tightness and never soundness. At the optimum v_i = min(t w_i^(q - 1), room_i): as in
+    Algorithm 3.4 the coordinates that have met the box (``full``) are fixed and t is solved for the rest, until no more meet
+    it; from t = 1 / ||w^(q - 1)||_p, the ball's own solution, t only grows. p = 1 fills the largest w first.
+    """
+    if q == 1:
+        full = (room < 1) & (w > 0)
+        return torch.where(full, 0.0, w), room.clamp(max=1), full
+    if q == math.inf:
+        order = w.argsort(dim=-1, descending=True, stable=True)
+        r, value = room.gather(-1, order), w.gather(-1, order)
+        spent = r.cumsum(-1)
+        step = torch.minimum(r, (1 - (spent - r)).clamp(min=0))
+        at = (spent < 1).sum(-1, keepdim=True)  # the coordinate that is not used up
+        level = torch.cat([value, torch.zeros_like(value[..., :1])], -1).gather(-1, at)
+        return torch.minimum(w, level), torch.zeros_like(w).scatter(-1, order, step), w > level
+    p = q / (q - 1)
+    top = w.amax(-1, keepdim=True) if w.shape[-1] else w[..., :1]
+    u = w / torch.where(top > 0, top, 1.0)
+    s = u.pow(q - 1)
+    rest = u.pow(q).sum(-1, keepdim=True)
+    t = torch.where(rest > 0, rest, 1.0).pow(-1 / p)
+    full = torch.zeros_like(w, dtype=torch.bool)
+    while True:
+        more = full | ((t * s > room) & (w > 0))
+        if bool((more == full).all()):
+            break
+        full = more
+        left = 1 - torch.where(full, room, 0.0).pow(p).sum(-1, keepdim=True)
+        rest = torch.where(full, 0.0, u).pow(q).sum(-1, keepdim=True)
+        found = (left.clamp(min=0) / torch.where(rest > 0, rest, 1.0)).pow(1 / p)
+        t = torch.maximum(t, torch.where(rest > 0, found, math.inf))
+    ball = torch.where(full, torch.minimum(w, top * (room / t).pow(p - 1)), w)
+    return ball, torch.where(full, room, torch.where(s > 0, t * s, 0.0)), full
+
+
+def room_of(a: Tensor, side: int, center: Tensor, radius: Tensor, x: Tensor, eps: Tensor) -> Tensor:
+    """How far the extreme of a x on one side can go from x before it meets the box, in units of eps."""
+    up = (a >= 0) == (side == 1)
+    room = (radius + torch.where(up, center - x, x - center)).clamp(min=0)
+    return torch.where(eps > 0, room / torch.where(eps > 0, eps, 1.0), 0.0)
+
+
 def concretize_rows(A: Tensor, b: Tensor, example: Tensor | None, box: tuple[Tensor, Tensor] | None, ball: tuple[Tensor, Tensor] | None, q: float, rows: Tensor | None = None, corner: tuple[Tensor, Tensor] | None = None, window: Window | None = None, minus: Tensor | None = None) -> Tensor:  # fmt: skip
     """Minimum (row 0) and maximum (row 1) of A x + b: (m, R).
 
-    A, b, example, rows, corner, window, minus as in ``linear_back_step``. box = (center, radius), each (B, map); ball = (x, eps), each
-    (B, map), with dual exponent q: A x -+ ||eps * A||_q. With both, the tighter one.
+    A, b, example, rows, corner, window, minus as in ``linear_back_step``. box = (center, radius), each (B, map):
+    A center -+ |A| radius; ball = (x, eps), each (B, map), with dual exponent q: A x -+ ||eps * A||_q. With both, the extreme
+    over their intersection: one part of A is bounded over the box, the rest over the ball (``split_support``).
     """
     if rows is not None:
         A = A[:, rows] if minus is None else A[:, rows] - A[:, minus]
@@ -187,15 +236,26 @@ def concretize_rows(A: Tensor, b: Tensor, example: Tensor | None, box: tuple[Ten
     out = []
     for side in range(b.shape[0]):
         a, sign = A[min(side, A.shape[0] - 1)], 2.0 * side - 1.0
-        values = []
+        on_box = on_ball = a
+        step = None
+        if box_maps is not None and ball_maps is not None:
+            with torch.no_grad():
+                room = room_of(a, side, *box_maps, *ball_maps)
+                part, step, full = split_support((a * ball_maps[1]).abs(), room, q)
+                part = a.sign() * part / torch.where(full, ball_maps[1], 1.0)
+            on_ball = torch.where(full, part, a)
+            on_box = a - on_ball
+        value = b[side]
         if box_maps is not None:
-            values.append((a * box_maps[0]).sum(-1) + sign * (a.abs() * box_maps[1]).sum(-1))
+            value = value + (on_box * box_maps[0]).sum(-1) + sign * (on_box.abs() * box_maps[1]).sum(-1)
         if ball_maps is not None:
-            w = (a * ball_maps[1]).abs()
-            size = w.amax(-1) if q == math.inf else _power_sum_root(w.pow(q).sum(-1), q)
-            values.append((a * ball_maps[0]).sum(-1) + sign * size)
-        best = values[0] if len(values) == 1 else (torch.minimum if side else torch.maximum)(*values)
-        out.append(b[side] + best)
+            w = (on_ball * ball_maps[1]).abs()
+            if step is not None and q in (1, math.inf):
+                size = (step * w if q == math.inf else w).sum(-1)  # the derivative of a maximum that is attained often
+            else:
+                size = w.amax(-1) if q == math.inf else _power_sum_root(w.pow(q).sum(-1), q)
+            value = value + (on_ball * ball_maps[0]).sum(-1) + sign * size
+        out.append(value)
     return torch.stack(out)
 
 
