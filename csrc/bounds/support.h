@@ -79,10 +79,9 @@ struct LevelSearch {
       } else {
         high = level, spent_high = spent, gain_high = other;
       }
-      const double here = level;
       meet();
       if (!(level > low && level < high)) {
-        level = here;
+        level = gain_low + (1. - spent_low) * low < gain_high + (1. - spent_high) * high ? low : high;
         done = true;
       }
     }

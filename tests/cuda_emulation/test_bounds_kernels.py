@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -13,13 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
-from bounds.nets import make  # noqa: E402
-
-import fastrobust.ops.bounds as ops  # noqa: E402
-from fastrobust.bounds import METHODS, compute_bounds  # noqa: E402
-from fastrobust.reference import bounds as reference  # noqa: E402
-from fastrobust.reference import relaxations  # noqa: E402
+import fastrobust.ops.bounds as ops
+from bounds.nets import make
+from fastrobust.bounds import METHODS, compute_bounds
+from fastrobust.reference import bounds as reference
+from fastrobust.reference import relaxations
 
 
 @pytest.fixture
