@@ -180,9 +180,9 @@ def split_support(w: Tensor, room: Tensor, q: float) -> tuple[Tensor, Tensor, Te
 
     The support function of an intersection is the cheapest way to split w between the two sets (Rockafellar, Convex Analysis,
     corollary 16.4.1): the maximum is min over 0 <= ball <= w of room.(w - ball) + ||ball||_q. EVERY split is an upper bound,
-    so rounding in the search costs tightness and never soundness. At the optimum v_i = min(t w_i^(q - 1), room_i): as in
-    Algorithm 3.4 the coordinates that have met the box (``full``) are fixed and t is solved for the rest, until no more meet
-    it; from t = 1 / ||w^(q - 1)||_p, the ball's own solution, t only grows. p = 1 fills the largest w first.
+    so rounding in the search costs tightness and never soundness. At the optimum v_i = min(t w_i^(q - 1), room_i) with the t that
+    makes ||v||_p = 1: coordinates are sorted by the t at which they meet the box (``full``); without such a t all do.
+    p = 1 fills the largest w first.
     """
     if q == 1:
         full = (room < 1) & (w > 0)
@@ -199,18 +199,16 @@ def split_support(w: Tensor, room: Tensor, q: float) -> tuple[Tensor, Tensor, Te
     top = w.amax(-1, keepdim=True) if w.shape[-1] else w[..., :1]
     u = w / torch.where(top > 0, top, 1.0)
     s = u.pow(q - 1)
-    rest = u.pow(q).sum(-1, keepdim=True)
-    t = torch.where(rest > 0, rest, 1.0).pow(-1 / p)
-    full = torch.zeros_like(w, dtype=torch.bool)
-    while True:
-        more = full | ((t * s > room) & (w > 0))
-        if bool((more == full).all()):
-            break
-        full = more
-        left = 1 - torch.where(full, room, 0.0).pow(p).sum(-1, keepdim=True)
-        rest = torch.where(full, 0.0, u).pow(q).sum(-1, keepdim=True)
-        found = (left.clamp(min=0) / torch.where(rest > 0, rest, 1.0)).pow(1 / p)
-        t = torch.maximum(t, torch.where(rest > 0, found, math.inf))
+    meets = torch.where(s > 0, room / torch.where(s > 0, s, 1.0), math.inf)  # t at which the coordinate meets the box
+    meets, order = meets.sort(dim=-1, stable=True)
+    zero = torch.zeros_like(w[..., :1])
+    fixed = torch.cat([zero, room.gather(-1, order).pow(p).cumsum(-1)], -1)  # sums over the first 0, 1, ... coordinates
+    free = torch.cat([u.gather(-1, order).pow(q).flip(-1).cumsum(-1).flip(-1), zero], -1)  # and over the others
+    count = (fixed[..., :-1] + meets.pow(p) * free[..., :-1] < 1).sum(-1, keepdim=True)
+    left, rest = 1 - fixed.gather(-1, count), free.gather(-1, count)
+    t = torch.where(rest > 0, (left / torch.where(rest > 0, rest, 1.0)).pow(1 / p), math.inf)
+    rank = torch.empty_like(order).scatter(-1, order, torch.arange(w.shape[-1], device=w.device).expand_as(order))
+    full = (rank < count) & (w > 0)
     ball = torch.where(full, torch.minimum(w, top * (room / t).pow(p - 1)), w)
     return ball, torch.where(full, room, torch.where(s > 0, t * s, 0.0)), full
 
