@@ -60,21 +60,26 @@ struct Row {
   void l2(double norm2) const {
     const L2Ascent ascent = l2_ascent(norm2, step, a.normalize);
     const Vec pow2(ascent.pow2), scale(ascent.scale), lo(a.lo), hi(a.hi);
-    // The moved point waits in out for its projection; without a gradient it is x itself.
-    const float* y = T == GradType::none ? x : out;
+    // Copies, because a store might otherwise change the members. The moved point waits in out for its projection;
+    // without a gradient it is x itself.
+    const float *from = x, *center = x0;
+    const GradReader<T> gradient = g;
+    float* to = out;
+    const float* y = T == GradType::none ? from : to;
     DVec s(0.);
-    each_vec(n, [&](int64_t i, int m) FR_INLINE_LAMBDA {
-      Vec v = load_m(x + i, m);
+    each_vec(n, [&, from, center, gradient, to](int64_t i, int m) FR_INLINE_LAMBDA {
+      Vec v = load_m(from + i, m);
       if (T != GradType::none) {
-        v = l2_ascend(v, grad<kClean>(i, m), pow2, scale);
-        store_m(out + i, v, m);
+        const Vec gv = m == kLanes ? gradient.vec(i) : gradient.vec(i, m);
+        v = l2_ascend(v, kClean ? clean_grad(gv) : gv, pow2, scale);
+        store_m(to + i, v, m);
       }
-      const DVec d = widen(v - load_m(x0 + i, m));
+      const DVec d = widen(v - load_m(center + i, m));
       s = s + d * d;
     });
     const float shrink = l2_shrink(sum(s), eps);
-    each_vec(n, [&](int64_t i, int m) FR_INLINE_LAMBDA {
-      store_m(out + i, l2_project(load_m(y + i, m), load_m(x0 + i, m), shrink, lo, hi), m);
+    each_vec(n, [=](int64_t i, int m) FR_INLINE_LAMBDA {
+      store_m(to + i, l2_project(load_m(y + i, m), load_m(center + i, m), shrink, lo, hi), m);
     });
   }
   void l2() const {
