@@ -68,6 +68,25 @@ def test_the_cached_graph_follows_the_model() -> None:
         torch.testing.assert_close(third.lower, z, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("name", ["mlp-relu", "cnn", "residual"])
+@pytest.mark.parametrize("form", ["labels", "spec", "outputs"])
+def test_an_empty_batch(name: str, method: str, form: str) -> None:
+    net, shape = make(name)
+    x = torch.rand(0, *shape)
+    kwargs = {"labels": torch.zeros(0, dtype=torch.int64)} if form == "labels" else {}
+    if form == "spec":
+        kwargs = {"spec": torch.rand(3, 5)}
+    count = {"labels": 4, "spec": 3, "outputs": 5}[form]
+    found = compute_bounds(
+        net, x, 0.1, method=method, return_linear=method != "ibp", return_intermediate=True, **kwargs
+    )
+    assert found.lower.shape == found.upper.shape == (0, count)
+    if found.linear is not None:
+        assert found.linear.lower_A.shape == found.linear.upper_A.shape == (0, count, *shape)
+        assert found.linear.lower_b.shape == found.linear.upper_b.shape == (0, count)
+
+
 class Branching(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x if x.sum() > 0 else -x

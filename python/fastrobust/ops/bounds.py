@@ -18,20 +18,9 @@ from ..reference import relaxations
 from ..reference.bounds import Window, center_radius, dual_exponent, eps_like, interval_activation
 from . import _bounds_autograd as gradients
 from . import _checks as ck
+from ._bounds_rows import address, dense, native
 from ._library import require_cuda_build, stream_of
-from .linear_bounds import (
-    INF,
-    address,
-    check_eps,
-    check_p,
-    concretize,
-    concretize_rows,
-    dense,
-    direct,
-    linear_back_step,
-    native,
-    register,
-)
+from .linear_bounds import INF, check_eps, check_p, concretize, concretize_rows, direct, linear_back_step, register
 
 __all__ = [
     "Window", "concretize", "concretize_rows", "interval_activation", "interval_ball_conv2d", "interval_ball_linear", "interval_conv2d",
@@ -100,7 +89,7 @@ def _interval_definition(
 ) -> tuple[Tensor, Tensor]:
     c, r = F.linear(center, weight, bias), F.linear(radius, weight.abs())
     if finish == CENTER:
-        return c, r
+        return c, r.expand_as(c)
     low, up = c - r, c + r
     return (low, up) if finish == ENDS else center_radius(low.relu(), up.relu())
 
@@ -119,7 +108,8 @@ def _interval_kernel(
         return _interval_definition(center, radius, weight, bias, finish)
     out_a, out_b = center.new_empty(batch, m), center.new_empty(batch, m)
     _C.bounds_interval(
-        device, stream, center.data_ptr(), radius.data_ptr(), weight.data_ptr(), address(bias), out_a.data_ptr(), out_b.data_ptr(), batch, n, m, finish
+        device, stream, center.data_ptr(), radius.data_ptr(), weight.data_ptr(), address(bias), out_a.data_ptr(), out_b.data_ptr(),
+        batch, n, m, finish, radius.shape[0] != batch,
     )  # fmt: skip
     return out_a, out_b
 
@@ -136,7 +126,8 @@ _interval = register(
 def center_linear(
     center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, finish: int = ENDS
 ) -> tuple[Tensor, Tensor]:
-    """The interval of a linear layer from centre and radius (B, n); finish 0: centre and radius, 1: ends, 2: of the ReLU."""
+    """The interval of a linear layer from centre (B, n) and radius (B, n), or (1, n) for all; finish CENTER: centre and radius,
+    ENDS: its ends, RELU: centre and radius of the ReLU."""
     f = _interval_kernel if direct(center, radius, weight, bias) else _interval
     return f(center, radius, weight, bias, finish)
 
@@ -183,17 +174,53 @@ def interval_conv2d(lower: Tensor, upper: Tensor, weight: Tensor, bias: Tensor |
         raise ValueError(f"lower: got shape {tuple(lower.shape)}, expected (B, C, H, W)")
     _check_interval(lower, upper, weight, bias, lower.shape[1] // groups, 4)
     return _finish(
-        *from_center(*center_conv2d(*to_center(lower, upper), weight, bias, stride, padding, dilation, groups)),
+        *center_conv2d(*to_center(lower, upper), weight, bias, stride, padding, dilation, groups, ENDS),
         activation,
         params,
     )
 
 
 def center_conv2d(
-    center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, *conv: Any
-) -> tuple[Tensor, Tensor]:
-    """Centre and radius of a convolution of an interval: two convolutions, the vendor's engine being right for them."""
-    return F.conv2d(center, weight, bias, *conv), F.conv2d(radius, weight.abs(), None, *conv)
+    center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
+    groups: int = 1, finish: int = CENTER,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same for a convolution: centre (B, C, H, W), radius of this shape or (1, C, H, W)."""
+    plain = groups == 1 and dilation in (1, (1, 1)) and not isinstance(padding, str)
+    if plain and center.is_cpu and native(center) and direct(center, radius, weight, bias):
+        return _conv_kernel(center, radius, weight, bias, pair(stride), pair(padding), finish)
+    conv = (stride, padding, dilation, groups)
+    c, r = F.conv2d(center, weight, bias, *conv), F.conv2d(radius, weight.abs(), None, *conv)
+    r = r.expand_as(c)
+    if finish == CENTER:
+        return c, r
+    return from_center(c, r) if finish == ENDS else relu_center(c, r)
+
+
+def pair(v: Any) -> tuple[int, int]:
+    return (v, v) if isinstance(v, int) else (v[0], v[-1])
+
+
+def _conv_kernel(
+    center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int], finish: int
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    center, radius, weight = center.resolve_neg(), radius.resolve_neg(), dense(weight)
+    bias = None if bias is None else dense(bias)
+    (batch, c, h, w), (o, _, kh, kw) = center.shape, weight.shape
+    out_h, out_w = (h + 2 * padding[0] - kh) // stride[0] + 1, (w + 2 * padding[1] - kw) // stride[1] + 1
+    if out_h <= 0 or out_w <= 0:
+        raise ValueError(f"weight: got a kernel of {kh} x {kw}, larger than the padded {h} x {w} of lower and upper")
+    sizes = (batch, h, w, c, out_h, out_w, o, kh, kw, *stride, *padding)
+    (cb, cc, cy, cx), (rb, rc, ry, rx) = center.stride(), radius.stride()
+    strides = (cb, cy, cx, cc), (rb if radius.shape[0] == batch else 0, ry, rx, rc)
+    shape = (batch, o, out_h, out_w)
+    out_a = torch.empty(shape, memory_format=torch.channels_last)
+    out_b = torch.empty(shape, memory_format=torch.channels_last)
+    work = torch.empty(_C.bounds_interval_conv(sizes, *strides, 0, 0, 0, 0, 0, 0, 0, 0))
+    _C.bounds_interval_conv(
+        sizes, *strides, center.data_ptr(), radius.data_ptr(), weight.data_ptr(), address(bias), work.data_ptr(),
+        out_a.data_ptr(), out_b.data_ptr(), finish,
+    )  # fmt: skip
+    return out_a, out_b
 
 
 def _tighter(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -237,10 +264,8 @@ def interval_ball_conv2d(x: Tensor, eps: float | Tensor, norm: Any, clip: tuple[
     if clip is not None or p == INF:
         c, r = box_center(x, eps, clip)
         if clip is None and not isinstance(eps, Tensor):  # the radius is the same for every example
-            mid, reach = F.conv2d(c, weight, bias, *conv), F.conv2d(r[:1], weight.abs(), None, *conv)
-            box = mid - reach, mid + reach
-        else:
-            box = from_center(*center_conv2d(c, r, weight, bias, *conv))
+            r = r[:1]
+        box = center_conv2d(c, r, weight, bias, *conv, ENDS)
     if p != INF:
         scalar = not (isinstance(eps, Tensor) and eps.dim() > 1)
         if scalar and dual_exponent(p) != INF:
@@ -307,23 +332,49 @@ def relax(
     return relaxations.Lines(*f(lower, upper, params[0] if params else 0.0, kind == "crown"))
 
 
-# ---- the adjoint of a small convolution ----
+# ---- the adjoint of a convolution ----
+
+SPREAD_LANES = 1152  # taps of one position that the kernel holds (csrc/bounds/args.h)
 
 
-def spread(
-    a: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int], size: tuple[int, int]
-) -> Tensor | None:
-    """The adjoint of a convolution: a (N, O, h, w) to (N, C, *size), in one pass where the taps of one position fit a few
-    registers. None where this is not the right engine; not recorded."""
+def _spread_definition(a: Tensor, weight: Tensor, stride: Any, padding: Any, size: Any) -> Tensor:
+    extra = [
+        n - ((m - 1) * s - 2 * p + k)
+        for n, m, s, p, k in zip(size, a.shape[2:], stride, padding, weight.shape[2:], strict=True)
+    ]
+    return F.conv_transpose2d(a, weight, None, stride, padding, extra)
+
+
+def _spread_kernel(a: Tensor, weight: Tensor, stride: Any, padding: Any, size: Any) -> Tensor:
     o, c, kh, kw = weight.shape
-    lanes = -(-c * kh * kw // 16) * 16
-    if a.device.type != "cpu" or not native(a) or lanes > 64 or a.shape[1] != o or not direct(a, weight):
-        return None
-    a = a.contiguous(memory_format=torch.channels_last)
-    w = weight.new_zeros(o, lanes)
-    w[:, : c * kh * kw] = weight.permute(0, 2, 3, 1).reshape(o, -1)
+    taps = c * kh * kw
+    lanes = -(-taps // 16) * 16
+    if not a.is_cpu or not native(a) or lanes > SPREAD_LANES:
+        return _spread_definition(a, weight, stride, padding, size).contiguous(memory_format=torch.channels_last)
+    a = a.resolve_neg().contiguous(memory_format=torch.channels_last)
+    w = weight.permute(0, 2, 3, 1).reshape(o, taps)
+    w = F.pad(w, (0, lanes - taps)) if lanes != taps else dense(w)
     out = torch.empty((a.shape[0], c, *size), dtype=a.dtype, memory_format=torch.channels_last)
     _C.bounds_spread(
         a.data_ptr(), w.data_ptr(), out.data_ptr(), (a.shape[0], *a.shape[2:], o, *size, c, kh, kw, *stride, *padding, lanes)
     )  # fmt: skip
     return out
+
+
+_spread = register(
+    "bounds_spread",
+    "(Tensor a, Tensor weight, int[] stride, int[] padding, int[] size) -> Tensor",
+    _spread_kernel,
+    lambda a, weight, stride, padding, size: a.new_empty(a.shape[0], weight.shape[1], *size).contiguous(
+        memory_format=torch.channels_last
+    ),
+    gradients.spread,
+)
+
+
+def spread(
+    a: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int], size: tuple[int, int]
+) -> Tensor:
+    """The adjoint of a convolution without groups and dilation: a (N, O, h, w) to (N, C, *size), channels last."""
+    f = _spread_kernel if direct(a, weight) else _spread
+    return f(a, weight, list(stride), list(padding), list(size))

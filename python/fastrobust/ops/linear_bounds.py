@@ -15,23 +15,11 @@ from ..reference import bounds as reference
 from ..reference.bounds import Window, dual_exponent
 from . import _bounds_autograd as gradients
 from . import _checks as ck
+from ._bounds_rows import address, dense, native, rows_args
 from ._library import define, nothing_intercepts, require_cuda_build, stream_of
 
 INF = math.inf
 _DUAL = {1.0: 1, 2.0: 2, INF: 3}
-
-
-def native(t: Tensor) -> bool:
-    """Served by a compiled kernel (float64 is checked against, and runs by the definition)."""
-    return t.dtype == torch.float32
-
-
-def address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
-def dense(t: Tensor) -> Tensor:
-    return t.resolve_neg().contiguous()
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
@@ -54,32 +42,8 @@ def register(
 # ---- rows of coefficients ----
 
 
-def _window_args(corner_y: Tensor | None, corner_x: Tensor | None, window: list[int] | tuple[int, ...]) -> Any:
-    if corner_y is None or corner_x is None:
-        return None
-    return (corner_y.data_ptr(), corner_x.data_ptr(), *window)
-
-
 def _corner(corner_y: Tensor | None, corner_x: Tensor | None, window: Any) -> tuple[Any, Any]:
     return (None, None) if corner_y is None else ((corner_y, corner_x), tuple(window))
-
-
-def _rows_tuple(
-    A: Tensor, b: Tensor, example: Tensor | None, rows: Tensor | None, minus: Tensor | None, window: Any
-) -> tuple[tuple[Any, ...], int]:
-    count = b.shape[1]
-    stride = A.shape[1] * A.shape[2] if A.shape[0] == 2 else 0
-    return (
-        A.data_ptr(),
-        stride,
-        address(rows),
-        address(example),
-        count,
-        A.shape[2],
-        b.shape[0],
-        window,
-        address(minus),
-    ), count
 
 
 def _back_definition(
@@ -112,8 +76,8 @@ def _back_kernel(
     require_cuda_build(A.device)
     device, stream = stream_of(A.device)
     A, b, slopes, intercepts = dense(A), dense(b), dense(slopes), dense(intercepts)
-    args, count = _rows_tuple(A, b, example, rows, minus, _window_args(corner_y, corner_x, window))
-    out = A.new_empty(_sides_out(A, b, slopes), count, A.shape[2])
+    args = rows_args(A, b, example, rows, minus, corner_y, corner_x, window)
+    out = A.new_empty(_sides_out(A, b, slopes), b.shape[1], A.shape[2])
     b_out = torch.empty_like(b)
     _C.bounds_back(
         device, stream, args, slopes.data_ptr(), slopes.shape[0], intercepts.data_ptr(), slopes.shape[1],
@@ -199,7 +163,7 @@ def _concretize_kernel(
     device, stream = stream_of(A.device)
     A, b = dense(A), dense(b)
     maps = [None if t is None else dense(t) for t in (center, radius, x, eps)]
-    args, _ = _rows_tuple(A, b, example, rows, minus, _window_args(corner_y, corner_x, window))
+    args = rows_args(A, b, example, rows, minus, corner_y, corner_x, window)
     out = torch.empty_like(b)
     _C.bounds_concretize(
         device, stream, args, *map(address, maps), 0 if x is None else _DUAL[q], b.data_ptr(), out.data_ptr()
