@@ -1,8 +1,7 @@
-#include "bindings/bindings.h"
-
 #include <algorithm>
 #include <array>
 
+#include "bindings/bindings.h"
 #include "bounds/kernels.h"
 #include "runtime/device.h"
 
