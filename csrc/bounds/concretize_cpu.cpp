@@ -136,16 +136,18 @@ Extreme pick(const ConcretizeArgs& g) {
 
 }  // namespace
 
-void concretize_cpu(const ConcretizeArgs& g) {
+void concretize_rows(const ConcretizeArgs& g, int64_t begin, int64_t end) {
   const Extreme f = pick(g);
   const Rows& r = g.rows;
-  parallel_for(r.count, grain_of(r), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row)
-      for (int side = 0; side < r.sides; ++side) {
-        const int64_t at = side * r.count + row;
-        g.out[at] = g.b[at] + f(Row(g, row, side));
-      }
-  });
+  for (int64_t row = begin; row < end; ++row)
+    for (int side = 0; side < r.sides; ++side) {
+      const int64_t at = side * r.count + row;
+      g.out[at] = g.b[at] + f(Row(g, row, side));
+    }
+}
+
+void concretize_cpu(const ConcretizeArgs& g) {
+  parallel_for(g.rows.count, grain_of(g.rows), [&](int64_t begin, int64_t end) { concretize_rows(g, begin, end); });
 }
 
 FR_NS_END

@@ -1,4 +1,4 @@
-"""10^5 sampled and 10^5 attacked points per network and input set lie inside the bounds of every method.
+"""10^5 points per network and input set, sampled and attacked, lie inside the bounds of every method.
 
 Values are found in float32 where the network is convolutional; the extreme points are evaluated again in float64, and it is
 those values that are compared.
@@ -38,7 +38,7 @@ def spread_over(eps: Tensor | float, x: Tensor) -> Tensor:
 def attacked(net: nn.Module, x: Tensor, eps: Tensor, p: float, clip: tuple[float, float] | None, y: Tensor) -> Tensor:
     """Every iterate of projected gradient descent on every margin, both ways, from random starts: (T, *x.shape)."""
     steps, jobs = 10, 2 * 4
-    starts = COUNT // (steps * jobs * len(x))
+    starts = COUNT // 2 // (steps * jobs * len(x))
     v = torch.randn(jobs, starts, *x.shape, dtype=x.dtype) * 0.3
     sign = torch.tensor([1.0, -1.0], dtype=x.dtype).repeat(4).view(jobs, 1, 1)
     which = torch.arange(4).repeat_interleave(2)
@@ -94,9 +94,9 @@ def test_no_point_lies_outside(name: str, which: str) -> None:
     eps = radius(x)
     dtype = next(quick.parameters()).dtype
     wide = spread_over(eps, x)
-    sampled = points_of_set(x.to(dtype), wide.to(dtype), p, clip, COUNT // EXAMPLES)
+    sampled = points_of_set(x.to(dtype), wide.to(dtype), p, clip, COUNT // 2 // EXAMPLES)
     points = torch.cat([sampled, attacked(quick, x.to(dtype), wide.to(dtype), p, clip, y)])
-    assert points.shape[0] * EXAMPLES >= 2 * COUNT * 0.99
+    assert points.shape[0] * EXAMPLES >= 0.999 * COUNT
     slack = 1e-9 if dtype == torch.float64 else 1e-5  # float32 points leave the set by their rounding
     with torch.no_grad():
         low, up = extremes(quick, exact, points, y)

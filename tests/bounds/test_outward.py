@@ -94,10 +94,9 @@ def float32_points(x: Tensor, eps: float, p: float, count: int) -> Tensor:
     """float32 points whose distance from x is at most eps in exact arithmetic, most of them nearly at eps."""
     points = points_of_set(x.double(), eps, p, (0.0, 1.0), count)
     near = points.float()
-    far = (near.double() - x.double()).flatten(2).norm(p=p, dim=2) > eps
-    inner = (x.double() + (points - x.double()) * (1 - 1e-6)).float()
-    near = torch.where(far.view(*far.shape, *[1] * (x.dim() - 1)), inner, near)
-    assert ((near.double() - x.double()).flatten(2).norm(p=p, dim=2) <= eps).all()
+    beyond = (near.double() - x.double()).abs() > (points - x.double()).abs()
+    near = torch.where(beyond, torch.nextafter(near, x.expand_as(near)), near)  # every coordinate towards x
+    assert ((near.double() - x.double()).flatten(2).norm(p=p, dim=2) <= eps * (1 + 1e-15)).all()
     return near
 
 

@@ -163,8 +163,11 @@ def test_lines(bounds_on_device, activation, kind):
 def test_the_engine(bounds_on_device, name, p, eps, clip):
     net, shape = make(name)
     x, y = torch.rand(2, *shape), torch.tensor([0, 3])
+    large = name in ("residual", "mixed")
+    if large:
+        x, y = x[:1], y[:1]
     with torch.no_grad():
-        for method in METHODS:
+        for method in ("ibp", "crown") if large else METHODS:
             options = {"norm": p, "clip": clip, "method": method, "labels": y}
             got = bounds_on_device(compute_bounds, net, x, eps, **options)
             want = compute_bounds(net.double(), x.double(), eps, **options)

@@ -8,6 +8,7 @@ is {x_i + d : ||d||_p <= eps_i} for a scalar eps_i, {x_i + eps_i * v : ||v||_p <
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from fastrobust.reference.relaxations import interval_activation, relax
 
 __all__ = [
-    "center_radius", "concretize", "concretize_rows", "dual_exponent", "eps_like", "input_box", "interval_activation",
+    "center_radius", "concretize", "concretize_rows", "dual_exponent", "dual_norm", "eps_like", "input_box", "interval_activation",
     "interval_ball_conv2d", "interval_ball_linear", "interval_conv2d", "interval_linear", "linear_back_step", "region", "relax",
     "room_of", "row_maps", "split_support",
 ]  # fmt: skip
@@ -75,6 +76,15 @@ def _power_sum_root(s: Tensor, q: float) -> Tensor:
     return torch.where(positive, torch.where(positive, s, torch.ones_like(s)).pow(1.0 / q), torch.zeros_like(s))
 
 
+def dual_norm(e: Tensor, weight: Tensor, q: float, layer: Callable[[Tensor, Tensor], Tensor], conv: tuple[Any, ...]) -> Tensor:  # fmt: skip
+    """||e * w||_q for every row w of a layer: a product (``conv`` empty) or a convolution with these arguments."""
+    if q != math.inf:
+        return _power_sum_root(layer(e.pow(q), weight.abs().pow(q)), q)
+    if conv:
+        return _max_conv2d(e, weight.abs(), *conv)
+    return torch.stack([(weight.abs() * row).amax(1) for row in e]) if len(e) else e.new_zeros(0, len(weight))
+
+
 def interval_ball_linear(x: Tensor, eps: float | Tensor, norm: float, clip: tuple[float, float] | None, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, params: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Bounds of W x' + b over the input set: W x + b -+ eps ||W||_q row by row (Algorithm 3.1, line 2) and, with ``clip``, the
     tighter of that and of the bounds over the clipped box. x: (B, n) or (B, *shape) with n elements."""
@@ -84,11 +94,7 @@ def interval_ball_linear(x: Tensor, eps: float | Tensor, norm: float, clip: tupl
     if clip is not None or norm == math.inf:
         box = interval_linear(*input_box(x, e, clip), weight, bias)
     if norm != math.inf:
-        q, c = dual_exponent(norm), F.linear(x, weight, bias)
-        if q == math.inf:
-            r = torch.stack([(weight.abs() * row).amax(1) for row in e]) if len(e) else c
-        else:
-            r = _power_sum_root(F.linear(e.pow(q), weight.abs().pow(q)), q)
+        c, r = F.linear(x, weight, bias), dual_norm(e, weight, dual_exponent(norm), F.linear, ())
         ball = (c - r, c + r)
         box = ball if box is None else (torch.maximum(box[0], ball[0]), torch.minimum(box[1], ball[1]))
     return _finish(box[0], box[1], activation, params)
@@ -102,11 +108,8 @@ def interval_ball_conv2d(x: Tensor, eps: float | Tensor, norm: float, clip: tupl
     if clip is not None or norm == math.inf:
         box = interval_conv2d(*input_box(x, e, clip), weight, bias, *conv)
     if norm != math.inf:
-        q, c = dual_exponent(norm), F.conv2d(x, weight, bias, *conv)
-        if q == math.inf:
-            r = _max_conv2d(e, weight.abs(), *conv)
-        else:
-            r = _power_sum_root(F.conv2d(e.pow(q), weight.abs().pow(q), None, *conv), q)
+        c = F.conv2d(x, weight, bias, *conv)
+        r = dual_norm(e, weight, dual_exponent(norm), lambda t, w: F.conv2d(t, w, None, *conv), conv)
         ball = (c - r, c + r)
         box = ball if box is None else (torch.maximum(box[0], ball[0]), torch.minimum(box[1], ball[1]))
     return _finish(box[0], box[1], activation, params)
