@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastrobust as fr
+from fastrobust.bounds import METHODS, compute_bounds
 from fastrobust.reference import bounds as reference
+
+from .nets import make, margins, points_of_set
 
 P = (1.0, 1.5, 2.0, 3.0, math.inf)
 
@@ -120,6 +123,49 @@ def test_at_least_as_tight_as_ball_and_box(p: float) -> None:
         assert (low >= alone[0] - 1e-9).all() and (up <= alone[1] + 1e-9).all()
         if p not in (1.0, math.inf):
             assert (low > alone[0] + 1e-3).any()
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4)).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers((x - 0.4) / torch.linspace(0.1, 0.5, 8, dtype=x.dtype))
+
+
+@pytest.mark.parametrize("p", (1.0, 2.0, 3.0))
+@pytest.mark.parametrize("clip", (None, (0.0, 1.0)))
+def test_a_scaled_input_is_the_same_as_scaled_weights(p: float, clip: tuple[float, float] | None) -> None:
+    net, scale = Scaled(), torch.linspace(0.1, 0.5, 8, dtype=torch.float64)
+    folded = torch.nn.Sequential(*net.layers)
+    first = torch.nn.Linear(8, 16).double()
+    with torch.no_grad():
+        first.weight.copy_(net.layers[0].weight / scale)
+        first.bias.copy_(net.layers[0].bias - (0.4 * net.layers[0].weight / scale).sum(1))
+        folded[0] = first
+        x = torch.rand(3, 8, dtype=torch.float64)
+        for eps in (0.3, torch.tensor([0.1, 0.2, 0.3]).double(), torch.rand(3, 8, dtype=torch.float64)):
+            for method in METHODS:
+                got = compute_bounds(net, x, eps, norm=p, clip=clip, method=method)
+                want = compute_bounds(folded, x, eps, norm=p, clip=clip, method=method)
+                torch.testing.assert_close(got.lower, want.lower)
+                torch.testing.assert_close(got.upper, want.upper)
+
+
+@pytest.mark.parametrize("p", (1.0, 2.0))
+def test_exact_input_is_tighter_and_sound(p: float) -> None:
+    net, shape = make("cnn")
+    net, x, y = net.double(), torch.rand(2, *shape, dtype=torch.float64).round(decimals=1), torch.tensor([0, 3])
+    points = points_of_set(x, 0.6, p, (0.0, 1.0), 5000)
+    with torch.no_grad():
+        z = margins(net(points.flatten(0, 1)).view(5000, 2, -1), y)
+        for method in ("fast-lin", "crown"):
+            options = {"norm": p, "clip": (0.0, 1.0), "method": method, "labels": y}
+            plain = compute_bounds(net, x, 0.6, **options)
+            sharp = compute_bounds(net, x, 0.6, exact_input=True, **options)
+            assert (sharp.upper - sharp.lower).mean() < 0.999 * (plain.upper - plain.lower).mean()
+            assert (sharp.lower <= z.amin(0) + 1e-9).all() and (sharp.upper >= z.amax(0) - 1e-9).all()
 
 
 @pytest.mark.parametrize("p", P)
