@@ -42,8 +42,8 @@ FR_HD V linf_ascend(V x, V g, V step) {
 
 // ---- L2: y = x + step g / ||g||, or y = x + step g ----
 // g / ||g|| as (g * pow2) * scale: pow2 is a power of two that brings the norm near 1, so that neither factor over- or
-// underflows for gradients of any size. A longer step than kLongest ends at the same point of any ball that is not itself
-// so large, and its squares stay finite.
+// underflows for gradients of any size. A longer step than kLongest ends at the same point of any ball that is not
+// itself so large, and its squares stay finite.
 constexpr float kLongest = 0x1p100f;
 struct L2Ascent {
   float pow2;
