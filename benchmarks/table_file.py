@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .metadata import Neighbours, collect
-
-
-def plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else ("inf" if value > 0 else "-inf")
-    return value
+from .report import finite
 
 
 class TableFile:
@@ -37,12 +30,12 @@ class TableFile:
         run = {name: about[name] for name in ("date", "cpu", "cpus", "threads", "torch")}
         run |= {"version": about["build"].get("version"), "cpu_variant": about["build"].get("cpu_variant")}
         run |= {"others": self.neighbours.cpus()}
-        entry = {"key": key, **{name: plain(value) for name, value in row.items()}, "run": run}
+        entry = {"key": key, **row, "run": run}
         rows = self.content["rows"]
         place = next((i for i, old in enumerate(rows) if old["key"] == key), None)
         if place is None:
             rows.append(entry)
         else:
             rows[place] = entry
-        self.path.write_text(json.dumps(self.content, indent=1) + "\n")
+        self.path.write_text(json.dumps(finite(self.content), indent=1, allow_nan=False) + "\n")
         self.neighbours = Neighbours()

@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..reference.bounds import row_maps
-from ._library import below_autograd
+from .. import _C
+from ..reference.bounds import room_of, row_maps, split_support
+from ._bounds_rows import address, by_example, dense, native, rows_args
+from ._library import below_autograd, nothing_intercepts
 
 Grads = tuple[Tensor | None, ...]
 
@@ -70,15 +72,28 @@ def _rows_of(A: Tensor, rows: Tensor | None, minus: Tensor | None) -> Tensor:
 
 
 def _to_rows(g: Tensor, A: Tensor, rows: Tensor | None, minus: Tensor | None) -> Tensor:
-    """The adjoint of ``_rows_of``."""
+    """The adjoint of ``_rows_of``: a product with the matrix that picks, where it is small."""
     if rows is None:
         return g
+    if A.shape[1] <= 256:
+        count = torch.arange(len(rows), device=g.device)
+        pick = g.new_zeros(A.shape[1], len(rows))
+        pick[rows, count] = 1.0
+        if minus is not None:
+            pick[minus, count] -= 1.0
+        return pick @ g
     out = torch.zeros_like(A).index_add(1, rows, g)
     return out if minus is None else out.index_add(1, minus, -g)
 
 
+def _by_kernel(A: Tensor) -> bool:
+    return native(A) and A.is_cpu and nothing_intercepts()
+
+
 def back_step(args: list[Any], need: Any, g_out: Tensor, g_b: Tensor) -> Grads:
     A, b, slopes, intercepts, example, rows, minus, y, x, window = args
+    if _by_kernel(A):
+        return _back_step_kernel(args, g_out, g_b)
     seen = _rows_of(A, rows, minus)
     place = _corner(y, x, window)
     s, i = row_maps(slopes, example, *place), row_maps(intercepts, example, *place)
@@ -107,21 +122,49 @@ def back_step(args: list[Any], need: Any, g_out: Tensor, g_b: Tensor) -> Grads:
     )  # fmt: skip
 
 
-def _norm_and_slope(w: Tensor, q: float) -> tuple[Tensor, Tensor]:
-    """||w||_q over the last dimension for w >= 0, and its gradient (0 at 0)."""
+def _back_step_kernel(args: list[Any], g_out: Tensor, g_b: Tensor) -> Grads:
+    A, b, slopes, intercepts, example, rows, minus, y, x, window = args
+    A, slopes, intercepts, g_out, g_b = (dense(t) for t in (A, slopes, intercepts, g_out, g_b))
+    starts, order = by_example(example, b.shape[1], slopes.shape[1], A.device)
+    g_a = A.new_empty(A.shape[0], b.shape[1], A.shape[2])
+    g_s, g_i = torch.zeros_like(slopes), torch.zeros_like(intercepts)
+    _C.bounds_back_grad(
+        rows_args(A, b, example, rows, minus, y, x, window), slopes.data_ptr(), slopes.shape[0], intercepts.data_ptr(),
+        slopes.shape[1], g_out.data_ptr(), g_out.shape[0], g_b.data_ptr(), starts.data_ptr(), address(order), g_a.data_ptr(),
+        g_s.data_ptr(), g_i.data_ptr(),
+    )  # fmt: skip
+    return _to_rows(g_a, A, rows, minus), g_b, g_s, g_i, None, None, None, None, None, None
+
+
+def _concretize_kernel(args: list[Any], need: Any, g: Tensor) -> Grads:
+    A, b, example, rows, minus, center, radius, _, _, _, y, x, window = args
+    A, center, radius, g = (dense(t) for t in (A, center, radius, g))
+    starts, order = by_example(example, b.shape[1], center.shape[0], A.device)
+    g_a = A.new_empty(A.shape[0], b.shape[1], A.shape[2])
+    g_c, g_r = torch.zeros_like(center) if need[5] else None, torch.zeros_like(radius) if need[6] else None
+    _C.bounds_concretize_grad(
+        rows_args(A, b, example, rows, minus, y, x, window), center.data_ptr(), radius.data_ptr(), center.shape[0],
+        g.data_ptr(), starts.data_ptr(), address(order), g_a.data_ptr(), address(g_c), address(g_r),
+    )  # fmt: skip
+    return _to_rows(g_a, A, rows, minus), g, None, None, None, g_c, g_r, None, None, None, None, None, None
+
+
+def _norm_slope(w: Tensor, q: float) -> Tensor:
+    """The gradient of ||w||_q over the last dimension for w >= 0 (0 at 0)."""
     if q == math.inf:
-        size = w.amax(-1, keepdim=True)
-        top = (w == size).to(w.dtype)
-        return size[..., 0], top / top.sum(-1, keepdim=True)
+        top = (w == w.amax(-1, keepdim=True)).to(w.dtype)
+        return top / top.sum(-1, keepdim=True)
     if q == 1:
-        return w.sum(-1), torch.ones_like(w)
+        return torch.ones_like(w)
     size = w.pow(q).sum(-1, keepdim=True)
     size = torch.where(size > 0, size.clamp(min=torch.finfo(w.dtype).tiny).pow(1 / q), 0.0)
-    return size[..., 0], torch.where(size > 0, (w / torch.where(size > 0, size, 1.0)).pow(q - 1), 0.0)
+    return torch.where(size > 0, (w / torch.where(size > 0, size, 1.0)).pow(q - 1), 0.0)
 
 
 def concretize(args: list[Any], need: Any, g: Tensor) -> Grads:
     A, b, example, rows, minus, center, radius, x0, eps, q, y, x, window = args
+    if _by_kernel(A) and center is not None and x0 is None:
+        return _concretize_kernel(args, need, g)
     seen = _rows_of(A, rows, minus)
     place = _corner(y, x, window)
 
@@ -138,23 +181,24 @@ def concretize(args: list[Any], need: Any, g: Tensor) -> Grads:
     for side in range(b.shape[0]):
         k, sign = min(side, A.shape[0] - 1), 2.0 * side - 1.0
         a, through = seen[k], g[side][:, None]
-        box_share = ball_share = through
-        slope = None
-        if p is not None and e is not None:
-            size, slope = _norm_and_slope((a * e).abs(), q)
-        if c is not None and r is not None and p is not None and slope is not None:
-            box_value = (a * c).sum(-1) + sign * (a.abs() * r).sum(-1)
-            ball_value = (a * p).sum(-1) + sign * size
-            by_box = ((box_value >= ball_value) if side == 0 else (box_value <= ball_value))[:, None].to(a.dtype)
-            box_share, ball_share = through * by_box, through * (1 - by_box)
+        on_box, on_ball, full, slope = a, a, None, None
+        if c is not None and r is not None and p is not None and e is not None:
+            part, slope, full = split_support((a * e).abs(), room_of(a, side, c, r, p, e), q)
+            on_ball = torch.where(full, a.sign() * part / torch.where(full, e, 1.0), a)
+            on_box = a - on_ball
+        elif p is not None and e is not None:
+            slope = _norm_slope((a * e).abs(), q)
+        end: Tensor | float = 0.0  # where the extreme is attained: the derivative with respect to A
         if c is not None and r is not None:
-            g_a[k] = g_a[k] + box_share * (c + sign * a.sign() * r)
-            add("center", box_share * a)
-            add("radius", box_share * sign * a.abs())
+            end = c + sign * a.sign() * r
+            add("center", through * on_box)
+            add("radius", through * sign * on_box.abs())
         if p is not None and e is not None and slope is not None:
-            g_a[k] = g_a[k] + ball_share * (p + sign * slope * e * a.sign())
-            add("x", ball_share * a)
-            add("eps", ball_share * sign * slope * a.abs())
+            inside = p + sign * slope * e * a.sign()
+            end = inside if full is None else torch.where(full, end, inside)
+            add("x", through * on_ball)
+            add("eps", through * sign * slope * on_ball.abs())
+        g_a[k] = g_a[k] + through * end
     back = [
         None if t is None else _to_maps(found[name][None], t[None], example, y, x, window)[0]
         for name, t in (("center", center), ("radius", radius), ("x", x0), ("eps", eps))
@@ -171,8 +215,21 @@ def interval(args: list[Any], need: Any, g_a: Tensor, g_b: Tensor) -> Grads:
             c, r = F.linear(center, weight, bias), F.linear(radius, weight.abs())
             g_a, g_b = 0.5 * (g_a - g_b) * (c - r > 0), 0.5 * (g_a + g_b) * (c + r > 0)
         g_c, g_r = g_a + g_b, g_b - g_a
+    if radius.shape[0] != center.shape[0]:  # one radius for all examples
+        g_r = g_r.sum(0, keepdim=True)
     g_w = g_c.t() @ center + weight.sign() * (g_r.t() @ radius) if need[2] else None
-    return g_c @ weight, g_r @ weight.abs(), g_w, g_c.sum(0), None
+    return g_c @ weight if need[0] else None, g_r @ weight.abs() if need[1] else None, g_w, g_c.sum(0), None
+
+
+def spread(args: list[Any], need: Any, g: Tensor) -> Grads:
+    a, weight, stride, padding, size = args
+    g_a = F.conv2d(g, weight, None, stride, padding) if need[0] else None
+    g_w = None
+    if need[1]:
+        g_w = torch.ops.aten.convolution_backward(
+            a, g, weight, None, stride, padding, [1, 1], False, [0, 0], 1, [False, True, False]
+        )[1]
+    return g_a, g_w, None, None, None
 
 
 def relu_lines(args: list[Any], need: Any, g_slopes: Tensor, g_intercepts: Tensor) -> Grads:
