@@ -5,6 +5,7 @@
 // the rows that a tile reads in the first cache level when the lists are long.
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "binary/epilogue.h"
 #include "binary/layout.h"
@@ -28,10 +29,9 @@ constexpr int64_t kGrainWork = 16384;
 
 struct Tile {
   const GatherArgs& a;
-  const float* x;                   // block and tile start
-  int64_t out;                      // the same in the output, without the row
-  int64_t first_float, last_float;  // of the run
-  int64_t step;                     // floats from one line of the tile to the next
+  const float* x;  // block and tile start
+  int64_t out;     // the same in the output, without the row
+  int64_t step;    // floats from one line of the tile to the next
 };
 
 FR_HD float channel_value(const float* p, int64_t channel, float missing) {
@@ -139,23 +139,33 @@ RowFn lines_fn([[maybe_unused]] int64_t lines, [[maybe_unused]] int64_t width) {
 #endif
 }
 
-// The borders of a plane: the columns from the width to the pitch, and, at its ends, what lies before and after.
-void clear_borders(const Tile& t, float* plane) {
-  const GatherArgs& a = t.a;
-  const int64_t run = run_length(a);
-  const auto clear = [&](int64_t from, int64_t to) {
-    if (from < to) std::memset(plane + a.out_origin + from, 0, static_cast<size_t>(to - from) * sizeof(float));
+// Floats of an output plane, from its first pixel, that are no pixels and must be zero.
+struct Gap {
+  int64_t at, length;
+};
+
+// Those that a tile answers for: what it overwrites, or, where all borders are asked for, whatever lies in its stretch.
+void find_gaps(const GatherArgs& a, int64_t begin, int64_t end, bool overwrites, std::vector<Gap>& gaps) {
+  const int64_t run = run_length(a), line = a.pitch * a.lanes;
+  const auto add = [&](int64_t from, int64_t to) {
+    if (from < to) gaps.push_back({from, to - from});
   };
-  if (t.first_float == 0) clear(-a.out_origin, 0);
-  if (a.pitch > a.width) {
-    int64_t y = std::max<int64_t>(0, t.first_float / a.lanes - a.pitch) / a.pitch;
-    for (; y < a.height - 1; ++y) {
-      const int64_t from = (y * a.pitch + a.width) * a.lanes, to = (y + 1) * a.pitch * a.lanes;
-      if (from >= t.last_float) break;
-      clear(std::max(from, t.first_float), std::min(to, t.last_float));
-    }
+  gaps.clear();
+  if (a.borders && begin == 0) add(-a.out_origin, 0);
+  if (overwrites || a.borders) {
+    for (int64_t y = std::max<int64_t>(0, begin / line - 1); y + 1 < a.height && y * line < end; ++y)
+      add(std::max(begin, y * line + a.width * a.lanes), std::min(end, (y + 1) * line));
+    if (end >= run) add(run, a.borders ? a.out_plane - a.out_origin : end);
   }
-  if (t.last_float >= run) clear(run, a.out_plane - a.out_origin);
+}
+
+FR_HD void clear(float* p, int64_t n) {
+  if (n == kLanes)
+    store(p, Vec(0.f));
+  else if (n < kLanes)
+    store_n(p, Vec(0.f), static_cast<int>(n));
+  else
+    std::memset(p, 0, static_cast<size_t>(n) * sizeof(float));
 }
 
 // Rows that hold about the same number of entries.
@@ -186,6 +196,7 @@ void gather_cpu(const GatherArgs& a) {
   const int64_t work = (a.entries + 4 * a.rows * a.segments) * per_tile / parts + 1;
   const int64_t grain = std::max<int64_t>(1, kGrainWork / work);
   parallel_for(items, grain, [&](int64_t first, int64_t last) {
+    std::vector<Gap> gaps;
     for (int64_t item = first; item < last; ++item) {
       const int64_t part = item % parts, tile = item / parts % tiles, block = item / parts / tiles;
       int64_t begin = tile * per_tile * kLanes, end = std::min(vectors * kLanes, begin + per_tile * kLanes);
@@ -198,17 +209,19 @@ void gather_cpu(const GatherArgs& a) {
       } else {
         fn = run_fn<kMaxTile>((end - begin) / kLanes);
       }
-      const Tile t{
-          a,   a.x + block * a.x_block + a.x_origin + begin, block * a.out_block + a.out_origin + begin, begin, end,
-          line};
+      find_gaps(a, begin, end, lines == 0, gaps);
+      const Tile t{a, a.x + block * a.x_block + a.x_origin + begin, block * a.out_block + a.out_origin + begin, line};
       const int64_t row0 = row_boundary(a, part, parts), row1 = row_boundary(a, part + 1, parts);
       for (int64_t segment = 0; segment < a.segments; ++segment)
-        for (int64_t row = row0; row < row1; ++row) fn(t, row, segment);
-      for (int64_t row = row0; row < row1; ++row) {
-        const int64_t plane = block * a.out_block + row * a.out_plane;
-        clear_borders(t, a.out + plane);
-        if (a.epilogue.pre != nullptr) clear_borders(t, a.epilogue.pre + plane);
-      }
+        for (int64_t row = row0; row < row1; ++row) {
+          fn(t, row, segment);
+          if (segment + 1 < a.segments) continue;
+          const int64_t plane = block * a.out_block + row * a.out_plane + a.out_origin;
+          for (const Gap& gap : gaps) {
+            clear(a.out + plane + gap.at, gap.length);
+            if (a.epilogue.pre != nullptr) clear(a.epilogue.pre + plane + gap.at, gap.length);
+          }
+        }
     }
   });
 }

@@ -7,11 +7,13 @@ import os
 
 import pytest
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastrobust as fr
 from fastrobust import nn as fnn
+from fastrobust.ops import _feature_maps as fm
 from fastrobust.reference import binary as reference
 
 
@@ -116,6 +118,67 @@ def test_frozen_equals_the_model(name: str, batch: int, path: str) -> None:
     # A sum that is zero up to rounding may fall on either side of a ReLU: almost all images agree closely.
     error = (x.grad - exact_x.grad).abs().flatten(1).amax(1) / exact_x.grad.abs().flatten(1).amax(1)
     assert (error < 1e-4).double().mean() > 0.9
+
+
+def settled(model: nn.Module, x: Tensor) -> nn.Module:
+    """Running statistics equal to those of a batch, so that activations keep their size through the layers."""
+    for m in model.modules():
+        if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            m.momentum = None
+    with torch.no_grad():
+        model.train()(x)
+    return model.eval()
+
+
+class Gated(torch.fx.Interpreter):
+    """A model whose ReLUs pass what `gates` says, by name, and remember what came to them."""
+
+    def __init__(self, model: nn.Module, gates: dict[str, Tensor]) -> None:
+        super().__init__(torch.fx.symbolic_trace(model))
+        self.gates, self.seen = gates, {}
+
+    def run_node(self, n: torch.fx.Node) -> object:
+        if n.name not in self.gates:
+            return super().run_node(n)
+        (x,), _ = self.fetch_args_kwargs_from_env(n)
+        self.seen[n.name] = x.detach()
+        return x * self.gates[n.name]
+
+
+@pytest.mark.parametrize("rate, gamma", [(0.99, 0.1), (0.7, 1.0)])
+def test_the_gradient_of_a_deep_network_is_exact_between_the_kinks(rate: float, gamma: float, path: str) -> None:
+    """A deep network in float32 always has sums that are zero up to rounding and fall on the other side of a ReLU than in
+    float64. Where float64 is given the sides our run took, the gradients must agree to rounding; and our side may differ
+    from float64's own only for such sums."""
+    torch.manual_seed(0)
+    x = torch.rand(6, 3, 32, 32)
+    model = settled(fnn.convert(fnn.resnet34(width=8), rate, gamma), x)
+    frozen = fnn.freeze(model)
+    (region,) = frozen.regions.values()
+    _, ((_, group, _, forms, state),) = region.forward([x], True)
+    gates = {}
+    (units,) = [step[0] for kind, step in frozen.steps if kind == "region"]
+    for i, unit in enumerate(units):
+        if unit.relu:
+            buffer = next(iter(forms[i].values()))
+            kept = buffer.view(state.tensors)
+            maps = group.native[i]
+            shape = (maps.batch, maps.channels, maps.height, maps.width)
+            plain = kept if buffer.maps is None else fm.from_maps(kept, maps, torch.empty(shape))
+            gates[unit.last.name] = plain > 0
+    truth = Gated(fnn.dense_copy(model).double(), gates)
+    given = x.clone().requires_grad_()
+    exact = x.double().requires_grad_()
+    y, want = frozen(given), truth.run(exact)
+    assert len(truth.seen) == len(gates) == 33 and relative(y, want) < 1e-4
+    for name, before in truth.seen.items():
+        wrong = (before > 0) != gates[name]
+        assert not wrong.any() or before[wrong].abs().max() < 1e-3 * before.std()
+        assert wrong.double().mean() < 1e-3
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    want.backward(grad.double())
+    assert float((given.grad - exact.grad).norm() / exact.grad.norm()) < 1e-4
 
 
 def test_frozen_follows_only_on_update_and_trains_nothing() -> None:

@@ -33,7 +33,7 @@ class _RunRegion(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, region: Region, *inputs: Tensor) -> tuple[Tensor, ...]:
         keep = any(ctx.needs_input_grad[1:])
-        outs, saved = region.forward([x.contiguous() for x in inputs], keep)
+        outs, saved = region.forward([x.resolve_neg() for x in inputs], keep)
         ctx.region, ctx.saved, ctx.sizes = region, saved, [x.shape for x in inputs]
         ctx.set_materialize_grads(False)
         return tuple(outs)
@@ -249,10 +249,9 @@ class FrozenModel(nn.Module):
         rows: list[dict[str, Any]] = []
         for region in self.regions.values():
             assert region.latest is not None
-            reads, _ = region.latest
             rows += [
                 _row(u.name, u.packed.shape, u.packed.density, r.choice, (r.read.batch, r.read.height, r.read.width))
-                for u, r in zip(region.units, reads, strict=True)
+                for u, r in zip(region.units, region.latest.reads, strict=True)
             ]
         for name, layer in self.modules_by_name.items():
             if isinstance(layer, BinaryMaskedLinear):

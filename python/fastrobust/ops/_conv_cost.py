@@ -21,11 +21,13 @@ _ADD = 0.125e-3  # one vector of sixteen sums, read from the second cache level
 _ADD_SEGMENTED = 0.10e-3  # the same with the lists cut to the first level
 _ENTRY = 1.3e-3  # per list entry and tile
 _ROW = 8e-3  # per row, tile and segment
+_STEP = 2.0  # a sparse convolution among others in one call
 _COPY = 0.08e-3  # one float to or from the fast layout
 _COPY_ROW = 4e-3  # one row of one image when images are not interleaved
 _DENSE_CALL = 9.0
 _DENSE_MAC = 4.6e-6
 _DENSE_WEIGHT = 0.18e-3  # torch reorders the weight in every call
+_PASS = 0.02e-3  # one float of an elementwise pass of torch
 _MARGIN = 0.95
 
 
@@ -54,31 +56,54 @@ def forced_path() -> str | None:
 @functools.lru_cache(maxsize=4096)
 def choose(
     batch: int, height: int, width: int, shape: tuple[int, int, int, int], geometry: ConvGeometry, kept: int,
-    forced: str | None, copies: bool = True,
+    forced: str | None,
 ) -> Choice:  # fmt: skip
-    """The path of a convolution of `batch` maps with `kept` weights of `shape`.
+    """The path of one call on plain tensors: a convolution of `batch` maps with `kept` weights of `shape`."""
+    out_h, out_w = geometry.out_size(shape, height, width)
+    channels = shape[1] * geometry.groups
+    floats = channels * height * width + shape[0] * out_h * out_w
 
-    copies: whether plain tensors come in and go out, as in an op; a network that stays in the fast
-    layout is judged by the kernel alone.
-    """
-    candidates = [(_sparse(batch, height, width, shape, geometry, kept, lanes, copies), lanes) for lanes in LANES]
-    sparse, lanes = min(candidates)
-    out = math.prod(geometry.out_size(shape, height, width))
-    dense = _DENSE_CALL + batch * out * math.prod(shape) * _DENSE_MAC + math.prod(shape) * _DENSE_WEIGHT
-    if not copies:
-        # The dense convolution takes plain maps, and its epilogue is several passes of its own.
-        images = -(-batch // lanes) * lanes
-        dense += images * (shape[1] * geometry.groups * height * width + 4 * shape[0] * out) * _COPY
-    path = forced or ("sparse" if sparse < _MARGIN * dense else "dense")
-    return Choice(path, lanes, sparse, dense)
+    def plain(lanes: int) -> float:
+        cost = _sparse(batch, height, width, shape, geometry, kept, lanes) + copy(-(-batch // lanes) * lanes * floats)
+        if lanes == 1:
+            cost += batch * (channels * height + shape[0] * out_h) * _COPY_ROW
+        return cost + _CALL
+
+    sparse, lanes = min((plain(lanes), lanes) for lanes in LANES)
+    dense = _dense(batch, height, width, shape, geometry)
+    return Choice(forced or ("sparse" if sparse < _MARGIN * dense else "dense"), lanes, sparse, dense)
+
+
+def estimate(
+    batch: int, height: int, width: int, shape: tuple[int, int, int, int], geometry: ConvGeometry, kept: int,
+    lanes: int,
+) -> Choice:  # fmt: skip
+    """Both paths inside a network that keeps maps in the form the path reads; the path named is the cheaper one."""
+    sparse = _sparse(batch, height, width, shape, geometry, kept, lanes) + _STEP
+    dense = _dense(batch, height, width, shape, geometry)
+    return Choice("sparse" if sparse < dense else "dense", lanes, sparse, dense)
+
+
+def copy(floats: int) -> float:
+    """Between a plain tensor and the fast layout."""
+    return floats * _COPY
+
+
+def dense_epilogue(floats: int, residual: bool, relu: bool) -> float:
+    """What torch does in passes of its own after a convolution."""
+    return floats * (2 * residual + relu) * _PASS
+
+
+def _dense(batch: int, height: int, width: int, shape: tuple[int, int, int, int], geometry: ConvGeometry) -> float:
+    out, size = math.prod(geometry.out_size(shape, height, width)), math.prod(shape)
+    return _DENSE_CALL + batch * out * size * _DENSE_MAC + size * _DENSE_WEIGHT
 
 
 def _sparse(
     batch: int, height: int, width: int, shape: tuple[int, int, int, int], geometry: ConvGeometry, kept: int,
-    lanes: int, copies: bool,
+    lanes: int,
 ) -> float:  # fmt: skip
-    channels = shape[1] * geometry.groups
-    maps = input_maps(batch, channels, height, width, shape, geometry, lanes)
+    maps = input_maps(batch, shape[1] * geometry.groups, height, width, shape, geometry, lanes)
     out_h, out_w = geometry.out_size(shape, height, width)
     vectors = math.ceil(((out_h - 1) * maps.pitch + out_w) * lanes / VECTOR)
     segment = segment_channels(kept, shape[0], shape[1])
@@ -87,12 +112,4 @@ def _sparse(
     add = _ADD_SEGMENTED if segments > 1 else _ADD
     if lanes < VECTOR:
         add *= 1.1  # unaligned loads
-    cost = maps.blocks * (kept * (vectors * add + tiles * _ENTRY) / 2 + shape[0] * tiles * segments * _ROW / 2)
-    if not copies:
-        return cost + 4.0
-    images = maps.blocks * lanes
-    floats = channels * height * width + shape[0] * out_h * out_w
-    cost += images * floats * _COPY
-    if lanes == 1:
-        cost += batch * (channels * height + shape[0] * out_h) * _COPY_ROW
-    return cost + _CALL
+    return maps.blocks * (kept * (vectors * add + tiles * _ENTRY) / 2 + shape[0] * tiles * segments * _ROW / 2)

@@ -144,7 +144,7 @@ def plain_layout(x: Tensor) -> tuple[int, ...]:
 def _relayout(
     src: Tensor, dst: Tensor, source: tuple[int, ...], target: tuple[int, ...], maps: Maps, plane: int
 ) -> None:
-    device, stream = _device(src)
+    device, stream = device_of(src)
     _C.binary_relayout(
         device, stream, src.data_ptr(), dst.data_ptr(), source, target,
         maps.batch, maps.channels, maps.height, maps.width, plane,
@@ -329,21 +329,26 @@ def gather(
     residual, gate and pre laid out as `target` and scale, shift and post per channel.
     """
     out = target.empty(x) if out is None else out
-    device, stream = _device(x)
+    device, stream = device_of(x)
     _C.binary_gather(
-        device, stream, x.data_ptr(), out.data_ptr(), *lists.bind(source, target),
-        _address(scale), _address(shift), _address(post), _address(residual), _address(gate), _address(pre),
+        device, stream, x.data_ptr(), out.data_ptr(), lists.bind(source, target),
+        address(scale), address(shift), address(post), address(residual), address(gate), address(pre),
         target.channels, relu,
     )  # fmt: skip
     return out
 
 
-def _device(x: Tensor) -> tuple[int, int]:
+def device_of(x: Tensor) -> tuple[int, int]:
     if not x.is_cuda:
         return -1, 0
     require_cuda_build(x.device)
     return stream_of(x.device)
 
 
-def _address(t: Tensor | None) -> int:
+def new_program() -> Any:
+    """An empty sequence of gathers and copies (see `nn._schedule`)."""
+    return _C.BinaryProgram()
+
+
+def address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
