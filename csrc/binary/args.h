@@ -53,6 +53,7 @@ struct GatherArgs {
   const int32_t* ptr = nullptr;
   const int32_t* offsets = nullptr;
   int64_t rows = 0, segments = 1, entries = 0;
+  int64_t depth = 0;                  // channels read per segment
   int64_t blocks = 0;                 // groups of `lanes` images
   int64_t x_block = 0, x_origin = 0;  // floats
   int64_t out_block = 0, out_origin = 0, out_plane = 0;

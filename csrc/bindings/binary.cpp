@@ -6,6 +6,7 @@
 #include "binary/kernels.h"
 #include "bindings/bindings.h"
 #include "runtime/device.h"
+#include "runtime/pages.h"
 
 namespace py = pybind11;
 
@@ -54,8 +55,8 @@ void launch(int device, Address stream, const RelayoutArgs& a) {
 }
 
 // What only the lists and the layouts decide: ptr, offsets, rows, segments, entries, blocks, x_block, x_origin,
-// out_block, out_origin, out_plane, height, width, pitch, lanes
-using GatherShape = std::array<int64_t, 15>;
+// out_block, out_origin, out_plane, height, width, pitch, lanes, depth
+using GatherShape = std::array<int64_t, 16>;
 
 GatherArgs gather_args(Address x, Address out, const GatherShape& shape, Address scale, Address shift, Address post,
                        Address residual, Address gate, Address pre, int64_t channels, bool relu, bool borders) {
@@ -73,6 +74,7 @@ GatherArgs gather_args(Address x, Address out, const GatherShape& shape, Address
   a.width = shape[12];
   a.pitch = shape[13];
   a.lanes = shape[14];
+  a.depth = shape[15];
   const int64_t size = a.blocks * a.rows * a.height * a.width;
   a.x = pointer<const float>(x, size * a.entries, "x");
   a.out = pointer<float>(out, size, "out");
@@ -271,6 +273,8 @@ void bind_binary(py::module_& m) {
       .def("gather", &Program::gather)
       .def("relayout", &Program::relayout)
       .def("run", &Program::run);
+  m.attr("huge_page") = kHugePage;
+  m.def("prefer_huge_pages", &prefer_huge_pages);
   m.def("binary_gather", &gather);
   m.def("binary_relayout", &relayout);
   m.def("binary_plan", &plan);

@@ -389,7 +389,7 @@ class _Backward:
             return total, total
         # Lists without entries: nothing but the epilogue.
         ptr = torch.zeros(2 * native.channels + 1, dtype=torch.int32, device=unit.packed.ptr.device)
-        return self._close(v, total, native, fm.Plan(ptr, ptr[:0], native.channels, 1), total)
+        return self._close(v, total, native, fm.Plan(ptr, ptr[:0], native.channels), total)
 
     def _dense(self, i: int, grad: Buffer) -> None:
         unit, maps = self.region.units[i], self.group.native[self.region.units[i].source]

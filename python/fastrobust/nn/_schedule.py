@@ -231,7 +231,7 @@ class State:
             self.tensors[ARENA] = owner.arenas.pop()
         else:
             with torch.inference_mode(False):
-                self.tensors[ARENA] = torch.zeros(owner.size, device=like.device)
+                self.tensors[ARENA] = fm.roomy(owner.size, like.device).zero_()
 
     def __del__(self) -> None:
         arena = self.tensors[ARENA]

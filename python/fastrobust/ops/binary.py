@@ -198,7 +198,11 @@ def _conv_kernel(
     batch, _, height, width = x.shape
     recipe = _recipe(packed, batch, height, width, g, False)
     if x.dtype != torch.float32 or recipe.choice.path == "dense":
-        y = F.conv2d(x, dense_weight(packed, x.dtype), None, g.stride, g.padding, g.dilation, g.groups)
+        weight = dense_weight(packed, x.dtype)
+        if len(packed.shape) == 2:
+            y = F.linear(x.flatten(1), weight.flatten(1))[:, :, None, None]
+        else:
+            y = F.conv2d(x, weight, None, g.stride, g.padding, g.dilation, g.groups)
         return reference.epilogue(y, None, scale, shift, residual, relu)
     x = x.resolve_neg()
     out = torch.empty((batch, shape[0], *recipe.out_size), device=x.device, memory_format=_format(x))
@@ -235,6 +239,8 @@ def _grad_kernel(
     recipe = _recipe(packed, size[0], height, width, g, True)
     if grad.dtype != torch.float32 or recipe.choice.path == "dense":
         weight = dense_weight(packed, grad.dtype)
+        if len(packed.shape) == 2:
+            return F.linear(grad.flatten(1), weight.flatten(1).t())[:, :, None, None]
         return conv2d_input(size, weight, grad, g.stride, g.padding, g.dilation, g.groups)
     grad = grad.resolve_neg()
     out = torch.empty(size, device=grad.device, memory_format=_format(grad))
