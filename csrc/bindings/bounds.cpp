@@ -1,3 +1,6 @@
+#include <algorithm>
+#include <array>
+
 #include "bindings/bindings.h"
 #include "bounds/kernels.h"
 #include "runtime/device.h"
@@ -97,8 +100,8 @@ void spread(uintptr_t a, uintptr_t weight, uintptr_t out, const py::tuple& sizes
   int64_t* const to[] = {&g.count,    &g.in_h,     &g.in_w,     &g.in_c,     &g.out_h, &g.out_w, &g.out_c,
                          &g.kernel_h, &g.kernel_w, &g.stride_y, &g.stride_x, &g.pad_y, &g.pad_x, &g.lanes};
   for (size_t i = 0; i < 14; ++i) *to[i] = sizes[i].cast<int64_t>();
-  if (g.lanes % 16 != 0 || g.lanes < 16 || g.lanes > 64)
-    throw std::invalid_argument("lanes: expected 16, 32, 48 or 64");
+  if (g.lanes % 16 != 0 || g.lanes < 16 || g.lanes > kSpreadLanes)
+    throw std::invalid_argument("lanes: expected a multiple of 16 up to " + std::to_string(kSpreadLanes));
   if (g.count == 0) return;
   g.a = pointer<const float>(a, g.count, "A");
   g.weight = pointer<const float>(weight, g.in_c, "weight");
@@ -107,10 +110,11 @@ void spread(uintptr_t a, uintptr_t weight, uintptr_t out, const py::tuple& sizes
 }
 
 void interval(int device, uintptr_t stream, uintptr_t center, uintptr_t radius, uintptr_t weight, uintptr_t bias,
-              uintptr_t out_a, uintptr_t out_b, int64_t batch, int64_t n, int64_t m, int finish) {
+              uintptr_t out_a, uintptr_t out_b, int64_t batch, int64_t n, int64_t m, int finish, bool shared) {
   IntervalArgs g;
   g.center = pointer<const float>(center, batch * n, "center");
   g.radius = pointer<const float>(radius, batch * n, "radius");
+  g.shared = shared;
   g.weight = pointer<const float>(weight, m * n, "weight");
   g.bias = reinterpret_cast<const float*>(bias);
   g.out_a = pointer<float>(out_a, batch * m, "out_a");
@@ -139,6 +143,71 @@ void interval_step(int device, uintptr_t stream, uintptr_t a, uintptr_t b, uintp
   run(device, stream, count, g, bounds().interval_step, FR_BOUNDS_CUDA(interval_step_cuda));
 }
 
+// sizes: (batch, in_h, in_w, in_c, out_h, out_w, out_c, kernel_h, kernel_w, stride_y, stride_x, pad_y, pad_x), the
+// strides of centre and radius (example, y, x, channel). Without `work` returns how many numbers it must hold.
+int64_t interval_conv(const std::array<int64_t, 13>& sizes, const std::array<int64_t, 4>& center_stride,
+                      const std::array<int64_t, 4>& radius_stride, uintptr_t center, uintptr_t radius, uintptr_t weight,
+                      uintptr_t bias, uintptr_t work, uintptr_t out_a, uintptr_t out_b, int finish) {
+  IntervalConvArgs g;
+  int64_t* const to[] = {&g.batch,    &g.in_h,     &g.in_w,     &g.in_c,     &g.out_h, &g.out_w, &g.out_c,
+                         &g.kernel_h, &g.kernel_w, &g.stride_y, &g.stride_x, &g.pad_y, &g.pad_x};
+  for (size_t i = 0; i < sizes.size(); ++i) *to[i] = sizes[i];
+  std::copy(center_stride.begin(), center_stride.end(), g.center_stride);
+  std::copy(radius_stride.begin(), radius_stride.end(), g.radius_stride);
+  if (work == 0) return bounds().interval_conv_work(g);
+  const int64_t values = g.batch * g.out_h * g.out_w * g.out_c;
+  g.center = pointer<const float>(center, values, "center");
+  g.radius = pointer<const float>(radius, values, "radius");
+  g.weight = pointer<const float>(weight, values, "weight");
+  g.bias = reinterpret_cast<const float*>(bias);
+  g.work = reinterpret_cast<float*>(work);
+  g.out_a = pointer<float>(out_a, values, "out_a");
+  g.out_b = pointer<float>(out_b, values, "out_b");
+  g.finish = static_cast<Finish>(finish);
+  without_gil(values * g.in_c * g.kernel_h * g.kernel_w, [&] { bounds().interval_conv(g); });
+  return 0;
+}
+
+void back_grad(const py::tuple& rows, uintptr_t slopes, int slope_sides, uintptr_t intercepts, int64_t examples,
+               uintptr_t from_out, int sides_out, uintptr_t from_b, uintptr_t starts, uintptr_t order, uintptr_t to_a,
+               uintptr_t to_slopes, uintptr_t to_intercepts) {
+  BackGradArgs g;
+  g.rows = rows_from(rows);
+  const int64_t work = g.rows.count * g.rows.length;
+  if (work == 0) return;
+  g.slopes = pointer<const float>(slopes, work, "slopes");
+  g.intercepts = pointer<const float>(intercepts, work, "intercepts");
+  g.examples = examples;
+  g.slope_sides = slope_sides;
+  g.sides_out = sides_out;
+  g.from_out = pointer<const float>(from_out, work, "from_out");
+  g.from_b = pointer<const float>(from_b, work, "from_b");
+  g.starts = pointer<const int64_t>(starts, work, "starts");
+  g.order = reinterpret_cast<const int64_t*>(order);
+  g.to_a = pointer<float>(to_a, work, "to_a");
+  g.to_slopes = pointer<float>(to_slopes, work, "to_slopes");
+  g.to_intercepts = pointer<float>(to_intercepts, work, "to_intercepts");
+  without_gil(work, [&] { bounds().back_grad(g); });
+}
+
+void concretize_grad(const py::tuple& rows, uintptr_t center, uintptr_t radius, int64_t examples, uintptr_t from,
+                     uintptr_t starts, uintptr_t order, uintptr_t to_a, uintptr_t to_center, uintptr_t to_radius) {
+  ConcretizeGradArgs g;
+  g.rows = rows_from(rows);
+  const int64_t work = g.rows.count * g.rows.length;
+  if (work == 0) return;
+  g.center = pointer<const float>(center, work, "center");
+  g.radius = pointer<const float>(radius, work, "radius");
+  g.examples = examples;
+  g.from = pointer<const float>(from, work, "from");
+  g.starts = pointer<const int64_t>(starts, work, "starts");
+  g.order = reinterpret_cast<const int64_t*>(order);
+  g.to_a = pointer<float>(to_a, work, "to_a");
+  g.to_center = reinterpret_cast<float*>(to_center);
+  g.to_radius = reinterpret_cast<float*>(to_radius);
+  without_gil(work, [&] { bounds().concretize_grad(g); });
+}
+
 void relu_lines(int device, uintptr_t stream, uintptr_t lower, uintptr_t upper, uintptr_t slopes, uintptr_t intercepts,
                 int64_t count, double left, bool adaptive) {
   ReluLinesArgs g;
@@ -161,6 +230,9 @@ void bind_bounds(py::module_& m) {
   m.def("bounds_interval", &interval);
   m.def("bounds_interval_step", &interval_step);
   m.def("bounds_relu_lines", &relu_lines);
+  m.def("bounds_interval_conv", &interval_conv);
+  m.def("bounds_back_grad", &back_grad);
+  m.def("bounds_concretize_grad", &concretize_grad);
 }
 
 }  // namespace fastrobust

@@ -47,23 +47,67 @@ struct ConcretizeArgs {
   float* out = nullptr;      // [sides, count]
 };
 
-// The adjoint of a convolution with few input numbers per tap: [count, in_h, in_w, in_c] -> [count, out_h, out_w,
-// out_c].
+// Gradients of the two, from those of their results. Rows are visited example by example: those of example i are
+// order[starts[i]], ..., order[starts[i + 1] - 1], or these numbers themselves without `order`. The gradients of the
+// maps are added to what is there; those of the rows are written per row, before `pick` and `minus`.
+struct BackGradArgs {
+  Rows rows;
+  const float* slopes = nullptr;
+  const float* intercepts = nullptr;
+  int64_t examples = 0;
+  int slope_sides = 1, sides_out = 1;
+  const float* from_out = nullptr;  // [sides_out, count, length]
+  const float* from_b = nullptr;    // [sides, count]
+  const int64_t* starts = nullptr;  // [examples + 1]
+  const int64_t* order = nullptr;   // [count] or null
+  float* to_a = nullptr;            // [matrices of rows, count, length]
+  float* to_slopes = nullptr;       // [slope_sides, examples, map]
+  float* to_intercepts = nullptr;   // [2, examples, map]
+};
+struct ConcretizeGradArgs {  // boxes only
+  Rows rows;
+  const float* center = nullptr;
+  const float* radius = nullptr;
+  int64_t examples = 0;
+  const float* from = nullptr;  // [sides, count]
+  const int64_t* starts = nullptr;
+  const int64_t* order = nullptr;
+  float* to_a = nullptr;
+  float* to_center = nullptr;  // [examples, map], null: not wanted
+  float* to_radius = nullptr;
+};
+
+// What an interval product returns: (c', r'); (c' - r', c' + r'); centre and radius of the ReLU of it.
+enum class Finish : int { center, ends, relu_center };
+
+// The adjoint of a convolution: [count, in_h, in_w, in_c] -> [count, out_h, out_w, out_c].
+constexpr int64_t kSpreadLanes = 1152;  // taps of one position that fit the kernel's buffer
 struct SpreadArgs {
   const float* a = nullptr;
-  const float* weight =
-      nullptr;  // [in_c, lanes], taps in order (ky, kx, channel), zero beyond kernel_h * kernel_w * out_c
+  // [in_c, lanes], taps in order (ky, kx, channel), zero beyond kernel_h * kernel_w * out_c; lanes % 16 == 0
+  const float* weight = nullptr;
   float* out = nullptr;
   int64_t count = 0, in_h = 0, in_w = 0, in_c = 0, out_h = 0, out_w = 0, out_c = 0;
   int64_t kernel_h = 1, kernel_w = 1, stride_y = 1, stride_x = 1, pad_y = 0, pad_x = 0, lanes = 16;
 };
 
+// c' = w * c + b and r' = |w| * r for a convolution without groups and dilation. Values in channels-last order.
+struct IntervalConvArgs {
+  const float* center = nullptr;  // [batch, in_h, in_w, in_c] at the strides below, in numbers
+  const float* radius = nullptr;  // the same shape
+  int64_t center_stride[4] = {};  // example, y, x, channel
+  int64_t radius_stride[4] = {};
+  const float* weight = nullptr;  // [out_c, in_c, kernel_h, kernel_w]
+  const float* bias = nullptr;    // [out_c] or null
+  float* work = nullptr;          // interval_conv_work(...) numbers
+  float* out_a = nullptr;         // [batch, out_h, out_w, out_c]
+  float* out_b = nullptr;
+  int64_t batch = 0, in_h = 0, in_w = 0, in_c = 0, out_h = 0, out_w = 0, out_c = 0;
+  int64_t kernel_h = 1, kernel_w = 1, stride_y = 1, stride_x = 1, pad_y = 0, pad_x = 0;
+  Finish finish = Finish::ends;
+};
+
 // c' = W c + b, r' = |W| r in one read of W.
-enum class Finish : int {
-  center,
-  ends,
-  relu_center
-};  // (c', r'); (c' - r', c' + r'); centre and radius of the ReLU of it
 struct IntervalArgs {
   const float* center = nullptr;  // [batch, n]
   const float* radius = nullptr;
@@ -72,6 +116,7 @@ struct IntervalArgs {
   float* out_a = nullptr;         // [batch, m]
   float* out_b = nullptr;
   int64_t batch = 0, n = 0, m = 0;
+  bool shared = false;  // radius is [n], the same for every example
   Finish finish = Finish::ends;
 };
 

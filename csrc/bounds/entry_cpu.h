@@ -10,4 +10,8 @@ void spread_cpu(const SpreadArgs& a);
 void interval_cpu(const IntervalArgs& a);
 void interval_step_cpu(const IntervalStepArgs& a);
 void relu_lines_cpu(const ReluLinesArgs& a);
+void interval_conv_cpu(const IntervalConvArgs& a);
+int64_t interval_conv_work_cpu(const IntervalConvArgs& a);
+void back_grad_cpu(const BackGradArgs& a);
+void concretize_grad_cpu(const ConcretizeGradArgs& a);
 FR_NS_END

@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kThreads) interval_kernel(IntervalArgs g) {
       for (int e = 0; e < kExamples; ++e) {
         if (e >= count) break;
         mid[e] = fmaf(w, g.center[(first + e) * g.n + k], mid[e]);
-        reach[e] = fmaf(a, g.radius[(first + e) * g.n + k], reach[e]);
+        reach[e] = fmaf(a, g.radius[(g.shared ? 0 : first + e) * g.n + k], reach[e]);
       }
     }
     for (int e = 0; e < count; ++e) {

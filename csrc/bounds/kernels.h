@@ -13,6 +13,10 @@ struct BoundsTable {
   void (*interval)(const IntervalArgs&);
   void (*interval_step)(const IntervalStepArgs&);
   void (*relu_lines)(const ReluLinesArgs&);
+  void (*interval_conv)(const IntervalConvArgs&);
+  int64_t (*interval_conv_work)(const IntervalConvArgs&);  // numbers that `work` must hold
+  void (*back_grad)(const BackGradArgs&);
+  void (*concretize_grad)(const ConcretizeGradArgs&);
 };
 
 FR_CPU_TABLE(BoundsTable, bounds)

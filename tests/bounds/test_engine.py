@@ -39,19 +39,23 @@ def test_gradcheck_of_bounds_and_linear_bounds(method: str, norm: float, clip: t
     assert torch.autograd.gradcheck(f, (x.requires_grad_(True), eps, *values), atol=1e-5, fast_mode=False)
 
 
-def test_a_training_step_lowers_the_certified_loss() -> None:
+@pytest.mark.parametrize("method", ["ibp", "crown-ibp", "crown"])
+def test_training_lowers_the_certified_loss(method: str) -> None:
+    """Labels that can be learned (the brightest channel): random ones at this eps leave nothing that could be certified."""
     net, shape = make("cnn")
-    x, y = torch.rand(16, *shape), torch.randint(0, 5, (16,))
-    opt = torch.optim.Adam(net.parameters(), 5e-3)
+    torch.manual_seed(1)
+    x = torch.rand(16, *shape)
+    y = x.mean((2, 3)).argmax(1)
+    opt = torch.optim.Adam(net.parameters(), 2e-2)
     losses = []
-    for _ in range(40):
-        low = compute_bounds(net, x, 0.02, clip=(0, 1), method="crown-ibp", labels=y).lower
+    for _ in range(16):
+        low = compute_bounds(net, x, 0.02, clip=(0, 1), method=method, labels=y).lower
         loss = torch.nn.functional.softplus(-low).mean()
         opt.zero_grad()
         loss.backward()
         opt.step()
         losses.append(loss.item())
-    assert losses[-1] < losses[0] - 0.03 and losses[-1] < math.log(2)  # below what a constant network reaches
+    assert losses[-1] < 0.8 * losses[0]
 
 
 def test_the_cached_graph_follows_the_model() -> None:
@@ -66,6 +70,25 @@ def test_the_cached_graph_follows_the_model() -> None:
         z = net(x)
         third = compute_bounds(net, x, 0.0, method="crown")
         torch.testing.assert_close(third.lower, z, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("name", ["mlp-relu", "cnn", "residual"])
+@pytest.mark.parametrize("form", ["labels", "spec", "outputs"])
+def test_an_empty_batch(name: str, method: str, form: str) -> None:
+    net, shape = make(name)
+    x = torch.rand(0, *shape)
+    kwargs = {"labels": torch.zeros(0, dtype=torch.int64)} if form == "labels" else {}
+    if form == "spec":
+        kwargs = {"spec": torch.rand(3, 5)}
+    count = {"labels": 4, "spec": 3, "outputs": 5}[form]
+    found = compute_bounds(
+        net, x, 0.1, method=method, return_linear=method != "ibp", return_intermediate=True, **kwargs
+    )
+    assert found.lower.shape == found.upper.shape == (0, count)
+    if found.linear is not None:
+        assert found.linear.lower_A.shape == found.linear.upper_A.shape == (0, count, *shape)
+        assert found.linear.lower_b.shape == found.linear.upper_b.shape == (0, count)
 
 
 class Branching(nn.Module):

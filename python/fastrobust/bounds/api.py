@@ -79,6 +79,7 @@ class _Engine:
         self.lines: dict[int, Lines] = {}
         self.exact: list[bool] = [False] * len(graph.nodes)
         self.diagonal: list[bool] = [False] * len(graph.nodes)
+        self.layouts: dict[int, Tensor] = {}  # weights with their columns in channels-last order
 
     # -- intervals -----------------------------------------------------------------------------------------------------
     def forward(self, last: int) -> None:
@@ -133,20 +134,20 @@ class _Engine:
                 x = region.x.reshape(-1, *self.graph.nodes[first].shape)
                 return Box(ops.interval_ball_conv2d(x, region.eps_for(x), region.norm, region.clip, w, b, *conv))
             c, r = before.middle
-            if conv:
-                if at_input and region.clip is None and not isinstance(region.eps, Tensor):
-                    r = r[:1]  # the same for every example
-                    c, r = ops.center_conv2d(c, r, w, b, *conv)
-                    return Box(middle=(c, r.expand_as(c)))
-                return Box(middle=ops.center_conv2d(c, r, w, b, *conv))
-            if len(node.shape) > 1:
-                c, r = c.flatten(0, -2), r.flatten(0, -2)
+            if at_input and region.clip is None and not isinstance(region.eps, Tensor):
+                r = r[:1]  # the same for every example
+            finish = ops.ENDS
             if self._feeds_relu(node):
                 self.done.add(node.consumers[0])
-                box = Box(middle=ops.center_linear(c, r, w, b, ops.RELU))
+                finish = ops.RELU
+            if conv:
+                pair = ops.center_conv2d(c, r, w, b, *conv, finish)
             else:
-                box = Box(ops.center_linear(c, r, w, b))
-            return box if len(node.shape) == 1 else box.reshape(*node.shape)
+                if len(node.shape) > 1:
+                    c, r = c.flatten(0, -2), r.flatten(0, -2)
+                pair = ops.center_linear(c, r, w, b, finish)
+            box = Box(pair) if finish == ops.ENDS else Box(middle=pair)
+            return box if conv or len(node.shape) == 1 else box.reshape(*node.shape)
         if isinstance(node, G.Activation):
             if i in self.done:
                 return before
@@ -222,7 +223,7 @@ class _Engine:
                 where = (inner // node.shape[2], inner % node.shape[2])
             b = torch.zeros(sides, len(p), dtype=self.region.x.dtype, device=self.region.x.device)
             rows = Rows(None, plus=p, minus=None if minus is None else minus[piece])
-            back = Backward(self.graph, self.region, self.lines, self.boxes, self.slack)
+            back = Backward(self.graph, self.region, self.lines, self.boxes, self.slack, self.layouts)
             results.append(back.run(start, rows, Chunk(example[piece], b, where))[0])
         return results[0] if len(results) == 1 else torch.cat(results, 1)
 
@@ -249,7 +250,7 @@ class _Engine:
                 rows = Rows(matrix[None, piece].unflatten(2, self.graph.nodes[start].shape))
             else:
                 rows = Rows(None, plus=plus[piece], minus=None if minus is None else minus[piece])
-            back = Backward(self.graph, self.region, self.lines, self.boxes, self.slack, keep)
+            back = Backward(self.graph, self.region, self.lines, self.boxes, self.slack, self.layouts, keep)
             out, kept = back.run(start, rows, Chunk(ex, b))
             bounds.append(out)
             if kept is not None:
@@ -384,7 +385,7 @@ def compute_bounds(
     if kept is not None:
         A, b = kept
         lead = (x.shape[0], low.flatten(1).shape[1])
-        A, b = A.view(A.shape[0], *lead, *x.shape[1:]), b.view(-1, *lead)
+        A, b = A.view(A.shape[0], *lead, *x.shape[1:]), b.view(b.shape[0], *lead)
         linear = _linear_bounds(A, b, region, outward, count)
     return Bounds(low, up if count == 2 else None, linear, _intermediate(engine) if return_intermediate else {})
 

@@ -104,9 +104,11 @@ class Backward:
         lines: dict[int, Lines],
         boxes: list[Any],
         slack: dict[int, Tensor],
+        layouts: dict[int, Tensor],
         keep_input: bool = False,
     ):
         self.graph, self.region, self.lines, self.boxes, self.keep_input = graph, region, lines, boxes, keep_input
+        self.layouts = layouts
         self.slack = slack  # outward rounding: what float32 evaluation of a node can add, (B, *shape)
 
     def run(self, start: int, rows: Rows, chunk: Chunk) -> tuple[Tensor, Any]:
@@ -246,7 +248,9 @@ class Backward:
         if r.A is None:
             self._add_bias(node, r)
             if isinstance(node, G.Dense) and len(node.shape) == 1:
-                return [Rows(node.get_weight()[None], pick=r.plus, minus=r.minus)]
+                shape, w = self._image_before(node), node.get_weight()
+                A = w[None] if shape is None else _unflatten(self._by_image(node, shape)[None], shape, True)
+                return [Rows(A, pick=r.plus, minus=r.minus)]
             if isinstance(node, G.Conv) and r.minus is None and self.chunk.where is not None:
                 channel = r.plus // (node.shape[1] * node.shape[2])
                 span = [d * (s - 1) + 1 for d, s in zip(node.dilation, node.get_weight().shape[2:], strict=False)]
@@ -287,11 +291,31 @@ class Backward:
             self._add_bias(node, r)
             return self._transpose(node, r.solid(), shapes)
         self._add_bias(node, r)
+        if isinstance(node, G.Reshape) and r.pick is not None and r.A.shape[2:] == shapes[0]:
+            return [r]
         return self._transpose(node, r.solid(), shapes)
+
+    def _image_before(self, node: G.Dense) -> G.Shape | None:
+        """The shape of the image that is flattened into this layer and nothing else. Its rows then come in the image's shape,
+        channels last, which saves a transposition of every row."""
+        before = self.graph.nodes[node.inputs[0]]
+        if not isinstance(before, G.Reshape) or len(before.consumers) != 1 or len(node.shape) != 1:
+            return None
+        shape = self.graph.nodes[before.inputs[0]].shape
+        return shape if len(shape) == 3 else None
+
+    def _by_image(self, node: G.Dense, shape: G.Shape) -> Tensor:
+        """The weight (m, n) with its columns in channels-last order."""
+        if node.index not in self.layouts:
+            w = node.get_weight()
+            self.layouts[node.index] = w.unflatten(1, shape).movedim(1, -1).reshape(w.shape)
+        return self.layouts[node.index]
 
     def _transpose(self, node: G.LinearNode, a: Tensor, shapes: list[G.Shape]) -> list[Rows]:
         lead = a.shape[:2]
         flat = a.flatten(0, 1)
+        if isinstance(node, G.Dense) and (shape := self._image_before(node)) is not None:
+            return [Rows(_unflatten((flat @ self._by_image(node, shape)).unflatten(0, lead), shape, True))]
         if flat.dim() == 4 and isinstance(node, G.Conv):
             flat = flat.contiguous(memory_format=torch.channels_last)
         return [Rows(t.unflatten(0, lead)) for t in node.transpose(flat, shapes)]

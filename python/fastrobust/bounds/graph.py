@@ -101,9 +101,7 @@ class Conv(LinearNode):
         w = self.get_weight()
         (_, h, width), (_, ho, wo) = shapes[0], self.shape
         if self.groups == 1 and self.dilation == (1, 1):
-            out = spread(a, w, self.stride, self.padding, (h, width))
-            if out is not None:
-                return [out]
+            return [spread(a, w, self.stride, self.padding, (h, width))]
         extra = (self._extra(h, ho, 0, w.shape[2]), self._extra(width, wo, 1, w.shape[3]))
         return [F.conv_transpose2d(a, w, None, self.stride, self.padding, extra, self.groups, self.dilation)]
 
@@ -112,9 +110,7 @@ class Conv(LinearNode):
         w = self.get_weight()
         if self.groups == 1 and self.dilation == (1, 1):
             size = [(n - 1) * s + k for n, s, k in zip(a.shape[2:], self.stride, w.shape[2:], strict=False)]
-            out = spread(a, w, self.stride, (0, 0), (size[0], size[1]))
-            if out is not None:
-                return out
+            return spread(a, w, self.stride, (0, 0), (size[0], size[1]))
         return F.conv_transpose2d(a, w, None, self.stride, 0, 0, self.groups, self.dilation)
 
     def dense_kernel(self) -> Tensor:

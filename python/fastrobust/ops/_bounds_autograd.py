@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _C
 from ..reference.bounds import row_maps
-from ._library import below_autograd
+from ._bounds_rows import address, by_example, dense, native, rows_args
+from ._library import below_autograd, nothing_intercepts
 
 Grads = tuple[Tensor | None, ...]
 
@@ -70,15 +72,28 @@ def _rows_of(A: Tensor, rows: Tensor | None, minus: Tensor | None) -> Tensor:
 
 
 def _to_rows(g: Tensor, A: Tensor, rows: Tensor | None, minus: Tensor | None) -> Tensor:
-    """The adjoint of ``_rows_of``."""
+    """The adjoint of ``_rows_of``: a product with the matrix that picks, where it is small."""
     if rows is None:
         return g
+    if A.shape[1] <= 256:
+        count = torch.arange(len(rows), device=g.device)
+        pick = g.new_zeros(A.shape[1], len(rows))
+        pick[rows, count] = 1.0
+        if minus is not None:
+            pick[minus, count] -= 1.0
+        return pick @ g
     out = torch.zeros_like(A).index_add(1, rows, g)
     return out if minus is None else out.index_add(1, minus, -g)
 
 
+def _by_kernel(A: Tensor) -> bool:
+    return native(A) and A.is_cpu and nothing_intercepts()
+
+
 def back_step(args: list[Any], need: Any, g_out: Tensor, g_b: Tensor) -> Grads:
     A, b, slopes, intercepts, example, rows, minus, y, x, window = args
+    if _by_kernel(A):
+        return _back_step_kernel(args, g_out, g_b)
     seen = _rows_of(A, rows, minus)
     place = _corner(y, x, window)
     s, i = row_maps(slopes, example, *place), row_maps(intercepts, example, *place)
@@ -107,6 +122,33 @@ def back_step(args: list[Any], need: Any, g_out: Tensor, g_b: Tensor) -> Grads:
     )  # fmt: skip
 
 
+def _back_step_kernel(args: list[Any], g_out: Tensor, g_b: Tensor) -> Grads:
+    A, b, slopes, intercepts, example, rows, minus, y, x, window = args
+    A, slopes, intercepts, g_out, g_b = (dense(t) for t in (A, slopes, intercepts, g_out, g_b))
+    starts, order = by_example(example, b.shape[1], slopes.shape[1], A.device)
+    g_a = A.new_empty(A.shape[0], b.shape[1], A.shape[2])
+    g_s, g_i = torch.zeros_like(slopes), torch.zeros_like(intercepts)
+    _C.bounds_back_grad(
+        rows_args(A, b, example, rows, minus, y, x, window), slopes.data_ptr(), slopes.shape[0], intercepts.data_ptr(),
+        slopes.shape[1], g_out.data_ptr(), g_out.shape[0], g_b.data_ptr(), starts.data_ptr(), address(order), g_a.data_ptr(),
+        g_s.data_ptr(), g_i.data_ptr(),
+    )  # fmt: skip
+    return _to_rows(g_a, A, rows, minus), g_b, g_s, g_i, None, None, None, None, None, None
+
+
+def _concretize_kernel(args: list[Any], need: Any, g: Tensor) -> Grads:
+    A, b, example, rows, minus, center, radius, _, _, _, y, x, window = args
+    A, center, radius, g = (dense(t) for t in (A, center, radius, g))
+    starts, order = by_example(example, b.shape[1], center.shape[0], A.device)
+    g_a = A.new_empty(A.shape[0], b.shape[1], A.shape[2])
+    g_c, g_r = torch.zeros_like(center) if need[5] else None, torch.zeros_like(radius) if need[6] else None
+    _C.bounds_concretize_grad(
+        rows_args(A, b, example, rows, minus, y, x, window), center.data_ptr(), radius.data_ptr(), center.shape[0],
+        g.data_ptr(), starts.data_ptr(), address(order), g_a.data_ptr(), address(g_c), address(g_r),
+    )  # fmt: skip
+    return _to_rows(g_a, A, rows, minus), g, None, None, None, g_c, g_r, None, None, None, None, None, None
+
+
 def _norm_and_slope(w: Tensor, q: float) -> tuple[Tensor, Tensor]:
     """||w||_q over the last dimension for w >= 0, and its gradient (0 at 0)."""
     if q == math.inf:
@@ -122,6 +164,8 @@ def _norm_and_slope(w: Tensor, q: float) -> tuple[Tensor, Tensor]:
 
 def concretize(args: list[Any], need: Any, g: Tensor) -> Grads:
     A, b, example, rows, minus, center, radius, x0, eps, q, y, x, window = args
+    if _by_kernel(A) and center is not None and x0 is None:
+        return _concretize_kernel(args, need, g)
     seen = _rows_of(A, rows, minus)
     place = _corner(y, x, window)
 
@@ -171,8 +215,21 @@ def interval(args: list[Any], need: Any, g_a: Tensor, g_b: Tensor) -> Grads:
             c, r = F.linear(center, weight, bias), F.linear(radius, weight.abs())
             g_a, g_b = 0.5 * (g_a - g_b) * (c - r > 0), 0.5 * (g_a + g_b) * (c + r > 0)
         g_c, g_r = g_a + g_b, g_b - g_a
+    if radius.shape[0] != center.shape[0]:  # one radius for all examples
+        g_r = g_r.sum(0, keepdim=True)
     g_w = g_c.t() @ center + weight.sign() * (g_r.t() @ radius) if need[2] else None
-    return g_c @ weight, g_r @ weight.abs(), g_w, g_c.sum(0), None
+    return g_c @ weight if need[0] else None, g_r @ weight.abs() if need[1] else None, g_w, g_c.sum(0), None
+
+
+def spread(args: list[Any], need: Any, g: Tensor) -> Grads:
+    a, weight, stride, padding, size = args
+    g_a = F.conv2d(g, weight, None, stride, padding) if need[0] else None
+    g_w = None
+    if need[1]:
+        g_w = torch.ops.aten.convolution_backward(
+            a, g, weight, None, stride, padding, [1, 1], False, [0, 0], 1, [False, True, False]
+        )[1]
+    return g_a, g_w, None, None, None
 
 
 def relu_lines(args: list[Any], need: Any, g_slopes: Tensor, g_intercepts: Tensor) -> Grads:

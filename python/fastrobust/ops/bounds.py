@@ -1,9 +1,11 @@
-"""Interval and linear bound propagation ops; the formulas are those of :mod:`fastrobust.reference.bounds`."""
+"""Interval propagation, relaxations and the adjoint of convolutions; the formulas are those of :mod:`fastrobust.reference.bounds`.
+
+The ops on rows of linear bounds are in :mod:`fastrobust.ops.linear_bounds` and named here too.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,286 +18,17 @@ from ..reference import relaxations
 from ..reference.bounds import Window, center_radius, dual_exponent, eps_like, interval_activation
 from . import _bounds_autograd as gradients
 from . import _checks as ck
-from ._library import define, nothing_intercepts, require_cuda_build, stream_of
+from ._bounds_rows import address, dense, native
+from ._library import require_cuda_build, stream_of
+from .linear_bounds import INF, check_eps, check_p, concretize, concretize_rows, direct, linear_back_step, register
 
 __all__ = [
     "Window", "concretize", "concretize_rows", "interval_activation", "interval_ball_conv2d", "interval_ball_linear", "interval_conv2d",
     "interval_linear", "linear_back_step", "relax", "spread",
 ]  # fmt: skip
 
-INF = math.inf
-_DUAL = {1.0: 1, 2.0: 2, INF: 3}
 _TO_CENTER, _FROM_CENTER, _RELU_CENTER, _BOX, _BOX_ENDS = range(5)
 CENTER, ENDS, RELU = range(3)  # what center_linear returns
-
-
-def _native(t: Tensor) -> bool:
-    """Served by a compiled kernel (float64 is checked against, and runs by the definition)."""
-    return t.dtype == torch.float32
-
-
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
-def _dense(t: Tensor) -> Tensor:
-    return t.resolve_neg().contiguous()
-
-
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _direct(*tensors: Tensor | None) -> bool:
-    """Nothing records or traces: the kernel may be called without the dispatcher."""
-    return not _needs_grad(*tensors) and nothing_intercepts()
-
-
-def _register(
-    name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], gradient: Callable[..., Any]
-) -> Any:
-    box: list[Any] = []
-    box.append(define(name, schema, kernel, fake, gradients.differentiable(lambda: box[0], gradient)))
-    return box[0]
-
-
-# ---- rows of coefficients ----
-
-
-def _window_args(corner_y: Tensor | None, corner_x: Tensor | None, window: list[int] | tuple[int, ...]) -> Any:
-    if corner_y is None or corner_x is None:
-        return None
-    return (corner_y.data_ptr(), corner_x.data_ptr(), *window)
-
-
-def _corner(corner_y: Tensor | None, corner_x: Tensor | None, window: Any) -> tuple[Any, Any]:
-    return (None, None) if corner_y is None else ((corner_y, corner_x), tuple(window))
-
-
-def _rows_tuple(
-    A: Tensor, b: Tensor, example: Tensor | None, rows: Tensor | None, minus: Tensor | None, window: Any
-) -> tuple[tuple[Any, ...], int]:
-    count = b.shape[1]
-    stride = A.shape[1] * A.shape[2] if A.shape[0] == 2 else 0
-    return (
-        A.data_ptr(),
-        stride,
-        _address(rows),
-        _address(example),
-        count,
-        A.shape[2],
-        b.shape[0],
-        window,
-        _address(minus),
-    ), count
-
-
-def _back_definition(
-    A: Any,
-    b: Any,
-    slopes: Any,
-    intercepts: Any,
-    example: Any,
-    rows: Any,
-    minus: Any,
-    corner_y: Any,
-    corner_x: Any,
-    window: Any,
-) -> Any:
-    return reference.linear_back_step(
-        A, b, slopes, intercepts, example, rows, *_corner(corner_y, corner_x, window), minus
-    )
-
-
-def _sides_out(A: Tensor, b: Tensor, slopes: Tensor) -> int:
-    return b.shape[0] if slopes.shape[0] == 2 else A.shape[0]
-
-
-def _back_kernel(
-    A: Tensor, b: Tensor, slopes: Tensor, intercepts: Tensor, example: Tensor | None, rows: Tensor | None, minus: Tensor | None,
-    corner_y: Tensor | None, corner_x: Tensor | None, window: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if not _native(A):
-        return _back_definition(A, b, slopes, intercepts, example, rows, minus, corner_y, corner_x, window)
-    require_cuda_build(A.device)
-    device, stream = stream_of(A.device)
-    A, b, slopes, intercepts = _dense(A), _dense(b), _dense(slopes), _dense(intercepts)
-    args, count = _rows_tuple(A, b, example, rows, minus, _window_args(corner_y, corner_x, window))
-    out = A.new_empty(_sides_out(A, b, slopes), count, A.shape[2])
-    b_out = torch.empty_like(b)
-    _C.bounds_back(
-        device, stream, args, slopes.data_ptr(), slopes.shape[0], intercepts.data_ptr(), slopes.shape[1],
-        b.data_ptr(), b_out.data_ptr(), out.data_ptr(), out.shape[0],
-    )  # fmt: skip
-    return out, b_out
-
-
-_back = _register(
-    "bounds_back_step",
-    "(Tensor A, Tensor b, Tensor slopes, Tensor intercepts, Tensor? example, Tensor? rows, Tensor? minus, Tensor? corner_y, "
-    "Tensor? corner_x, int[] window) -> (Tensor, Tensor)",
-    _back_kernel,
-    lambda A, b, slopes, *rest: (A.new_empty(_sides_out(A, b, slopes), b.shape[1], A.shape[2]), torch.empty_like(b)),
-    gradients.back_step,
-)
-
-
-def _check_index(t: Tensor | None, name: str, count: int, like: Tensor) -> None:
-    if t is None:
-        return
-    if t.dtype != torch.int64 or tuple(t.shape) != (count,) or t.device != like.device:
-        raise ValueError(f"{name}: got {ck.describe(t)}, expected ({count},) int64 on {like.device}")
-
-
-def _check_rows(A: Tensor, b: Tensor, example: Tensor | None, rows: Tensor | None, corner: Any, maps: dict[str, Tensor], window: Any, minus: Tensor | None) -> None:  # fmt: skip
-    for name, t, dim in (("A", A, 3), ("b", b, 2), *((k, v, 0) for k, v in maps.items())):
-        if not isinstance(t, Tensor) or t.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"{name}: got {ck.describe(t)}, expected a float32 tensor")
-        if dim and t.dim() != dim:
-            raise ValueError(f"{name}: got shape {tuple(t.shape)}, expected {dim} dimensions")
-        if t.dtype != A.dtype or t.device != A.device:
-            raise ValueError(f"{name}: got {ck.describe(t)}, expected {A.dtype} on {A.device}, as A has")
-    if A.shape[0] not in (1, 2) or b.shape[0] not in (1, 2) or A.shape[0] > b.shape[0]:
-        raise ValueError(
-            f"A: got {A.shape[0]} matrices for b of shape {tuple(b.shape)}, expected one per side or one for all"
-        )
-    count = b.shape[1]
-    if minus is not None and rows is None:
-        raise ValueError("minus: needs rows")
-    if rows is None and A.shape[1] != count:
-        raise ValueError(f"b: got {count} rows, expected A's {A.shape[1]}")
-    for name, index in (("example", example), ("rows", rows), ("minus", minus)):
-        _check_index(index, name, count, A)
-    if corner is not None:
-        _check_index(corner[0], "corner", count, A)
-        _check_index(corner[1], "corner", count, A)
-        if A.shape[2] != window[0] * window[1] * window[2]:
-            raise ValueError(
-                f"window: {window} holds {window[0] * window[1] * window[2]} numbers, A's rows {A.shape[2]}"
-            )
-    size = A.shape[2] if corner is None else window[2] * window[3] * window[4]
-    for name, t in maps.items():
-        if t.shape[-1] != size:
-            raise ValueError(f"{name}: got shape {tuple(t.shape)}, expected {size} in the last dimension")
-        if example is None and t.shape[-2] != count:
-            raise ValueError(f"{name}: got shape {tuple(t.shape)}, expected {count} rows without `example`")
-
-
-def linear_back_step(A: Tensor, b: Tensor, slopes: Tensor, intercepts: Tensor, example: Tensor | None = None, rows: Tensor | None = None, corner: tuple[Tensor, Tensor] | None = None, window: Window | None = None, minus: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Moves linear bounds through an elementwise function in one pass over A; see ``reference.bounds.linear_back_step``.
-
-    ``example``, ``rows`` and ``minus`` must hold valid indices: they are not read here.
-    """
-    _check_rows(A, b, example, rows, corner, {"slopes": slopes, "intercepts": intercepts}, window, minus)
-    y, x = (None, None) if corner is None else (_dense(corner[0]), _dense(corner[1]))
-    f = _back_kernel if _direct(A, b, slopes, intercepts) else _back
-    return f(A, b, slopes, intercepts, example, rows, minus, y, x, list(window or ()))
-
-
-def _concretize_definition(A: Any, b: Any, example: Any, rows: Any, minus: Any, center: Any, radius: Any, x: Any, eps: Any, q: float, corner_y: Any, corner_x: Any, window: Any) -> Any:  # fmt: skip
-    box, ball = (None if center is None else (center, radius)), (None if x is None else (x, eps))
-    return reference.concretize_rows(A, b, example, box, ball, q, rows, *_corner(corner_y, corner_x, window), minus)
-
-
-def _concretize_kernel(
-    A: Tensor, b: Tensor, example: Tensor | None, rows: Tensor | None, minus: Tensor | None, center: Tensor | None, radius: Tensor | None,
-    x: Tensor | None, eps: Tensor | None, q: float, corner_y: Tensor | None, corner_x: Tensor | None, window: Any,
-) -> Tensor:  # fmt: skip
-    if not _native(A) or (x is not None and q not in _DUAL):
-        return _concretize_definition(A, b, example, rows, minus, center, radius, x, eps, q, corner_y, corner_x, window)
-    require_cuda_build(A.device)
-    device, stream = stream_of(A.device)
-    A, b = _dense(A), _dense(b)
-    maps = [None if t is None else _dense(t) for t in (center, radius, x, eps)]
-    args, _ = _rows_tuple(A, b, example, rows, minus, _window_args(corner_y, corner_x, window))
-    out = torch.empty_like(b)
-    _C.bounds_concretize(
-        device, stream, args, *map(_address, maps), 0 if x is None else _DUAL[q], b.data_ptr(), out.data_ptr()
-    )
-    return out
-
-
-_concretize = _register(
-    "bounds_concretize",
-    "(Tensor A, Tensor b, Tensor? example, Tensor? rows, Tensor? minus, Tensor? center, Tensor? radius, Tensor? x, Tensor? eps, float q, "
-    "Tensor? corner_y, Tensor? corner_x, int[] window) -> Tensor",
-    _concretize_kernel,
-    lambda A, b, *rest: torch.empty_like(b),
-    gradients.concretize,
-)
-
-
-def concretize_rows(A: Tensor, b: Tensor, example: Tensor | None, box: tuple[Tensor, Tensor] | None, ball: tuple[Tensor, Tensor] | None, q: float, rows: Tensor | None = None, corner: tuple[Tensor, Tensor] | None = None, window: Window | None = None, minus: Tensor | None = None) -> Tensor:  # fmt: skip
-    """Extremes of linear bounds over boxes and balls; see ``reference.bounds.concretize_rows``."""
-    maps: dict[str, Tensor] = {}
-    if box is not None:
-        maps.update(center=box[0], radius=box[1])
-    if ball is not None:
-        maps.update(x=ball[0], eps=ball[1])
-    if not maps:
-        raise ValueError("box: got None, and ball None too, expected at least one")
-    _check_rows(A, b, example, rows, corner, maps, window, minus)
-    y, x = (None, None) if corner is None else (_dense(corner[0]), _dense(corner[1]))
-    f: Any = _concretize_kernel if _direct(A, b, *maps.values()) else _concretize
-    return f(A, b, example, rows, minus, *(box or (None, None)), *(ball or (None, None)), q, y, x, list(window or ()))
-
-
-def concretize(A: Tensor, b: Tensor, x: Tensor, eps: float | Tensor, norm: Any = INF, clip: tuple[float, float] | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Minimum and maximum of A x' + b over {x + d: ||d||_p <= eps} cut at ``clip``: two tensors (B, S).
-
-    A: (B, S, n), or (B, S, *x.shape[1:]); b: (B, S); x: (B, *shape) with n elements; eps a number, (B,) or x's shape (then
-    d = eps * v with ||v||_p <= 1). For p < inf with ``clip`` the tighter of the ball and the box.
-    """
-    p = check_p(norm)
-    x = ck.check_state(x, "x")
-    if (
-        A.dim() < 3
-        or A.shape[:2] != b.shape
-        or A.shape[0] != x.shape[0]
-        or math.prod(A.shape[2:]) != math.prod(x.shape[1:])
-    ):
-        raise ValueError(
-            f"A: got {tuple(A.shape)} with b {tuple(b.shape)} and x {tuple(x.shape)}, expected (B, S, n), (B, S), (B, *shape)"
-        )
-    check_eps(eps, x)
-    batch, per = b.shape
-    box, ball = reference.region(x, eps, p, clip)
-    example = torch.arange(batch, device=A.device).repeat_interleave(per)
-    offset = b.reshape(1, -1).expand(2, -1)
-    out = concretize_rows(
-        A.reshape(1, batch * per, math.prod(x.shape[1:])), offset, example, box, ball, dual_exponent(p)
-    )
-    return out[0].view(batch, per), out[1].view(batch, per)
-
-
-def check_p(norm: Any) -> float:
-    """A norm exponent >= 1, or one of the names of the attacks."""
-    if isinstance(norm, (int, float)) and not isinstance(norm, bool):
-        if not norm >= 1:
-            raise ValueError(f"norm: got {norm}, expected 1, 2, inf or a number >= 1")
-        return float(norm)
-    return ck.parse_norm(norm)
-
-
-def check_eps(eps: Any, x: Tensor) -> None:
-    """A finite number >= 0, or a tensor of one per example or per element; CPU values are read."""
-    if isinstance(eps, Tensor):
-        if eps.dim() > 0 and tuple(eps.shape) not in ((x.shape[0],), tuple(x.shape)):
-            raise ValueError(
-                f"eps: got shape {tuple(eps.shape)}, expected a number, ({x.shape[0]},) or {tuple(x.shape)}"
-            )
-        if not eps.dtype.is_floating_point:
-            raise TypeError(f"eps: got {eps.dtype}, expected floating point")
-        if eps.dim() > 0 and eps.device != x.device:
-            raise ValueError(f"eps: is on {eps.device}, x is on {x.device}")
-        e = eps.detach()
-        if nothing_intercepts() and e.numel() and not bool(((e >= 0) & (e < INF)).all()):
-            raise ValueError("eps: holds negative, NaN or infinite values, expected finite ones >= 0")
-        return
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
-        raise TypeError(f"eps: got {ck.describe(eps)}, expected a number or a tensor")
-    if not 0 <= eps < INF:
-        raise ValueError(f"eps: got {eps}, expected a finite number >= 0")
 
 
 # ---- intervals ----
@@ -309,7 +42,7 @@ def _step(
     device, stream = stream_of(a.device)
     out_a, out_b = torch.empty_like(a), torch.empty_like(a)
     _C.bounds_interval_step(
-        device, stream, a.data_ptr(), _address(b), out_a.data_ptr(), out_b.data_ptr(), a.numel(), step, eps, lo, hi
+        device, stream, a.data_ptr(), address(b), out_a.data_ptr(), out_b.data_ptr(), a.numel(), step, eps, lo, hi
     )
     return out_a, out_b
 
@@ -321,28 +54,28 @@ def _pair_dense(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def to_center(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
     """Centre and radius."""
-    if _native(lower) and _direct(lower, upper):
+    if native(lower) and direct(lower, upper):
         require_cuda_build(lower.device)
         return _step(*_pair_dense(lower, upper), _TO_CENTER)
     return center_radius(lower, upper)
 
 
 def from_center(center: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
-    if _native(center) and _direct(center, radius):
+    if native(center) and direct(center, radius):
         return _step(*_pair_dense(center, radius), _FROM_CENTER)
     return center - radius, center + radius
 
 
 def relu_center(center: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
     """Centre and radius of the ReLU of an interval given by centre and radius."""
-    if _native(center) and _direct(center, radius):
+    if native(center) and direct(center, radius):
         return _step(*_pair_dense(center, radius), _RELU_CENTER)
     return center_radius((center - radius).relu(), (center + radius).relu())
 
 
 def box_center(x: Tensor, eps: float | Tensor, clip: tuple[float, float] | None) -> tuple[Tensor, Tensor]:
     """Centre and radius of [x - eps, x + eps] cut at ``clip``."""
-    if _native(x) and _direct(x, eps if isinstance(eps, Tensor) else None):
+    if native(x) and direct(x, eps if isinstance(eps, Tensor) else None):
         require_cuda_build(x.device)
         fmt = ck.dense_format(x) or torch.contiguous_format
         x = ck.lay_out(x, fmt)
@@ -356,7 +89,7 @@ def _interval_definition(
 ) -> tuple[Tensor, Tensor]:
     c, r = F.linear(center, weight, bias), F.linear(radius, weight.abs())
     if finish == CENTER:
-        return c, r
+        return c, r.expand_as(c)
     low, up = c - r, c + r
     return (low, up) if finish == ENDS else center_radius(low.relu(), up.relu())
 
@@ -364,23 +97,24 @@ def _interval_definition(
 def _interval_kernel(
     center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, finish: int
 ) -> tuple[Tensor, Tensor]:
-    if not _native(center):
+    if not native(center):
         return _interval_definition(center, radius, weight, bias, finish)
     require_cuda_build(center.device)
     device, stream = stream_of(center.device)
-    center, radius, weight = _dense(center), _dense(radius), _dense(weight)
-    bias = None if bias is None else _dense(bias)
+    center, radius, weight = dense(center), dense(radius), dense(weight)
+    bias = None if bias is None else dense(bias)
     batch, n, m = center.shape[0], center.shape[1], weight.shape[0]
     if device >= 0 and batch > 16:  # large dense products belong to the vendor's engine
         return _interval_definition(center, radius, weight, bias, finish)
     out_a, out_b = center.new_empty(batch, m), center.new_empty(batch, m)
     _C.bounds_interval(
-        device, stream, center.data_ptr(), radius.data_ptr(), weight.data_ptr(), _address(bias), out_a.data_ptr(), out_b.data_ptr(), batch, n, m, finish
+        device, stream, center.data_ptr(), radius.data_ptr(), weight.data_ptr(), address(bias), out_a.data_ptr(), out_b.data_ptr(),
+        batch, n, m, finish, radius.shape[0] != batch,
     )  # fmt: skip
     return out_a, out_b
 
 
-_interval = _register(
+_interval = register(
     "bounds_interval_linear",
     "(Tensor center, Tensor radius, Tensor weight, Tensor? bias, int finish) -> (Tensor, Tensor)",
     _interval_kernel,
@@ -392,8 +126,9 @@ _interval = _register(
 def center_linear(
     center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, finish: int = ENDS
 ) -> tuple[Tensor, Tensor]:
-    """The interval of a linear layer from centre and radius (B, n); finish 0: centre and radius, 1: ends, 2: of the ReLU."""
-    f = _interval_kernel if _direct(center, radius, weight, bias) else _interval
+    """The interval of a linear layer from centre (B, n) and radius (B, n), or (1, n) for all; finish CENTER: centre and radius,
+    ENDS: its ends, RELU: centre and radius of the ReLU."""
+    f = _interval_kernel if direct(center, radius, weight, bias) else _interval
     return f(center, radius, weight, bias, finish)
 
 
@@ -439,17 +174,53 @@ def interval_conv2d(lower: Tensor, upper: Tensor, weight: Tensor, bias: Tensor |
         raise ValueError(f"lower: got shape {tuple(lower.shape)}, expected (B, C, H, W)")
     _check_interval(lower, upper, weight, bias, lower.shape[1] // groups, 4)
     return _finish(
-        *from_center(*center_conv2d(*to_center(lower, upper), weight, bias, stride, padding, dilation, groups)),
+        *center_conv2d(*to_center(lower, upper), weight, bias, stride, padding, dilation, groups, ENDS),
         activation,
         params,
     )
 
 
 def center_conv2d(
-    center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, *conv: Any
-) -> tuple[Tensor, Tensor]:
-    """Centre and radius of a convolution of an interval: two convolutions, the vendor's engine being right for them."""
-    return F.conv2d(center, weight, bias, *conv), F.conv2d(radius, weight.abs(), None, *conv)
+    center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
+    groups: int = 1, finish: int = CENTER,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same for a convolution: centre (B, C, H, W), radius of this shape or (1, C, H, W)."""
+    plain = groups == 1 and dilation in (1, (1, 1)) and not isinstance(padding, str)
+    if plain and center.is_cpu and native(center) and direct(center, radius, weight, bias):
+        return _conv_kernel(center, radius, weight, bias, pair(stride), pair(padding), finish)
+    conv = (stride, padding, dilation, groups)
+    c, r = F.conv2d(center, weight, bias, *conv), F.conv2d(radius, weight.abs(), None, *conv)
+    r = r.expand_as(c)
+    if finish == CENTER:
+        return c, r
+    return from_center(c, r) if finish == ENDS else relu_center(c, r)
+
+
+def pair(v: Any) -> tuple[int, int]:
+    return (v, v) if isinstance(v, int) else (v[0], v[-1])
+
+
+def _conv_kernel(
+    center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int], finish: int
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    center, radius, weight = center.resolve_neg(), radius.resolve_neg(), dense(weight)
+    bias = None if bias is None else dense(bias)
+    (batch, c, h, w), (o, _, kh, kw) = center.shape, weight.shape
+    out_h, out_w = (h + 2 * padding[0] - kh) // stride[0] + 1, (w + 2 * padding[1] - kw) // stride[1] + 1
+    if out_h <= 0 or out_w <= 0:
+        raise ValueError(f"weight: got a kernel of {kh} x {kw}, larger than the padded {h} x {w} of lower and upper")
+    sizes = (batch, h, w, c, out_h, out_w, o, kh, kw, *stride, *padding)
+    (cb, cc, cy, cx), (rb, rc, ry, rx) = center.stride(), radius.stride()
+    strides = (cb, cy, cx, cc), (rb if radius.shape[0] == batch else 0, ry, rx, rc)
+    shape = (batch, o, out_h, out_w)
+    out_a = torch.empty(shape, memory_format=torch.channels_last)
+    out_b = torch.empty(shape, memory_format=torch.channels_last)
+    work = torch.empty(_C.bounds_interval_conv(sizes, *strides, 0, 0, 0, 0, 0, 0, 0, 0))
+    _C.bounds_interval_conv(
+        sizes, *strides, center.data_ptr(), radius.data_ptr(), weight.data_ptr(), address(bias), work.data_ptr(),
+        out_a.data_ptr(), out_b.data_ptr(), finish,
+    )  # fmt: skip
+    return out_a, out_b
 
 
 def _tighter(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -493,10 +264,8 @@ def interval_ball_conv2d(x: Tensor, eps: float | Tensor, norm: Any, clip: tuple[
     if clip is not None or p == INF:
         c, r = box_center(x, eps, clip)
         if clip is None and not isinstance(eps, Tensor):  # the radius is the same for every example
-            mid, reach = F.conv2d(c, weight, bias, *conv), F.conv2d(r[:1], weight.abs(), None, *conv)
-            box = mid - reach, mid + reach
-        else:
-            box = from_center(*center_conv2d(c, r, weight, bias, *conv))
+            r = r[:1]
+        box = center_conv2d(c, r, weight, bias, *conv, ENDS)
     if p != INF:
         scalar = not (isinstance(eps, Tensor) and eps.dim() > 1)
         if scalar and dual_exponent(p) != INF:
@@ -520,7 +289,7 @@ def _lines_definition(lower: Tensor, upper: Tensor, left: float, adaptive: bool)
 
 
 def _lines_kernel(lower: Tensor, upper: Tensor, left: float, adaptive: bool) -> tuple[Tensor, Tensor]:
-    if not _native(lower):
+    if not native(lower):
         return _lines_definition(lower, upper, left, adaptive)
     require_cuda_build(lower.device)
     device, stream = stream_of(lower.device)
@@ -536,7 +305,7 @@ def _lines_kernel(lower: Tensor, upper: Tensor, left: float, adaptive: bool) -> 
     return slopes, intercepts
 
 
-_lines = _register(
+_lines = register(
     "bounds_relu_lines",
     "(Tensor lower, Tensor upper, float left, bool adaptive) -> (Tensor, Tensor)",
     _lines_kernel,
@@ -559,27 +328,53 @@ def relax(
     params = relaxations.parameters_of(activation, params)
     if activation not in ("relu", "leaky_relu") or kind not in ("parallel", "crown"):
         return relaxations.relax(lower, upper, activation, kind, params)
-    f = _lines_kernel if _direct(lower, upper) else _lines
+    f = _lines_kernel if direct(lower, upper) else _lines
     return relaxations.Lines(*f(lower, upper, params[0] if params else 0.0, kind == "crown"))
 
 
-# ---- the adjoint of a small convolution ----
+# ---- the adjoint of a convolution ----
+
+SPREAD_LANES = 1152  # taps of one position that the kernel holds (csrc/bounds/args.h)
 
 
-def spread(
-    a: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int], size: tuple[int, int]
-) -> Tensor | None:
-    """The adjoint of a convolution: a (N, O, h, w) to (N, C, *size), in one pass where the taps of one position fit a few
-    registers. None where this is not the right engine; not recorded."""
+def _spread_definition(a: Tensor, weight: Tensor, stride: Any, padding: Any, size: Any) -> Tensor:
+    extra = [
+        n - ((m - 1) * s - 2 * p + k)
+        for n, m, s, p, k in zip(size, a.shape[2:], stride, padding, weight.shape[2:], strict=True)
+    ]
+    return F.conv_transpose2d(a, weight, None, stride, padding, extra)
+
+
+def _spread_kernel(a: Tensor, weight: Tensor, stride: Any, padding: Any, size: Any) -> Tensor:
     o, c, kh, kw = weight.shape
-    lanes = -(-c * kh * kw // 16) * 16
-    if a.device.type != "cpu" or not _native(a) or lanes > 64 or a.shape[1] != o or not _direct(a, weight):
-        return None
-    a = a.contiguous(memory_format=torch.channels_last)
-    w = weight.new_zeros(o, lanes)
-    w[:, : c * kh * kw] = weight.permute(0, 2, 3, 1).reshape(o, -1)
+    taps = c * kh * kw
+    lanes = -(-taps // 16) * 16
+    if not a.is_cpu or not native(a) or lanes > SPREAD_LANES:
+        return _spread_definition(a, weight, stride, padding, size).contiguous(memory_format=torch.channels_last)
+    a = a.resolve_neg().contiguous(memory_format=torch.channels_last)
+    w = weight.permute(0, 2, 3, 1).reshape(o, taps)
+    w = F.pad(w, (0, lanes - taps)) if lanes != taps else dense(w)
     out = torch.empty((a.shape[0], c, *size), dtype=a.dtype, memory_format=torch.channels_last)
     _C.bounds_spread(
         a.data_ptr(), w.data_ptr(), out.data_ptr(), (a.shape[0], *a.shape[2:], o, *size, c, kh, kw, *stride, *padding, lanes)
     )  # fmt: skip
     return out
+
+
+_spread = register(
+    "bounds_spread",
+    "(Tensor a, Tensor weight, int[] stride, int[] padding, int[] size) -> Tensor",
+    _spread_kernel,
+    lambda a, weight, stride, padding, size: a.new_empty(a.shape[0], weight.shape[1], *size).contiguous(
+        memory_format=torch.channels_last
+    ),
+    gradients.spread,
+)
+
+
+def spread(
+    a: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int], size: tuple[int, int]
+) -> Tensor:
+    """The adjoint of a convolution without groups and dilation: a (N, O, h, w) to (N, C, *size), channels last."""
+    f = _spread_kernel if direct(a, weight) else _spread
+    return f(a, weight, list(stride), list(padding), list(size))

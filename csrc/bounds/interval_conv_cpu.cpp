@@ -1,0 +1,159 @@
+// Interval convolutions: centre and radius in one pass over padded copies, a few positions times a few channels of the
+// result in registers. Each value has its own accumulator, so it does not depend on what else is computed.
+#include <algorithm>
+#include <cstring>
+
+#include "bounds/entry_cpu.h"
+#include "bounds/fma.h"
+#include "bounds/formulas.h"
+#include "runtime/parallel.h"
+
+FR_NS_BEGIN
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kNarrow = 8, kWide = 6, kMaxVectors = 2;  // positions at one and at two vectors of channels
+#else
+constexpr int kNarrow = 2, kWide = 2, kMaxVectors = 1;
+#endif
+
+// Padded copies of centre and radius, [batch][2][height][width][channels], and the weight as [taps][lanes].
+struct Padded {
+  int64_t height, width, image, taps, lanes;
+  explicit Padded(const IntervalConvArgs& g)
+      : height(std::max((g.out_h - 1) * g.stride_y + g.kernel_h, g.in_h + g.pad_y)),
+        width(std::max((g.out_w - 1) * g.stride_x + g.kernel_w, g.in_w + g.pad_x)),
+        image(height * width * g.in_c),
+        taps(g.kernel_h * g.kernel_w * g.in_c),
+        lanes((g.out_c + kLanes - 1) / kLanes * kLanes) {}
+};
+
+void copy_row(const IntervalConvArgs& g, const float* from, const int64_t* stride, float* to) {
+  if (stride[3] == 1 && stride[2] == g.in_c) {
+    std::memcpy(to, from, static_cast<size_t>(g.in_w * g.in_c) * sizeof(float));
+    return;
+  }
+  for (int64_t c = 0; c < g.in_c; ++c)
+    for (int64_t x = 0; x < g.in_w; ++x) to[x * g.in_c + c] = from[x * stride[2] + c * stride[3]];
+}
+
+void pad_image(const IntervalConvArgs& g, const Padded& s, const float* from, const int64_t* stride, float* to) {
+  const auto zero = [&](float* p, int64_t n) { std::memset(p, 0, static_cast<size_t>(n) * sizeof(float)); };
+  const int64_t row = s.width * g.in_c, left = g.pad_x * g.in_c, filled = g.in_w * g.in_c;
+  zero(to, g.pad_y * row);
+  for (int64_t y = 0; y < g.in_h; ++y) {
+    float* line = to + (y + g.pad_y) * row;
+    zero(line, left);
+    copy_row(g, from + y * stride[1], stride, line + left);
+    zero(line + left + filled, row - left - filled);
+  }
+  zero(to + (g.pad_y + g.in_h) * row, (s.height - g.pad_y - g.in_h) * row);
+}
+
+void pack_weight(const IntervalConvArgs& g, const Padded& s, float* to) {
+  const int64_t area = g.kernel_h * g.kernel_w;
+  std::memset(to, 0, static_cast<size_t>(s.taps * s.lanes) * sizeof(float));
+  for (int64_t o = 0; o < g.out_c; ++o)
+    for (int64_t c = 0; c < g.in_c; ++c)
+      for (int64_t k = 0; k < area; ++k) to[(k * g.in_c + c) * s.lanes + o] = g.weight[(o * g.in_c + c) * area + k];
+}
+
+template <int kPositions, int kVectors>
+FR_HD void tile(const IntervalConvArgs& g, const Padded& s, const float* weight, const float* const* base,
+                int64_t first, int64_t channel, int count) {
+  Vec mid[kPositions][kVectors], reach[kPositions][kVectors];
+#pragma GCC unroll 8
+  for (int p = 0; p < kPositions; ++p)
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) mid[p][v] = reach[p][v] = Vec(0.f);
+  const float* at[kPositions];
+#pragma GCC unroll 8
+  for (int p = 0; p < kPositions; ++p) at[p] = base[p];
+  const int64_t line = g.kernel_w * g.in_c;
+  const float* w = weight + channel;
+  for (int64_t ky = 0; ky < g.kernel_h; ++ky) {
+    const int64_t begin = ky * s.width * g.in_c;
+    for (int64_t i = begin; i < begin + line; ++i, w += s.lanes) {
+      Vec wk[kVectors], ak[kVectors];
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) wk[v] = load(w + v * kLanes), ak[v] = vabs(wk[v]);
+#pragma GCC unroll 8
+      for (int p = 0; p < kPositions; ++p) {
+        const Vec c(at[p][i]), r(at[p][i + s.image]);
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) {
+          mid[p][v] = fmadd(wk[v], c, mid[p][v]);
+          reach[p][v] = fmadd(ak[v], r, reach[p][v]);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int p = 0; p < kPositions; ++p) {
+    if (p >= count) break;
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t o = channel + v * kLanes;
+      const int n = static_cast<int>(std::min<int64_t>(kLanes, g.out_c - o));
+      Vec a = mid[p][v], b = reach[p][v];
+      if (g.bias != nullptr) a = a + load_n(g.bias + o, n);
+      if (g.finish == Finish::ends) from_center(a, b);
+      if (g.finish == Finish::relu_center) relu_center(a, b);
+      store_n(g.out_a + (first + p) * g.out_c + o, a, n);
+      store_n(g.out_b + (first + p) * g.out_c + o, b, n);
+    }
+  }
+}
+
+template <int kPositions, int kVectors>
+void groups(const IntervalConvArgs& g, const Padded& s, const float* weight, const float* images, int64_t begin,
+            int64_t end) {
+  const int64_t area = g.out_h * g.out_w, total = g.batch * area;
+  for (int64_t group = begin; group < end; ++group) {
+    const int64_t first = group * kPositions;
+    const int count = static_cast<int>(std::min<int64_t>(kPositions, total - first));
+    const float* base[kPositions];
+    for (int p = 0; p < kPositions; ++p) {  // missing positions repeat the last one and are not stored
+      const int64_t q = first + std::min(p, count - 1), image = q / area, y = q % area / g.out_w, x = q % g.out_w;
+      base[p] = images + image * 2 * s.image + (y * g.stride_y * s.width + x * g.stride_x) * g.in_c;
+    }
+    int64_t channel = 0;
+    for (; channel + kVectors * kLanes <= s.lanes; channel += kVectors * kLanes)
+      tile<kPositions, kVectors>(g, s, weight, base, first, channel, count);
+    if constexpr (kVectors > 1)
+      if (channel < s.lanes) tile<kPositions, 1>(g, s, weight, base, first, channel, count);
+  }
+}
+
+}  // namespace
+
+int64_t interval_conv_work_cpu(const IntervalConvArgs& g) {
+  const Padded s(g);
+  return s.taps * s.lanes + g.batch * 2 * s.image;
+}
+
+void interval_conv_cpu(const IntervalConvArgs& g) {
+  const int64_t total = g.batch * g.out_h * g.out_w;
+  if (total * g.out_c == 0) return;
+  const Padded s(g);
+  float* weight = g.work;
+  float* images = weight + s.taps * s.lanes;
+  pack_weight(g, s, weight);
+  parallel_for(g.batch, std::max<int64_t>(1, 16384 / s.image), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      pad_image(g, s, g.center + i * g.center_stride[0], g.center_stride + 0, images + i * 2 * s.image);
+      pad_image(g, s, g.radius + i * g.radius_stride[0], g.radius_stride + 0, images + (i * 2 + 1) * s.image);
+    }
+  });
+  const bool wide = kMaxVectors > 1 && s.lanes > kLanes;
+  const int64_t positions = wide ? kWide : kNarrow, count = (total + positions - 1) / positions;
+  const int64_t grain = std::max<int64_t>(1, 65536 / (positions * s.taps * s.lanes / kLanes));
+  parallel_for(count, grain, [&](int64_t begin, int64_t end) {
+    if (wide)
+      groups<kWide, kMaxVectors>(g, s, weight, images, begin, end);
+    else
+      groups<kNarrow, 1>(g, s, weight, images, begin, end);
+  });
+}
+
+FR_NS_END

@@ -1,0 +1,141 @@
+// Gradients of the backward step and of concretisation. One pass over the rows; the rows of one example are visited in
+// order by one thread, so that what they add to its maps needs no locks and does not depend on the threads.
+#include <algorithm>
+#include <cstring>
+
+#include "bounds/entry_cpu.h"
+#include "bounds/formulas.h"
+#include "bounds/window.h"
+#include "runtime/parallel.h"
+
+FR_NS_BEGIN
+namespace {
+
+// Calls part(at, map, n) for every vector of a row that lies on the map, and sets the rest of `outs` to zero.
+template <class Part>
+FR_HD void each_vector(const Rows& r, int64_t row, float* out0, float* out1, const Part& part) {
+  for (int64_t line = 0; line < lines_of(r); ++line) {
+    const Segment s = segment_of(r, row, line);
+    for (float* o : {out0, out1}) {
+      if (o == nullptr) continue;
+      if (s.begin > s.line_begin)
+        std::memset(o + s.line_begin, 0, static_cast<size_t>(s.begin - s.line_begin) * sizeof(float));
+      if (s.line_end > s.end) std::memset(o + s.end, 0, static_cast<size_t>(s.line_end - s.end) * sizeof(float));
+    }
+    int64_t i = s.begin, map = s.map;
+    for (; i + kLanes <= s.end; i += kLanes, map += kLanes) part(i, map, kLanes);
+    if (i < s.end) part(i, map, static_cast<int>(s.end - i));
+  }
+}
+
+FR_HD Vec get(const float* p, int n) { return n == kLanes ? load(p) : load_n(p, n); }
+FR_HD void put(float* p, Vec v, int n) { n == kLanes ? store(p, v) : store_n(p, v, n); }
+FR_HD void add(float* p, Vec v, int n) { put(p, get(p, n) + v, n); }
+
+// A coefficient of one side, with the row that is subtracted.
+FR_HD Vec coefficients(const Rows& r, const float* a, const float* less, int64_t at, int n) {
+  const Vec v = get(a + at, n);
+  return less != nullptr ? v - get(less + at, n) : v;
+}
+
+template <bool kTwo>
+void back_grad_row(const BackGradArgs& g, int64_t row) {
+  const Rows& r = g.rows;
+  const int64_t maps = map_size(r), ex = example_of(r, row);
+  const bool apart = r.side_stride != 0;  // a matrix for each side
+  const float* a[2] = {r.a + source_row(r, row) * r.length, nullptr};
+  const float* less[2] = {r.minus != nullptr ? r.a + r.minus[row] * r.length : nullptr, nullptr};
+  a[1] = a[0] + r.side_stride;
+  if (less[0] != nullptr) less[1] = less[0] + r.side_stride;
+  const float* s[2] = {g.slopes + ex * maps, nullptr};
+  const float* b[2] = {g.intercepts + ex * maps, nullptr};
+  s[1] = kTwo ? s[0] + g.examples * maps : s[0];
+  b[1] = b[0] + g.examples * maps;
+  float* to_s[2] = {g.to_slopes + ex * maps, nullptr};
+  float* to_b[2] = {g.to_intercepts + ex * maps, nullptr};
+  to_s[1] = kTwo ? to_s[0] + g.examples * maps : to_s[0];
+  to_b[1] = to_b[0] + g.examples * maps;
+  float* to_a[2] = {g.to_a + row * r.length, nullptr};
+  if (apart) to_a[1] = to_a[0] + r.count * r.length;
+  const float* from[2] = {g.from_out + row * r.length, nullptr};
+  from[1] = g.sides_out == 2 ? from[0] + r.count * r.length : from[0];
+  each_vector(r, row, to_a[0], to_a[1], [&](int64_t at, int64_t map, int n) FR_INLINE_LAMBDA {
+    const Vec zero(0.f), sl = get(s[0] + map, n), su = get(s[1] + map, n), bl = get(b[0] + map, n),
+                         bu = get(b[1] + map, n);
+    Vec add_s[2] = {zero, zero}, add_b[2] = {zero, zero}, out[2] = {zero, zero};
+    Vec v = zero;
+    for (int side = 0; side < r.sides; ++side) {
+      const int k = apart ? side : 0;
+      if (side == k) v = coefficients(r, a[k], less[k], at, n);
+      const auto positive = v >= zero;
+      const Vec t(g.from_b[side * r.count + row]), moved = t * v;
+      // the line of this side serves positive coefficients, the other one negative
+      const Vec own = select(positive, moved, zero), other = select(positive, zero, moved);
+      add_b[side] = add_b[side] + own;
+      add_b[1 - side] = add_b[1 - side] + other;
+      out[k] = out[k] + t * (side == 0 ? by_sign(v, bl, bu) : by_sign(v, bu, bl));
+      if (kTwo) {
+        const Vec f = get(from[side] + at, n), scaled = f * v;
+        add_s[side] = add_s[side] + select(positive, scaled, zero);
+        add_s[1 - side] = add_s[1 - side] + select(positive, zero, scaled);
+        out[k] = out[k] + f * (side == 0 ? by_sign(v, sl, su) : by_sign(v, su, sl));
+      } else if (side == k) {
+        const Vec f = get(from[k] + at, n);
+        add_s[0] = add_s[0] + f * v;
+        out[k] = out[k] + f * sl;
+      }
+    }
+    put(to_a[0] + at, out[0], n);
+    if (apart) put(to_a[1] + at, out[1], n);
+    add(to_s[0] + map, add_s[0], n);
+    if (kTwo) add(to_s[1] + map, add_s[1], n);
+    add(to_b[0] + map, add_b[0], n);
+    add(to_b[1] + map, add_b[1], n);
+  });
+}
+
+void concretize_grad_row(const ConcretizeGradArgs& g, int64_t row) {
+  const Rows& r = g.rows;
+  const int64_t base = example_of(r, row) * map_size(r);
+  const bool apart = r.side_stride != 0;
+  const float* a = r.a + source_row(r, row) * r.length;
+  const float* less = r.minus != nullptr ? r.a + r.minus[row] * r.length : nullptr;
+  float* out0 = g.to_a + row * r.length;
+  float* out1 = apart ? out0 + r.count * r.length : nullptr;
+  each_vector(r, row, out0, out1, [&](int64_t at, int64_t map, int n) FR_INLINE_LAMBDA {
+    const Vec zero(0.f), c = get(g.center + base + map, n), reach = get(g.radius + base + map, n);
+    Vec add_c = zero, add_r = zero, out[2] = {zero, zero}, v = zero;
+    for (int side = 0; side < r.sides; ++side) {
+      const int k = apart ? side : 0;
+      if (side == k)
+        v = coefficients(r, a + k * r.side_stride, less == nullptr ? less : less + k * r.side_stride, at, n);
+      const Vec t(g.from[side * r.count + row]), signed_t = side == 0 ? -t : t;
+      const Vec turned = select(v > zero, signed_t, select(v < zero, -signed_t, zero));  // signed_t * sign(v)
+      out[k] = out[k] + t * c + turned * reach;
+      add_c = add_c + t * v;
+      add_r = add_r + turned * v;
+    }
+    put(out0 + at, out[0], n);
+    if (apart) put(out1 + at, out[1], n);
+    if (g.to_center != nullptr) add(g.to_center + base + map, add_c, n);
+    if (g.to_radius != nullptr) add(g.to_radius + base + map, add_r, n);
+  });
+}
+
+template <class Args, class F>
+void by_example(const Args& g, const F& row) {
+  const int64_t mean = g.rows.count * g.rows.length / std::max<int64_t>(1, g.examples);
+  parallel_for(g.examples, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, mean)), [&](int64_t begin, int64_t end) {
+    for (int64_t i = g.starts[begin]; i < g.starts[end]; ++i) row(g, g.order != nullptr ? g.order[i] : i);
+  });
+}
+
+}  // namespace
+
+void back_grad_cpu(const BackGradArgs& g) {
+  by_example(g, g.slope_sides == 2 ? back_grad_row<true> : back_grad_row<false>);
+}
+
+void concretize_grad_cpu(const ConcretizeGradArgs& g) { by_example(g, concretize_grad_row); }
+
+FR_NS_END

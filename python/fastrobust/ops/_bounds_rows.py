@@ -1,0 +1,44 @@
+"""How tensors and rows of coefficients are handed to the compiled module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def native(t: Tensor) -> bool:
+    """Served by a compiled kernel (float64 is checked against, and runs by the definition)."""
+    return t.dtype == torch.float32
+
+
+def address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def dense(t: Tensor) -> Tensor:
+    return t.resolve_neg().contiguous()
+
+
+def rows_args(
+    A: Tensor, b: Tensor, example: Tensor | None, rows: Tensor | None, minus: Tensor | None, corner_y: Tensor | None,
+    corner_x: Tensor | None, window: Any,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The rows argument of the compiled module for dense A (k, rows of A, n) and b (m, R)."""
+    placed = None if corner_y is None or corner_x is None else (corner_y.data_ptr(), corner_x.data_ptr(), *window)
+    stride = A.shape[1] * A.shape[2] if A.shape[0] == 2 else 0
+    return (
+        A.data_ptr(), stride, address(rows), address(example), b.shape[1], A.shape[2], b.shape[0], placed, address(minus)
+    )  # fmt: skip
+
+
+def by_example(example: Tensor | None, count: int, batch: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """(starts, order): the rows of example i are order[starts[i] : starts[i + 1]], or this range itself without order."""
+    if example is None:
+        return torch.arange(count + 1, device=device), None
+    order = None
+    if count > 1 and bool((example[1:] < example[:-1]).any()):
+        order = example.argsort(stable=True)
+        example = example[order]
+    return torch.searchsorted(example, torch.arange(batch + 1, device=device)), order

@@ -1,0 +1,178 @@
+"""Kernels of the CPU alone: gradients of row ops, interval convolutions, the adjoint of convolutions; against float64."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastrobust.ops import bounds as ops
+from fastrobust.ops import linear_bounds as rows_ops
+from fastrobust.reference import bounds as reference
+
+
+def near(got: Tensor, want: Tensor, tolerance: float = 1e-5) -> None:
+    assert got.shape == want.shape
+    if want.numel():
+        scale = want.double().abs().max() + 1e-30
+        assert (got.double() - want.double()).abs().max() <= tolerance * scale
+
+
+def grads(outputs: Tensor | tuple[Tensor, ...], inputs: list[Tensor], seed: int) -> tuple[Tensor, ...]:
+    """Gradients of a random combination of the outputs, the same for every dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+    total = sum((o * torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype)).sum() for o in outputs)
+    return torch.autograd.grad(total, inputs)
+
+
+# ---- gradients of rows ----
+
+CASES = list(itertools.product((1, 2), (1, 2), (1, 2), ("own", "indexed", "less", "window")))
+
+
+@pytest.mark.parametrize("k,m,lines,form", [c for c in CASES if c[0] <= c[1]])
+@pytest.mark.parametrize("count", [0, 1, 7, 30])
+def test_gradients_of_rows(k: int, m: int, lines: int, form: str, count: int) -> None:
+    torch.manual_seed(count)
+    batch, channels, size, patch = 3, 5, (4, 6), (3, 2)
+    n = channels * (math.prod(patch) if form == "window" else math.prod(size))
+    maps = channels * math.prod(size)
+    own = form == "own"
+    batch = count if own else batch
+    example = None if own else torch.randint(0, batch, (count,))
+    rows = torch.randint(0, 4, (count,)) if form in ("indexed", "less") else None
+    minus = torch.randint(0, 4, (count,)) if form == "less" else None
+    window = corner = None
+    if form == "window":
+        window = (*patch, channels, *size)
+        corner = (torch.randint(-3, 5, (count,)), torch.randint(-2, 7, (count,)))
+    shapes = ((k, 4 if rows is not None else count, n), (m, count), (lines, batch, maps), (2, batch, maps))
+    wide = [torch.randn(s, dtype=torch.float64) for s in shapes]
+    wide[0][..., ::7] = 0.0  # the kink
+    found = []
+    for dtype, back, concretize in (
+        (torch.float32, ops.linear_back_step, ops.concretize_rows),
+        (torch.float64, reference.linear_back_step, reference.concretize_rows),
+    ):
+        t = [v.to(dtype).requires_grad_(True) for v in wide]
+        place = (corner, window, minus)
+        first = grads(back(*t, example, rows, *place), t, 5)
+        box = (t[2][0], t[3][1])
+        value = concretize(t[0], t[1], example, box, None, 1.0, rows, *place)
+        found.append([*first, *grads(value, [t[0], t[1], t[2], t[3]], 6)])
+    for got, want in zip(*found, strict=True):
+        near(got, want)
+
+
+def test_gradients_of_a_ball_and_of_a_box_alone() -> None:
+    """Only what is asked for is computed; a ball beside the box runs by the definition."""
+    A, b = torch.randn(1, 6, 8, requires_grad=True), torch.zeros(2, 6)
+    c, r, example = torch.randn(2, 8), torch.rand(2, 8), torch.tensor([0, 0, 1, 1, 1, 1])
+    for ball in (None, (c + 0.1, r * 2)):
+        out = ops.concretize_rows(A, b, example, (c, r), ball, 2.0)
+        got = grads(out, [A], 0)[0]
+        D = A.detach().double().requires_grad_(True)
+        wide = None if ball is None else (ball[0].double(), ball[1].double())
+        want = grads(reference.concretize_rows(D, b.double(), example, (c.double(), r.double()), wide, 2.0), [D], 0)[0]
+        near(got, want)
+
+
+# ---- interval products ----
+
+
+@given(
+    st.sampled_from([0, 1, 3, 7, 16]), st.sampled_from([1, 3, 16, 21]), st.sampled_from([1, 3, 15, 16, 17, 40]),
+    st.tuples(st.integers(1, 4), st.integers(1, 4)), st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    st.tuples(st.integers(0, 3), st.integers(0, 3)), st.sampled_from([ops.CENTER, ops.ENDS, ops.RELU]), st.booleans(), st.booleans(),
+)  # fmt: skip
+def test_interval_convolution(
+    batch: int, channels: int, out: int, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int], finish: int,
+    shared: bool, last: bool,
+) -> None:  # fmt: skip
+    torch.manual_seed(0)
+    c, r = torch.randn(batch, channels, 6, 5), torch.rand(1 if shared else batch, channels, 6, 5)
+    if last:
+        c = c.contiguous(memory_format=torch.channels_last)
+    w, b = torch.randn(out, channels, *kernel), torch.randn(out) if out % 2 else None
+    got = ops.center_conv2d(c, r, w, b, stride, padding, 1, 1, finish)
+    mid = F.conv2d(c.double(), w.double(), None if b is None else b.double(), stride, padding)
+    reach = F.conv2d(r.double(), w.double().abs(), None, stride, padding).expand_as(mid)
+    low, up = mid - reach, mid + reach
+    if finish == ops.RELU:
+        want = reference.center_radius(low.relu(), up.relu())
+    else:
+        want = (mid, reach) if finish == ops.CENTER else (low, up)
+    for g, v in zip(got, want, strict=True):
+        near(g, v)
+    if batch > 1 and not shared:  # values do not depend on what else is in the batch
+        one = ops.center_conv2d(c[1:2], r[1:2], w, b, stride, padding, 1, 1, finish)
+        assert torch.equal(one[0], got[0][1:2]) and torch.equal(one[1], got[1][1:2])
+
+
+def test_interval_convolution_refuses_a_kernel_larger_than_the_image() -> None:
+    with pytest.raises(ValueError, match="weight"):
+        ops.interval_conv2d(torch.zeros(1, 1, 3, 3), torch.ones(1, 1, 3, 3), torch.ones(1, 1, 5, 5))
+
+
+@pytest.mark.parametrize("batch", [0, 1, 2, 7, 40])
+@pytest.mark.parametrize("finish", [ops.CENTER, ops.ENDS, ops.RELU])
+def test_one_radius_for_every_example(batch: int, finish: int) -> None:
+    c, r, w, b = torch.randn(batch, 37), torch.rand(1, 37), torch.randn(11, 37), torch.randn(11)
+    got = ops.center_linear(c, r, w, b, finish)
+    want = ops.center_linear(c.double(), r.double(), w.double(), b.double(), finish)
+    for g, v in zip(got, want, strict=True):
+        near(g, v)
+    t = [v.requires_grad_(True) for v in (c, r, w, b)]
+    wide = [v.detach().double().requires_grad_(True) for v in t]
+    got = grads(ops.center_linear(*t, finish), t, 1)
+    full = [wide[0], wide[1].expand(batch, -1), *wide[2:]]
+    want = grads(ops.center_linear(*full, finish), wide, 1)
+    for g, v in zip(got, want, strict=True):
+        near(g, v)
+
+
+# ---- the adjoint of a convolution ----
+
+ADJOINTS = [(16, 1, 4, 2, 1), (5, 3, 3, 1, 1), (8, 3, 4, 2, 1), (4, 1, 8, 3, 0), (7, 2, 3, 2, 0), (6, 16, 3, 1, 1),
+            (9, 16, 4, 2, 1), (3, 60, 3, 1, 0), (2, 300, 2, 1, 1)]  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [0, 1, 6])
+@pytest.mark.parametrize("o,c,k,stride,padding", ADJOINTS)
+def test_spread_is_the_adjoint_of_the_convolution(
+    count: int, o: int, c: int, k: int, stride: int, padding: int
+) -> None:
+    w, a = torch.randn(o, c, k, k, requires_grad=True), torch.randn(count, o, 9, 7, requires_grad=True)
+    size = tuple((n - 1) * stride - 2 * padding + k + (stride > 1) for n in a.shape[2:])
+    with torch.no_grad():
+        got = ops.spread(a, w, (stride, stride), (padding, padding), size)
+    wide = [t.detach().double().requires_grad_(True) for t in (a, w)]
+    extra = int(stride > 1)
+    want = F.conv_transpose2d(*wide, None, stride, padding, extra)
+    near(got, want.detach())
+    recorded = ops.spread(a, w, (stride, stride), (padding, padding), size)
+    assert torch.equal(recorded, got)
+    for g, v in zip(grads(recorded, [a, w], 3), grads(want, wide, 3), strict=True):
+        near(g, v)
+
+
+def test_spread_and_registration() -> None:
+    a, w = torch.randn(2, 4, 5, 5, requires_grad=True), torch.randn(4, 3, 3, 3, requires_grad=True)
+    torch.library.opcheck(ops._spread.op, (a, w, [2, 2], [1, 1], [9, 9]))
+    wide = [t.detach().double().requires_grad_(True) for t in (a, w)]
+    assert torch.autograd.gradcheck(lambda a, w: ops.spread(a, w, (2, 2), (1, 1), (9, 9)), wide)
+    compiled = torch.compile(lambda a, w: rows_and_spread(a, w), fullgraph=True, backend="aot_eager")
+    near(compiled(a.detach(), w.detach()), rows_and_spread(a.detach(), w.detach()))
+
+
+def rows_and_spread(a: Tensor, w: Tensor) -> Tensor:
+    s, i = torch.ones(1, 2, 100), torch.zeros(2, 2, 100)
+    out, _ = rows_ops.linear_back_step(a.flatten(1)[None], torch.zeros(1, 2), s, i)
+    return ops.spread(out[0].view_as(a), w, (2, 2), (1, 1), (9, 9))
