@@ -5,7 +5,6 @@
 // the rows that a tile reads in the first cache level when the lists are long.
 #include <algorithm>
 #include <array>
-#include <cstdlib>
 #include <cstring>
 #include <type_traits>
 #include <utility>
@@ -121,6 +120,7 @@ RowFn run_fn(int64_t tile) {
 
 #if defined(__AVX512F__)
 constexpr int kMaxLines = 7, kMaxColumns = 8;
+constexpr int64_t kFirstLevelLines = 640;  // of 64 bytes, with room for the lists and the output
 
 template <int... I>
 constexpr auto patch_fns(std::integer_sequence<int, I...>) {
@@ -161,8 +161,8 @@ Patches patches_for([[maybe_unused]] const GatherArgs& a) {
       const int64_t down = (a.height + lines - 1) / lines, across = (a.width + columns - 1) / columns;
       // What a 3x3 kernel reads, and what a tile costs by itself.
       const int64_t touched = (lines + 2) * (columns + 2);
-      static const int64_t limit = getenv("FR_L1") ? atol(getenv("FR_L1")) : 680;
-      const int64_t cost = down * across * (touched + 14) * (a.segments > 1 && touched * a.depth > limit ? 3 : 2);
+      const bool fits = a.segments == 1 || touched * a.depth <= kFirstLevelLines;
+      const int64_t cost = down * across * (touched + 14) * (fits ? 2 : 3);
       if (cost < least) {
         least = cost;
         best = {down, across};
