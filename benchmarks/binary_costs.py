@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,17 +63,22 @@ def sparse_samples() -> tuple[list[Sample], list[Sample]]:
             x = torch.randn(batch, channels, size, size)
             y = torch.empty(batch, out, target.height, target.width)
             room = [fm.roomy(m.blocks * m.block + fm.SLACK, x.device).zero_() for m in (source, target)]
-            taken = microseconds(lambda x=x, m=source, r=room[0]: fm.to_maps(x, m, r))
-            taken += microseconds(lambda y=y, m=target, r=room[1]: fm.from_maps(r, m, y))
+            taken = microseconds(partial(fm.to_maps, x, source, room[0]))
+            taken += microseconds(partial(fm.from_maps, room[1], target, y))
             copies.append((cost.copy_terms(batch, size, size, shape, g, lanes), taken, f"{shape} {batch} {lanes}"))
             for density in DENSITIES:
                 weight = (torch.randint(0, 2, shape) * 2 - 1).float() * (torch.rand(shape) < density)
                 packed = fr.ops.pack(weight)
                 lists = fm.plan(packed, g, source, False)
-                taken = microseconds(lambda r=room, s=source, t=target, p=lists: fm.gather(r[0], s, t, p, out=r[1]))
+                taken = microseconds(partial(fm.gather, room[0], source, target, lists, out=room[1]))
                 terms = cost.sparse_terms(batch, size, size, shape, g, packed.kept, lanes)
                 kernel.append((terms, taken, f"{shape} {batch} {lanes} {density}"))
     return kernel, copies
+
+
+def dense_time(x: Tensor, weight: Tensor, stride: int, memory_format: torch.memory_format) -> float:
+    x, weight = (t.contiguous(memory_format=memory_format) for t in (x, weight))
+    return microseconds(lambda: F.conv2d(x, weight, None, stride, weight.shape[-1] // 2))
 
 
 def dense_samples() -> list[Sample]:
@@ -82,7 +88,7 @@ def dense_samples() -> list[Sample]:
         weight = torch.randn(shape)
         for batch in DENSE_BATCHES:
             x = torch.randn(batch, channels, size, size)
-            taken = microseconds(lambda x=x, w=weight, s=stride, k=k: F.conv2d(x, w, None, s, k // 2))
+            taken = min(dense_time(x, weight, stride, m) for m in (torch.contiguous_format, torch.channels_last))
             found.append((cost.dense_terms(batch, size, size, shape, g), taken, f"{shape} {batch}"))
     return found
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastrobust as fr
+from fastrobust.nn.masked import MaskedLayer
 
 
 class Select(torch.autograd.Function):
@@ -34,7 +35,7 @@ class Select(torch.autograd.Function):
 class DenseLayer(nn.Module):
     """A masked layer whose weight is written out in every forward pass, or once by `fix`."""
 
-    def __init__(self, layer: fr.nn.BinaryMaskedConv2d | fr.nn.BinaryMaskedLinear) -> None:
+    def __init__(self, layer: MaskedLayer) -> None:
         super().__init__()
         self.scores, self.keep = nn.Parameter(layer.scores.detach().clone()), layer.keep
         self.register_buffer("weight", layer.unmasked_weight())
@@ -80,6 +81,7 @@ def train_epoch(model: nn.Module, batches: list[tuple[Tensor, Tensor]], eps: flo
                 (grad,) = torch.autograd.grad(loss, adversarial)
             else:
                 loss.backward()
+                assert adversarial.grad is not None
                 grad = adversarial.grad
             moved = adversarial.detach() + 2.5 * eps / steps * grad.sign()
             adversarial = (x + (moved - x).clamp(-eps, eps)).clamp(0, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import fastrobust as fr
 from fastrobust import nn as fnn
+from fastrobust.ops import _conv_cost as cost
 from fastrobust.ops import _feature_maps as fm
 from fastrobust.reference import binary as reference
 
@@ -222,6 +224,56 @@ def test_paths_reports_every_layer(path: str) -> None:
     if path != "auto":
         assert {r["path"] for r in rows} == {path}
     assert all("us sparse" in r["reason"] for r in rows)
+
+
+def test_runs_do_not_disturb_each_other(path: str) -> None:
+    """Memory is used again between calls: of other batch sizes, while a gradient is still wanted, and after a NaN."""
+    model, size = make("cifar", rate=0.9)
+    frozen = fnn.freeze(model)
+    x = torch.rand(16, *size)
+    xs = [x[:n].clone().requires_grad_() for n in (16, 3, 16)]
+    ys = [frozen(z) for z in xs]
+    with torch.no_grad():
+        assert frozen(x * float("nan")).isnan().any()
+        clean = frozen(x)
+    assert torch.equal(ys[0], clean) and torch.equal(ys[2], clean)
+    grads = [torch.autograd.grad(y.square().sum(), z)[0] for z, y in zip(xs, ys, strict=True)]
+    assert torch.equal(grads[0], grads[2])
+    again = frozen(xs[1])
+    assert torch.equal(torch.autograd.grad(again.square().sum(), xs[1])[0], grads[1])
+    last = frozen(x.contiguous(memory_format=torch.channels_last))
+    assert torch.equal(last, clean)
+
+
+def test_networks_mix_both_paths_where_that_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense and sparse layers side by side, residuals between them, in every combination."""
+    monkeypatch.delenv("FASTROBUST_BINARY", raising=False)
+    model, size = make("cifar", rate=0.8)
+    want = fnn.dense_copy(model).double()
+    x = torch.rand(13, *size)  # enough for an arena of several huge pages
+    exact = x.double().requires_grad_()
+    truth = want(exact)
+    grad = torch.randn(truth.shape)
+    truth.backward(grad.double())
+    for seed in range(6):
+        frozen = fnn.freeze(model)
+        (region,) = frozen.regions.values()
+        generator = torch.Generator().manual_seed(seed)
+        estimate = cost.estimate
+
+        def either(*args: object, estimate=estimate, generator=generator) -> cost.Choice:
+            dense = bool(torch.rand((), generator=generator) < 0.5)
+            return dataclasses.replace(estimate(*args), sparse=float(dense) * 1e9, dense=float(not dense) * 1e9)
+
+        monkeypatch.setattr(cost, "estimate", either)
+        given = x.clone().requires_grad_()
+        y = frozen(given)
+        monkeypatch.setattr(cost, "estimate", estimate)
+        assert {r.choice.path for r in region.latest.reads} == {"sparse", "dense"}
+        assert relative(y, truth) < 1e-5
+        y.backward(grad)
+        error = (given.grad - exact.grad).flatten(1).norm(dim=1) / exact.grad.flatten(1).norm(dim=1)
+        assert error.median() < 1e-4
 
 
 def test_freeze_refuses_what_it_cannot_trace() -> None:

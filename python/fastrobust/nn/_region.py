@@ -24,7 +24,7 @@ from ..ops import _feature_maps as fm
 from ..ops import binary as ops
 from ..ops._feature_maps import ConvGeometry, Maps
 from ..reference.binary import PackedWeight
-from ._schedule import ARENA, Buffer, Compiled, Schedule, State, contiguous_strides
+from ._schedule import ARENA, Buffer, Compiled, Schedule, State, plain
 
 # Floats of the largest feature map of a group of images.
 GROUP_FLOATS = 5 << 18
@@ -52,7 +52,8 @@ class Unit:
     def dense_weight(self) -> Tensor:
         """The weight as torch's convolution takes it, the scale multiplied in."""
         weight = ops.dense_weight(self.packed, torch.float32)
-        return weight if self.scale is None else weight * self.scale.view(-1, 1, 1, 1)
+        weight = weight if self.scale is None else weight * self.scale.view(-1, 1, 1, 1)
+        return weight.contiguous(memory_format=torch.channels_last)
 
 
 @dataclasses.dataclass
@@ -242,14 +243,11 @@ class Region:
     @staticmethod
     def _form(s: Schedule, forms: dict[Any, Buffer], maps: Maps | None) -> Buffer:
         """A value as `maps`, or as a plain tensor for None; copied at the first request."""
-        if maps is not None and maps in forms:
-            return forms[maps]
-        if maps is None:
-            plain = next((b for b in forms.values() if b.maps is None), None)
-            if plain is not None:
-                return plain
         source = next(iter(forms.values()))
-        made = s.copy(source, Buffer(ARENA, maps) if maps is not None else _plain(source))
+        target = Buffer(ARENA, maps) if maps is not None else _plain(source)
+        if target.form in forms:
+            return forms[target.form]
+        made = s.copy(source, target)
         forms[made.form] = made
         return made
 
@@ -282,10 +280,9 @@ class Region:
 
 
 def _plain(like: Buffer) -> Buffer:
-    """Room for the same maps as a contiguous tensor."""
+    """Room for the same maps as an ordinary tensor."""
     maps = like.maps
-    shape = like.shape if maps is None else (maps.batch, maps.channels, maps.height, maps.width)
-    return Buffer(ARENA, shape=shape, strides=contiguous_strides(shape))
+    return plain(like.shape if maps is None else (maps.batch, maps.channels, maps.height, maps.width))
 
 
 class _Backward:
@@ -345,7 +342,9 @@ class _Backward:
                 ready[source] = both
         for i, target in enumerate(self.targets):
             parts = self.sums.get(-1 - i, {})
-            if parts:
+            if len(parts) == 1:
+                self.s.copy(next(iter(parts.values())), target)
+            elif parts:
                 self.s.copy(self._collect(list(parts.values()), None), target)
             else:
                 self.s.call_into(lambda out: out.zero_(), [], target)

@@ -19,11 +19,10 @@ from ..ops._feature_maps import Maps
 ARENA = 0
 
 
-def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides = [1]
-    for extent in shape[:0:-1]:
-        strides.append(strides[-1] * extent)
-    return tuple(reversed(strides))
+def plain(shape: tuple[int, ...], base: int = ARENA) -> Buffer:
+    """An ordinary tensor (N, C, H, W), channels last: the format in which torch's convolutions are mostly faster."""
+    _, c, h, w = shape
+    return Buffer(base, shape=shape, strides=(c * h * w, 1, w * c, c))
 
 
 @dataclasses.dataclass(eq=False)
@@ -69,7 +68,9 @@ class Buffer:
         assert owner is not None
         if self.maps is not None:
             return owner[self.offset : self.offset + self.maps.blocks * self.maps.block]
-        return owner if owner.shape == self.shape else owner.as_strided(self.shape, self.strides, self.offset)
+        if owner.shape == self.shape:
+            return owner
+        return owner.as_strided(self.shape, self.strides, owner.storage_offset() + self.offset)
 
 
 @dataclasses.dataclass
@@ -126,6 +127,8 @@ class Schedule:
 
     def copy(self, source: Buffer, target: Buffer) -> Buffer:
         """The pixels of one buffer into another of any layout."""
+        if source.maps is None and target.maps is None:
+            return self.call_into(lambda x, out: out.copy_(x), [source], target)
         maps = source.maps or target.maps
         size = (maps.batch, maps.channels, maps.height, maps.width) if maps is not None else source.shape
 
@@ -136,8 +139,8 @@ class Schedule:
         return target
 
     def call(self, f: Callable[..., Tensor], reads: list[Buffer], shape: tuple[int, ...]) -> Buffer:
-        """Torch's part: f(views of `reads`) returns a new contiguous tensor of `shape`."""
-        result = Buffer(self._base(), shape=shape, strides=contiguous_strides(shape))
+        """Torch's part: f(views of `reads`) returns a new tensor of `shape`."""
+        result = plain(shape, self._base())
         self.steps.append(_Step(None, f, reads, [result]))
         return result
 
@@ -210,7 +213,7 @@ class Compiled:
             (out,) = step.write
             views = [b.view(tensors) for b in step.reads]
             if out.base > self.given_count:
-                result = step.call(*views).contiguous()
+                result = step.call(*views).contiguous(memory_format=torch.channels_last)
                 tensors[out.base], addresses[out.base] = result, result.data_ptr()
             else:
                 step.call(*views, out.view(tensors))

@@ -260,6 +260,16 @@ class FrozenModel(nn.Module):
                 rows.append(_row(name, packed.shape, packed.density, choice, (batch, 1, 1)))
         return rows
 
+    def report(self, *sizes: tuple[int, ...]) -> str:
+        """`paths` as a table of text."""
+        lines = []
+        for row in self.paths(*sizes):
+            shape, maps = "x".join(map(str, row["weight"])), "x".join(map(str, row["maps"]))
+            lines.append(
+                f"{row['layer']:<24} {shape:>14} {100 * row['density']:6.2f} %  on {maps:>9}  {row['path']:<6}  {row['reason']}"
+            )
+        return "\n".join(lines)
+
 
 def _row(
     name: str, shape: tuple[int, ...], density: float, choice: cost.Choice, maps: tuple[int, ...]

@@ -20,19 +20,19 @@ LANES = (1, 4, 8, 16)
 # The kernel: `add` a vector of sixteen sums (of lists cut to the first cache level, or in unaligned groups), `entry` a
 # list entry of a tile, `row` a row of a tile and segment, `store` a vector of the output.
 SPARSE = {
-    "start": 3.0,
-    "add": 0.2e-3,
-    "add segmented": 0.15e-3,
-    "add unaligned": 0.2e-3,
-    "entry": 0.6e-3,
-    "row": 4e-3,
-    "store": 0.5e-3,
+    "start": 3.1,
+    "add": 0.176e-3,
+    "add segmented": 0.133e-3,
+    "add unaligned": 0.151e-3,
+    "entry": 0.029e-3,
+    "row": 3.4e-3,
+    "store": 0.29e-3,
 }
 # Into and out of the fast layout: `copy` a float in groups of images, `copy single` one without, `copy row` a row of such.
-COPY = {"copy": 0.08e-3, "copy single": 0.08e-3, "copy row": 4e-3}
+COPY = {"copy": 0.106e-3, "copy single": 0.0, "copy row": 4.8e-3}
 # torch: `mac` a multiplication of a dense convolution (of a kernel of one pixel), `weight` a float of the weight, which is
 # reordered in every call, `map` a float read or written.
-DENSE = {"start": 9.0, "mac": 4.6e-6, "mac 1x1": 4.6e-6, "weight": 0.18e-3, "map": 0.0}
+DENSE = {"start": 18.6, "mac": 4.41e-6, "mac 1x1": 4.57e-6, "weight": 0.162e-3, "map": 0.035e-3}
 _CALL = 14.0  # a sparse call from Python by itself, beyond its three kernels
 _STEP = 2.0  # a kernel among others in one call
 _PASS = 0.02e-3  # one float of an elementwise pass of torch
