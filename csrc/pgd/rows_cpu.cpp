@@ -258,19 +258,9 @@ void do_row(const StepArgs& a, Norm norm, int64_t i) {
 void rows_cpu(const StepArgs& a, Norm norm) {
   const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, a.n));
   parallel_for(a.batch, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) switch (a.grad_type) {
-        case GradType::f32:
-          do_row<GradType::f32>(a, norm, i);
-          break;
-        case GradType::f16:
-          do_row<GradType::f16>(a, norm, i);
-          break;
-        case GradType::bf16:
-          do_row<GradType::bf16>(a, norm, i);
-          break;
-        default:
-          do_row<GradType::none>(a, norm, i);
-      }
+    with_grad_type(a.grad_type, [&](auto type) {
+      for (int64_t i = begin; i < end; ++i) do_row<decltype(type)::value>(a, norm, i);
+    });
   });
 }
 

@@ -42,7 +42,9 @@ FR_HD V linf_ascend(V x, V g, V step) {
 
 // ---- L2: y = x + step g / ||g||, or y = x + step g ----
 // g / ||g|| as (g * pow2) * scale: pow2 is a power of two that brings the norm near 1, so that neither factor over- or
-// underflows for gradients of any size.
+// underflows for gradients of any size. A longer step than kLongest ends at the same point of any ball that is not
+// itself so large, and its squares stay finite.
+constexpr float kLongest = 0x1p100f;
 struct L2Ascent {
   float pow2;
   float scale;
@@ -51,6 +53,7 @@ FR_HD L2Ascent l2_ascent(double sum_g2, float step, bool normalize) {
   if (!normalize) return {1.f, step};
   const double norm = sqrt(sum_g2);
   if (!(norm > 0.)) return {0.f, 0.f};
+  step = vmin(vmax(step, -kLongest), kLongest);
   int exponent;
   frexp(norm, &exponent);
   exponent = exponent > 126 ? 126 : (exponent < -126 ? -126 : exponent);
