@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <array>
+#include <vector>
 
 #include "bindings/bindings.h"
 #include "bounds/kernels.h"
@@ -100,8 +101,9 @@ void spread(uintptr_t a, uintptr_t weight, uintptr_t out, const py::tuple& sizes
   int64_t* const to[] = {&g.count,    &g.in_h,     &g.in_w,     &g.in_c,     &g.out_h, &g.out_w, &g.out_c,
                          &g.kernel_h, &g.kernel_w, &g.stride_y, &g.stride_x, &g.pad_y, &g.pad_x, &g.lanes};
   for (size_t i = 0; i < 14; ++i) *to[i] = sizes[i].cast<int64_t>();
-  if (g.lanes % 16 != 0 || g.lanes < 16 || g.lanes > kSpreadLanes)
-    throw std::invalid_argument("lanes: expected a multiple of 16 up to " + std::to_string(kSpreadLanes));
+  if (g.lanes % 16 != 0 || g.lanes < 16 || (g.in_w + 12) * g.lanes > kSpreadBuffer)
+    throw std::invalid_argument("lanes: expected a multiple of 16 with (width + 12) * lanes up to " +
+                                std::to_string(kSpreadBuffer));
   if (g.count == 0) return;
   g.a = pointer<const float>(a, g.count, "A");
   g.weight = pointer<const float>(weight, g.in_c, "weight");
@@ -168,6 +170,42 @@ int64_t interval_conv(const std::array<int64_t, 13>& sizes, const std::array<int
   return 0;
 }
 
+// steps: (slopes, slope_sides, intercepts, map_height, map_width, channels, weight, out_height, out_width,
+// out_channels, kernel_h, kernel_w, stride_y, stride_x, pad_y, pad_x, lanes, stays) each
+void chain(const py::tuple& rows, const std::vector<std::array<int64_t, 18>>& steps, int64_t examples, uintptr_t center,
+           uintptr_t radius, uintptr_t x, uintptr_t eps, int dual, uintptr_t b, uintptr_t out) {
+  ChainArgs g;
+  g.rows = rows_from(rows);
+  if (g.rows.count == 0) return;
+  if (g.rows.example == nullptr || steps.empty()) throw std::invalid_argument("example and steps: expected");
+  std::vector<ChainStep> list;
+  for (const auto& t : steps) {
+    ChainStep s;
+    s.slopes = pointer<const float>(static_cast<uintptr_t>(t[0]), 1, "slopes");
+    s.slope_sides = static_cast<int>(t[1]);
+    s.intercepts = pointer<const float>(static_cast<uintptr_t>(t[2]), 1, "intercepts");
+    s.weight = pointer<const float>(static_cast<uintptr_t>(t[6]), 1, "weight");
+    int64_t* const to[] = {&s.map_height, &s.map_width,    &s.channels, nullptr,     &s.out_height,
+                           &s.out_width,  &s.out_channels, &s.kernel_h, &s.kernel_w, &s.stride_y,
+                           &s.stride_x,   &s.pad_y,        &s.pad_x,    &s.lanes};
+    for (size_t i = 0; i < 14; ++i)
+      if (to[i] != nullptr) *to[i] = t[i + 3];
+    s.stays = t[17] != 0;
+    list.push_back(s);
+  }
+  g.steps = list.data();
+  g.count = static_cast<int>(list.size());
+  g.examples = examples;
+  g.b = pointer<const float>(b, g.rows.count, "b");
+  g.end.center = reinterpret_cast<const float*>(center);
+  g.end.radius = reinterpret_cast<const float*>(radius);
+  g.end.x = reinterpret_cast<const float*>(x);
+  g.end.eps = reinterpret_cast<const float*>(eps);
+  g.end.dual = static_cast<Dual>(dual);
+  g.end.out = pointer<float>(out, g.rows.count, "out");
+  without_gil(kReleaseGilAbove + 1, [&] { bounds().chain(g); });
+}
+
 void back_grad(const py::tuple& rows, uintptr_t slopes, int slope_sides, uintptr_t intercepts, int64_t examples,
                uintptr_t from_out, int sides_out, uintptr_t from_b, uintptr_t starts, uintptr_t order, uintptr_t to_a,
                uintptr_t to_slopes, uintptr_t to_intercepts) {
@@ -231,6 +269,7 @@ void bind_bounds(py::module_& m) {
   m.def("bounds_interval_step", &interval_step);
   m.def("bounds_relu_lines", &relu_lines);
   m.def("bounds_interval_conv", &interval_conv);
+  m.def("bounds_chain", &chain);
   m.def("bounds_back_grad", &back_grad);
   m.def("bounds_concretize_grad", &concretize_grad);
 }

@@ -81,7 +81,7 @@ struct ConcretizeGradArgs {  // boxes only
 enum class Finish : int { center, ends, relu_center };
 
 // The adjoint of a convolution: [count, in_h, in_w, in_c] -> [count, out_h, out_w, out_c].
-constexpr int64_t kSpreadLanes = 1152;  // taps of one position that fit the kernel's buffer
+constexpr int64_t kSpreadBuffer = 32768;  // the kernel's buffer: holds (in_w + 12) * lanes numbers
 struct SpreadArgs {
   const float* a = nullptr;
   // [in_c, lanes], taps in order (ky, kx, channel), zero beyond kernel_h * kernel_w * out_c; lanes % 16 == 0
@@ -89,6 +89,31 @@ struct SpreadArgs {
   float* out = nullptr;
   int64_t count = 0, in_h = 0, in_w = 0, in_c = 0, out_h = 0, out_w = 0, out_c = 0;
   int64_t kernel_h = 1, kernel_w = 1, stride_y = 1, stride_x = 1, pad_y = 0, pad_x = 0, lanes = 16;
+  // Where the window of positions of an example starts on the output, in its coordinates: [origins], repeated; or null.
+  const int64_t* origin_y = nullptr;
+  const int64_t* origin_x = nullptr;
+  int64_t origins = 1;
+};
+
+// Rows at an activation of an image, through a chain of activation, convolution, activation, ..., convolution whose
+// input is the network's: out = the extremes over the input set.
+struct ChainStep {
+  const float* slopes = nullptr;  // as in BackArgs; the convolution's bias is in the intercepts
+  const float* intercepts = nullptr;
+  int slope_sides = 1;
+  int64_t map_height = 0, map_width = 0, channels = 0;  // of the activation
+  const float* weight = nullptr;                        // as in SpreadArgs
+  int64_t out_height = 0, out_width = 0, out_channels = 0;
+  int64_t kernel_h = 1, kernel_w = 1, stride_y = 1, stride_x = 1, pad_y = 0, pad_x = 0, lanes = 16;
+  bool stays = false;  // a window is one on the other side too, not the whole image
+};
+struct ChainArgs {
+  Rows rows;
+  const ChainStep* steps = nullptr;
+  int count = 0;
+  int64_t examples = 0;
+  const float* b = nullptr;  // [sides, count]
+  ConcretizeArgs end;        // box, ball and out; its rows and b are not used
 };
 
 // c' = w * c + b and r' = |w| * r for a convolution without groups and dilation. Values in channels-last order.

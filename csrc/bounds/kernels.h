@@ -15,6 +15,7 @@ struct BoundsTable {
   void (*relu_lines)(const ReluLinesArgs&);
   void (*interval_conv)(const IntervalConvArgs&);
   int64_t (*interval_conv_work)(const IntervalConvArgs&);  // numbers that `work` must hold
+  void (*chain)(const ChainArgs&);
   void (*back_grad)(const BackGradArgs&);
   void (*concretize_grad)(const ConcretizeGradArgs&);
 };

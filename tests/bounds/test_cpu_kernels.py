@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastrobust.bounds import compute_bounds
+from fastrobust.bounds.backward import Backward
 from fastrobust.ops import bounds as ops
 from fastrobust.ops import linear_bounds as rows_ops
 from fastrobust.reference import bounds as reference
@@ -176,3 +178,36 @@ def rows_and_spread(a: Tensor, w: Tensor) -> Tensor:
     s, i = torch.ones(1, 2, 100), torch.zeros(2, 2, 100)
     out, _ = rows_ops.linear_back_step(a.flatten(1)[None], torch.zeros(1, 2), s, i)
     return ops.spread(out[0].view_as(a), w, (2, 2), (1, 1), (9, 9))
+
+
+# ---- convolutions at once ----
+
+
+@pytest.mark.parametrize("method", ["crown-ibp", "fast-lin", "crown"])
+@pytest.mark.parametrize("norm,clip", [(math.inf, (0.0, 1.0)), (2.0, (0.0, 1.0)), (1.0, None)])
+@pytest.mark.parametrize("sides", ["both", "lower"])
+def test_convolutions_at_once_equal_one_by_one(
+    method: str, norm: float, clip: tuple[float, float] | None, sides: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(3)
+    net = nn.Sequential(
+        nn.Conv2d(2, 5, 4, 2, 1), nn.ReLU(), nn.Conv2d(5, 18, (3, 2), 1, (1, 0)), nn.LeakyReLU(0.1), nn.Conv2d(18, 4, 3, (2, 1), 0),
+        nn.ReLU(), nn.Flatten(), nn.Linear(32, 9), nn.ReLU(), nn.Linear(9, 4),
+    )  # fmt: skip
+    x, y = torch.rand(3, 2, 12, 14), torch.tensor([1, 0, 3])
+    net[7] = nn.Linear(net[:7](x).shape[1], 9)
+    net.requires_grad_(False)
+    calls = []
+    through = ops.concretize_through
+    monkeypatch.setattr(ops, "concretize_through", lambda *a: calls.append(len(a[3])) or through(*a))
+    kwargs = {"eps": 0.02, "norm": norm, "clip": clip, "method": method, "labels": y, "sides": sides}
+    got = compute_bounds(net, x, **kwargs)
+    assert calls  # the kernel was used
+    monkeypatch.setattr(Backward, "_convolutions", lambda *a: [])
+    want = compute_bounds(net, x, **kwargs)
+    wide = compute_bounds(net.double(), x.double(), **kwargs)
+    near(got.lower, want.lower)
+    near(got.lower, wide.lower)
+    if sides == "both":
+        near(got.upper, want.upper)
+        near(got.upper, wide.upper)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastrobust.bounds import graph as G
 from fastrobust.bounds import outward as O
-from fastrobust.bounds.backward import Backward, Chunk, Lines, Rows
+from fastrobust.bounds.backward import Backward, Chunk, Lines, Rows, conv_chain
 from fastrobust.bounds.checks import check_inputs, check_spec, explain_not_finite
 from fastrobust.bounds.region import Box, Region
 from fastrobust.bounds.trace import trace
@@ -228,10 +228,13 @@ class _Engine:
         return results[0] if len(results) == 1 else torch.cat(results, 1)
 
     def _pieces(self, start: int, rows: int, sides: int) -> list[slice]:
-        per_row = 4 * self.graph.row_size(start) * self.region.x.element_size() * (sides if self.kind == "crown" else 1)
-        budget = self.max_memory
-        if self.region.x.device.type == "cpu" and not torch.is_grad_enabled():
-            budget = min(budget, 4 * _CACHE_BYTES)
+        x = self.region.x
+        size, budget = self.graph.row_size(start), self.max_memory
+        if x.device.type == "cpu" and not torch.is_grad_enabled() and ops.direct(x):
+            fused = _numbers_before_chain(self.graph, start) if x.dtype == torch.float32 and not self.slack else None
+            # rows that a kernel takes all the way need no memory; others stay in the cache
+            size, budget = (size, min(budget, 4 * _CACHE_BYTES)) if fused is None else (max(fused, 16), budget)
+        per_row = 4 * size * x.element_size() * (sides if self.kind == "crown" else 1)
         step = max(1, budget // per_row)
         return [slice(i, min(rows, i + step)) for i in range(0, rows, step)] or [slice(0, 0)]
 
@@ -402,6 +405,19 @@ def _linear_bounds(A: Tensor, b: Tensor, region: Region, outward: bool, count: i
             ends.append(O.round_up(b[1] + moved[-1] + O.RELATIVE * b[1].abs()))
         A, b, low, up = near, torch.stack(ends), O.round_down(low), O.round_up(up)
     return LinearBounds(A[0], b[0], A[-1] if count == 2 else None, b[1] if count == 2 else None, low, up)
+
+
+def _numbers_before_chain(graph: G.Graph, start: int) -> int | None:
+    """The largest row on the way from ``start`` to convolutions that one kernel takes to the input; None without such."""
+    node, size = graph.nodes[start], 0
+    while len(node.inputs) == 1:
+        if len(node.shape) == 3 and isinstance(node, G.Activation):
+            return size if conv_chain(graph, node.index) else None
+        before = graph.nodes[node.inputs[0]]
+        if not isinstance(node, (G.Conv, G.Reshape)) and node.index != start:
+            size = max(size, before.size)
+        node = before
+    return None
 
 
 def _rows_of_spec(spec: Tensor | None) -> int:

@@ -18,12 +18,23 @@ from ..reference import relaxations
 from ..reference.bounds import Window, center_radius, dual_exponent, eps_like, interval_activation
 from . import _bounds_autograd as gradients
 from . import _checks as ck
-from ._bounds_rows import address, dense, native
+from ._bounds_rows import address, dense, native, spread_lanes, taps_of
 from ._library import require_cuda_build, stream_of
-from .linear_bounds import INF, check_eps, check_p, concretize, concretize_rows, direct, linear_back_step, register
+from .linear_bounds import (
+    INF,
+    ConvStep,
+    check_eps,
+    check_p,
+    concretize,
+    concretize_rows,
+    concretize_through,
+    direct,
+    linear_back_step,
+    register,
+)
 
 __all__ = [
-    "Window", "concretize", "concretize_rows", "interval_activation", "interval_ball_conv2d", "interval_ball_linear", "interval_conv2d",
+    "ConvStep", "Window", "concretize", "concretize_rows", "concretize_through", "interval_activation", "interval_ball_conv2d", "interval_ball_linear", "interval_conv2d",
     "interval_linear", "linear_back_step", "relax", "spread",
 ]  # fmt: skip
 
@@ -334,8 +345,6 @@ def relax(
 
 # ---- the adjoint of a convolution ----
 
-SPREAD_LANES = 1152  # taps of one position that the kernel holds (csrc/bounds/args.h)
-
 
 def _spread_definition(a: Tensor, weight: Tensor, stride: Any, padding: Any, size: Any) -> Tensor:
     extra = [
@@ -347,13 +356,11 @@ def _spread_definition(a: Tensor, weight: Tensor, stride: Any, padding: Any, siz
 
 def _spread_kernel(a: Tensor, weight: Tensor, stride: Any, padding: Any, size: Any) -> Tensor:
     o, c, kh, kw = weight.shape
-    taps = c * kh * kw
-    lanes = -(-taps // 16) * 16
-    if not a.is_cpu or not native(a) or lanes > SPREAD_LANES:
+    lanes = spread_lanes(weight, a.shape[3])
+    if not a.is_cpu or not native(a) or not lanes:
         return _spread_definition(a, weight, stride, padding, size).contiguous(memory_format=torch.channels_last)
     a = a.resolve_neg().contiguous(memory_format=torch.channels_last)
-    w = weight.permute(0, 2, 3, 1).reshape(o, taps)
-    w = F.pad(w, (0, lanes - taps)) if lanes != taps else dense(w)
+    w = taps_of(weight, lanes)
     out = torch.empty((a.shape[0], c, *size), dtype=a.dtype, memory_format=torch.channels_last)
     _C.bounds_spread(
         a.data_ptr(), w.data_ptr(), out.data_ptr(), (a.shape[0], *a.shape[2:], o, *size, c, kh, kw, *stride, *padding, lanes)
