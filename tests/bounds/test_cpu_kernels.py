@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fastrobust.bounds import compute_bounds
+from fastrobust.bounds import api, compute_bounds, intervals
 from fastrobust.bounds.backward import Backward
+from fastrobust.bounds.trace import trace
 from fastrobust.ops import bounds as ops
 from fastrobust.ops import linear_bounds as rows_ops
 from fastrobust.reference import bounds as reference
@@ -71,6 +72,16 @@ def test_gradients_of_rows(k: int, m: int, lines: int, form: str, count: int) ->
         found.append([*first, *grads(value, [t[0], t[1], t[2], t[3]], 6)])
     for got, want in zip(*found, strict=True):
         near(got, want)
+
+
+def test_indices_of_any_stride() -> None:
+    A, b, s, i = torch.randn(1, 4, 6), torch.zeros(1, 5), torch.rand(1, 3, 6), torch.rand(2, 3, 6)
+    example, rows = torch.tensor(2).expand(5), torch.randint(0, 4, (10,))[::2]
+    got = ops.linear_back_step(A, b, s, i, example, rows, minus=example)
+    want = reference.linear_back_step(A, b, s, i, example, rows, minus=example)
+    near(got[0], want[0])
+    near(ops.concretize_rows(A, b, example, (s[0], i[0]), None, 1.0, rows, minus=example),
+         reference.concretize_rows(A, b, example, (s[0], i[0]), None, 1.0, rows, minus=example))  # fmt: skip
 
 
 def test_gradients_of_a_ball_and_of_a_box_alone() -> None:
@@ -211,3 +222,45 @@ def test_convolutions_at_once_equal_one_by_one(
     if sides == "both":
         near(got.upper, want.upper)
         near(got.upper, wide.upper)
+
+
+@pytest.mark.parametrize("clip", [None, (0.0, 1.0)])
+@pytest.mark.parametrize("eps", [0.05, "each"])
+@pytest.mark.parametrize("batch", [1, 3, 70])
+def test_intervals_of_a_chain_equal_the_engine(
+    clip: tuple[float, float] | None, eps: float | str, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(4)
+    net = nn.Sequential(
+        nn.Conv2d(2, 5, 4, 2, 1), nn.ReLU(), nn.Conv2d(5, 18, 3, 1, 1, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(540, 260),
+        nn.ReLU(), nn.Linear(260, 40), nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 4),
+    ).requires_grad_(False)  # fmt: skip
+    x, y = torch.rand(batch, 2, 12, 10), torch.randint(0, 4, (batch,))
+    radius = torch.rand(batch) * 0.1 if eps == "each" else eps
+    calls = []
+    monkeypatch.setattr(api, "margins_of_chain", lambda *a: calls.append(1) or intervals.margins_of_chain(*a))
+    got = compute_bounds(net, x, radius, clip=clip, method="ibp", labels=y)
+    assert calls and intervals.chain_of(trace(net, tuple(x.shape[1:]))) is not None
+    merged = nn.Sequential(*net[:-2], net[-1])  # two linear layers at the end: the engine merges them
+    assert intervals.chain_of(trace(merged, tuple(x.shape[1:]))) is None
+    monkeypatch.setattr(api, "margins_of_chain", lambda *a: None)
+    want = compute_bounds(net, x, radius, clip=clip, method="ibp", labels=y)
+    wide = compute_bounds(net.double(), x.double(), radius, clip=clip, method="ibp", labels=y)
+    for other in (want, wide):
+        near(got.lower, other.lower)
+        near(got.upper, other.upper)
+
+
+@pytest.mark.parametrize("rows,k,n", [(64, 32, 32), (65, 33, 70), (900, 100, 300), (3, 40, 40), (0, 40, 40)])
+def test_products_and_their_gradients(rows: int, k: int, n: int) -> None:
+    a, w, b = torch.randn(rows, k), torch.randn(k, n), torch.randn(n)
+    for f, g, other in (
+        (rows_ops.product, lambda a, w: a @ w, [w]),
+        (rows_ops.product_with_transpose, F.linear, [w.t().contiguous(), b]),
+    ):
+        narrow = [t.clone().requires_grad_(True) for t in (a, *other)]
+        wide = [t.double().requires_grad_(True) for t in (a, *other)]
+        got, want = f(*narrow), g(*wide)
+        near(got, want)
+        for x, y in zip(grads(got, narrow, 2), grads(want, wide, 2), strict=True):
+            near(x, y)

@@ -13,8 +13,9 @@ from fastrobust.bounds import graph as G
 from fastrobust.bounds import outward as O
 from fastrobust.bounds.backward import Backward, Chunk, Lines, Rows, conv_chain
 from fastrobust.bounds.checks import check_inputs, check_spec, explain_not_finite
+from fastrobust.bounds.intervals import margins_of_chain
 from fastrobust.bounds.region import Box, Region
-from fastrobust.bounds.trace import trace
+from fastrobust.bounds.trace import first_parameter, trace
 from fastrobust.ops import bounds as ops
 
 # method: (intermediate bounds by linear propagation, kind of lines); None: intervals only
@@ -351,20 +352,34 @@ def compute_bounds(
     if return_linear and METHODS[method][1] is None:
         raise ValueError("return_linear: method 'ibp' has no linear bounds; use 'ibp-linear'")
     graph = trace(model, tuple(x.shape[1:]), outward)
-    parameter = next(model.parameters(), None)
+    parameter = first_parameter(model)
     if parameter is not None and (parameter.dtype, parameter.device) != (x.dtype, x.device):
         raise ValueError(
             f"x: is {x.dtype} on {x.device}, the model's parameters are {parameter.dtype} on {parameter.device}"
         )
     example, plus, minus, matrix = check_spec(labels, spec, x, graph.nodes[graph.output].shape)
+    output = graph.nodes[graph.output]
+    count = 1 if sides == "lower" else 2
+    if (
+        method == "ibp"
+        and minus is not None
+        and plus is not None
+        and p == math.inf
+        and not (outward or return_intermediate)
+    ):
+        quick = margins_of_chain(graph, x, eps, clip, plus, minus, example, count)
+        if quick is not None:
+            shape = (x.shape[0], -1)
+            low, up = quick[0].view(shape), quick[1].view(shape) if count == 2 else None
+            if not _is_finite(low, up):
+                explain_not_finite(model, low, up)
+            return Bounds(low, up)
     if outward:
         region = Region(x.double(), eps.double() if isinstance(eps, Tensor) else eps, p, clip, O.RELATIVE)
         matrix = None if matrix is None else matrix.double()
     else:
         region = Region(x, eps.to(x.dtype) if isinstance(eps, Tensor) else eps, p, clip)
     engine = _Engine(graph, region, method, max_memory, intersect, return_intermediate, outward)
-    output = graph.nodes[graph.output]
-    count = 1 if sides == "lower" else 2
     kept = None
     with _full_precision(x):
         plain = labels is None and spec is None
@@ -382,7 +397,7 @@ def compute_bounds(
             low, up = out[0].view(shape), (out[1].view(shape) if count == 2 else None)
     if outward:
         low, up = O.round_down(low), None if up is None else O.round_up(up)
-    if not bool(torch.isfinite(low.sum() + (0 if up is None else up.sum()))):
+    if not _is_finite(low, up):
         explain_not_finite(model, low, up)
     linear = None
     if kept is not None:
@@ -391,6 +406,10 @@ def compute_bounds(
         A, b = A.view(A.shape[0], *lead, *x.shape[1:]), b.view(b.shape[0], *lead)
         linear = _linear_bounds(A, b, region, outward, count)
     return Bounds(low, up if count == 2 else None, linear, _intermediate(engine) if return_intermediate else {})
+
+
+def _is_finite(low: Tensor, up: Tensor | None) -> bool:
+    return math.isfinite(low.detach().sum().item()) and (up is None or math.isfinite(up.detach().sum().item()))
 
 
 def _linear_bounds(A: Tensor, b: Tensor, region: Region, outward: bool, count: int) -> LinearBounds:

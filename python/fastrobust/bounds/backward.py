@@ -334,7 +334,7 @@ class Backward:
         lead = a.shape[:2]
         flat = a.flatten(0, 1)
         if isinstance(node, G.Dense) and (shape := self._image_before(node)) is not None:
-            return [Rows(_unflatten((flat @ self._by_image(node, shape)).unflatten(0, lead), shape, True))]
+            return [Rows(_unflatten(ops.product(flat, self._by_image(node, shape)).unflatten(0, lead), shape, True))]
         if flat.dim() == 4 and isinstance(node, G.Conv):
             flat = flat.contiguous(memory_format=torch.channels_last)
         return [Rows(t.unflatten(0, lead)) for t in node.transpose(flat, shapes)]

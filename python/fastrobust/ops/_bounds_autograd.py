@@ -125,6 +125,7 @@ def back_step(args: list[Any], need: Any, g_out: Tensor, g_b: Tensor) -> Grads:
 def _back_step_kernel(args: list[Any], g_out: Tensor, g_b: Tensor) -> Grads:
     A, b, slopes, intercepts, example, rows, minus, y, x, window = args
     A, slopes, intercepts, g_out, g_b = (dense(t) for t in (A, slopes, intercepts, g_out, g_b))
+    example, rows, minus = (None if t is None else t.contiguous() for t in (example, rows, minus))
     starts, order = by_example(example, b.shape[1], slopes.shape[1], A.device)
     g_a = A.new_empty(A.shape[0], b.shape[1], A.shape[2])
     g_s, g_i = torch.zeros_like(slopes), torch.zeros_like(intercepts)
@@ -139,6 +140,7 @@ def _back_step_kernel(args: list[Any], g_out: Tensor, g_b: Tensor) -> Grads:
 def _concretize_kernel(args: list[Any], need: Any, g: Tensor) -> Grads:
     A, b, example, rows, minus, center, radius, _, _, _, y, x, window = args
     A, center, radius, g = (dense(t) for t in (A, center, radius, g))
+    example, rows, minus = (None if t is None else t.contiguous() for t in (example, rows, minus))
     starts, order = by_example(example, b.shape[1], center.shape[0], A.device)
     g_a = A.new_empty(A.shape[0], b.shape[1], A.shape[2])
     g_c, g_r = torch.zeros_like(center) if need[5] else None, torch.zeros_like(radius) if need[6] else None

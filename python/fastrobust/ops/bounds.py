@@ -30,12 +30,14 @@ from .linear_bounds import (
     concretize_through,
     direct,
     linear_back_step,
+    product,
+    product_with_transpose,
     register,
 )
 
 __all__ = [
-    "ConvStep", "Window", "concretize", "concretize_rows", "concretize_through", "interval_activation", "interval_ball_conv2d", "interval_ball_linear", "interval_conv2d",
-    "interval_linear", "linear_back_step", "relax", "spread",
+    "ConvStep", "Window", "concretize", "concretize_rows", "concretize_through", "direct", "interval_activation", "interval_ball_conv2d",
+    "interval_ball_linear", "interval_conv2d", "interval_linear", "linear_back_step", "product", "relax", "spread", "spread_lanes",
 ]  # fmt: skip
 
 _TO_CENTER, _FROM_CENTER, _RELU_CENTER, _BOX, _BOX_ENDS = range(5)
@@ -105,6 +107,19 @@ def _interval_definition(
     return (low, up) if finish == ENDS else center_radius(low.relu(), up.relu())
 
 
+def _interval_by_products(
+    center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, finish: int
+) -> tuple[Tensor, Tensor]:
+    c = product_with_transpose(center, weight, bias)
+    if radius.shape[0] == 1 and native(radius) and radius.is_cpu:  # |W| r of one row: W is read once, |W| not stored
+        r = _interval_kernel(radius, radius, weight, None, CENTER)[1].expand_as(c)
+    else:
+        r = product_with_transpose(radius, weight.abs()).expand_as(c)
+    if finish == CENTER:
+        return c, r
+    return from_center(c, r) if finish == ENDS else relu_center(c, r)
+
+
 def _interval_kernel(
     center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, finish: int
 ) -> tuple[Tensor, Tensor]:
@@ -115,8 +130,8 @@ def _interval_kernel(
     center, radius, weight = dense(center), dense(radius), dense(weight)
     bias = None if bias is None else dense(bias)
     batch, n, m = center.shape[0], center.shape[1], weight.shape[0]
-    if device >= 0 and batch > 16:  # large dense products belong to the vendor's engine
-        return _interval_definition(center, radius, weight, bias, finish)
+    if batch > 16 and (device >= 0 or n >= 256):  # large dense products belong to the vendor's engine
+        return _interval_by_products(center, radius, weight, bias, finish)
     out_a, out_b = center.new_empty(batch, m), center.new_empty(batch, m)
     _C.bounds_interval(
         device, stream, center.data_ptr(), radius.data_ptr(), weight.data_ptr(), address(bias), out_a.data_ptr(), out_b.data_ptr(),

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _C
@@ -76,6 +77,7 @@ def _back_kernel(
     require_cuda_build(A.device)
     device, stream = stream_of(A.device)
     A, b, slopes, intercepts = dense(A), dense(b), dense(slopes), dense(intercepts)
+    example, rows, minus = (None if t is None else t.contiguous() for t in (example, rows, minus))
     args = rows_args(A, b, example, rows, minus, corner_y, corner_x, window)
     out = A.new_empty(_sides_out(A, b, slopes), b.shape[1], A.shape[2])
     b_out = torch.empty_like(b)
@@ -163,6 +165,7 @@ def _concretize_kernel(
     device, stream = stream_of(A.device)
     A, b = dense(A), dense(b)
     maps = [None if t is None else dense(t) for t in (center, radius, x, eps)]
+    example, rows, minus = (None if t is None else t.contiguous() for t in (example, rows, minus))
     args = rows_args(A, b, example, rows, minus, corner_y, corner_x, window)
     out = torch.empty_like(b)
     _C.bounds_concretize(
@@ -196,6 +199,34 @@ def concretize_rows(A: Tensor, b: Tensor, example: Tensor | None, box: tuple[Ten
     return f(A, b, example, rows, minus, *(box or (None, None)), *(ball or (None, None)), q, y, x, list(window or ()))
 
 
+def product(a: Tensor, weight: Tensor) -> Tensor:
+    """a @ weight for rows a (R, K) and weight (K, N), recorded. Large ones on the CPU run as the adjoint of a 1 x 1 convolution:
+    oneDNN uses AVX-512 on every processor that has it, the matrix library behind ``@`` only on some (twice as fast there)."""
+    count, k = a.shape
+    if not (a.is_cpu and native(a) and count >= 64 and k >= 32 and weight.shape[1] >= 32 and _mkldnn()):
+        return a @ weight
+    out = F.conv_transpose2d(_as_line(a), weight.view(k, weight.shape[1], 1, 1))
+    return out.permute(0, 2, 3, 1).reshape(count, weight.shape[1])
+
+
+def product_with_transpose(a: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a @ weight.t() + bias for rows a (R, K) and weight (N, K): ``product`` the other way."""
+    count, k = a.shape
+    if not (a.is_cpu and native(a) and count >= 64 and k >= 32 and weight.shape[0] >= 32 and _mkldnn()):
+        return F.linear(a, weight, bias)
+    out = F.conv2d(_as_line(a), weight.view(weight.shape[0], k, 1, 1), bias)
+    return out.permute(0, 2, 3, 1).reshape(count, weight.shape[0])
+
+
+def _as_line(a: Tensor) -> Tensor:
+    """Rows (R, K) as an image (1, K, R, 1), channels last."""
+    return a.contiguous().view(1, a.shape[0], 1, a.shape[1]).permute(0, 3, 1, 2)
+
+
+def _mkldnn() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+
+
 class ConvStep(NamedTuple):
     """An activation of an image and the convolution before it, whose bias is in the intercepts."""
 
@@ -227,6 +258,7 @@ def concretize_through(A: Tensor, b: Tensor, example: Tensor, steps: list[ConvSt
     Windows grow from step to step until they would be as large as the image.
     """
     A, b, example = dense(A), dense(b), dense(example)
+    rows, minus = (None if t is None else t.contiguous() for t in (rows, minus))
     size, kept, told = None if window is None else window[:2], [], []
     for step in steps:
         size = step.grown(size)
