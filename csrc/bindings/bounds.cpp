@@ -156,15 +156,15 @@ int64_t interval_conv(const std::array<int64_t, 13>& sizes, const std::array<int
   for (size_t i = 0; i < sizes.size(); ++i) *to[i] = sizes[i];
   std::copy(center_stride.begin(), center_stride.end(), g.center_stride);
   std::copy(radius_stride.begin(), radius_stride.end(), g.radius_stride);
+  g.radius = reinterpret_cast<const float*>(radius);  // null: a convolution
   if (work == 0) return bounds().interval_conv_work(g);
   const int64_t values = g.batch * g.out_h * g.out_w * g.out_c;
   g.center = pointer<const float>(center, values, "center");
-  g.radius = pointer<const float>(radius, values, "radius");
   g.weight = pointer<const float>(weight, values, "weight");
   g.bias = reinterpret_cast<const float*>(bias);
   g.work = reinterpret_cast<float*>(work);
   g.out_a = pointer<float>(out_a, values, "out_a");
-  g.out_b = pointer<float>(out_b, values, "out_b");
+  g.out_b = pointer<float>(out_b, g.radius != nullptr ? values : 0, "out_b");
   g.finish = static_cast<Finish>(finish);
   without_gil(values * g.in_c * g.kernel_h * g.kernel_w, [&] { bounds().interval_conv(g); });
   return 0;
@@ -204,6 +204,34 @@ void chain(const py::tuple& rows, const std::vector<std::array<int64_t, 18>>& st
   g.end.dual = static_cast<Dual>(dual);
   g.end.out = pointer<float>(out, g.rows.count, "out");
   without_gil(kReleaseGilAbove + 1, [&] { bounds().chain(g); });
+}
+
+// sizes: (count, in_h, in_w, in_c, out_h, out_w, out_c, kernel_h, kernel_w, stride_y, stride_x, pad_y, pad_x)
+void conv_grad(const std::array<int64_t, 13>& sizes, uintptr_t x, uintptr_t a, uintptr_t out) {
+  ConvGradArgs g;
+  int64_t* const to[] = {&g.count,    &g.in_h,     &g.in_w,     &g.in_c,     &g.out_h, &g.out_w, &g.out_c,
+                         &g.kernel_h, &g.kernel_w, &g.stride_y, &g.stride_x, &g.pad_y, &g.pad_x};
+  for (size_t i = 0; i < sizes.size(); ++i) *to[i] = sizes[i];
+  const int64_t taps = g.kernel_h * g.kernel_w * g.in_c;
+  if (taps < 1 || taps > 64) throw std::invalid_argument("weight: expected 1 to 64 taps a position");
+  g.x = pointer<const float>(x, g.count, "x");
+  g.a = pointer<const float>(a, g.count, "a");
+  g.out = pointer<float>(out, taps * g.out_c, "out");
+  without_gil(g.count * g.out_h * g.out_w * taps * g.out_c, [&] { bounds().conv_grad(g); });
+}
+
+void relu_lines_grad(uintptr_t lower, uintptr_t upper, uintptr_t from_slope, uintptr_t from_intercept,
+                     uintptr_t to_lower, uintptr_t to_upper, int64_t count, double left) {
+  ReluLinesGradArgs g;
+  g.lower = pointer<const float>(lower, count, "lower");
+  g.upper = pointer<const float>(upper, count, "upper");
+  g.from_slope = pointer<const float>(from_slope, count, "slopes");
+  g.from_intercept = pointer<const float>(from_intercept, count, "intercepts");
+  g.to_lower = pointer<float>(to_lower, count, "to_lower");
+  g.to_upper = pointer<float>(to_upper, count, "to_upper");
+  g.count = count;
+  g.left = static_cast<float>(left);
+  without_gil(count, [&] { bounds().relu_lines_grad(g); });
 }
 
 void back_grad(const py::tuple& rows, uintptr_t slopes, int slope_sides, uintptr_t intercepts, int64_t examples,
@@ -270,6 +298,8 @@ void bind_bounds(py::module_& m) {
   m.def("bounds_relu_lines", &relu_lines);
   m.def("bounds_interval_conv", &interval_conv);
   m.def("bounds_chain", &chain);
+  m.def("bounds_conv_grad", &conv_grad);
+  m.def("bounds_relu_lines_grad", &relu_lines_grad);
   m.def("bounds_back_grad", &back_grad);
   m.def("bounds_concretize_grad", &concretize_grad);
 }

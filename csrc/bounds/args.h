@@ -116,7 +116,29 @@ struct ChainArgs {
   ConcretizeArgs end;        // box, ball and out; its rows and b are not used
 };
 
-// c' = w * c + b and r' = |w| * r for a convolution without groups and dilation. Values in channels-last order.
+// The gradient of a convolution's weight, for at most 64 taps a position: out[o][taps] = sum of a[o] * patch of x.
+struct ConvGradArgs {
+  const float* x = nullptr;  // [count, in_h, in_w, in_c]
+  const float* a = nullptr;  // [count, out_h, out_w, out_c], the gradient of the convolution's result
+  float* out = nullptr;      // [out_c, in_c, kernel_h, kernel_w]
+  int64_t count = 0, in_h = 0, in_w = 0, in_c = 0, out_h = 0, out_w = 0, out_c = 0;
+  int64_t kernel_h = 1, kernel_w = 1, stride_y = 1, stride_x = 1, pad_y = 0, pad_x = 0;
+};
+
+// Gradients of a (leaky) ReLU's lines.
+struct ReluLinesGradArgs {
+  const float* lower = nullptr;  // [count]
+  const float* upper = nullptr;
+  const float* from_slope = nullptr;      // [count] of the upper (or only) slope
+  const float* from_intercept = nullptr;  // [count] of the upper intercept
+  float* to_lower = nullptr;
+  float* to_upper = nullptr;
+  int64_t count = 0;
+  float left = 0.f;
+};
+
+// c' = w * c + b and r' = |w| * r for a convolution without groups and dilation; c' alone without radius. Values in
+// channels-last order.
 struct IntervalConvArgs {
   const float* center = nullptr;  // [batch, in_h, in_w, in_c] at the strides below, in numbers
   const float* radius = nullptr;  // the same shape

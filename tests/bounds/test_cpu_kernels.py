@@ -264,3 +264,21 @@ def test_products_and_their_gradients(rows: int, k: int, n: int) -> None:
         near(got, want)
         for x, y in zip(grads(got, narrow, 2), grads(want, wide, 2), strict=True):
             near(x, y)
+
+
+@pytest.mark.parametrize("kind", ["parallel", "crown"])
+@pytest.mark.parametrize("activation,params", [("relu", ()), ("leaky_relu", (0.2,))])
+@pytest.mark.parametrize("last", [False, True])
+def test_gradients_of_relu_lines(kind: str, activation: str, params: tuple[float, ...], last: bool) -> None:
+    torch.manual_seed(0)
+    l = torch.randn(3, 5, 4, 7)
+    u = l + torch.rand_like(l) * 2
+    if last:
+        l, u = (t.contiguous(memory_format=torch.channels_last) for t in (l, u))
+    l[0, 0, 0], u[0, 0, 1], u[0, 0, 2] = 0.0, 0.0, l[0, 0, 2]  # kinks and points
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        t = [v.detach().to(dtype).requires_grad_(True) for v in (l, u)]
+        found.append(grads(tuple(ops.relax(*t, activation, kind, params)), t, 7))
+    for got, want in zip(*found, strict=True):
+        near(got, want)

@@ -232,7 +232,8 @@ class _Engine:
         x = self.region.x
         size, budget = self.graph.row_size(start), self.max_memory
         if x.device.type == "cpu" and not torch.is_grad_enabled() and ops.direct(x):
-            fused = _numbers_before_chain(self.graph, start) if x.dtype == torch.float32 and not self.slack else None
+            taken = x.dtype == torch.float32 and not self.slack and self.region.has_kernel
+            fused = _numbers_before_chain(self.graph, start) if taken else None
             # rows that a kernel takes all the way need no memory; others stay in the cache
             size, budget = (size, min(budget, 4 * _CACHE_BYTES)) if fused is None else (max(fused, 16), budget)
         per_row = 4 * size * x.element_size() * (sides if self.kind == "crown" else 1)

@@ -373,7 +373,13 @@ class Backward:
     # -- convolutions at once ------------------------------------------------------------------------------------------
     def _convolutions(self, node: G.Node, r: Rows) -> list[ops.ConvStep]:
         """The activations and convolutions from ``node`` down to the input, where a kernel takes all of them; else nothing."""
-        if r.A is None or r.A.dim() != 5 or self.slack or not ops.direct(r.A, self.chunk.b):
+        if (
+            r.A is None
+            or r.A.dim() != 5
+            or self.slack
+            or not self.region.has_kernel
+            or not ops.direct(r.A, self.chunk.b)
+        ):
             return []
         window = None if r.window is None else tuple(r.A.shape[3:])
         steps = []
