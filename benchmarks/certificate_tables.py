@@ -1,18 +1,21 @@
 """Liu 2022, tables 3.2, 3.3, 3.6 to 3.9: printed figures beside ours. Not a timing suite.
 
-    python -m benchmarks.certificate_tables --data FOLDER [--table 3.6|3.9|3.2] [--images N] [--units N ...]
+    python -m benchmarks.certificate_tables --data FOLDER [--table 3.6|3.9|3.2] [--images N] [--units N ...] [--out FILE]
 
 Tables 3.6 to 3.9 need the published checkpoints in FOLDER/polyenvelope; table 3.2 (with the cosines of table 3.3) trains
-its networks here: three hidden layers, pixels in [-1, 1], plainly or on PGD examples of size 0.1.
+its networks here: three hidden layers, pixels in [-1, 1], plainly or on PGD examples of size 0.1. The CIFAR-10 rows run on the
+846 test images of FOLDER/cifar10_subset.npz, so their errors are printed with the standard error of such a sample.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +25,11 @@ from tqdm import tqdm
 import fastrobust as fr
 from fastrobust.certify.checkpoints import load_model
 
-# checkpoint, activation, data, norm, eps, method: CTE, CRE Lin, CRE IBP, ACB Lin, ACB IBP, ACB PEC as printed
+from .metadata import collect
+from .report import finite
+
+COLUMNS = ("CTE", "CRE Lin", "CRE IBP", "ACB Lin", "ACB IBP", "ACB PEC")
+# checkpoint, activation, data, norm, eps, method, and COLUMNS as printed
 ONE_SHOT = [
     ("relu_linf/mnist_fc1_l1_kw", "relu", "mnist", math.inf, 0.1, "fast-lin", (2.26, 12.91, 69.20, 0.0871, 0.0308, 0.0928)),
     ("relu_linf/mnist_fc1_l1_ibp", "relu", "mnist", math.inf, 0.1, "fast-lin", (1.65, 87.27, 15.20, 0.0127, 0.0848, 0.0705)),
@@ -33,6 +40,8 @@ ONE_SHOT = [
     ("relu_linf/mnist_cnn_l1_kw", "relu", "mnist", math.inf, 0.1, "fast-lin", (1.21, 4.44, 100.0, 0.0956, 0.0, 0.0971)),
     ("relu_linf/mnist_cnn_l1_ibp", "relu", "mnist", math.inf, 0.1, "fast-lin", (1.51, 23.89, 8.13, 0.0761, 0.0919, 0.0872)),
     ("relu_linf/mnist_cnn_l1_c-perat", "relu", "mnist", math.inf, 0.1, "fast-lin", (0.50, 4.85, 100.0, 0.0952, 0.0, 0.0969)),
+    ("relu_linf/cifar_cnn_l1_kw", "relu", "cifar", math.inf, 2 / 255, "fast-lin", (39.27, 53.81, 99.98, 0.0036, 0.0, 0.0040)),
+    ("relu_linf/cifar_cnn_l1_c-perat", "relu", "cifar", math.inf, 2 / 255, "fast-lin", (28.87, 56.59, 100.0, 0.0034, 0.0, 0.0040)),
 ]  # fmt: skip
 # checkpoint, high, tol, T_Lin, T_PEC as printed
 SEARCHES = [
@@ -57,40 +66,64 @@ def mnist(folder: Path, split: str, count: int | None = None) -> tuple[Tensor, T
         return x, torch.tensor(archive[f"{split}_labels"][:count]).long()
 
 
-def one_shot(folder: Path, images: int) -> None:
-    x, y = mnist(folder, "test", images)
-    print(
-        f"{'tables 3.6 to 3.8':<34}{'CTE':>8}{'CRE Lin':>9}{'CRE IBP':>9}{'ACB Lin':>9}{'ACB IBP':>9}{'ACB PEC':>9}{'s':>7}"
-    )
-    for path, activation, _, norm, eps, method, printed in ONE_SHOT:
+def cifar(folder: Path, count: int | None = None) -> tuple[Tensor, Tensor]:
+    with np.load(folder / "cifar10_subset.npz") as archive:
+        x = torch.tensor(archive["test_images"][:count]).float() / 255
+        return x, torch.tensor(archive["test_labels"][:count]).long()
+
+
+def one_shot(folder: Path, images: int) -> list[dict[str, Any]]:
+    print("tables 3.6 to 3.8".ljust(34) + "".join(name.rjust(9) for name in COLUMNS) + "s".rjust(8))
+    rows = []
+    for path, activation, data, norm, eps, method, printed in ONE_SHOT:
         file = folder / "polyenvelope" / f"{path}.ckpt"
-        if not file.is_file():
-            print(f"{path:<34} skipped: no {file.name}")
+        archive = folder / ("mnist.npz" if data == "mnist" else "cifar10_subset.npz")
+        if not file.is_file() or not archive.is_file():
+            print(f"{path:<34} skipped: no {(archive if file.is_file() else file).name}")
             continue
-        model = load_model(str(file), activation)
+        x, y = mnist(folder, "test", images) if data == "mnist" else cifar(folder, images)
+        model = load_model(str(file), activation, tuple(x.shape[1:]))
         start = time.perf_counter()
-        wrong = linear = ibp = total = 0.0
-        size = 500 if "fc1" in path or "_c-per" in path or "tanh" in path else 100
+        wrong = linear = ibp = 0
+        total = 0.0
+        size = 500 if not any(isinstance(layer, nn.Conv2d) for layer in model) else 100
         with torch.no_grad():
             for part, labels in tqdm(list(zip(x.split(size), y.split(size), strict=True)), leave=False):
-                wrong += (model(part).argmax(1) != labels).sum().item()
+                wrong += int((model(part).argmax(1) != labels).sum())
                 found = fr.certify.polyhedral_envelope(model, part, labels, eps, norm=norm, clip=(0, 1), method=method)
                 bounds = fr.bounds.compute_bounds(
                     model, part, eps, norm=norm, clip=(0, 1), method="ibp", labels=labels, sides="lower"
                 )
-                linear += found.certified.sum().item()
-                ibp += (bounds.lower.amin(1) > 0).sum().item()
+                linear += int(found.certified.sum())
+                ibp += int((bounds.lower.amin(1) > 0).sum())
                 total += found.radius.double().sum().item()
         seconds, n = time.perf_counter() - start, len(y)
         got = (100 * wrong / n, 100 - 100 * linear / n, 100 - 100 * ibp / n, eps * linear / n, eps * ibp / n, total / n)
-        for name, row, end in ((path, got, f"{seconds:7.1f}"), ("  printed", printed, "")):
-            print(
-                f"{name:<34}{row[0]:8.2f}{row[1]:9.2f}{row[2]:9.2f}{row[3]:9.4f}{row[4]:9.4f}{row[5]:9.4f}{end}",
-                flush=True,
-            )
+        # what the same quantity of another sample of this size differs by: the printed figures are of 10 000 images
+        sampling = [100 * math.sqrt(v / 100 * (1 - v / 100) / n) if n < 10_000 else 0.0 for v in got[:3]]
+        figures = lambda row: "".join(f"{v:9.2f}" for v in row[:3]) + "".join(f"{v:9.4f}" for v in row[3:])
+        print(f"{path:<34}{figures(got)}{seconds:8.1f}", flush=True)
+        print("  printed".ljust(34) + figures(printed))
+        if n < 10_000:
+            print(f"  standard error of {n} images".ljust(34) + "".join(f"{v:9.2f}" for v in sampling))
+        rows.append(
+            {
+                "checkpoint": path,
+                "method": method,
+                "norm": norm,
+                "eps": eps,
+                "images": n,
+                "seconds": seconds,
+                "ours": dict(zip(COLUMNS, got, strict=True)),
+                "printed": dict(zip(COLUMNS, printed, strict=True)),
+                "standard_error": dict(zip(COLUMNS, sampling, strict=False)),
+            }  # fmt: skip
+        )
+    return rows
 
 
-def searches(folder: Path, images: int) -> None:
+def searches(folder: Path, images: int) -> list[dict[str, Any]]:
+    rows = []
     x, y = mnist(folder, "test", images)
     print(f"{'table 3.9':<34}{'T_Lin':>8}{'T_PEC':>8}{'printed':>9}{'saved':>8}{'s':>8}")
     for path, high, steps, printed in SEARCHES:
@@ -110,6 +143,17 @@ def searches(folder: Path, images: int) -> None:
         print(
             f"{path:<34}{steps:8d}{mean:8.2f}{printed:9.2f}{100 * (1 - mean / steps):7.0f}%{seconds:8.1f}", flush=True
         )
+        rows.append(
+            {
+                "checkpoint": path,
+                "images": len(y),
+                "seconds": seconds,
+                "T_Lin": steps,
+                "T_PEC": mean,
+                "printed": printed,
+            }
+        )
+    return rows
 
 
 def train(x: Tensor, y: Tensor, units: int, robust: bool, seed: int = 0) -> nn.Module:
@@ -135,7 +179,8 @@ def train(x: Tensor, y: Tensor, units: int, robust: bool, seed: int = 0) -> nn.M
     return model.eval()
 
 
-def volumes(folder: Path, images: int, units: list[int]) -> None:
+def volumes(folder: Path, images: int, units: list[int]) -> list[dict[str, Any]]:
+    rows = []
     x, y = mnist(folder, "train")
     test, labels = mnist(folder, "test")
     x, test = 2 * x - 1, 2 * test - 1
@@ -168,6 +213,22 @@ def volumes(folder: Path, images: int, units: list[int]) -> None:
                 f"{cosines.mean():8.4f}{cosines.min():8.4f}{time.perf_counter() - start:8.1f}",
                 flush=True,
             )
+            rows.append(
+                {
+                    "units": count,
+                    "robust": robust,
+                    "images": images,
+                    "accuracy": accuracy,
+                    "uniform": uniform,
+                    "volume": volume,
+                    "ratio": volume / uniform,
+                    "printed": printed,
+                    "cosine": cosines.mean().item(),
+                    "least_cosine": cosines.min().item(),
+                    "seconds": time.perf_counter() - start,
+                }  # fmt: skip
+            )
+    return rows
 
 
 def main() -> None:
@@ -178,15 +239,20 @@ def main() -> None:
     parser.add_argument(
         "--units", type=int, nargs="+", default=[100, 300, 500], help="table 3.2 (default: 100 300 500)"
     )
+    parser.add_argument("--out", type=Path, help="also write the rows as JSON")
     args = parser.parse_args()
     if args.data is None or not (Path(args.data) / "mnist.npz").is_file():
         parser.error("--data: expected the folder with mnist.npz (or set FASTROBUST_DATA)")
+    tables: dict[str, Any] = {"metadata": collect(torch.device("cpu"), "tables")}
     if args.table in (None, "3.6"):
-        one_shot(Path(args.data), args.images or 10_000)
+        tables["3.6 to 3.8"] = one_shot(Path(args.data), args.images or 10_000)
     if args.table in (None, "3.9"):
-        searches(Path(args.data), args.images or 10_000)
+        tables["3.9"] = searches(Path(args.data), args.images or 10_000)
     if args.table in (None, "3.2"):
-        volumes(Path(args.data), args.images or 50, args.units)
+        tables["3.2 and 3.3"] = volumes(Path(args.data), args.images or 50, args.units)
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(finite(tables), indent=1, allow_nan=False, default=str) + "\n")
 
 
 if __name__ == "__main__":

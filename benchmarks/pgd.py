@@ -201,7 +201,7 @@ def atas_inputs(context: Context, shape: Shape) -> tuple[Tensor, Tensor, Tensor,
 
 
 def fused_cases(context: Context) -> Iterator[Case]:
-    """FOSC alone, the step with FOSC, and the ATAS step."""
+    """FOSC alone; the step with FOSC and the ATAS step, with out=."""
     for shape in shapes(context):
         inputs = once(partial(step_inputs, context, shape))
         axes = {"norm": "Linf", "shape": shape_text(shape)}
@@ -223,13 +223,14 @@ def fused_cases(context: Context) -> Iterator[Case]:
             1e-3,
         )
 
-        def ours_step_fosc(x: Tensor, x0: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            return fr.ops.pgd_step_fosc(x, x0, grad, STEP, EPS, FOSC_THRESHOLD)
+        def ours_step_fosc(inputs: Inputs = inputs) -> Call:
+            x, x0, grad = inputs()
+            return partial(fr.ops.pgd_step_fosc, x, x0, grad, STEP, EPS, FOSC_THRESHOLD, out=torch.empty_like(x))
 
         yield Case(
             "pgd_step_fosc",
             axes,
-            candidate(OURS, inputs, ours_step_fosc),
+            Candidate(OURS, ours_step_fosc),
             (
                 candidate("eager torch", inputs, eager.linf_step_fosc, STEP, EPS, FOSC_THRESHOLD),
                 *compiled(context, inputs, eager.linf_step_fosc, STEP, EPS, FOSC_THRESHOLD),
@@ -239,13 +240,15 @@ def fused_cases(context: Context) -> Iterator[Case]:
         )
         with_v = once(partial(atas_inputs, context, shape))
 
-        def ours_atas(x: Tensor, x0: Tensor, grad: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            return fr.ops.atas_step(x, x0, grad, v, ATAS_STEP, EPS, beta=ATAS_BETA, c=ATAS_C)
+        def ours_atas(with_v: Inputs = with_v) -> Call:
+            x, x0, grad, v = with_v()
+            out = torch.empty_like(x)
+            return partial(fr.ops.atas_step, x, x0, grad, v, ATAS_STEP, EPS, beta=ATAS_BETA, c=ATAS_C, out=out)
 
         yield Case(
             "atas_step",
             axes,
-            candidate(OURS, with_v, ours_atas),
+            Candidate(OURS, ours_atas),
             (
                 candidate("eager torch", with_v, eager.atas_step, ATAS_STEP, EPS, ATAS_BETA, ATAS_C),
                 *compiled(context, with_v, eager.atas_step, ATAS_STEP, EPS, ATAS_BETA, ATAS_C),

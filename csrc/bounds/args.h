@@ -35,7 +35,7 @@ struct BackArgs {
 };
 
 enum class Dual : int { none, l1, l2, linf };  // the dual norm of the ball; none: box only
-// out = b + the extreme of A x over a box, over a ball, or the tighter of both.
+// out = b + the extreme of A x over a box, over a ball, or over their intersection.
 struct ConcretizeArgs {
   Rows rows;
   const float* center = nullptr;  // [examples, map], null: no box

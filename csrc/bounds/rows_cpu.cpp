@@ -1,4 +1,4 @@
-// Backward step and concretisation: one pass over the coefficients, one row at a time, summed in a fixed order.
+// Backward step: one pass over the coefficients, one row at a time, summed in a fixed order.
 #include <algorithm>
 #include <cstring>
 
@@ -11,9 +11,6 @@
 
 FR_NS_BEGIN
 namespace {
-
-constexpr int64_t kGrainElements = 16384;
-int64_t grain_of(const Rows& r) { return std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, r.length)); }
 
 // kSides bounds; kOut matrices written (1: shared or lower only); kTwo: a slope per side.
 template <int kSides, int kOut, bool kTwo>
@@ -74,66 +71,6 @@ BackFn pick_back(const BackArgs& g) {
   return two ? back_row<2, 2, true> : back_row<2, 2, false>;
 }
 
-// The extreme of one side: sign * (box) and sign * (ball) parts are kept apart until the end.
-template <Dual kDual, bool kBox>
-void concretize_row(const ConcretizeArgs& g, int64_t row) {
-  const Rows& r = g.rows;
-  const int64_t base = example_of(r, row) * map_size(r);
-  for (int side = 0; side < r.sides; ++side) {
-    const float* a = r.a + side * r.side_stride + source_row(r, row) * r.length;
-    const float* less = r.minus != nullptr ? r.a + side * r.side_stride + r.minus[row] * r.length : nullptr;
-    Vec mid(0.f), reach(0.f), at_x(0.f), size(0.f);
-    const auto one = [&](int64_t at, int64_t map, int n) FR_INLINE_LAMBDA {
-      const auto get = [&](const float* p) FR_INLINE_LAMBDA { return n == kLanes ? load(p) : load_n(p, n); };
-      Vec v = get(a + at);
-      if (less != nullptr) v = v - get(less + at);
-      if (kBox) {
-        mid = fmadd(v, get(g.center + base + map), mid);
-        reach = fmadd(vabs(v), get(g.radius + base + map), reach);
-      }
-      if (kDual != Dual::none) {
-        const Vec w = vabs(v * get(g.eps + base + map));
-        at_x = fmadd(v, get(g.x + base + map), at_x);
-        if (kDual == Dual::l2) size = fmadd(w, w, size);
-        if (kDual == Dual::l1) size = size + w;
-        if (kDual == Dual::linf) size = select(size < w, w, select(w == w, size, w));
-      }
-    };
-    for (int64_t line = 0; line < lines_of(r); ++line) {
-      const Segment s = segment_of(r, row, line);
-      int64_t i = s.begin, map = s.map;
-      for (; i + kLanes <= s.end; i += kLanes, map += kLanes) one(i, map, kLanes);
-      if (i < s.end) one(i, map, static_cast<int>(s.end - i));
-    }
-    const float sign = side == 0 ? -1.f : 1.f;
-    float best = 0.f;
-    if (kBox) best = lane_sum(mid) + sign * lane_sum(reach);
-    if (kDual != Dual::none) {
-      float length = kDual == Dual::linf ? max_lane(size) : lane_sum(size);
-      if (kDual == Dual::l2) length = std::sqrt(length);
-      const float ball = lane_sum(at_x) + sign * length;
-      const bool take = side == 0 ? !(ball <= best) : !(ball >= best);
-      if (!kBox || (take && best == best)) best = ball;
-    }
-    g.out[side * r.count + row] = g.b[side * r.count + row] + best;
-  }
-}
-
-using ConcretizeFn = void (*)(const ConcretizeArgs&, int64_t);
-template <bool kBox>
-ConcretizeFn pick_concretize(Dual dual) {
-  switch (dual) {
-    case Dual::l1:
-      return concretize_row<Dual::l1, kBox>;
-    case Dual::l2:
-      return concretize_row<Dual::l2, kBox>;
-    case Dual::linf:
-      return concretize_row<Dual::linf, kBox>;
-    default:
-      return concretize_row<Dual::none, kBox>;
-  }
-}
-
 }  // namespace
 
 void back_rows(const BackArgs& g, int64_t begin, int64_t end) {
@@ -141,17 +78,8 @@ void back_rows(const BackArgs& g, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) f(g, row);
 }
 
-void concretize_rows(const ConcretizeArgs& g, int64_t begin, int64_t end) {
-  const ConcretizeFn f = g.center != nullptr ? pick_concretize<true>(g.dual) : pick_concretize<false>(g.dual);
-  for (int64_t row = begin; row < end; ++row) f(g, row);
-}
-
 void back_cpu(const BackArgs& g) {
   parallel_for(g.rows.count, grain_of(g.rows), [&](int64_t begin, int64_t end) { back_rows(g, begin, end); });
-}
-
-void concretize_cpu(const ConcretizeArgs& g) {
-  parallel_for(g.rows.count, grain_of(g.rows), [&](int64_t begin, int64_t end) { concretize_rows(g, begin, end); });
 }
 
 FR_NS_END

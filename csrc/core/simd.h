@@ -39,6 +39,8 @@ struct Mask {
   friend FR_HD Mask operator!(Mask a) { return {static_cast<__mmask16>(~a.m)}; }
 };
 FR_HD bool any(Mask a) { return a.m != 0; }
+// Lane i as bit i.
+FR_HD uint32_t bits(Mask a) { return a.m; }
 
 struct Vec {
   __m512 v;
@@ -138,6 +140,17 @@ FR_HD bool any(Mask a) {
   int32_t bits = 0;
   for (int i = 0; i < kWidth / 4; ++i) bits |= c[i];
   return bits != 0;
+}
+FR_HD uint32_t bits(Mask a) {
+  uint32_t b = 0;
+#if defined(__AVX__)
+  FR_EACH b |= static_cast<uint32_t>(_mm256_movemask_ps((__m256)a.r[i])) << (8 * i);
+#elif defined(__x86_64__)
+  FR_EACH b |= static_cast<uint32_t>(_mm_movemask_ps((__m128)a.r[i])) << (4 * i);
+#else
+  FR_EACH for (int j = 0; j < kWidth / 4; ++j) b |= static_cast<uint32_t>(a.r[i][j] & 1) << (i * (kWidth / 4) + j);
+#endif
+  return b;
 }
 
 struct Vec {

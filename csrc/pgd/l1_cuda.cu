@@ -100,16 +100,7 @@ namespace fastrobust {
 
 void l1_cuda(const StepArgs& a, void* stream) {
   if (a.batch * a.n == 0) return;
-  switch (a.grad_type) {
-    case GradType::f32:
-      return launch<GradType::f32>(a, stream);
-    case GradType::f16:
-      return launch<GradType::f16>(a, stream);
-    case GradType::bf16:
-      return launch<GradType::bf16>(a, stream);
-    default:
-      return launch<GradType::none>(a, stream);
-  }
+  with_grad_type(a.grad_type, [&](auto type) { launch<decltype(type)::value>(a, stream); });
 }
 
 }  // namespace fastrobust

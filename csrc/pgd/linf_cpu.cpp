@@ -24,16 +24,9 @@ BlockFn pick(const StepArgs& a) {
 
 template <bool kStream>
 BlockFn pick(const StepArgs& a) {
-  switch (a.grad_type) {
-    case GradType::f32:
-      return pick<GradType::f32, kStream>(a);
-    case GradType::f16:
-      return pick<GradType::f16, kStream>(a);
-    case GradType::bf16:
-      return pick<GradType::bf16, kStream>(a);
-    default:
-      return pick<GradType::none, kStream>(a);
-  }
+  BlockFn block = nullptr;
+  with_grad_type(a.grad_type, [&](auto type) { block = pick<decltype(type)::value, kStream>(a); });
+  return block;
 }
 
 }  // namespace

@@ -102,16 +102,7 @@ void linf_cuda(const StepArgs& given, void* stream) {
     a.n *= a.batch;
     a.batch = 1;
   }
-  switch (a.grad_type) {
-    case GradType::f32:
-      return launch<GradType::f32>(a, stream);
-    case GradType::f16:
-      return launch<GradType::f16>(a, stream);
-    case GradType::bf16:
-      return launch<GradType::bf16>(a, stream);
-    default:
-      return launch<GradType::none>(a, stream);
-  }
+  with_grad_type(a.grad_type, [&](auto type) { launch<decltype(type)::value>(a, stream); });
 }
 
 }  // namespace fastrobust

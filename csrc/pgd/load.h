@@ -1,6 +1,8 @@
 // Reading gradients of any type, sixteen at a time, and parameters of any shape.
 #pragma once
 
+#include <type_traits>
+
 #include "core/simd.h"
 #include "pgd/args.h"
 
@@ -48,6 +50,21 @@ struct GradReader<GradType::none> {
   FR_HD Vec vec(int64_t, int) const { return Vec(0.f); }
 #endif
 };
+
+// Calls f with the gradient's type as a type: f(std::integral_constant<GradType, ...>).
+template <class F>
+void with_grad_type(GradType type, const F& f) {
+  switch (type) {
+    case GradType::f32:
+      return f(std::integral_constant<GradType, GradType::f32>());
+    case GradType::f16:
+      return f(std::integral_constant<GradType, GradType::f16>());
+    case GradType::bf16:
+      return f(std::integral_constant<GradType, GradType::bf16>());
+    default:
+      return f(std::integral_constant<GradType, GradType::none>());
+  }
+}
 
 // A parameter read at (example, element): `stride` is 1 when it has a value per element, else 0.
 FR_HD float param_at(const Param& p, int64_t row, int64_t n, int64_t i) {

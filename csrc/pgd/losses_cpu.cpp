@@ -80,11 +80,14 @@ void sparse(const LossArgs& a, int64_t row) {
   const int64_t y = a.labels[row], target = a.targets != nullptr ? a.targets[row] : y;
   Top t;
   top_start(&t);
-  for (int64_t i = 0; i < a.classes; i += kLanes) {
-    // once the top is filled, sixteen logits that cannot enter it are passed over together
-    if (i >= kLanes && a.classes - i >= kLanes && !any(load(z + i) > Vec(vmin(t.value[3], t.other)))) continue;
-    const int64_t end = std::min(a.classes, i + kLanes);
-    for (int64_t j = i; j < end; ++j) top_add(&t, z[j], j, j == y);
+  // The first sixteen fill the top; of the rest only those that can enter it are looked at one by one.
+  for (int64_t j = 0; j < std::min<int64_t>(a.classes, kLanes); ++j) top_add(&t, z[j], j, j == y);
+  for (int64_t i = kLanes; i < a.classes; i += kLanes) {
+    const Vec bar(a.loss == Loss::margin ? t.other : vmin(t.value[3], t.other));
+    for (uint32_t b = bits(load_or(z + i, a.classes - i, -INFINITY) > bar); b != 0; b &= b - 1) {
+      const int64_t j = i + __builtin_ctz(b);
+      top_add(&t, z[j], j, j == y);
+    }
   }
   const Sparse s = sparse_loss(a.loss, t, z[y], y, z[target], target);
   std::fill(g, g + a.classes, 0.f);

@@ -11,6 +11,29 @@ void rows_cpu(const StepArgs& a, Norm norm);
 void random_start_cpu(const RandomStartArgs& a);
 void loss_cpu(const LossArgs& a);
 
+// Calls f(i, m) for sixteen elements at a time; m < 16 in the last one. f is inlined twice.
+template <class F>
+FR_HD void each_vec(int64_t n, const F& f) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) f(i, kLanes);
+  if (i < n) f(i, static_cast<int>(n - i));
+}
+FR_HD Vec load_m(const float* p, int m) { return m == kLanes ? load(p) : load_n(p, m); }
+FR_HD void store_m(float* p, Vec v, int m) { m == kLanes ? store(p, v) : store_n(p, v, m); }
+
+// Below AVX-512, which rounds by instruction, x86 rounds by mode: part by part, first the moved points, then the faces.
+#if defined(__x86_64__) && !defined(__AVX512F__)
+template <bool kEpsEach, bool kStream>
+__attribute__((noinline)) void linf_project_block(const float* moved, const float* x0, const float* sizes,
+                                                  float eps_all, float lo, float hi, float* out, int64_t n) {
+  each_vec(n, [&](int64_t i, int m) FR_INLINE_LAMBDA {
+    const Vec eps = kEpsEach ? load_m(sizes + i, m) : Vec(eps_all);
+    const Vec y = linf_project_rounding_up(load_m(moved + i, m), load_m(x0 + i, m), eps, Vec(lo), Vec(hi));
+    kStream&& m == kLanes ? store_stream(out + i, y) : store_m(out + i, y, m);
+  });
+}
+#endif
+
 template <GradType T, bool kStepEach, bool kEpsEach, bool kStream>
 void linf_block(const StepArgs& a, int64_t row, int64_t begin, int64_t end) {
   const int64_t base = row * a.n;
@@ -20,25 +43,30 @@ void linf_block(const StepArgs& a, int64_t row, int64_t begin, int64_t end) {
   float* out = a.out + base;
   const float* steps = kStepEach ? a.step.data + base : nullptr;
   const float* sizes = kEpsEach ? a.eps.data + base : nullptr;
-  const Vec step_all(kStepEach ? 0.f : param_at(a.step, row, a.n, 0));
-  const Vec eps_all(kEpsEach ? 0.f : param_at(a.eps, row, a.n, 0));
-  const Vec lo(a.lo), hi(a.hi);
-  int64_t i = begin;
-  for (; i + kLanes <= end; i += kLanes) {
-    const Vec step = kStepEach ? load(steps + i) : step_all;
-    const Vec eps = kEpsEach ? load(sizes + i) : eps_all;
-    const Vec y = linf_project(linf_ascend(load(x + i), g.vec(i), step), load(x0 + i), eps, lo, hi);
-    if (kStream)
-      store_stream(out + i, y);
-    else
-      store(out + i, y);
+  const float step_all = kStepEach ? 0.f : param_at(a.step, row, a.n, 0);
+  const float eps_all = kEpsEach ? 0.f : param_at(a.eps, row, a.n, 0);
+  const auto moved = [&](int64_t i, int m) FR_INLINE_LAMBDA {
+    const Vec step = kStepEach ? load_m(steps + i, m) : Vec(step_all);
+    return linf_ascend(load_m(x + i, m), m == kLanes ? g.vec(i) : g.vec(i, m), step);
+  };
+#if defined(__x86_64__) && !defined(__AVX512F__)
+  constexpr int64_t kPart = 1024;
+  alignas(64) float part[kPart];
+  for (int64_t from = begin; from < end; from += kPart) {
+    const int64_t count = end - from < kPart ? end - from : kPart;
+    each_vec(count, [&](int64_t i, int m) FR_INLINE_LAMBDA { store_m(part + i, moved(from + i, m), m); });
+    const RoundingUp mode;
+    linf_project_block<kEpsEach, kStream>(part, x0 + from, kEpsEach ? sizes + from : nullptr, eps_all, a.lo, a.hi,
+                                          out + from, count);
   }
-  if (i < end) {
-    const int m = static_cast<int>(end - i);
-    const Vec step = kStepEach ? load_n(steps + i, m) : step_all;
-    const Vec eps = kEpsEach ? load_n(sizes + i, m) : eps_all;
-    store_n(out + i, linf_project(linf_ascend(load_n(x + i, m), g.vec(i, m), step), load_n(x0 + i, m), eps, lo, hi), m);
-  }
+#else
+  each_vec(end - begin, [&](int64_t k, int m) FR_INLINE_LAMBDA {
+    const int64_t i = begin + k;
+    const Vec eps = kEpsEach ? load_m(sizes + i, m) : Vec(eps_all);
+    const Vec y = linf_project(moved(i, m), load_m(x0 + i, m), eps, Vec(a.lo), Vec(a.hi));
+    kStream&& m == kLanes ? store_stream(out + i, y) : store_m(out + i, y, m);
+  });
+#endif
 }
 
 FR_NS_END

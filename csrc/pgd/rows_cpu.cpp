@@ -10,16 +10,6 @@ namespace {
 
 constexpr int64_t kGrainElements = 8192;
 
-// Calls f(i, m) for sixteen elements at a time; m < 16 in the last one. f is inlined twice.
-template <class F>
-FR_HD void each_vec(int64_t n, const F& f) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) f(i, kLanes);
-  if (i < n) f(i, static_cast<int>(n - i));
-}
-FR_HD Vec load_m(const float* p, int m) { return m == kLanes ? load(p) : load_n(p, m); }
-FR_HD void store_m(float* p, Vec v, int m) { m == kLanes ? store(p, v) : store_n(p, v, m); }
-
 // One example.
 template <GradType T>
 struct Row {
@@ -70,18 +60,26 @@ struct Row {
   void l2(double norm2) const {
     const L2Ascent ascent = l2_ascent(norm2, step, a.normalize);
     const Vec pow2(ascent.pow2), scale(ascent.scale), lo(a.lo), hi(a.hi);
-    const auto moved = [&](int64_t i, int m) FR_INLINE_LAMBDA {
-      const Vec v = load_m(x + i, m);
-      return T == GradType::none ? v : l2_ascend(v, grad<kClean>(i, m), pow2, scale);
-    };
+    // Copies, because a store might otherwise change the members. The moved point waits in out for its projection;
+    // without a gradient it is x itself.
+    const float *from = x, *center = x0;
+    const GradReader<T> gradient = g;
+    float* to = out;
+    const float* y = T == GradType::none ? from : to;
     DVec s(0.);
-    each_vec(n, [&](int64_t i, int m) FR_INLINE_LAMBDA {
-      const DVec d = widen(moved(i, m) - load_m(x0 + i, m));
+    each_vec(n, [&, from, center, gradient, to](int64_t i, int m) FR_INLINE_LAMBDA {
+      Vec v = load_m(from + i, m);
+      if (T != GradType::none) {
+        const Vec gv = m == kLanes ? gradient.vec(i) : gradient.vec(i, m);
+        v = l2_ascend(v, kClean ? clean_grad(gv) : gv, pow2, scale);
+        store_m(to + i, v, m);
+      }
+      const DVec d = widen(v - load_m(center + i, m));
       s = s + d * d;
     });
-    const Vec shrink(l2_shrink(sum(s), eps));
-    each_vec(n, [&](int64_t i, int m) FR_INLINE_LAMBDA {
-      store_m(out + i, l2_project(moved(i, m), load_m(x0 + i, m), shrink, lo, hi), m);
+    const float shrink = l2_shrink(sum(s), eps);
+    each_vec(n, [=](int64_t i, int m) FR_INLINE_LAMBDA {
+      store_m(to + i, l2_project(load_m(y + i, m), load_m(center + i, m), shrink, lo, hi), m);
     });
   }
   void l2() const {
@@ -128,12 +126,18 @@ struct Row {
     double moved = 0.;
     const float threshold = l1_threshold(*this, step, &moved);
     double left = step - moved;
-    for (int64_t i = 0; i < n; ++i) {
-      const float gi = clean_grad(g.at(i)), size = vabs(gi);
-      if (size > threshold)
-        out[i] = l1_to_face(x[i], gi, a.lo, a.hi);
-      else
-        out[i] = size == threshold && size > 0.f && left > 0. ? l1_take(x[i], gi, a.lo, a.hi, &left) : x[i];
+    const Vec t(threshold), lo(a.lo), hi(a.hi);
+    each_vec(n, [&](int64_t i, int m) FR_INLINE_LAMBDA {
+      const Vec gv = grad<true>(i, m), v = load_m(x + i, m), size = vabs(gv);
+      store_m(out + i, select(size > t, l1_to_face(v, gv, lo, hi), v), m);
+      if (threshold > 0.f && any(size == t)) l1_ties(i, m, threshold, &left);
+    });
+  }
+  // Coordinates at the threshold share what is left, in index order; out holds their x.
+  __attribute__((noinline)) void l1_ties(int64_t i, int m, float threshold, double* left) const {
+    for (int64_t j = i; j < i + m; ++j) {
+      const float gj = clean_grad(g.at(j));
+      if (vabs(gj) == threshold && *left > 0.) out[j] = l1_take(out[j], gj, a.lo, a.hi, left);
     }
   }
   void l1() const {
@@ -254,19 +258,9 @@ void do_row(const StepArgs& a, Norm norm, int64_t i) {
 void rows_cpu(const StepArgs& a, Norm norm) {
   const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, a.n));
   parallel_for(a.batch, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) switch (a.grad_type) {
-        case GradType::f32:
-          do_row<GradType::f32>(a, norm, i);
-          break;
-        case GradType::f16:
-          do_row<GradType::f16>(a, norm, i);
-          break;
-        case GradType::bf16:
-          do_row<GradType::bf16>(a, norm, i);
-          break;
-        default:
-          do_row<GradType::none>(a, norm, i);
-      }
+    with_grad_type(a.grad_type, [&](auto type) {
+      for (int64_t i = begin; i < end; ++i) do_row<decltype(type)::value>(a, norm, i);
+    });
   });
 }
 

@@ -205,16 +205,7 @@ int64_t pgd_workspace_doubles(const StepArgs& a) { return 2 * a.batch * chunks_o
 
 void rows_cuda(const StepArgs& a, Norm norm, double* workspace, void* stream) {
   if (a.batch == 0) return;
-  switch (a.grad_type) {
-    case GradType::f32:
-      return Rows<GradType::f32>(a, workspace, stream).run(norm);
-    case GradType::f16:
-      return Rows<GradType::f16>(a, workspace, stream).run(norm);
-    case GradType::bf16:
-      return Rows<GradType::bf16>(a, workspace, stream).run(norm);
-    default:
-      return Rows<GradType::none>(a, workspace, stream).run(norm);
-  }
+  with_grad_type(a.grad_type, [&](auto type) { Rows<decltype(type)::value>(a, workspace, stream).run(norm); });
 }
 
 }  // namespace fastrobust

@@ -29,6 +29,12 @@ FR_HD V linf_project(V y, V x0, V eps, V lo, V hi) {
   y = vmin(vmax(y, add_up(x0, -eps)), add_down(x0, eps));
   return clip_to(y, lo, hi);
 }
+// The same while the processor rounds up (RoundingUp): add_up is a plain addition, add_down its mirror.
+template <class V>
+FR_HD V linf_project_rounding_up(V y, V x0, V eps, V lo, V hi) {
+  y = vmin(vmax(y, x0 + -eps), -(-x0 + -eps));
+  return clip_to(y, lo, hi);
+}
 template <class V>
 FR_HD V linf_ascend(V x, V g, V step) {
   return x + select(g > V(0.f), step, select(g < V(0.f), -step, V(0.f)));
@@ -36,7 +42,9 @@ FR_HD V linf_ascend(V x, V g, V step) {
 
 // ---- L2: y = x + step g / ||g||, or y = x + step g ----
 // g / ||g|| as (g * pow2) * scale: pow2 is a power of two that brings the norm near 1, so that neither factor over- or
-// underflows for gradients of any size.
+// underflows for gradients of any size. A longer step than kLongest ends at the same point of any ball that is not
+// itself so large, and its squares stay finite.
+constexpr float kLongest = 0x1p100f;
 struct L2Ascent {
   float pow2;
   float scale;
@@ -45,6 +53,7 @@ FR_HD L2Ascent l2_ascent(double sum_g2, float step, bool normalize) {
   if (!normalize) return {1.f, step};
   const double norm = sqrt(sum_g2);
   if (!(norm > 0.)) return {0.f, 0.f};
+  step = vmin(vmax(step, -kLongest), kLongest);
   int exponent;
   frexp(norm, &exponent);
   exponent = exponent > 126 ? 126 : (exponent < -126 ? -126 : exponent);
@@ -73,9 +82,8 @@ FR_HD float l2_shrink(double sum_d2, float eps) {
   return round_down(bound * (1. - kShrink) / norm);
 }
 template <class V>
-FR_HD V l2_project(V y, V x0, V shrink, V lo, V hi) {
-  const V z = select(shrink < V(1.f), add_inward(x0, (y - x0) * shrink), y);
-  return clip_to(z, lo, hi);
+FR_HD V l2_project(V y, V x0, float shrink, V lo, V hi) {
+  return clip_to(shrink < 1.f ? add_inward(x0, (y - x0) * V(shrink)) : y, lo, hi);
 }
 
 // ---- L1: exact projection on the intersection of the ball and the box ----
@@ -106,7 +114,10 @@ FR_HD V l1_headroom(V x, V g, V lo, V hi) {
 }
 
 // Where a coordinate above the threshold goes, and one at it that may take `left`.
-FR_HD float l1_to_face(float x, float g, float lo, float hi) { return g > 0.f ? vmax(x, hi) : vmin(x, lo); }
+template <class V>
+FR_HD V l1_to_face(V x, V g, V lo, V hi) {
+  return select(g > V(0.f), vmax(x, hi), vmin(x, lo));
+}
 FR_HD float l1_take(float x, float g, float lo, float hi, double* left) {
   const double room = l1_headroom(x, g, lo, hi), take = room < *left ? room : *left;
   *left -= take;

@@ -136,6 +136,23 @@ def test_restarts_only_help_and_skip_the_fooled() -> None:
     assert bool((many.loss[rest] >= one.loss[rest] - 1e-5).all())
 
 
+@pytest.mark.parametrize("norm", [h.INF, 2, 1])
+def test_a_data_set_attacked_in_batches_gets_the_starts_of_one_piece(norm: float) -> None:
+    x, y = h.digits_batch(50)
+    settings: dict[str, Any] = {"eps": EPS, "steps": 0, "seed": 3, "norm": norm}
+    whole = fr.attacks.pgd(h.digits_model(), x, y, **settings)
+    parts = [
+        fr.attacks.pgd(h.digits_model(), x[i : i + 17], y[i : i + 17], first_example=i, **settings)
+        for i in range(0, 50, 17)
+    ]
+    assert torch.equal(torch.cat(parts), whole)
+    again = fr.attacks.pgd(h.digits_model(), x[17:34], y[17:34], **settings)
+    assert not torch.equal(again, whole[17:34])
+    for bad, error in ((-1, ValueError), (1.5, TypeError), (2**32, ValueError)):
+        with pytest.raises(error, match="first_example"):
+            fr.attacks.pgd(h.digits_model(), x, y, first_example=bad, **settings)
+
+
 def test_restarts_are_new_starts_of_one_seed() -> None:
     runs = [_pgd(seed=s, steps=0) for s in (1, 2)]
     assert not torch.equal(*runs)

@@ -39,65 +39,166 @@ def test_contains_the_float64_bounds(name: str) -> None:
             assert (got.lower.double() <= z.amin(0)).all() and (got.upper.double() >= z.amax(0)).all()
 
 
-def shuffled(net: nn.Sequential, x: Tensor, generator: torch.Generator) -> Tensor:
-    """float32 evaluation of an MLP, each sum in a random order, one addition at a time."""
+ORDERS = ("shuffled", "fused", "pairwise", "blocked")
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor, order: str, g: torch.Generator) -> Tensor:
+    """x (T, n) times weight (m, n) plus bias in float32, one rounded operation at a time, in an order of additions."""
+    n = weight.shape[1]
+    where = torch.randperm(n, generator=g)
+    if order == "fused":  # the bias first, products without their own rounding
+        total = bias.expand(len(x), -1)
+        for k in where.tolist():
+            total = (total.double() + x[:, k, None].double() * weight[:, k].double()).float()
+        return total
+    if order == "shuffled":
+        at = int(torch.randint(n, (1,), generator=g))
+        total = torch.zeros(len(x), len(weight))
+        for i, k in enumerate(where.tolist()):
+            total = total + x[:, k, None] * weight[:, k]
+            total = total + bias if i == at else total
+        return total
+    terms = [x[:, k, None] * weight[:, k] for k in where.tolist()] + [bias.expand(len(x), -1)]
+    if order == "blocked":
+        parts = [terms[i : i + 7] for i in range(0, len(terms), 7)]
+        terms = []
+        for part in parts:
+            total = part[0]
+            for t in part[1:]:
+                total = total + t
+            terms.append(total)
+    while len(terms) > 1:
+        terms = [a + b for a, b in zip(terms[::2], terms[1::2], strict=False)] + (terms[-1:] if len(terms) % 2 else [])
+    return terms[0]
+
+
+def in_order(net: nn.Sequential, x: Tensor, order: str, g: torch.Generator) -> Tensor:
     for layer in net:
-        if not isinstance(layer, nn.Linear):
+        if isinstance(layer, nn.Linear):
+            x = product(x, layer.weight, layer.bias, order, g)
+        elif isinstance(layer, nn.Conv2d):
+            cols = torch.nn.functional.unfold(x, layer.kernel_size, 1, layer.padding, layer.stride)
+            size = [
+                (s + 2 * p - k) // d + 1
+                for s, p, k, d in zip(x.shape[2:], layer.padding, layer.kernel_size, layer.stride, strict=True)
+            ]
+            flat = cols.transpose(1, 2).flatten(0, 1)
+            z = product(flat, layer.weight.flatten(1), layer.bias, order, g)
+            x = z.view(len(x), -1, layer.out_channels).transpose(1, 2).unflatten(2, size)
+        else:
             x = layer(x)
-            continue
-        order = torch.randperm(layer.in_features + 1, generator=generator)
-        terms = torch.cat([x[:, None, :] * layer.weight, layer.bias.expand(len(x), -1).unsqueeze(2)], 2)[..., order]
-        total = terms[..., 0]
-        for k in range(1, terms.shape[2]):
-            total = total + terms[..., k]
-        x = total
     return x
 
 
-@pytest.mark.parametrize("act", [nn.ReLU(), nn.Tanh()])
-def test_every_evaluation_order_stays_inside_at_eps_zero(act: nn.Module) -> None:
+def float32_points(x: Tensor, eps: float, p: float, count: int) -> Tensor:
+    """float32 points whose distance from x is at most eps in exact arithmetic, most of them nearly at eps."""
+    points = points_of_set(x.double(), eps, p, (0.0, 1.0), count)
+    near = points.float()
+    beyond = (near.double() - x.double()).abs() > (points - x.double()).abs()
+    near = torch.where(beyond, torch.nextafter(near, x.expand_as(near)), near)  # every coordinate towards x
+    assert ((near.double() - x.double()).flatten(2).norm(p=p, dim=2) <= eps * (1 + 1e-15)).all()
+    return near
+
+
+def small_nets(kind: str) -> tuple[nn.Sequential, tuple[int, ...]]:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(40, 64), act, nn.Linear(64, 64), act, nn.Linear(64, 5)).eval()
-    for p in net.parameters():
-        p.data *= 3
-    x, generator = torch.rand(4, 40), torch.Generator().manual_seed(1)
+    if kind == "cnn":
+        net = nn.Sequential(
+            nn.Conv2d(2, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, 1, 1), nn.ReLU(), nn.Flatten(), nn.Linear(36, 5)
+        )
+        shape: tuple[int, ...] = (2, 5, 5)
+    else:
+        act = {"relu": nn.ReLU(), "tanh": nn.Tanh(), "sigmoid": nn.Sigmoid(), "gelu": nn.GELU(), "elu": nn.ELU()}[kind]
+        net = nn.Sequential(nn.Linear(30, 24), act, nn.Linear(24, 24), act, nn.Linear(24, 5))
+        shape = (30,)
+    for q in net.parameters():
+        q.data *= 2
+    return net.eval(), shape
+
+
+@pytest.mark.parametrize("kind", ["relu", "tanh", "sigmoid", "gelu", "elu", "cnn"])
+@pytest.mark.parametrize(
+    "p,eps", [(math.inf, 0.0), (math.inf, 1e-6), (math.inf, 0.02), (2.0, 1e-6), (2.0, 0.1), (1.0, 0.2)]
+)
+def test_float32_evaluations_of_many_points_stay_inside(kind: str, p: float, eps: float) -> None:
+    net, shape = small_nets(kind)
+    x, g = torch.rand(2, *shape), torch.Generator().manual_seed(1)
+    count = 100_000 // 2 if kind != "cnn" else 10_000
+    parts = 8  # each with its own order of additions
     with torch.no_grad():
-        z = torch.stack([shuffled(net, x, generator) for _ in range(200)])
-        near = compute_bounds(net, x, 0.0, method="ibp")
-        assert ((near.lower > z.amin(0)) | (near.upper < z.amax(0))).any()  # rounding to nearest does not give this
+        points = x.expand(count, *x.shape) if eps == 0 else float32_points(x, eps, p, count)
+        low, up = torch.full((2, 5), math.inf), torch.full((2, 5), -math.inf)
+        for i, part in enumerate(points.chunk(parts)):
+            z = in_order(net, part.flatten(0, 1), ORDERS[i % 4], g).view(*part.shape[:2], 5)
+            low, up = torch.minimum(low, z.amin(0)), torch.maximum(up, z.amax(0))
         for method in METHODS:
-            got = compute_bounds(net, x, 0.0, method=method, rounding="outward")
-            assert (got.lower <= z.amin(0)).all() and (got.upper >= z.amax(0)).all(), method
+            got = compute_bounds(net, x, eps, norm=p, clip=(0, 1), method=method, rounding="outward")
+            assert (got.lower <= low).all() and (got.upper >= up).all(), method
+        if eps == 0:  # bounds that are rounded to nearest do not hold for every order
+            near = compute_bounds(net, x, eps, clip=(0, 1), method="ibp")
+            assert ((near.lower > low) | (near.upper < up)).any()
 
 
-def test_contains_exact_rational_values() -> None:
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
-    x, eps = torch.rand(1, 3), 0.1
+class Skip(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
 
-    def exact(point: list[Fraction]) -> list[Fraction]:
-        values = point
-        for layer in net:
-            if isinstance(layer, nn.ReLU):
-                values = [max(v, Fraction(0)) for v in values]
-            else:
-                w, b = layer.weight.tolist(), layer.bias.tolist()
-                values = [
-                    sum((Fraction(a) * v for a, v in zip(row, values, strict=False)), Fraction(c))
-                    for row, c in zip(w, b, strict=False)
-                ]
-        return values
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.a(x))
+        return self.c(torch.nn.functional.leaky_relu(self.b(h), 0.25) + h)
 
-    base = [Fraction(v) for v in x[0].tolist()]
-    radius = Fraction(eps)
+    def exact(self, x: list[Fraction]) -> list[Fraction]:
+        def linear(layer: nn.Linear, v: list[Fraction]) -> list[Fraction]:
+            rows = zip(layer.weight.tolist(), layer.bias.tolist(), strict=True)
+            return [sum((Fraction(w) * t for w, t in zip(row, v, strict=True)), Fraction(b)) for row, b in rows]
+
+        h = [max(v, Fraction(0)) for v in linear(self.a, x)]
+        mid = [v if v > 0 else v / 4 for v in linear(self.b, h)]
+        return linear(self.c, [s + t for s, t in zip(mid, h, strict=True)])
+
+
+# rational directions of norm 1
+DIRECTIONS = {
+    math.inf: [(1, 1, 1, 1), (1, -1, 1, -1), (-1, -1, -1, -1), (Fraction(1, 3), -1, 1, 0), (-1, 1, 1, 1), (1, 1, -1, -1)],
+    2.0: [
+        (1, 0, 0, 0), (0, -1, 0, 0), (Fraction(3, 5), Fraction(-4, 5), 0, 0), (Fraction(1, 2),) * 4,
+        (Fraction(-1, 2), Fraction(1, 2), Fraction(-1, 2), Fraction(1, 2)), (0, Fraction(5, 13), 0, Fraction(12, 13)),
+    ],
+    1.0: [(1, 0, 0, 0), (0, 0, -1, 0), (Fraction(1, 4), Fraction(-1, 4), Fraction(1, 4), Fraction(-1, 4)), (0, 0, 0, 1)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("p", list(DIRECTIONS))
+@pytest.mark.parametrize("eps", [0.0, 1e-7, 0.1, 0.7])
+@pytest.mark.parametrize("seed", range(4))
+def test_contains_exact_rational_values(p: float, eps: float, seed: int) -> None:
+    torch.manual_seed(seed)
+    net, x = Skip(), torch.rand(1, 4)
+    if seed == 3:
+        x = x.round()  # on the faces of the box
+    base, radius = [Fraction(v) for v in x[0].tolist()], Fraction(eps)
+    points = []
+    for direction in DIRECTIONS[p]:
+        for scale in (Fraction(1), Fraction(-1), Fraction(1, 7)):
+            moved = [b + scale * radius * d for b, d in zip(base, direction, strict=True)]
+            points.append([min(max(v, Fraction(0)), Fraction(1)) for v in moved])  # towards x, which lies in the box
+    values = [net.exact(point) for point in points]
     with torch.no_grad():
-        found = {m: compute_bounds(net, x, eps, method=m, rounding="outward") for m in METHODS}
-    for a in range(3**3):
-        point = [v + radius * (a // 3**i % 3 - 1) for i, v in enumerate(base)]
-        z = exact(point)
-        for method, b in found.items():
+        for method in METHODS:
+            b = compute_bounds(
+                net, x, eps, norm=p, clip=(0, 1), method=method, rounding="outward", return_linear=method != "ibp"
+            )
             for k in range(3):
-                assert Fraction(b.lower[0, k].item()) <= z[k] <= Fraction(b.upper[0, k].item()), method
+                low, up = Fraction(b.lower[0, k].item()), Fraction(b.upper[0, k].item())
+                assert all(low <= z[k] <= up for z in values), method
+                if b.linear is None:
+                    continue
+                for A, c, sign in ((b.linear.lower_A, b.linear.lower_b, 1), (b.linear.upper_A, b.linear.upper_b, -1)):
+                    row, shift = [Fraction(v) for v in A[0, k].tolist()], Fraction(c[0, k].item())
+                    for point, z in zip(points, values, strict=True):
+                        line = sum((r * v for r, v in zip(row, point, strict=True)), shift)
+                        assert sign * (z[k] - line) >= 0, method
 
 
 def test_linear_bounds_hold_with_their_float32_coefficients() -> None:

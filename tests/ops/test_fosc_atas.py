@@ -118,6 +118,58 @@ def test_dynamic_training_stops_examples_one_by_one() -> None:
     assert torch.equal(x[0], x0[0])
 
 
+# ---- out ----
+
+
+def _fosc_step(x, x0, grad, norm, active, **out):
+    return ops.pgd_step_fosc(x, x0, grad, 0.1, 0.3, 0.5, norm, active=active, **out)
+
+
+def _atas_step(x, x0, grad, norm, active, **out):
+    v = torch.linspace(0, 1, len(x), dtype=x.dtype)
+    return ops.atas_step(x, x0, grad, v, 0.1, 0.3, norm, active=active, **out)
+
+
+@pytest.mark.parametrize("op", [_fosc_step, _atas_step])
+@pytest.mark.parametrize("norm", NORMS)
+@given(
+    seed=seeds,
+    batch=st.sampled_from(BATCHES),
+    masked=st.booleans(),
+    layout=st.sampled_from(["own", "x", "strided", "channels_last", "negated", "double"]),
+)
+def test_out_gets_the_same_bits(op, norm, seed, batch, masked, layout) -> None:
+    x, x0, grad = images(seed, batch, (3, 4, 5))
+    active = torch.rand(batch) < 0.6 if masked else None
+    if layout == "double":
+        x, x0, grad = x.double(), x0.double(), grad.double()
+    want = op(x, x0, grad, norm, active)
+    x = x.clone()
+    out = {
+        "x": x,
+        "strided": torch.full((batch, 3, 4, 10), 7.0)[..., ::2],
+        "channels_last": torch.empty_like(x, memory_format=torch.channels_last),
+        "negated": torch._neg_view(torch.empty_like(x)),
+    }.get(layout, torch.empty_like(x))
+    version = out._version
+    got = op(x, x0, grad, norm, active, out=out)
+    assert got[0] is out and out._version > version
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == b.dtype == torch.bool or same_bits(a.resolve_neg().contiguous(), b.contiguous())
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("op", [_fosc_step, _atas_step])
+def test_bad_out_is_refused_before_anything_is_written(op) -> None:
+    x, x0, grad = images(1, 3, (4,))
+    before = [t.clone() for t in (x, x0, grad)]
+    for out in (x0, grad, torch.empty(3, 5), torch.empty(3, 4, dtype=torch.float64), "x"):
+        with pytest.raises((ValueError, TypeError), match="out"):
+            op(x, x0, grad, INF, None, out=out)
+    for t, b in zip((x, x0, grad), before, strict=True):
+        assert torch.equal(t, b)
+
+
 # ---- ATAS ----
 
 

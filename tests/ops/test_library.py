@@ -41,7 +41,10 @@ def test_opcheck_steps(norm, case) -> None:
     torch.library.opcheck(registry.pgd_step_out.default, (x, x0, grad, *step, *eps, *box, active, True, out))
     torch.library.opcheck(registry.fosc.default, (x, x0, grad, *eps, CODE[norm]))
     torch.library.opcheck(registry.pgd_step_fosc.default, (x, x0, grad, *step, *eps, 0.5, *box, active))
+    torch.library.opcheck(registry.pgd_step_fosc_out.default, (x, x0, grad, *step, *eps, 0.5, *box, active, out))
     v = torch.rand(batch, requires_grad=True)
+    atas = (x, x0, grad, v, *step, *eps, *box, 0.5, 0.01, True, 0.0, 1.0, active)
+    torch.library.opcheck(registry.atas_step_out.default, (*atas, out))
     for authors in (False, True):
         torch.library.opcheck(
             registry.atas_step.default, (x, x0, grad, v, *step, *eps, *box, 0.5, 0.01, authors, 0.0, 1.0, active)
@@ -85,7 +88,8 @@ def test_opcheck_losses(dtype, batch) -> None:
 
 def test_every_op_of_the_library_is_checked_here() -> None:
     """A new op in the PGD family wants its opcheck above."""
-    mine = {"pgd_step", "pgd_step_out", "fosc", "pgd_step_fosc", "atas_step", "random_start",
+    mine = {"pgd_step", "pgd_step_out", "fosc", "pgd_step_fosc", "pgd_step_fosc_out", "atas_step",
+            "atas_step_out", "random_start",
             "cross_entropy", "margin_loss", "dlr_loss", "dlr_targeted_loss", "kl_divergence"}  # fmt: skip
     for name in mine:
         assert registry.__getattr__(name).default.tags == [torch.Tag.pt2_compliant_tag]

@@ -228,3 +228,17 @@ def test_rows_of_a_radius_broadcast_as_documented() -> None:
     eps = torch.tensor([0.1, 0.2, 0.3])
     y = ops.pgd_step(x0, x0, torch.ones(3, 3), 1.0, eps)
     torch.testing.assert_close(y.double(), (0.5 + rows(eps, x0)).expand(3, 3), rtol=0, atol=1e-7)
+
+
+@given(seed=st.integers(0, 2**31), batch=st.sampled_from([1, 3, 7]), targeted=st.booleans())
+def test_an_infinite_l2_step_ends_where_long_steps_end(seed, batch, targeted) -> None:
+    """x0 + eps g / ||g||, the maximum of <g, .> over the ball."""
+    x, x0, grad = images(seed, batch, (3, 5))
+    grad[0] = 0
+    sign = -1 if targeted else 1
+    length = grad.double().flatten(1).norm(dim=1).clamp_min(1e-300)[:, None, None]
+    want = x0.double() + sign * 0.5 * grad.double() / length
+    for step in (math.inf, 1e30, 3e38):
+        y = ops.pgd_step(x, x0, grad, step, 0.5, 2, clip=None, targeted=targeted)
+        torch.testing.assert_close(y[1:].double(), want[1:], rtol=0, atol=1e-6)
+        assert same_bits(y[:1], ops.project(x[:1], x0[:1], 0.5, 2, clip=None))

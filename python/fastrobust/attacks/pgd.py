@@ -55,6 +55,7 @@ def pgd(
     autocast: torch.dtype | None = None,
     model_mode: str = "eval",
     seed: int | None = None,
+    first_example: int = 0,
     cuda_graph: bool = False,
     progress: bool = False,
     check: bool = True,
@@ -91,6 +92,8 @@ def pgd(
         model_mode: "eval" attacks in eval mode and restores every module's flag; "keep" leaves the modes and restores the
             buffers.
         seed: of the random starts (see :func:`fastrobust.ops.random_start`).
+        first_example: number of x's first example in the data set: with a ``seed``, a set attacked in batches of any
+            size gets the starts that it gets in one piece.
         cuda_graph: record a step once and replay it (CUDA, one run, keep="last", no early stop); graphs are cached on the
             model. Elsewhere it is ignored with a warning.
         progress: a tqdm bar over steps.
@@ -116,7 +119,7 @@ def pgd(
     eps = _inputs.parameter(eps, "eps", x0, p)
     step = _inputs.default_step(eps, steps) if step_size is None else step_size
     step = _inputs.parameter(step, "step_size", x0, p)
-    seed = _inputs.check_seed(seed)
+    seed, first_example = _inputs.check_seed(seed), _inputs.integer(first_example, "first_example", 0)
     _inputs.check_targets(targets, x0.shape[0], x0.device)
     multi = targets is not None
     objective = Objective(loss, targeted, multi)
@@ -143,7 +146,7 @@ def pgd(
         if multi and clean is not None:
             goals = _goals(targets, labels, clean, objective)
         bar.reset(total=restarts * len(goals) * steps)
-        starts = _Starts(x0, eps, p, run.clip, random_start, seed)
+        starts = _Starts(x0, eps, p, run.clip, random_start, seed, first_example)
         details: tuple[Tensor, Tensor] | None = None
         if x0.numel() == 0:
             adv = x0.clone()
@@ -210,13 +213,14 @@ class _Starts:
     clip: tuple[float, float] | None
     random: bool
     seed: int | None
+    first_example: int
 
     def draw(self, k: int) -> Tensor:
         if not self.random:
             return self.x0.clone()
         if self.seed is None:
             self.seed = int(torch.randint(0, 2**62, (), dtype=torch.int64).item())
-        return ops.random_start(self.x0, self.eps, self.norm, self.clip, self.seed + k)
+        return ops.random_start(self.x0, self.eps, self.norm, self.clip, self.seed + k, self.first_example)
 
 
 def _goals(targets: Any, labels: Tensor, clean: Tensor, objective: Objective) -> list[Goal]:

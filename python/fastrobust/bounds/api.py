@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastrobust.bounds import graph as G
@@ -17,6 +18,7 @@ from fastrobust.bounds.intervals import margins_of_chain
 from fastrobust.bounds.region import Box, Region
 from fastrobust.bounds.trace import first_parameter, trace
 from fastrobust.ops import bounds as ops
+from fastrobust.reference.bounds import dual_norm, eps_like
 
 # method: (intermediate bounds by linear propagation, kind of lines); None: intervals only
 METHODS: dict[str, tuple[bool, str | None]] = {
@@ -67,9 +69,10 @@ class Bounds:
 
 class _Engine:
     def __init__(
-        self, graph: G.Graph, region: Region, method: str, max_memory: int, intersect: bool, keep: bool, outward: bool
-    ):
+        self, graph: G.Graph, region: Region, method: str, max_memory: int, intersect: bool, keep: bool, outward: bool, exact_input: bool
+    ):  # fmt: skip
         self.graph, self.region, self.intersect, self.max_memory = graph, region, intersect, max_memory
+        self.sharpen = exact_input and region.box is not None and region.ball is not None
         self.outward = outward
         self.slack: dict[int, Tensor] = {}  # float32 errors of the linear nodes
         self.keep = keep  # intermediate bounds are asked for
@@ -92,7 +95,8 @@ class _Engine:
             if isinstance(node, (G.Activation, G.MaxPool)) and self.kind is not None:
                 j = node.inputs[0]
                 # the interval after an activation is the range over its input's, which linear bounds cannot beat
-                if self.tighten and not self.exact[j] and isinstance(self.graph.nodes[j], G.LinearNode):
+                loose = not self.exact[j] or self.sharpen
+                if self.tighten and loose and isinstance(self.graph.nodes[j], G.LinearNode):
                     self._tighten(j, node)
                 self.lines[i] = self._relax(node)
             self.boxes[i] = self._interval(i, node)
@@ -126,9 +130,12 @@ class _Engine:
         before = self.boxes[first]
         if isinstance(node, (G.Dense, G.Conv)):
             at_input = self._at_input(first) and (isinstance(node, G.Conv) or len(node.shape) == 1)
-            self.exact[i] = at_input or (self.diagonal[first] and region.norm == math.inf)
+            whole = isinstance(node, G.Conv) or len(node.shape) == 1
+            self.exact[i] = at_input or (self.diagonal[first] and (whole or region.norm == math.inf))
             w, b = node.get_weight(), node.get_bias()
             conv = (node.stride, node.padding, node.dilation, node.groups) if isinstance(node, G.Conv) else ()
+            if self.exact[i] and not at_input and region.norm != math.inf:
+                return self._ball_interval(first, w, b, conv)
             if at_input and region.norm != math.inf:
                 if not conv:
                     return Box(ops.interval_ball_linear(region.x, region.eps, region.norm, region.clip, w, b))
@@ -157,10 +164,46 @@ class _Engine:
             l, u = before.ends
             return Box(ops.interval_activation(l, u, node.activation, node.params))
         self.diagonal[i] = isinstance(node, (G.Reshape, G.Scale)) and self.diagonal[first]
-        self.exact[i] = self.diagonal[i]
+        self.exact[i] = self.diagonal[i] or (isinstance(node, (G.Reshape, G.Scale)) and self.exact[first])
         if isinstance(node, G.Reshape):
             return before.reshape(*node.shape)
         return Box(node.interval([self.boxes[j].ends for j in node.inputs]))
+
+    def _ball_at(self, i: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The ball at a node that only scales, shifts and reshapes the input: centre, radius per element (batch 1 where it is the
+        same for all), and what float32 evaluation can have added on the way."""
+        node, region = self.graph.nodes[i], self.region
+        if isinstance(node, G.Input):
+            e = eps_like(region.eps, region.x)
+            return region.x, e if e.dim() else e.expand(1, *region.x.shape[1:]), None
+        x, e, extra = self._ball_at(node.inputs[0])
+        if isinstance(node, G.Reshape):
+            shape = node.shape
+            moved = None if extra is None else extra.reshape(-1, *shape)
+            return x.reshape(-1, *shape), e.expand(len(e), *x.shape[1:]).reshape(-1, *shape), moved
+        assert isinstance(node, G.Scale)
+        f, shift, slack = node.get_factor(), node.get_shift(), self.slack.get(i)
+        if f is not None:
+            f = f.to(x)
+            x, e, extra = x * f, e * f.abs(), None if extra is None else extra * f.abs()
+        if shift is not None:
+            x = x + shift.to(x)
+        return x, e, slack if extra is None else extra + (0.0 if slack is None else slack)
+
+    def _ball_interval(self, first: int, w: Tensor, b: Tensor | None, conv: Any) -> Box:
+        """A layer behind a scaled input and a ball: its dual norm is that of the scaled weights. With ``clip`` the tighter of
+        that and of the box."""
+        x, e, extra = self._ball_at(first)
+        apply: Any = (lambda t, v, c=None: F.conv2d(t, v, c, *conv)) if conv else F.linear
+        mid, reach = apply(x, w, b), dual_norm(e.expand(len(e), *x.shape[1:]), w, self.region.q, apply, conv)
+        if extra is not None:
+            reach = reach + apply(extra, w.abs())
+        low, up = mid - reach, mid + reach
+        if self.region.clip is not None:
+            c, r = self.boxes[first].middle
+            c, r = apply(c, w, b), apply(r, w.abs())
+            low, up = torch.maximum(low, c - r), torch.minimum(up, c + r)
+        return Box((low, up))
 
     def _feeds_relu(self, node: G.Node) -> bool:
         """Whether only a ReLU reads this node and its own bounds are not asked for, so that the ReLU joins the product."""
@@ -325,6 +368,7 @@ def compute_bounds(
     return_intermediate: bool = False,
     sides: str = "both",
     intersect: bool = False,
+    exact_input: bool = False,
     max_memory: int = 1 << 30,
 ) -> Bounds:
     """Bounds of model(x + d) over ||d||_p <= eps (and x + d in ``clip``).
@@ -335,6 +379,8 @@ def compute_bounds(
     labels: (B,) int64: bounds of the margins z_y - z_j, (B, K - 1), j ascending without y, with the last layer elided.
     spec: (S, K) or (B, S, K): bounds of spec @ z. Neither: bounds of the outputs.
     sides="lower" skips the upper bounds. intersect=True also takes the interval bounds wherever they are tighter.
+    Over a ball cut by ``clip`` (p < inf) linear bounds take the exact extreme; the first layer's intervals take the tighter of ball
+    and box, as the thesis' tables do, and with exact_input=True "fast-lin" and "crown" bound its unstable neurons exactly too.
     max_memory: bytes that the coefficients of one chunk of rows may use. Differentiable in x, eps and the parameters.
 
     Raises ValueError or TypeError, naming the argument, for inputs that are not finite, shapes that do not fit, layers that are
@@ -380,7 +426,7 @@ def compute_bounds(
         matrix = None if matrix is None else matrix.double()
     else:
         region = Region(x, eps.to(x.dtype) if isinstance(eps, Tensor) else eps, p, clip)
-    engine = _Engine(graph, region, method, max_memory, intersect, return_intermediate, outward)
+    engine = _Engine(graph, region, method, max_memory, intersect, return_intermediate, outward, exact_input)
     kept = None
     with _full_precision(x):
         plain = labels is None and spec is None

@@ -45,9 +45,8 @@ def attack_all(args: argparse.Namespace, model: nn.Module, images: Images, setti
                 _check_classes(logits.shape[1], y, setting["target"])
                 goal = y if setting["target"] is None else torch.full_like(y, setting["target"])
                 start = _now(args.device)
-                # run k of a batch starts from seed + k: batches lie far apart
                 found = ATTACKS[setting["attack"]](
-                    model, x, goal, seed=setting["seed"] + (first << 20), return_details=True, **options
+                    model, x, goal, seed=setting["seed"], first_example=first, return_details=True, **options
                 )
                 seconds += _now(args.device) - start
                 before, after = logits.argmax(1), _logits(model, found.adv, setting["normalize"]).argmax(1)

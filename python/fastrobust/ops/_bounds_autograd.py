@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _C
-from ..reference.bounds import row_maps
+from ..reference.bounds import room_of, row_maps, split_support
 from . import _bounds_conv as conv
 from . import _checks as ck
 from ._bounds_rows import address, by_example, dense, native, rows_args
@@ -153,17 +153,16 @@ def _concretize_kernel(args: list[Any], need: Any, g: Tensor) -> Grads:
     return _to_rows(g_a, A, rows, minus), g, None, None, None, g_c, g_r, None, None, None, None, None, None
 
 
-def _norm_and_slope(w: Tensor, q: float) -> tuple[Tensor, Tensor]:
-    """||w||_q over the last dimension for w >= 0, and its gradient (0 at 0)."""
+def _norm_slope(w: Tensor, q: float) -> Tensor:
+    """The gradient of ||w||_q over the last dimension for w >= 0 (0 at 0)."""
     if q == math.inf:
-        size = w.amax(-1, keepdim=True)
-        top = (w == size).to(w.dtype)
-        return size[..., 0], top / top.sum(-1, keepdim=True)
+        top = (w == w.amax(-1, keepdim=True)).to(w.dtype)
+        return top / top.sum(-1, keepdim=True)
     if q == 1:
-        return w.sum(-1), torch.ones_like(w)
+        return torch.ones_like(w)
     size = w.pow(q).sum(-1, keepdim=True)
     size = torch.where(size > 0, size.clamp(min=torch.finfo(w.dtype).tiny).pow(1 / q), 0.0)
-    return size[..., 0], torch.where(size > 0, (w / torch.where(size > 0, size, 1.0)).pow(q - 1), 0.0)
+    return torch.where(size > 0, (w / torch.where(size > 0, size, 1.0)).pow(q - 1), 0.0)
 
 
 def concretize(args: list[Any], need: Any, g: Tensor) -> Grads:
@@ -186,23 +185,24 @@ def concretize(args: list[Any], need: Any, g: Tensor) -> Grads:
     for side in range(b.shape[0]):
         k, sign = min(side, A.shape[0] - 1), 2.0 * side - 1.0
         a, through = seen[k], g[side][:, None]
-        box_share = ball_share = through
-        slope = None
-        if p is not None and e is not None:
-            size, slope = _norm_and_slope((a * e).abs(), q)
-        if c is not None and r is not None and p is not None and slope is not None:
-            box_value = (a * c).sum(-1) + sign * (a.abs() * r).sum(-1)
-            ball_value = (a * p).sum(-1) + sign * size
-            by_box = ((box_value >= ball_value) if side == 0 else (box_value <= ball_value))[:, None].to(a.dtype)
-            box_share, ball_share = through * by_box, through * (1 - by_box)
+        on_box, on_ball, full, slope = a, a, None, None
+        if c is not None and r is not None and p is not None and e is not None:
+            part, slope, full = split_support((a * e).abs(), room_of(a, side, c, r, p, e), q)
+            on_ball = torch.where(full, a.sign() * part / torch.where(full, e, 1.0), a)
+            on_box = a - on_ball
+        elif p is not None and e is not None:
+            slope = _norm_slope((a * e).abs(), q)
+        end: Tensor | float = 0.0  # where the extreme is attained: the derivative with respect to A
         if c is not None and r is not None:
-            g_a[k] = g_a[k] + box_share * (c + sign * a.sign() * r)
-            add("center", box_share * a)
-            add("radius", box_share * sign * a.abs())
+            end = c + sign * a.sign() * r
+            add("center", through * on_box)
+            add("radius", through * sign * on_box.abs())
         if p is not None and e is not None and slope is not None:
-            g_a[k] = g_a[k] + ball_share * (p + sign * slope * e * a.sign())
-            add("x", ball_share * a)
-            add("eps", ball_share * sign * slope * a.abs())
+            inside = p + sign * slope * e * a.sign()
+            end = inside if full is None else torch.where(full, end, inside)
+            add("x", through * on_ball)
+            add("eps", through * sign * slope * on_ball.abs())
+        g_a[k] = g_a[k] + through * end
     back = [
         None if t is None else _to_maps(found[name][None], t[None], example, y, x, window)[0]
         for name, t in (("center", center), ("radius", radius), ("x", x0), ("eps", eps))

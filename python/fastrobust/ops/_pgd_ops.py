@@ -98,6 +98,17 @@ def _format(x: Tensor) -> torch.memory_format:
     return ck.dense_format(x) or torch.contiguous_format
 
 
+def _target(x: Tensor, out: Tensor | None, fmt: torch.memory_format) -> Tensor:
+    """Where the kernel writes: out itself when it is dense in fmt."""
+    if out is not None and not out.is_neg() and out.is_contiguous(memory_format=fmt):
+        return out
+    return torch.empty_like(x, memory_format=fmt)
+
+
+def _deliver(target: Tensor, out: Tensor | None) -> Tensor:
+    return target if out is None or target is out else out.copy_(target)
+
+
 def _step_kernel(
     x: Tensor, x0: Tensor, grad: Tensor | None, step_t: Tensor | None, step: float, eps_t: Tensor | None, eps: float,
     norm: int, lo: float, hi: float, active: Tensor | None, normalize: bool, out: Tensor | None = None,
@@ -112,11 +123,9 @@ def _step_kernel(
     fmt = _format(x)
     x_, x0_ = ck.lay_out(x, fmt), ck.lay_out(x0, fmt)
     grad_ = None if grad is None else ck.lay_out(grad, fmt)
-    direct = out is not None and not out.is_neg() and out.is_contiguous(memory_format=fmt)
-    target = out if direct else torch.empty_like(x_, memory_format=fmt)
-    assert target is not None
+    target = _target(x_, out, fmt)
     _call(x_, x0_, grad_, (step_t, step), (eps_t, eps), norm, lo, hi, active, normalize, target, fmt)
-    return target if out is None or direct else out.copy_(target)
+    return _deliver(target, out)
 
 
 def _like(x: Tensor) -> Tensor:
@@ -170,67 +179,86 @@ fosc = define(
 )
 
 
+_STEP_FOSC_ARGS = (
+    "Tensor x, Tensor x0, Tensor grad, Tensor? step_t, float step, Tensor? eps_t, float eps, float threshold, "
+    "int norm, float lo, float hi, Tensor? active"
+)
+
+
 def _step_fosc_kernel(
     x: Tensor, x0: Tensor, grad: Tensor, step_t: Tensor | None, step: float, eps_t: Tensor | None, eps: float,
-    threshold: float, norm: int, lo: float, hi: float, active: Tensor | None,
+    threshold: float, norm: int, lo: float, hi: float, active: Tensor | None, out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if x.dtype == torch.float64:
-        return reference.pgd_step_fosc(
-            x,
-            x0,
-            grad,
-            _per_value(step_t, step),
-            _per_value(eps_t, eps),
-            threshold,
-            _CODE_NORM[norm],
-            _clip(lo, hi),
+        y, value, keep = reference.pgd_step_fosc(
+            x, x0, grad, _per_value(step_t, step), _per_value(eps_t, eps), threshold, _CODE_NORM[norm], _clip(lo, hi),
             active,
-        )
+        )  # fmt: skip
+        return _deliver(y, out), value, keep
     fmt = _format(x)
     value = torch.empty(x.shape[0], dtype=x.dtype, device=x.device)
     keep = torch.empty(x.shape[0], dtype=torch.bool, device=x.device)
-    out = torch.empty_like(x, memory_format=fmt)
     x_, x0_, grad_ = (ck.lay_out(t, fmt) for t in (x, x0, grad))
+    target = _target(x_, out, fmt)
     outputs = (value.data_ptr(), keep.data_ptr(), threshold)
-    _call(x_, x0_, grad_, (step_t, step), (eps_t, eps), norm, lo, hi, active, True, out, fmt, fosc=outputs)
-    return out, value, keep
+    _call(x_, x0_, grad_, (step_t, step), (eps_t, eps), norm, lo, hi, active, True, target, fmt, fosc=outputs)
+    return _deliver(target, out), value, keep
+
+
+def _fosc_fakes(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0]), x.new_empty(x.shape[0], dtype=torch.bool)
 
 
 pgd_step_fosc = define(
     "pgd_step_fosc",
-    "(Tensor x, Tensor x0, Tensor grad, Tensor? step_t, float step, Tensor? eps_t, float eps, float threshold, "
-    "int norm, float lo, float hi, Tensor? active) -> (Tensor, Tensor, Tensor)",
+    f"({_STEP_FOSC_ARGS}) -> (Tensor, Tensor, Tensor)",
     _step_fosc_kernel,
-    lambda x, *args: (_like(x), x.new_empty(x.shape[0]), x.new_empty(x.shape[0], dtype=torch.bool)),
+    lambda x, *args: (_like(x), *_fosc_fakes(x)),
+)
+pgd_step_fosc_out = define(
+    "pgd_step_fosc_out",
+    f"({_STEP_FOSC_ARGS}, Tensor(a!) out) -> (Tensor, Tensor)",
+    lambda *args: _step_fosc_kernel(*args)[1:],
+    lambda x, *args: _fosc_fakes(x),
+)
+
+_ATAS_ARGS = (
+    "Tensor x, Tensor x0, Tensor grad, Tensor v, Tensor? step_t, float step, Tensor? eps_t, float eps, int norm, "
+    "float lo, float hi, float beta, float c, bool authors, float min_step, float max_step, Tensor? active"
 )
 
 
 def _atas_kernel(
     x: Tensor, x0: Tensor, grad: Tensor, v: Tensor, step_t: Tensor | None, step: float, eps_t: Tensor | None, eps: float,
     norm: int, lo: float, hi: float, beta: float, c: float, authors: bool, min_step: float, max_step: float,
-    active: Tensor | None,
+    active: Tensor | None, out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if x.dtype == torch.float64:
-        return reference.atas_step(
+        y, v_out, step_out = reference.atas_step(
             x, x0, grad, v, _per_value(step_t, step), _per_value(eps_t, eps), _CODE_NORM[norm], _clip(lo, hi),
             beta, c, "authors" if authors else "paper", (min_step, max_step), active,
         )  # fmt: skip
+        return _deliver(y, out), v_out, step_out
     fmt = _format(x)
-    out = torch.empty_like(x, memory_format=fmt)
     v_, v_out, step_out = v.contiguous(), torch.empty_like(v), torch.empty_like(v)
     x_, x0_, grad_ = (ck.lay_out(t, fmt) for t in (x, x0, grad))
+    target = _target(x_, out, fmt)
     state = (v_.data_ptr(), v_out.data_ptr(), step_out.data_ptr(), beta, c, authors, min_step, max_step)
-    _call(x_, x0_, grad_, (step_t, step), (eps_t, eps), norm, lo, hi, active, True, out, fmt, atas=state)
-    return out, v_out, step_out
+    _call(x_, x0_, grad_, (step_t, step), (eps_t, eps), norm, lo, hi, active, True, target, fmt, atas=state)
+    return _deliver(target, out), v_out, step_out
 
 
 atas_step = define(
     "atas_step",
-    "(Tensor x, Tensor x0, Tensor grad, Tensor v, Tensor? step_t, float step, Tensor? eps_t, float eps, int norm, "
-    "float lo, float hi, float beta, float c, bool authors, float min_step, float max_step, Tensor? active) "
-    "-> (Tensor, Tensor, Tensor)",
+    f"({_ATAS_ARGS}) -> (Tensor, Tensor, Tensor)",
     _atas_kernel,
     lambda x, x0, grad, v, *args: (_like(x), torch.empty_like(v), torch.empty_like(v)),
+)
+atas_step_out = define(
+    "atas_step_out",
+    f"({_ATAS_ARGS}, Tensor(a!) out) -> (Tensor, Tensor)",
+    lambda *args: _atas_kernel(*args)[1:],
+    lambda x, x0, grad, v, *args: (torch.empty_like(v), torch.empty_like(v)),
 )
 
 

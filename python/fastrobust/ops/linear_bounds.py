@@ -284,7 +284,7 @@ def concretize(A: Tensor, b: Tensor, x: Tensor, eps: float | Tensor, norm: Any =
     """Minimum and maximum of A x' + b over {x + d: ||d||_p <= eps} cut at ``clip``: two tensors (B, S).
 
     A: (B, S, n), or (B, S, *x.shape[1:]); b: (B, S); x: (B, *shape) with n elements; eps a number, (B,) or x's shape (then
-    d = eps * v with ||v||_p <= 1). For p < inf with ``clip`` the tighter of the ball and the box.
+    d = eps * v with ||v||_p <= 1). For p < inf with ``clip`` the extreme over the ball cut by the box, exactly.
     """
     p = check_p(norm)
     x = ck.check_state(x, "x")

@@ -141,6 +141,21 @@ def _is_simple(t: Any) -> bool:
     return type(t) is Tensor and t.dtype is _FLOAT and t.is_cpu and t.is_contiguous() and not t.is_neg()
 
 
+def _with_out(
+    fresh: Any, into: Any, args: tuple[Any, ...], out: Tensor | None, x: Tensor, x0: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """An op of (x', two values per example), or its variant that writes x' into out."""
+    if out is None:
+        return fresh(*args)
+    out = _check_out(out, x, x0, grad)
+    if ck.has_values(out) and out.is_neg():
+        moved, *values = fresh(*args)
+        return (out.copy_(moved), *values)
+    values = into(*args, out)
+    _bump(out)
+    return (out, *values)
+
+
 def _bump(out: Tensor) -> None:
     """Raw writes are invisible to autograd; without this a saved tensor would be used after it changed."""
     if type(out) is Tensor and nothing_intercepts():
@@ -241,6 +256,7 @@ def pgd_step_fosc(
     norm: float | str = INF,
     clip: tuple[float, float] | None = (0.0, 1.0),
     active: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""Update, criterion and mask of dynamic adversarial training (Wang et al. 2019, algorithm 1) in one pass.
 
@@ -249,12 +265,13 @@ def pgd_step_fosc(
     its criterion has fallen to ``threshold`` (the paper's c_t).
 
     Returns:
-        (x', fosc (B,), active (B,) bool). Other arguments as in :func:`pgd_step`.
+        (x', fosc (B,), active (B,) bool); x' is ``out`` where given. Other arguments as in :func:`pgd_step`.
     """
     x, x0, grad, p, lo, hi = _checked(x, x0, grad, norm, clip)
     step_p, eps_p = ck.check_parameter(step_size, "step_size", x, p), ck.check_parameter(eps, "eps", x, p)
     level = ck.check_number(threshold, "threshold")
-    return op.pgd_step_fosc(x, x0, grad, *step_p, *eps_p, level, NORM_CODE[p], lo, hi, ck.check_active(active, x))
+    args = (x, x0, grad, *step_p, *eps_p, level, NORM_CODE[p], lo, hi, ck.check_active(active, x))
+    return _with_out(op.pgd_step_fosc, op.pgd_step_fosc_out, args, out, x, x0, grad)
 
 
 def atas_step(
@@ -272,6 +289,7 @@ def atas_step(
     variant: str = "paper",
     step_range: tuple[float, float] | None = None,
     active: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""A step of adversarial training with adaptive step size (ATAS, thesis algorithm 5.3), in one op.
 
@@ -287,7 +305,8 @@ def atas_step(
         step_range: (min, max) of alpha; None: no limits for "paper", [4, 14]/255 for "authors".
 
     Returns:
-        (x', v' (B,), alpha (B,)). Examples that are not ``active`` keep x and v. Other arguments as in :func:`pgd_step`.
+        (x', v' (B,), alpha (B,)). Examples that are not ``active`` keep x and v; x' is ``out`` where
+        given. Other arguments as in :func:`pgd_step`.
     """
     x, x0, grad, p, lo, hi = _checked(x, x0, grad, norm, clip)
     v = ck.need_tensor(v, "v")
@@ -303,7 +322,8 @@ def atas_step(
         raise ValueError("c: got 0, expected a number > 0 for variant 'authors'")
     limits = step_range if step_range is not None else (_AUTHORS_RANGE if variant == "authors" else (0.0, INF))
     low, high = ck.parse_clip(limits, "step_range")
-    return op.atas_step(
+    args = (
         x, x0, grad, v, *step_p, *eps_p, NORM_CODE[p], lo, hi, b, constant, variant == "authors", low, high,
         ck.check_active(active, x),
     )  # fmt: skip
+    return _with_out(op.atas_step, op.atas_step_out, args, out, x, x0, grad)

@@ -8,6 +8,7 @@ is {x_i + d : ||d||_p <= eps_i} for a scalar eps_i, {x_i + eps_i * v : ||v||_p <
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,9 +18,9 @@ from torch import Tensor
 from fastrobust.reference.relaxations import interval_activation, relax
 
 __all__ = [
-    "center_radius", "concretize", "concretize_rows", "dual_exponent", "eps_like", "input_box", "interval_activation",
+    "center_radius", "concretize", "concretize_rows", "dual_exponent", "dual_norm", "eps_like", "input_box", "interval_activation",
     "interval_ball_conv2d", "interval_ball_linear", "interval_conv2d", "interval_linear", "linear_back_step", "region", "relax",
-    "row_maps",
+    "room_of", "row_maps", "split_support",
 ]  # fmt: skip
 
 
@@ -75,6 +76,15 @@ def _power_sum_root(s: Tensor, q: float) -> Tensor:
     return torch.where(positive, torch.where(positive, s, torch.ones_like(s)).pow(1.0 / q), torch.zeros_like(s))
 
 
+def dual_norm(e: Tensor, weight: Tensor, q: float, layer: Callable[[Tensor, Tensor], Tensor], conv: tuple[Any, ...]) -> Tensor:  # fmt: skip
+    """||e * w||_q for every row w of a layer: a product (``conv`` empty) or a convolution with these arguments."""
+    if q != math.inf:
+        return _power_sum_root(layer(e.pow(q), weight.abs().pow(q)), q)
+    if conv:
+        return _max_conv2d(e, weight.abs(), *conv)
+    return torch.stack([(weight.abs() * row).amax(1) for row in e]) if len(e) else e.new_zeros(0, len(weight))
+
+
 def interval_ball_linear(x: Tensor, eps: float | Tensor, norm: float, clip: tuple[float, float] | None, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, params: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Bounds of W x' + b over the input set: W x + b -+ eps ||W||_q row by row (Algorithm 3.1, line 2) and, with ``clip``, the
     tighter of that and of the bounds over the clipped box. x: (B, n) or (B, *shape) with n elements."""
@@ -84,11 +94,7 @@ def interval_ball_linear(x: Tensor, eps: float | Tensor, norm: float, clip: tupl
     if clip is not None or norm == math.inf:
         box = interval_linear(*input_box(x, e, clip), weight, bias)
     if norm != math.inf:
-        q, c = dual_exponent(norm), F.linear(x, weight, bias)
-        if q == math.inf:
-            r = torch.stack([(weight.abs() * row).amax(1) for row in e]) if len(e) else c
-        else:
-            r = _power_sum_root(F.linear(e.pow(q), weight.abs().pow(q)), q)
+        c, r = F.linear(x, weight, bias), dual_norm(e, weight, dual_exponent(norm), F.linear, ())
         ball = (c - r, c + r)
         box = ball if box is None else (torch.maximum(box[0], ball[0]), torch.minimum(box[1], ball[1]))
     return _finish(box[0], box[1], activation, params)
@@ -102,11 +108,8 @@ def interval_ball_conv2d(x: Tensor, eps: float | Tensor, norm: float, clip: tupl
     if clip is not None or norm == math.inf:
         box = interval_conv2d(*input_box(x, e, clip), weight, bias, *conv)
     if norm != math.inf:
-        q, c = dual_exponent(norm), F.conv2d(x, weight, bias, *conv)
-        if q == math.inf:
-            r = _max_conv2d(e, weight.abs(), *conv)
-        else:
-            r = _power_sum_root(F.conv2d(e.pow(q), weight.abs().pow(q), None, *conv), q)
+        c = F.conv2d(x, weight, bias, *conv)
+        r = dual_norm(e, weight, dual_exponent(norm), lambda t, w: F.conv2d(t, w, None, *conv), conv)
         ball = (c - r, c + r)
         box = ball if box is None else (torch.maximum(box[0], ball[0]), torch.minimum(box[1], ball[1]))
     return _finish(box[0], box[1], activation, params)
@@ -174,11 +177,58 @@ def linear_back_step(A: Tensor, b: Tensor, slopes: Tensor, intercepts: Tensor, e
     return (torch.stack(out) if out else A * s), torch.stack(offsets)
 
 
+@torch.no_grad()
+def split_support(w: Tensor, room: Tensor, q: float) -> tuple[Tensor, Tensor, Tensor]:
+    """max w.v over ||v||_p <= 1 and 0 <= v <= room, for w, room >= 0 (..., n), 1/p + 1/q = 1: (ball, v, full).
+
+    The support function of an intersection is the cheapest way to split w between the two sets (Rockafellar, Convex Analysis,
+    corollary 16.4.1): the maximum is min over 0 <= ball <= w of room.(w - ball) + ||ball||_q. EVERY split is an upper bound,
+    so rounding in the search costs tightness and never soundness. At the optimum v_i = min(t w_i^(q - 1), room_i) with the t that
+    makes ||v||_p = 1: coordinates are sorted by the t at which they meet the box (``full``); without such a t all do.
+    p = 1 fills the largest w first.
+    """
+    if q == 1:
+        full = (room < 1) & (w > 0)
+        return torch.where(full, 0.0, w), room.clamp(max=1), full
+    if q == math.inf:
+        order = w.argsort(dim=-1, descending=True, stable=True)
+        r, value = room.gather(-1, order), w.gather(-1, order)
+        spent = r.cumsum(-1)
+        step = torch.minimum(r, (1 - (spent - r)).clamp(min=0))
+        at = (spent < 1).sum(-1, keepdim=True)  # the coordinate that is not used up
+        level = torch.cat([value, torch.zeros_like(value[..., :1])], -1).gather(-1, at)
+        return torch.minimum(w, level), torch.zeros_like(w).scatter(-1, order, step), w > level
+    p = q / (q - 1)
+    top = w.amax(-1, keepdim=True) if w.shape[-1] else w[..., :1]
+    u = w / torch.where(top > 0, top, 1.0)
+    s = u.pow(q - 1)
+    meets = torch.where(s > 0, room / torch.where(s > 0, s, 1.0), math.inf)  # t at which the coordinate meets the box
+    meets, order = meets.sort(dim=-1, stable=True)
+    zero = torch.zeros_like(w[..., :1])
+    fixed = torch.cat([zero, room.gather(-1, order).pow(p).cumsum(-1)], -1)  # sums over the first 0, 1, ... coordinates
+    free = torch.cat([u.gather(-1, order).pow(q).flip(-1).cumsum(-1).flip(-1), zero], -1)  # and over the others
+    count = (fixed[..., :-1] + meets.pow(p) * free[..., :-1] < 1).sum(-1, keepdim=True)
+    left, rest = 1 - fixed.gather(-1, count), free.gather(-1, count)
+    t = torch.where(rest > 0, (left / torch.where(rest > 0, rest, 1.0)).pow(1 / p), math.inf)
+    rank = torch.empty_like(order).scatter(-1, order, torch.arange(w.shape[-1], device=w.device).expand_as(order))
+    full = (rank < count) & (w > 0)
+    ball = torch.where(full, torch.minimum(w, top * (room / t).pow(p - 1)), w)
+    return ball, torch.where(full, room, torch.where(s > 0, t * s, 0.0)), full
+
+
+def room_of(a: Tensor, side: int, center: Tensor, radius: Tensor, x: Tensor, eps: Tensor) -> Tensor:
+    """How far the extreme of a x on one side can go from x before it meets the box, in units of eps."""
+    up = (a >= 0) == (side == 1)
+    room = (radius + torch.where(up, center - x, x - center)).clamp(min=0)
+    return torch.where(eps > 0, room / torch.where(eps > 0, eps, 1.0), 0.0)
+
+
 def concretize_rows(A: Tensor, b: Tensor, example: Tensor | None, box: tuple[Tensor, Tensor] | None, ball: tuple[Tensor, Tensor] | None, q: float, rows: Tensor | None = None, corner: tuple[Tensor, Tensor] | None = None, window: Window | None = None, minus: Tensor | None = None) -> Tensor:  # fmt: skip
     """Minimum (row 0) and maximum (row 1) of A x + b: (m, R).
 
-    A, b, example, rows, corner, window, minus as in ``linear_back_step``. box = (center, radius), each (B, map); ball = (x, eps), each
-    (B, map), with dual exponent q: A x -+ ||eps * A||_q. With both, the tighter one.
+    A, b, example, rows, corner, window, minus as in ``linear_back_step``. box = (center, radius), each (B, map):
+    A center -+ |A| radius; ball = (x, eps), each (B, map), with dual exponent q: A x -+ ||eps * A||_q. With both, the extreme
+    over their intersection: one part of A is bounded over the box, the rest over the ball (``split_support``).
     """
     if rows is not None:
         A = A[:, rows] if minus is None else A[:, rows] - A[:, minus]
@@ -187,15 +237,26 @@ def concretize_rows(A: Tensor, b: Tensor, example: Tensor | None, box: tuple[Ten
     out = []
     for side in range(b.shape[0]):
         a, sign = A[min(side, A.shape[0] - 1)], 2.0 * side - 1.0
-        values = []
+        on_box = on_ball = a
+        step = None
+        if box_maps is not None and ball_maps is not None:
+            with torch.no_grad():
+                room = room_of(a, side, *box_maps, *ball_maps)
+                part, step, full = split_support((a * ball_maps[1]).abs(), room, q)
+                part = a.sign() * part / torch.where(full, ball_maps[1], 1.0)
+            on_ball = torch.where(full, part, a)
+            on_box = a - on_ball
+        value = b[side]
         if box_maps is not None:
-            values.append((a * box_maps[0]).sum(-1) + sign * (a.abs() * box_maps[1]).sum(-1))
+            value = value + (on_box * box_maps[0]).sum(-1) + sign * (on_box.abs() * box_maps[1]).sum(-1)
         if ball_maps is not None:
-            w = (a * ball_maps[1]).abs()
-            size = w.amax(-1) if q == math.inf else _power_sum_root(w.pow(q).sum(-1), q)
-            values.append((a * ball_maps[0]).sum(-1) + sign * size)
-        best = values[0] if len(values) == 1 else (torch.minimum if side else torch.maximum)(*values)
-        out.append(b[side] + best)
+            w = (on_ball * ball_maps[1]).abs()
+            if step is not None and q in (1, math.inf):
+                size = (step * w if q == math.inf else w).sum(-1)  # the derivative of a maximum that is attained often
+            else:
+                size = w.amax(-1) if q == math.inf else _power_sum_root(w.pow(q).sum(-1), q)
+            value = value + (on_ball * ball_maps[0]).sum(-1) + sign * size
+        out.append(value)
     return torch.stack(out)
 
 

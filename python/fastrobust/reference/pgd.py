@@ -15,6 +15,7 @@ from . import random as rnd
 from .rounding import add_down, add_inward, add_up, round_down, round_up
 
 INF = math.inf
+_LONGEST = 2.0**100  # of an L2 step: longer ones end at the same point of the ball, and their squares overflow
 ACCEPT, SHRINK = 2.0**-23, 2.0**-21  # see csrc/pgd/step.h
 
 
@@ -109,7 +110,8 @@ def ascend(
     if not normalize:
         return x + _rows(step, x) * g
     length = _total(g.double() ** 2).sqrt()
-    scaled = g.double() * _rows(torch.where(length > 0, step.double() / length.clamp_min(1e-300), 0), x)
+    far = step.double().clamp(-_LONGEST, _LONGEST)
+    scaled = g.double() * _rows(torch.where(length > 0, far / length.clamp_min(1e-300), 0), x)
     return x + scaled.to(x.dtype)
 
 
