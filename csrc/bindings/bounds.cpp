@@ -287,6 +287,45 @@ void relu_lines(int device, uintptr_t stream, uintptr_t lower, uintptr_t upper, 
   run(device, stream, count, g, bounds().relu_lines, FR_BOUNDS_CUDA(relu_lines_cuda));
 }
 
+// layers: (kind, finish, n, m, in_h, in_w, in_c, out_h, out_w, out_c, kernel_h, kernel_w, stride_y, stride_x, pad_y,
+// pad_x) each; addresses: weight and bias of each, then of the last layer. Without `work` returns how many numbers it
+// must hold, else 0 or, where the inputs or results are not fine, 1.
+int64_t interval_chain(const std::vector<std::array<int64_t, 16>>& layers, const std::vector<uintptr_t>& addresses,
+                       uintptr_t x, int64_t batch, int64_t numbers, double eps, double low, double high,
+                       uintptr_t labels, int64_t classes, uintptr_t work, uintptr_t out, int sides) {
+  if (addresses.size() != 2 * layers.size() + 2) throw std::invalid_argument("addresses: expected two for each layer");
+  std::vector<IntervalLayer> list(layers.size());
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const auto& t = layers[i];
+    IntervalLayer& s = list[i];
+    s.kind = static_cast<LayerKind>(t[0]);
+    s.finish = static_cast<Finish>(t[1]);
+    s.n = t[2], s.m = t[3];
+    IntervalConvArgs& c = s.conv;
+    int64_t* const to[] = {&c.in_h,     &c.in_w,     &c.in_c,     &c.out_h,    &c.out_w, &c.out_c,
+                           &c.kernel_h, &c.kernel_w, &c.stride_y, &c.stride_x, &c.pad_y, &c.pad_x};
+    for (size_t k = 0; k < 12; ++k) *to[k] = t[k + 4];
+    s.weight = reinterpret_cast<const float*>(addresses[2 * i]);
+    s.bias = reinterpret_cast<const float*>(addresses[2 * i + 1]);
+    if (s.kind != LayerKind::flatten && s.weight == nullptr) throw std::invalid_argument("weight: has no memory");
+  }
+  IntervalChainArgs g;
+  g.x = pointer<const float>(x, batch * numbers, "x");
+  g.batch = batch, g.numbers = numbers;
+  g.eps = static_cast<float>(eps), g.low = static_cast<float>(low), g.high = static_cast<float>(high);
+  g.layers = list.data(), g.count = static_cast<int>(list.size());
+  g.weight = pointer<const float>(addresses[addresses.size() - 2], 1, "weight");
+  g.bias = reinterpret_cast<const float*>(addresses.back());
+  g.classes = classes, g.sides = sides;
+  if (work == 0) return bounds().interval_chain_work(g);
+  g.labels = pointer<const int64_t>(labels, batch, "labels");
+  g.work = reinterpret_cast<float*>(work);
+  g.out = pointer<float>(out, 1, "out");
+  ChainResult result = ChainResult::done;
+  without_gil(kReleaseGilAbove + 1, [&] { result = bounds().interval_chain(g); });
+  return static_cast<int64_t>(result);
+}
+
 }  // namespace
 
 void bind_bounds(py::module_& m) {
@@ -298,6 +337,7 @@ void bind_bounds(py::module_& m) {
   m.def("bounds_relu_lines", &relu_lines);
   m.def("bounds_interval_conv", &interval_conv);
   m.def("bounds_chain", &chain);
+  m.def("bounds_interval_chain", &interval_chain);
   m.def("bounds_conv_grad", &conv_grad);
   m.def("bounds_relu_lines_grad", &relu_lines_grad);
   m.def("bounds_back_grad", &back_grad);

@@ -167,6 +167,33 @@ struct IntervalArgs {
   Finish finish = Finish::ends;
 };
 
+// Margins z_y - z_j, j ascending without y, of a chain of layers over [x - eps, x + eps] cut at [low, high].
+enum class LayerKind : int { flatten, dense, conv };
+struct IntervalLayer {
+  LayerKind kind = LayerKind::flatten;
+  Finish finish = Finish::center;
+  const float* weight = nullptr;
+  const float* bias = nullptr;
+  int64_t n = 0, m = 0;   // dense
+  IntervalConvArgs conv;  // its geometry; of flatten the sizes of what comes in
+};
+struct IntervalChainArgs {
+  const float* x = nullptr;  // [batch, numbers], channels first
+  int64_t batch = 0, numbers = 0;
+  float eps = 0.f, low = 0.f, high = 0.f;
+  const IntervalLayer* layers = nullptr;
+  int count = 0;
+  const float* weight = nullptr;  // [classes, n] of the last layer
+  const float* bias = nullptr;    // [classes] or null
+  int64_t classes = 0;
+  const int64_t* labels = nullptr;  // [batch]
+  float* work = nullptr;            // interval_chain_work(...) numbers
+  float* out = nullptr;             // [sides, batch, classes - 1]
+  int sides = 1;
+};
+// refused: an input is not finite or outside [low, high], a label is none, or a result is not finite.
+enum class ChainResult : int { done, refused };
+
 // One elementwise pass over intervals.
 enum class IntervalStep : int {
   to_center,    // (lower, upper) -> (center, radius)

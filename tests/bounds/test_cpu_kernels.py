@@ -154,7 +154,7 @@ def test_one_radius_for_every_example(batch: int, finish: int) -> None:
 # ---- the adjoint of a convolution ----
 
 ADJOINTS = [(16, 1, 4, 2, 1), (5, 3, 3, 1, 1), (8, 3, 4, 2, 1), (4, 1, 8, 3, 0), (7, 2, 3, 2, 0), (6, 16, 3, 1, 1),
-            (9, 16, 4, 2, 1), (3, 60, 3, 1, 0), (2, 300, 2, 1, 1)]  # fmt: skip
+            (9, 16, 4, 2, 1), (3, 60, 3, 1, 0), (2, 300, 2, 1, 1), (5, 33, 3, 2, 1), (4, 16, 2, 3, 0), (3, 48, 5, 2, 2), (7, 14, 1, 2, 0)]  # fmt: skip
 
 
 @pytest.mark.parametrize("count", [0, 1, 6])
@@ -240,7 +240,9 @@ def test_intervals_of_a_chain_equal_the_engine(
     calls = []
     monkeypatch.setattr(api, "margins_of_chain", lambda *a: calls.append(1) or intervals.margins_of_chain(*a))
     got = compute_bounds(net, x, radius, clip=clip, method="ibp", labels=y)
-    assert calls and intervals.chain_of(trace(net, tuple(x.shape[1:]))) is not None
+    assert (batch <= intervals.SMALL_BATCH and eps != "each" or calls) and intervals.chain_of(
+        trace(net, tuple(x.shape[1:]))
+    ) is not None
     merged = nn.Sequential(*net[:-2], net[-1])  # two linear layers at the end: the engine merges them
     assert intervals.chain_of(trace(merged, tuple(x.shape[1:]))) is None
     monkeypatch.setattr(api, "margins_of_chain", lambda *a: None)
@@ -249,6 +251,50 @@ def test_intervals_of_a_chain_equal_the_engine(
     for other in (want, wide):
         near(got.lower, other.lower)
         near(got.upper, other.upper)
+
+
+@pytest.mark.parametrize("clip", [None, (0.0, 1.0)])
+@pytest.mark.parametrize("batch", [1, 3, 16])
+@pytest.mark.parametrize("sides", ["both", "lower"])
+@pytest.mark.parametrize("name", ["fc", "one", "conv", "rgb"])
+def test_small_batches_in_one_call(
+    clip: tuple[float, float] | None, batch: int, sides: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(5)
+    shape, net = {
+        "fc": ((1, 5, 7), nn.Sequential(nn.Flatten(), nn.Linear(35, 50), nn.ReLU(), nn.Linear(50, 4))),
+        "one": ((6,), nn.Linear(6, 3)),
+        "conv": ((1, 9, 8), nn.Sequential(
+            nn.Conv2d(1, 17, 3, 2, 1, bias=False), nn.ReLU(), nn.Conv2d(17, 6, 2), nn.ReLU(), nn.Flatten(), nn.Linear(72, 4, bias=False))),
+        "rgb": ((3, 6, 6), nn.Sequential(
+            nn.Conv2d(3, 40, 3, 1, 1), nn.BatchNorm2d(40), nn.ReLU(), nn.Flatten(), nn.Linear(1440, 30), nn.Linear(30, 9), nn.ReLU(),
+            nn.Linear(9, 3))),
+    }[name]  # fmt: skip
+    net = net.eval().requires_grad_(False)
+    x, y = torch.rand(batch, *shape), torch.randint(0, 3, (batch,))
+    found = intervals.small_margins(net, x, 0.03, clip, y, 2)
+    assert found is not None
+    got = compute_bounds(net, x, 0.03, clip=clip, method="ibp", labels=y, sides=sides)
+    assert torch.equal(got.lower, found[0]) and (
+        got.upper is None if sides == "lower" else torch.equal(got.upper, found[1])
+    )
+    monkeypatch.setattr(api, "small_margins", lambda *a: None)
+    monkeypatch.setattr(api, "margins_of_chain", lambda *a: None)
+    want = compute_bounds(net.double(), x.double(), 0.03, clip=clip, method="ibp", labels=y, sides=sides)
+    near(got.lower, want.lower)
+    if sides == "both":
+        near(got.upper, want.upper)
+
+
+def test_small_batches_leave_errors_to_the_longer_way() -> None:
+    net = nn.Linear(6, 3).requires_grad_(False)
+    x, y = torch.rand(2, 6), torch.tensor([0, 2])
+    for bad, labels, clip in (
+        (x * math.nan, y, None), (x / 0.0, y, (0.0, 1.0)), (x, y + 1, None), (x - 1, y, (0.0, 1.0)),
+    ):  # fmt: skip
+        assert intervals.small_margins(net, bad, 0.1, clip, labels, 1) is None
+        with pytest.raises(ValueError):
+            compute_bounds(net, bad, 0.1, clip=clip, method="ibp", labels=labels)
 
 
 @pytest.mark.parametrize("rows,k,n", [(64, 32, 32), (65, 33, 70), (900, 100, 300), (3, 40, 40), (0, 40, 40)])

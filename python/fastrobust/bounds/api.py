@@ -14,7 +14,7 @@ from fastrobust.bounds import graph as G
 from fastrobust.bounds import outward as O
 from fastrobust.bounds.backward import Backward, Chunk, Lines, Rows, conv_chain
 from fastrobust.bounds.checks import check_inputs, check_spec, explain_not_finite
-from fastrobust.bounds.intervals import margins_of_chain
+from fastrobust.bounds.intervals import margins_of_chain, small_margins
 from fastrobust.bounds.region import Box, Region
 from fastrobust.bounds.trace import first_parameter, trace
 from fastrobust.ops import bounds as ops
@@ -386,6 +386,11 @@ def compute_bounds(
     Raises ValueError or TypeError, naming the argument, for inputs that are not finite, shapes that do not fit, layers that are
     not supported (UnsupportedLayerError) and parameters or bounds that are not finite.
     """
+    usual = spec is None and rounding == "nearest" and norm == math.inf and not (return_linear or return_intermediate)
+    if method == "ibp" and labels is not None and usual and sides in ("both", "lower"):
+        quick = small_margins(model, x, eps, clip, labels, 1 if sides == "lower" else 2)
+        if quick is not None:
+            return Bounds(quick[0], quick[1] if sides == "both" else None)
     x, eps, p, clip = check_inputs(x, eps, norm, clip)
     if method not in METHODS:
         raise ValueError(f"method: got {method!r}, expected one of {', '.join(METHODS)}")
@@ -407,13 +412,7 @@ def compute_bounds(
     example, plus, minus, matrix = check_spec(labels, spec, x, graph.nodes[graph.output].shape)
     output = graph.nodes[graph.output]
     count = 1 if sides == "lower" else 2
-    if (
-        method == "ibp"
-        and minus is not None
-        and plus is not None
-        and p == math.inf
-        and not (outward or return_intermediate)
-    ):
+    if method == "ibp" and usual and plus is not None and minus is not None:
         quick = margins_of_chain(graph, x, eps, clip, plus, minus, example, count)
         if quick is not None:
             shape = (x.shape[0], -1)
