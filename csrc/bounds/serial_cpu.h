@@ -8,6 +8,4 @@ FR_NS_BEGIN
 void back_rows(const BackArgs& g, int64_t begin, int64_t end);
 void concretize_rows(const ConcretizeArgs& g, int64_t begin, int64_t end);
 void spread_items(const SpreadArgs& g, int64_t begin, int64_t end);
-bool gather_pays(const SpreadArgs& g);
-void gather_items(const SpreadArgs& g, int64_t begin, int64_t end);
 FR_NS_END

@@ -152,7 +152,6 @@ void spread_range(const SpreadArgs& g, int64_t begin, int64_t end) {
 }  // namespace
 
 void spread_items(const SpreadArgs& g, int64_t begin, int64_t end) {
-  if (gather_pays(g)) return gather_items(g, begin, end);
   using Fn = void (*)(const SpreadArgs&, int64_t, int64_t);
   const int64_t vectors = g.lanes / kLanes;
   Fn f = spread_range<4>;
