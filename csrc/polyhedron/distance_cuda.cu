@@ -172,6 +172,7 @@ struct BlockRow {
     s.up_to = block_max(up_to);
     return s;
   }
+  __device__ FillStep fill_start(double) const { return fill_fast(0.f); }
   __device__ FillSums fill(float level) const {
     double used = 0., cost = 0., tie = 0., count = 0.;
     for (int64_t j = threadIdx.x; j < m; j += kThreads) {
@@ -239,7 +240,8 @@ __global__ void __launch_bounds__(kThreads) distance_kernel(DistanceArgs args) {
       else if constexpr (kKind == Distance::lp)
         result = solve_power(row, target, args.p, args.m, row.flip);
       else
-        solve_quadratic<kKind, false>(row, target, block_sum(total), args.m, row.flip, result);
+        solve_quadratic<kKind, false>(row, target, start_in_float32<kKind>(row, target, block_sum(total)), args.m,
+                                      row.flip, result);
     }
     const float nan = static_cast<float>(kInf) * 0.f;
     if (threadIdx.x == 0) {

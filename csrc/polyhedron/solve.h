@@ -38,6 +38,10 @@ struct FastSums {  // float32 accuracy
   double used;     // sum_S w c
   double slope;    // sum_{not S} w v
 };
+struct QuickSums {  // float32 products, added up in short runs and then in float64: the errors below
+  double used, slope, squares;
+  bool changed;
+};
 struct RowSums {  // float64, every product of two float32 exact
   double used, slope;
   double squares;  // sum_S c^2
@@ -109,37 +113,48 @@ FR_HD double norm_of(double t, double squares, double slope) {
 }
 
 // ---- p = 2 and p = inf ----
-// all_slope: sum of w v over all elements, from the pass that prepared the row.
-// kNarrow: elements are compared in float32. For inf that is exact; for 2 it may count elements with c above t w by a
-// relative 2^-22 as fixed, which changes the norm by its square only (the step stays on a.d = -b, so the deviation is
-// orthogonal to the optimum): kSecondOrder. Returns false where float32 could over- or underflow.
-constexpr double kSecondOrder = 0x1p-43;
+// Where Newton's method starts: any t, and the end of a range behind it in which no element is expected to change
+// sides.
+struct Start {
+  double t, high;
+};
 
-template <Distance kKind, bool kNarrow, class Passes>
-FR_SOLVE bool solve_quadratic(Passes& passes, double b, double all_slope, int64_t m, bool round_up, RowResult& result) {
-  const double slack = sum_error(m) + (kNarrow ? kSecondOrder : 0.);
-  result = RowResult();
-  // float32: Newton until it stands still
+// A start from float32 passes, for kernels that read the whole row every time. all_slope: sum of w v over all elements.
+template <Distance kKind, class Passes>
+FR_SOLVE Start start_in_float32(Passes& passes, double b, double all_slope) {
   double t = b / all_slope;
-  const bool tame = all_slope > 0x1p-80 && all_slope < 0x1p80 && t > 0x1p-60 && t < 0x1p60;
-  if (!tame) {
-    if (kNarrow) return false;
-    t = 0.;
-  }
-  while (t > 0.) {
+  if (!(all_slope > 0x1p-80 && all_slope < 0x1p80 && t > 0x1p-60 && t < 0x1p60)) return {0., 0.};
+  while (true) {
     const FastSums s = passes.template fast<kKind>(static_cast<float>(t));
     const double next = (b - s.used) / s.slope;
     if (!(next > t * (1. + 0x1p-17)) || !(next < 0x1p60)) break;
     t = next;
   }
-  // float64: from a little below, until no element changes sides
-  double high = t * (1. + 0x1p-16);
-  t *= 1. - 0x1p-16;
+  return {t * (1. - 0x1p-16), t * (1. + 0x1p-16)};
+}
+
+// kNarrow: elements are compared in float32. For inf that is exact; for 2 it may count elements with c above t w by a
+// relative 2^-22 as fixed, which changes the norm by its square only (the step stays on a.d = -b, so the deviation is
+// orthogonal to the optimum): kSecondOrder. Returns false where float32 could over- or underflow.
+// A NaN or infinite coefficient gives the value NaN.
+constexpr double kSecondOrder = 0x1p-43;
+
+template <Distance kKind, bool kNarrow, class Passes>
+FR_SOLVE bool solve_quadratic(Passes& passes, double b, Start start, int64_t m, bool round_up, RowResult& result) {
+  const double slack = sum_error(m) + (kNarrow ? kSecondOrder : 0.);
+  result = RowResult();
+  double t = start.t, high = start.high;
   bool proven = t == 0.;  // t is known to be at most the root
   RowSums s;
+  // from both sides of the root a step ends on the left of it; then until no element changes sides
   while (true) {
     if (kNarrow && !(t < 0x1p60)) return false;
     s = passes.template sums<kKind, kNarrow>(t, high);
+    if (!(s.used + s.slope < kInf)) {
+      if (kNarrow) return false;
+      result.value = result.level = kInf * 0.;
+      return true;
+    }
     const auto exact = [&] { return passes.template exact_used<kKind, kNarrow>(t); };
     const Rest rest = rest_of(b, s.used, m, 0., exact);
     if (!(s.slope > 0.)) {  // everything is at the box
@@ -167,17 +182,20 @@ FR_SOLVE bool solve_quadratic(Passes& passes, double b, double all_slope, int64_
           }
           break;
         }
+        // Newton's error is of second order: what is still missing after this step is guessed from its length
+        const double step = (next - t) / next;
+        high = next * (1. + 0x1p-20 + (step > 0x1p-10 || step < -0x1p-10 ? step * step * 0x1p-4 : 0.));
+        if (!(high < kInf)) high = next;
         t = next;
-        high = next * (1. + 0x1p-20);
         proven = true;
         continue;
       }
     }
-    t = high = 0.;  // the float32 passes went past the end
+    t = high = 0.;  // the start was far past the end
     proven = true;
   }
   const double norm = norm_of<kKind>(t, s.squares, s.slope);
-  if (kNarrow && !(norm > 0x1p-60)) return false;
+  if (kNarrow && !(norm > 0x1p-60 && norm < 0x1p60)) return false;
   result.level = t;
   result.value = norm * (kBelow - slack);
   result.multiplier =
@@ -201,6 +219,51 @@ FR_SOLVE bool solve_quadratic(Passes& passes, double b, double all_slope, int64_
     const double next = missing / u.slope * (kAbove + 2. * slack);
     up = next > up * kAbove ? next : up * kAbove;
   }
+}
+
+// The same with float32 arithmetic whose error is known, for rows where that error does not show: most. Returns false
+// for the others, and then says in `start` what it knows.
+//
+// Relative errors: a product or a square is rounded once; `slope` adds pairs in float32, `used` and `squares` fours.
+constexpr double kQuickUsed = 0x1p-22, kQuickSquares = 0x1p-22;
+template <Distance kKind>
+constexpr double kQuickSlope = kKind == Distance::linf ? 0x1p-24 : 0x1p-23;
+
+template <Distance kKind, class Passes>
+FR_SOLVE bool solve_quick(Passes& passes, double b, Start& start, int64_t m, RowResult& result) {
+  if (!(b > 0x1p-80 && b < 0x1p80)) return false;
+  const double slack = sum_error(m) + kSecondOrder + 0x1p-40;  // the last for products that underflow
+  double t = start.t, step = 1.;
+  for (int i = 0; fabs(step) > 0.25; ++i) {
+    if (!(t > 0x1p-60 && t < 0x1p60) || i == 40) return false;
+    const FastSums s = passes.template fast<kKind>(static_cast<float>(t));
+    const double next = (b - s.used) / s.slope;
+    step = (next - t) / next;
+    t = next;
+  }
+  for (int i = 0; i < 4; ++i) {
+    if (!(t > 0x1p-60 && t < 0x1p60)) return false;
+    // The last step ended on the left of the root, up to rounding, and its error is of second order.
+    start.t = t * (1. - 0x1p-19);
+    start.high = t * (1. + 0x1p-19 + step * step * 0x1p-4);
+    const QuickSums s = passes.template quick<kKind>(start.t, start.high);
+    const double rest = b - s.used * (1. + kQuickUsed), root = (b - s.used) / s.slope;
+    if (!(s.used * kQuickUsed <= rest * 0x1p-23)) return false;
+    if (root >= start.t && root <= start.high && !s.changed) {
+      const double least = 1. - kQuickSlope<kKind>;
+      t = rest / s.slope * (least * kBelow - slack);
+      const double norm = norm_of<kKind>(t, s.squares * (1. - kQuickSquares), s.slope * least);
+      if (!(norm > 0x1p-60 && norm < 0x1p60)) return false;
+      result = RowResult();
+      result.level = t;
+      result.value = norm * (kBelow - slack);
+      result.multiplier = kKind == Distance::linf ? 1. / s.slope : t / norm;
+      return true;
+    }
+    step = (root - t) / root;
+    t = root;
+  }
+  return false;
 }
 
 // ---- general p > 1 ----
@@ -281,7 +344,7 @@ FR_SOLVE RowResult solve_fill(Passes& passes, double b, float largest, int64_t m
   float low, high = largest;
   double mass_low, mass_high = 0.;
   {
-    const FillStep s = passes.fill_fast(0.f);
+    const FillStep s = passes.fill_start(b);
     low = s.above;
     mass_low = s.used;
   }
@@ -355,7 +418,7 @@ FR_SOLVE RowResult solve_fill(Passes& passes, double b, float largest, int64_t m
 
 // ---- the point, one element ----
 FR_HD double moved_by(const RowResult& row, Distance kind, double p, float w, float c) {
-  if (!(w > 0.f)) return 0.;
+  if (!(w > 0.f) || !(row.level > 0.)) return 0.;
   const double size = static_cast<double>(w), room = static_cast<double>(c);
   double step = row.level;
   if (kind == Distance::l2) step = row.level * size;

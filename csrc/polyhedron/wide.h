@@ -1,4 +1,5 @@
-// Comparisons of sixteen float64 lanes, for the certified passes.
+// Sixteen float64 lanes compared and added up, and sixteen float lanes packed: what the solver's passes need beyond
+// core/simd.h.
 #pragma once
 
 #include "core/simd.h"
@@ -27,6 +28,37 @@ FR_HD DVec keep(WideMask m, DVec a) { return {_mm512_maskz_mov_pd(m.lo, a.lo), _
 FR_HD DVec drop(WideMask m, DVec a) {
   return {_mm512_maskz_mov_pd(static_cast<__mmask8>(~m.lo), a.lo),
           _mm512_maskz_mov_pd(static_cast<__mmask8>(~m.hi), a.hi)};
+}
+// The sum over the lanes, in the order of sum() in core/simd.h.
+FR_HD double lane_sum(DVec a) {
+  const __m512d s = _mm512_add_pd(a.lo, a.hi);
+  const __m256d q = _mm256_add_pd(_mm512_castpd512_pd256(s), _mm512_extractf64x4_pd(s, 1));
+  const __m128d d = _mm_add_pd(_mm256_castpd256_pd128(q), _mm256_extractf128_pd(q, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(d, _mm_unpackhi_pd(d, d)));
+}
+FR_HD float lane_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
+// Sign bits: set where they were set in `marks` or where a and b have different ones.
+FR_HD Vec mark_crossing(Vec marks, Vec a, Vec b) {
+  const __m512i differ = _mm512_xor_si512(_mm512_castps_si512(a.v), _mm512_castps_si512(b.v));
+  return _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(marks.v), differ));
+}
+FR_HD bool any_sign(Vec a) { return _mm512_movepi32_mask(_mm512_castps_si512(a.v)) != 0; }
+// The nearest floats.
+FR_HD Vec narrow(DVec a) {
+  return _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(a.lo)), _mm512_cvtpd_ps(a.hi), 1);
+}
+// Stores the lanes of x and y where the mask is set without gaps, and returns how many. May write kLanes elements.
+FR_HD int pack(float* px, float* py, Mask m, Vec x, Vec y) {
+  const int count = __builtin_popcount(m.m);
+  const __m512 a = _mm512_maskz_compress_ps(m.m, x.v), b = _mm512_maskz_compress_ps(m.m, y.v);
+  if (count <= 8) {  // half as much to store, and most stores here straddle two cache lines
+    _mm256_storeu_ps(px, _mm512_castps512_ps256(a));
+    _mm256_storeu_ps(py, _mm512_castps512_ps256(b));
+  } else {
+    _mm512_storeu_ps(px, a);
+    _mm512_storeu_ps(py, b);
+  }
+  return count;
 }
 
 #else
@@ -71,6 +103,75 @@ FR_HD DVec drop(WideMask m, DVec a) {
   FR_EACH_WIDE a.r[i] = (NativeD)((NativeL)a.r[i] & ~m.r[i]);
   return a;
 }
+
+FR_HD double lane_sum(DVec a) { return sum(a); }
+FR_HD float lane_max(Vec a) { return max_lane(a); }
+FR_HD Vec mark_crossing(Vec marks, Vec a, Vec b) {
+#pragma GCC unroll 4
+  for (int i = 0; i < kRegs; ++i) marks.r[i] = (NativeF)((NativeU)marks.r[i] | ((NativeU)a.r[i] ^ (NativeU)b.r[i]));
+  return marks;
+}
+FR_HD bool any_sign(Vec a) {
+  uint32_t bits = 0;
+  for (int i = 0; i < kRegs; ++i)
+    for (int k = 0; k < kWidth / 4; ++k) bits |= ((NativeU)a.r[i])[k];
+  return (bits >> 31) != 0;
+}
+FR_HD Vec narrow(DVec a) {
+  Vec x;
+#pragma GCC unroll 4
+  for (int i = 0; i < kRegs; ++i) {
+#if defined(__AVX__)
+    const __m128 low = _mm256_cvtpd_ps((__m256d)a.r[2 * i]), high = _mm256_cvtpd_ps((__m256d)a.r[2 * i + 1]);
+    x.r[i] = (NativeF)_mm256_insertf128_ps(_mm256_castps128_ps256(low), high, 1);
+#elif defined(__x86_64__)
+    x.r[i] = (NativeF)_mm_movelh_ps(_mm_cvtpd_ps((__m128d)a.r[2 * i]), _mm_cvtpd_ps((__m128d)a.r[2 * i + 1]));
+#else
+    for (int k = 0; k < kWidth / 8; ++k) {
+      x.r[i][k] = static_cast<float>(a.r[2 * i][k]);
+      x.r[i][k + kWidth / 8] = static_cast<float>(a.r[2 * i + 1][k]);
+    }
+#endif
+  }
+  return x;
+}
+#if defined(__AVX2__)
+// kGaps[m]: the positions of the set bits of m.
+struct Gaps {
+  uint8_t of[256][8];
+  constexpr Gaps() : of() {
+    for (int m = 0; m < 256; ++m)
+      for (int i = 0, k = 0; i < 8; ++i)
+        if (m >> i & 1) of[m][k++] = static_cast<uint8_t>(i);
+  }
+};
+static constexpr Gaps kGaps;
+FR_HD int pack(float* px, float* py, Mask m, Vec x, Vec y) {
+  int count = 0;
+#pragma GCC unroll 2
+  for (int i = 0; i < kRegs; ++i) {
+    const int bits = _mm256_movemask_ps((__m256)m.r[i]);
+    const __m256i from = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kGaps.of[bits])));
+    _mm256_storeu_ps(px + count, _mm256_permutevar8x32_ps((__m256)x.r[i], from));
+    _mm256_storeu_ps(py + count, _mm256_permutevar8x32_ps((__m256)y.r[i], from));
+    count += __builtin_popcount(static_cast<unsigned>(bits));
+  }
+  return count;
+}
+#else
+FR_HD int pack(float* px, float* py, Mask m, Vec x, Vec y) {
+  int count = 0;
+#pragma GCC unroll 4
+  for (int i = 0; i < kRegs; ++i)
+#pragma GCC unroll 4
+    for (int k = 0; k < kWidth / 4; ++k) {
+      px[count] = x.r[i][k];
+      py[count] = y.r[i][k];
+      count -= m.r[i][k];
+    }
+  return count;
+}
+#endif
 
 #undef FR_EACH_WIDE
 #endif

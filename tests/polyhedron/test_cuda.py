@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import math
-import os
-import sys
-
 import pytest
 import torch
 
-sys.path.insert(0, os.path.dirname(__file__))
-from cases import KINDS, rows  # noqa: E402
-
-from fastrobust.ops import polyhedral_distance  # noqa: E402
-
-NORMS = (1, 1.5, 2, 3, math.inf)
+from fastrobust.ops import polyhedral_distance
+from polyhedron_cases import KINDS, rows
+from polyhedron_oracle import NORMS
 
 
 @pytest.mark.cuda
@@ -38,3 +31,14 @@ def test_no_synchronisation_and_graph_capture():
         got = polyhedral_distance(a, b, -x, 1 - x, 2)
     graph.replay()
     assert torch.equal(got, want)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("p", NORMS)
+def test_a_box_that_excludes_the_point_gives_nan_for_its_row_alone(p):
+    a, b, lower, upper = (torch.tensor(t).cuda() for t in rows("normal", 4, 785))
+    clean = polyhedral_distance(a, b, lower, upper, p)
+    lower[1, 3], upper[1, 3] = 0.5, 0.25
+    got = polyhedral_distance(a, b, lower, upper, p)
+    assert got.isnan().tolist() == [False, True, False, False]
+    assert torch.equal(got[[0, 2, 3]], clean[[0, 2, 3]])

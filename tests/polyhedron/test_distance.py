@@ -14,24 +14,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-sys.path.insert(0, os.path.dirname(__file__))
-from cases import KINDS, rows, staircase  # noqa: E402
-from oracle import exact, exact_signed, sorted_float64  # noqa: E402
-
-import fastrobust as fr  # noqa: E402
-from fastrobust.ops import polyhedral_distance  # noqa: E402
-from fastrobust.reference import polyhedron as reference  # noqa: E402
-
-NORMS = (1, 1.5, 2, 3, math.inf)
-
-
-def close_and_never_above(got: torch.Tensor, want, relative: float = 1e-6) -> None:
-    for value, truth in zip(got.double().flatten().tolist(), want, strict=False):
-        if math.isinf(truth):
-            assert value == truth
-        else:
-            assert not value > truth, (value, truth)
-            assert abs(value - float(truth)) <= relative * max(abs(float(truth)), 1e-38), (value, float(truth))
+import fastrobust as fr
+from fastrobust.ops import polyhedral_distance
+from fastrobust.reference import polyhedron as reference
+from polyhedron_cases import KINDS, rows, staircase
+from polyhedron_oracle import NORMS, close_and_never_above, exact, exact_signed, sorted_float64
 
 
 @pytest.mark.parametrize("p", NORMS)
@@ -155,6 +142,14 @@ def test_point(p, sign):
     torch.testing.assert_close(torch.linalg.vector_norm(point, p, -1), distance.abs(), rtol=2e-6, atol=0)
 
 
+def test_point_of_a_row_that_need_not_move_is_zero():
+    a, lower, upper = torch.tensor([[1.0, -2.0, 0.0]]).repeat(2, 1), torch.full((3,), -0.5), torch.full((3,), 0.25)
+    for p in NORMS:
+        distance, point = polyhedral_distance(a, torch.tensor([0.0, -0.3]), lower, upper, p, return_point=True)
+        assert distance.tolist() == [0, 0]
+        assert point.tolist() == [[0, 0, 0], [0, 0, 0]]
+
+
 def test_point_of_an_unreachable_row_is_the_corner():
     a, lower, upper = torch.tensor([[1.0, -2.0, 0.0]]), torch.full((3,), -0.5), torch.full((3,), 0.25)
     for p in NORMS:
@@ -248,8 +243,20 @@ def test_bad_rows_stay_alone(p):
     assert torch.equal(got[~bad], clean[~bad])
 
 
+def test_inside_a_compiled_graph_a_wrong_box_gives_nan_for_its_row_alone():
+    a, b, x = torch.randn(3, 5), torch.rand(3) * 0.1, torch.rand(3, 5)
+    clean = polyhedral_distance(a, b, -x, 1 - x, 2)
+    lower = -x
+    lower[1, 2] = 0.5
+    got = torch.compile(polyhedral_distance, fullgraph=True, backend="aot_eager")(a, b, lower, 1 - x, 2)
+    assert got.isnan().tolist() == [False, True, False]
+    assert torch.equal(got[[0, 2]], clean[[0, 2]])
+
+
 def test_errors_name_the_argument():
     a, b, x = torch.randn(3, 5), torch.rand(3), torch.rand(3, 5)
+    with pytest.raises(ValueError, match="lower: got values up to"):  # lower > upper
+        polyhedral_distance(a, b, 2 - x, 1 - x, 2)
     with pytest.raises(ValueError, match="lower: got values up to"):
         polyhedral_distance(a, b, 1 - x, 1 - x, 2)
     with pytest.raises(ValueError, match="upper: got values down to"):
@@ -279,7 +286,7 @@ def test_errors_name_the_argument():
 def test_variants_give_the_same_bits(tmp_path: pathlib.Path):
     """Every instruction set of this build that this processor runs."""
     script = (
-        "import sys, torch, numpy as np; sys.path.insert(0, sys.argv[1]); from cases import KINDS, rows\n"
+        "import sys, torch, numpy as np; sys.path.insert(0, sys.argv[1]); from polyhedron_cases import KINDS, rows\n"
         "from fastrobust.ops import polyhedral_distance as f\n"
         "out = [f(*map(torch.tensor, rows(kind, 7, n)), p, signed=True, return_point=True)\n"
         "       for kind in KINDS for n in (1, 40, 785) for p in (1, 2, 3, float('inf'))]\n"
@@ -290,7 +297,7 @@ def test_variants_give_the_same_bits(tmp_path: pathlib.Path):
     for variant in available:
         file = tmp_path / f"{variant}.pt"
         run = subprocess.run(
-            [sys.executable, "-c", script, os.path.dirname(__file__), str(file)],
+            [sys.executable, "-c", script, os.path.dirname(os.path.dirname(__file__)), str(file)],
             env={**os.environ, "FASTROBUST_CPU": variant},
             capture_output=True,
             text=True,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import sys
 
 import numpy as np
 import pytest
@@ -12,22 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-sys.path.insert(0, os.path.dirname(__file__))
-from cases import KINDS, rows, staircase  # noqa: E402
-from oracle import exact, exact_signed, sorted_float64  # noqa: E402
-
-from fastrobust.reference.polyhedron import norm_value, polyhedral_distance  # noqa: E402
-
-NORMS = (1, 1.5, 2, 3, math.inf)
-
-
-def close_and_never_above(got: torch.Tensor, want, relative: float = 1e-6) -> None:
-    for value, truth in zip(got.double().flatten().tolist(), want, strict=False):
-        if math.isinf(truth):
-            assert value == truth
-        else:
-            assert not value > truth, (value, truth)
-            assert abs(value - float(truth)) <= relative * max(abs(float(truth)), 1e-38), (value, float(truth))
+from fastrobust.reference.polyhedron import norm_value, polyhedral_distance
+from polyhedron_cases import KINDS, rows, staircase
+from polyhedron_oracle import NORMS, close_and_never_above, exact, exact_signed, sorted_float64
 
 
 @pytest.mark.parametrize("p", NORMS)

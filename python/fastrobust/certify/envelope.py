@@ -38,22 +38,45 @@ def check_method(method: str) -> str:
     return method
 
 
-def margins_at(linear: LinearBounds, x: Tensor) -> Tensor:
-    """U_i x + p_i (B, K - 1) of (3.12), summed in float64 and rounded down: float32 sums could overstate it."""
+def margins_at(linear: LinearBounds, x: Tensor, outward: bool = False) -> Tensor:
+    """U_i x + p_i (B, K - 1) of (3.12), summed in float64 and rounded down: float32 sums could overstate it.
+
+    ``outward`` also subtracts what the float64 sum may be wrong by, (n + 2) u of the sum of the absolute values.
+    """
     if x.dtype == torch.float64:
         return linear.lower_at(x)
-    flat = linear.lower_A.flatten(2)
-    exact = torch.bmm(flat.double(), x.flatten(1).double().unsqueeze(2)).squeeze(2) + linear.lower_b.double()
-    return round_down(exact, x.dtype)
+    rows, point, offset = (
+        linear.lower_A.flatten(2).double(),
+        x.flatten(1).double().unsqueeze(2),
+        linear.lower_b.double(),
+    )
+    value = torch.bmm(rows, point).squeeze(2) + offset
+    if outward:
+        with torch.no_grad():
+            size = torch.bmm(rows.abs(), point.abs()).squeeze(2) + offset.abs()
+        value = value - (rows.shape[2] + 8) * 2.0**-53 * size
+    return round_down(value, x.dtype)
+
+
+def _less(end: float, x: Tensor) -> Tensor:
+    """end - x rounded down to x's dtype, exactly: the float64 difference of tiny numbers is itself rounded."""
+    flat = x.flatten(1).unsqueeze(1).double()
+    value = end - flat
+    if x.dtype == torch.float64:
+        return value
+    part = value - end  # TwoSum: what the difference lost
+    error = ((end - (value - part)) - (flat + part)).detach()
+    down = round_down(value, x.dtype)
+    short = (error < 0) & (down.detach().double() == value.detach())
+    below = torch.nextafter(down.detach(), torch.full_like(down.detach(), -math.inf))
+    return torch.where(short, down + (below - down.detach()), down)
 
 
 def box_around(x: Tensor, clip: tuple[float, float] | None) -> tuple[Tensor, Tensor]:
     """(low - x, high - x) as (B, 1, n), rounded outwards; without a box one infinite element."""
     if clip is None:
         return x.new_full((1,), -math.inf), x.new_full((1,), math.inf)
-    flat = x.flatten(1).unsqueeze(1)
-    low, high = clip[0] - flat.double(), clip[1] - flat.double()
-    return round_down(low, x.dtype), -round_down(-high, x.dtype)
+    return _less(clip[0], x), -_less(-clip[1], -x)
 
 
 def eps_like(eps: float | Tensor, x: Tensor) -> Tensor:
@@ -74,6 +97,7 @@ def polyhedral_envelope(
     clip: tuple[float, float] | None = None,
     method: str = "fast-lin",
     signed: bool = False,
+    rounding: str = "nearest",
     max_memory: int = 1 << 30,
 ) -> Envelope:
     r"""Certified radii from one call of the linear bounds (Lemma 3.1, and problem 3.14 when ``clip`` is given).
@@ -95,6 +119,8 @@ def polyhedral_envelope(
             "ibp-linear".
         signed: distances of classes with a violated margin are minus the distance back to the envelope, not 0
             (the regulariser of section 3.3.3 needs them).
+        rounding: "nearest", or "outward" for a certificate that holds in real arithmetic and for every float32 evaluation
+            order of the network (x and the parameters as they are; see ``docs/bounds.md`` for what that covers).
 
     Returns:
         :class:`Envelope`. Differentiable with respect to the parameters, x and eps.
@@ -120,12 +146,13 @@ def polyhedral_envelope(
         labels=y,
         return_linear=True,
         sides="lower",
+        rounding=rounding,
         max_memory=max_memory,
     )
     linear = bounds.linear
     assert linear is not None
     low, high = box_around(x, clip)
-    margins = margins_at(linear, x)
+    margins = margins_at(linear, x, rounding == "outward")
     distances = polyhedral_distance(linear.lower_A.flatten(2), margins, low, high, p, signed=signed)
     assert isinstance(distances, Tensor)
     distance = distances.amin(1)

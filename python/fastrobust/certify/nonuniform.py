@@ -40,6 +40,7 @@ def _margin_function(
     clip: tuple[float, float] | None,
     method: str,
     elision: bool,
+    rounding: str,
 ) -> Margins:
     """Lower bounds of z_y - z_j; without elision lower z_y minus upper z_j, as (3.9) is written."""
 
@@ -47,9 +48,9 @@ def _margin_function(
         part, labels = x[index], y[index]
         if elision:
             return compute_bounds(
-                model, part, eps, norm=norm, clip=clip, method=method, labels=labels, sides="lower"
+                model, part, eps, norm=norm, clip=clip, method=method, labels=labels, sides="lower", rounding=rounding
             ).lower
-        bounds = compute_bounds(model, part, eps, norm=norm, clip=clip, method=method)
+        bounds = compute_bounds(model, part, eps, norm=norm, clip=clip, method=method, rounding=rounding)
         assert bounds.upper is not None
         own = bounds.lower.gather(1, labels[:, None])
         others = torch.ones_like(bounds.lower, dtype=torch.bool).scatter(1, labels[:, None], False)
@@ -90,6 +91,7 @@ def nonuniform_radius(
     direction: Tensor | None = None,
     delta: float = 1e-4,
     elision: bool = True,
+    rounding: str = "nearest",
     iterations: int = 200,
     step_size: float = 0.05,
     penalty: float = 1.0,
@@ -114,6 +116,8 @@ def nonuniform_radius(
         direction: x's shape or one example's: positive shape to start from, for instance the eps of another image.
         delta: margin that must be left, a small positive number.
         elision: bound the differences z_y - z_i; False bounds the outputs one by one, as (3.9) is written.
+        rounding: "outward" certifies the regions, the uniform ones too, in real arithmetic and for every float32
+            evaluation order (the optimisation on the way there rounds to nearest).
         progress: called with the number of iterations done.
 
     Returns:
@@ -138,7 +142,8 @@ def nonuniform_radius(
             )
         if not bool((direction > 0).all() & direction.isfinite().all()):
             raise ValueError("direction: got values that are not positive and finite, expected positive ones")
-    margins = _margin_function(model, x, y, p, clip, method, elision)
+    margins = _margin_function(model, x, y, p, clip, method, elision, rounding)
+    smooth = _margin_function(model, x, y, p, clip, method, elision, "nearest")
     everyone = torch.arange(x.shape[0], device=x.device)
     ones = (-1,) + (1,) * (x.dim() - 1)
     with torch.no_grad():
@@ -157,7 +162,7 @@ def nonuniform_radius(
             start = torch.where(usable.view(ones), shape * scale.view(ones), start)
         limit = math.inf if clip is None else clip[1] - clip[0]
         schedule = _Schedule(iterations, step_size, penalty, growth, grow_every, multiplier_every)
-        found = _optimise(margins, index, start, delta, limit, schedule, progress)
+        found = _optimise(smooth, index, start, delta, limit, schedule, progress)
         eps[index] = _certify(margins, index, found, eps[index], delta, limit, decay)
     with torch.no_grad():
         volume = torch.where(size > 0, eps.flatten(1).clamp_min(torch.finfo(x.dtype).tiny).log().mean(1).exp(), 0.0)

@@ -40,6 +40,7 @@ def search_radius(
     clip: tuple[float, float] | None = None,
     method: str = "fast-lin",
     strategy: str = "pec",
+    rounding: str = "nearest",
     batch_size: int = 500,
     progress: Callable[[int], None] | None = None,
 ) -> RadiusSearch:
@@ -50,7 +51,7 @@ def search_radius(
     serves method "ibp", which has no linear bounds.
 
     Args:
-        model, x, y, norm, clip, method: as for :func:`polyhedral_envelope`.
+        model, x, y, norm, clip, method, rounding: as for :func:`polyhedral_envelope`.
         low, high: first bracket; ``low`` is taken as certified, so leave it 0 unless you know better.
         tol: stop when the bracket is at most this wide.
         batch_size: examples per call of the bounds.
@@ -75,10 +76,12 @@ def search_radius(
     def certify(index: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
         """Certified radius, and whether all of eps is."""
         if strategy == "pec":
-            found = polyhedral_envelope(model, x[index], y[index], eps, norm=norm, clip=clip, method=method)
+            found = polyhedral_envelope(
+                model, x[index], y[index], eps, norm=norm, clip=clip, method=method, rounding=rounding
+            )
             return found.radius, found.radius >= eps
         bounds = compute_bounds(
-            model, x[index], eps, norm=norm, clip=clip, method=method, labels=y[index], sides="lower"
+            model, x[index], eps, norm=norm, clip=clip, method=method, labels=y[index], sides="lower", rounding=rounding
         )
         whole = bounds.lower.amin(1) > 0
         return torch.where(whole, eps, torch.zeros_like(eps)), whole

@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--no-clip", action="store_true", help="no box")
     add("--method", default="fast-lin", choices=LINEAR_METHODS, help="linear bounds (default: fast-lin)")
+    add("--rounding", default="nearest", choices=("nearest", "outward"), help="of the bounds (default: nearest)")
     add("--batch-size", type=common.count, default=500, help="examples per call of the bounds (default: 500)")
     add("--device", type=common.device, default="cpu", help="cpu, cuda or auto (default: cpu)")
     add("--out", type=common.output, help="per-example results, .csv or .npz")
@@ -96,12 +97,17 @@ def certify_batch(model: nn.Module, x: Tensor, y: Tensor, options: argparse.Name
         if options.high is not None:
             found = search_radius(
                 model, x, y, high=options.high, tol=options.tol, norm=norm, clip=clip, method=options.method,
-                strategy=options.strategy, batch_size=len(x),
+                strategy=options.strategy, rounding=options.rounding, batch_size=len(x),
             )  # fmt: skip
             columns |= {"radius": found.radius, "midpoint": found.midpoint, "evaluations": found.evaluations}
         else:
-            envelope = polyhedral_envelope(model, x, y, options.eps, norm=norm, clip=clip, method=options.method)
-            ibp = compute_bounds(model, x, options.eps, norm=norm, clip=clip, method="ibp", labels=y, sides="lower")
+            envelope = polyhedral_envelope(
+                model, x, y, options.eps, norm=norm, clip=clip, method=options.method, rounding=options.rounding
+            )
+            ibp = compute_bounds(
+                model, x, options.eps, norm=norm, clip=clip, method="ibp", labels=y, sides="lower",
+                rounding=options.rounding,
+            )  # fmt: skip
             columns |= {
                 "radius": envelope.radius,
                 "distance": envelope.distance,

@@ -137,8 +137,10 @@ def _side(value: Any, name: str, a: Tensor) -> Tensor:
     return value if value.dim() else value.reshape(1)
 
 
-def _explain_nan(lower: Tensor, upper: Tensor) -> None:
-    """A NaN came out: say so when the box is to blame; rows with non-finite coefficients keep their NaN."""
+def _explain_nan(distance: Tensor, lower: Tensor, upper: Tensor) -> None:
+    """Says so when a NaN came out and the box is to blame; rows with non-finite coefficients keep their NaN."""
+    if not math.isnan(distance.sum().item()):  # one pass; inf - inf is looked at again below
+        return
     if bool((lower > 0).any()):
         raise ValueError(
             f"lower: got values up to {lower.max().item():g}, expected lower <= 0 <= upper "
@@ -202,6 +204,6 @@ def polyhedral_distance(
         raise ValueError(f"b: got device {b.device}, expected a's device {a.device}")
     low, high = _side(lower, "lower", a), _side(upper, "upper", a)
     distance, _, point = _op(a, b, low, high, p, bool(signed), bool(return_point))
-    if a.device.type == "cpu" and nothing_intercepts() and bool(distance.isnan().any()):
-        _explain_nan(low, high)
+    if a.device.type == "cpu" and nothing_intercepts():
+        _explain_nan(distance.detach(), low, high)
     return (distance, point) if return_point else distance

@@ -13,13 +13,17 @@ import mpmath
 import numpy as np
 
 
+def rational(value) -> Fraction:
+    return value if isinstance(value, Fraction) else Fraction(float(value))
+
+
 def sides(a, lower, upper):
     """Coefficient sizes and the room on the side towards which each coordinate moves, as exact rationals."""
     pairs = []
     for x, lo, hi in zip(a, lower, upper, strict=False):
         room = -lo if x > 0 else hi
         if x != 0 and room > 0:
-            pairs.append((abs(Fraction(float(x))), None if math.isinf(room) else Fraction(float(room))))
+            pairs.append((abs(rational(x)), None if math.isinf(room) else rational(room)))
     return pairs
 
 
@@ -31,7 +35,7 @@ def _power_root(values, p, digits=60):
 
 def exact(a, b, lower, upper, p):
     """Distance as a Fraction (p = 1, inf), an mpmath number (other p) or math.inf; b > 0 assumed otherwise 0."""
-    b = Fraction(float(b))
+    b = rational(b)
     if b <= 0:
         return Fraction(0)
     pairs = sides(a, lower, upper)
@@ -131,3 +135,18 @@ def sorted_float64(a, b, lower, upper, p):
                 break
         out[i] = t if p == math.inf else np.sqrt((ci[:k] ** 2).sum() + t * t * (v[k:] ** 2).sum())
     return out
+
+
+NORMS = (1, 1.5, 2, 3, math.inf)
+
+
+def close_and_never_above(got, want, relative: float = 1e-6) -> None:
+    """Each distance of the tensor ``got`` is at most its exact value, within ``relative`` of it, and infinite with it."""
+    values = got.double().flatten().tolist()
+    assert len(values) == len(want)
+    for value, truth in zip(values, want, strict=True):
+        if math.isinf(truth):
+            assert value == truth
+        else:
+            assert not value > truth, (value, truth)
+            assert abs(value - float(truth)) <= relative * max(abs(float(truth)), 1e-38), (value, float(truth))
