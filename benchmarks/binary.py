@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +12,59 @@ from torch import Tensor, nn
 
 import fastrobust as fr
 
-from .case import BEST_PEER, OURS, Call, Candidate, Case, Context, Floor, Suite, Target, once, relative_difference
+from .case import (
+    BEST_PEER,
+    OURS,
+    Agreement,
+    Call,
+    Candidate,
+    Case,
+    Context,
+    Floor,
+    Suite,
+    Target,
+    once,
+    relative_difference,
+)
+from .peers import sparseprop
+from .timing import clock_for
 
 CHANNELS_LAST = torch.channels_last
-# The 3x3 convolutions of ResNet-34 for CIFAR: channels, map size, density at r 0.99 with gamma 0.1.
-LAYERS = ((64, 32, 0.131), (128, 16, 0.038), (256, 8, 0.011), (512, 4, 0.0031))
+
+
+class Layer(NamedTuple):
+    """A convolution of ResNet-34 for CIFAR, with its density at r 0.99 and gamma 0.1."""
+
+    in_channels: int
+    out_channels: int
+    kernel: int
+    stride: int
+    size: int  # of the input maps
+    density: float
+
+    def __str__(self) -> str:
+        channels = (
+            f"{self.in_channels}"
+            if self.in_channels == self.out_channels
+            else f"{self.in_channels}-{self.out_channels}"
+        )
+        return f"{channels} ch {self.kernel}x{self.kernel}{f'/{self.stride}' if self.stride > 1 else ''} on {self.size}x{self.size}"
+
+
+# Every shape there is; the first four are what nearly all of the time goes to.
+LAYERS = (
+    Layer(64, 64, 3, 1, 32, 0.131),
+    Layer(128, 128, 3, 1, 16, 0.038),
+    Layer(256, 256, 3, 1, 8, 0.011),
+    Layer(512, 512, 3, 1, 4, 0.0031),
+    Layer(3, 64, 3, 1, 32, 1.0),
+    Layer(64, 128, 3, 2, 32, 0.070),
+    Layer(64, 128, 1, 2, 32, 0.51),
+    Layer(128, 256, 3, 2, 16, 0.020),
+    Layer(128, 256, 1, 2, 16, 0.146),
+    Layer(256, 512, 3, 2, 8, 0.0058),
+    Layer(256, 512, 1, 2, 8, 0.042),
+)
 DENSITIES = (0.5, 0.2, 0.1, 0.05, 0.01, 0.002)
 # Rounding of float32 sums of up to a few thousand terms, relative to one plus their size.
 TOLERANCE = 5e-4
@@ -66,55 +115,88 @@ def signs(context: Context, shape: tuple[int, ...], density: float) -> Tensor:
     return (weight * (torch.rand(shape, generator=generator) < density)).to(context.device)
 
 
-def layer_case(context: Context, channels: int, size: int, density: float, batch: int, gradient: bool) -> Case:
-    weight = once(lambda: signs(context, (channels, channels, 3, 3), density))
-    x = once(lambda: torch.randn(batch, channels, size, size, generator=context.generator()).to(context.device))
+def layer_case(context: Context, layer: Layer, batch: int, gradient: bool, weight_of_row: float = 1.0) -> Case:
+    padding, stride = layer.kernel // 2, layer.stride
+    shape = (layer.out_channels, layer.in_channels, layer.kernel, layer.kernel)
+    weight = once(lambda: signs(context, shape, layer.density))
+    image_shape = (batch, layer.in_channels, layer.size, layer.size)
+    x = once(lambda: torch.randn(image_shape, generator=context.generator()).to(context.device))
+
+    def ours_in(memory_format: torch.memory_format) -> Call:
+        packed, image = fr.ops.pack(weight()), x().contiguous(memory_format=memory_format)
+        if not gradient:
+            return torch.no_grad()(lambda: fr.ops.masked_conv2d(image, packed, None, stride, padding))
+        image = image.detach().requires_grad_()
+        y = fr.ops.masked_conv2d(image, packed, None, stride, padding)
+        return lambda: torch.autograd.grad(y, image, y.detach(), retain_graph=True)[0]
 
     def ours() -> Call:
-        packed, image = fr.ops.pack(weight()), x()
-        if not gradient:
-            return torch.no_grad()(lambda: fr.ops.masked_conv2d(image, packed, padding=1))
-        y = fr.ops.masked_conv2d(image.requires_grad_(), packed, padding=1)
-        return lambda: torch.autograd.grad(y, image, y.detach(), retain_graph=True)[0]
+        """In the memory format that suits us better, as the better of torch's two is what we are compared with."""
+        calls = [ours_in(torch.contiguous_format), ours_in(CHANNELS_LAST)]
+        clock = clock_for(context.device)
+        for call in calls:
+            call()
+        return min(calls, key=lambda call: min(clock.sample(call, 1) for _ in range(3)))
 
     def dense(memory_format: torch.memory_format) -> Callable[[], Call]:
         def build() -> Call:
             w, image = (t().contiguous(memory_format=memory_format) for t in (weight, x))
             if not gradient:
-                return torch.no_grad()(lambda: F.conv2d(image.detach(), w, padding=1))
+                return torch.no_grad()(lambda: F.conv2d(image.detach(), w, None, stride, padding))
             image = image.detach().requires_grad_()
-            y = F.conv2d(image, w, padding=1)
+            y = F.conv2d(image, w, None, stride, padding)
             return lambda: torch.autograd.grad(y, image, y.detach(), retain_graph=True)[0]
 
         return build
 
+    def others() -> Call:
+        return sparseprop.convolution(weight(), x(), stride, padding, gradient)
+
     return Case(
         "masked conv input gradient" if gradient else "masked conv",
-        {"layer": f"{channels}ch {size}x{size}", "density": density, "batch": batch},
+        {"layer": str(layer), "density": layer.density, "batch": batch},
         Candidate(OURS, ours),
-        (Candidate("dense NCHW", dense(torch.contiguous_format)), Candidate("dense NHWC", dense(CHANNELS_LAST))),
-        Floor(bytes=8 * batch * channels * size * size),
+        (
+            Candidate("dense NCHW", dense(torch.contiguous_format)),
+            Candidate("dense NHWC", dense(CHANNELS_LAST)),
+            Candidate("sparseprop", others),
+        ),
+        Floor(bytes=4 * batch * (layer.in_channels + layer.out_channels // stride**2) * layer.size**2),
         TOLERANCE,
         relative_difference,
         () if context.level == "smoke" else (Target(BEST_PEER, 0.95),),
+        weight_of_row,
     )
 
 
 def layer_cases(context: Context) -> Iterator[Case]:
     """Every layer at its own density, then the table of densities and batches, losses included."""
     if context.level == "smoke":
-        yield layer_case(context, 8, 8, 0.1, 2, False)
+        yield layer_case(context, Layer(8, 8, 3, 1, 8, 0.1), 2, False)
         return
-    batches = (1, 16, 128) if context.at_least("full") else (16,)
-    for channels, size, density in LAYERS:
-        for batch in batches:
-            yield layer_case(context, channels, size, density, batch, False)
-        yield layer_case(context, channels, size, density, 16, True)
-    if context.at_least("full"):
-        for channels, size, _ in LAYERS:
+    full = context.at_least("full")
+    # A full run has many rows of little time each, a default run few.
+    for layer in LAYERS if full else LAYERS[:4]:
+        for batch in (1, 16, 128) if full else (16,):
+            yield layer_case(context, layer, batch, False, 0.1 if full else 1.0)
+        if full or layer in LAYERS[:4]:
+            yield layer_case(context, layer, 16, True, 0.1 if full else 1.0)
+    if full:
+        for layer in LAYERS[:4]:
             for density in DENSITIES:
-                for batch in (1, 4, 7, 16, 33):
-                    yield layer_case(context, channels, size, density, batch, False)
+                for batch in (1, 7, 16, 33):
+                    yield layer_case(context, layer._replace(density=density), batch, False, 0.08)
+
+
+def norm_difference(ours: Tensor, theirs: Tensor, tolerance: float) -> Agreement:
+    """The difference's norm relative to that of ours.
+
+    Gradients of deep networks have no closer measure: a sum that is zero up to rounding falls on either side of a ReLU,
+    and the gradient of that image then differs by what passes there. Two float32 runs of torch (NCHW and channels_last)
+    differ as much; on the same sides of all ReLUs ours is exact to rounding (tests/nn/test_models.py).
+    """
+    gap = float((ours - theirs).double().norm() / ours.double().norm().clamp_min(1e-300))
+    return Agreement(gap, gap <= tolerance, "relative norm")
 
 
 def network_case(context: Context, gamma: float, batch: int, gradient: bool, rate: float = 0.99) -> Case:
@@ -124,7 +206,10 @@ def network_case(context: Context, gamma: float, batch: int, gradient: bool, rat
     def make() -> nn.Module:
         torch.manual_seed(context.seed)
         model = fr.nn.convert(fr.nn.resnet34(width=4 if smoke else 64), rate, gamma)
-        # Statistics that keep the activations of a random network of order one.
+        # Running statistics equal to those of a batch keep the activations of a random network of order one.
+        for m in model.modules():
+            if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                m.momentum = None
         model.train()
         with torch.no_grad():
             model(torch.rand(8, 3, 32, 32))
@@ -162,9 +247,10 @@ def network_case(context: Context, gamma: float, batch: int, gradient: bool, rat
         Candidate(OURS, lambda: call(fr.nn.freeze(model()), x())),
         (Candidate("dense NCHW", dense(torch.contiguous_format)), Candidate("dense NHWC", dense(CHANNELS_LAST))),
         Floor(),
-        2e-2,  # a sum that is zero up to rounding may fall on either side of a ReLU
-        relative_difference,
+        2e-2 if gradient else TOLERANCE,
+        norm_difference if gradient else relative_difference,
         () if smoke else (Target(BEST_PEER, wanted),),
+        0.15 if context.at_least("full") else 1.0,
     )
 
 

@@ -53,10 +53,12 @@ struct GatherArgs {
   const int32_t* ptr = nullptr;
   const int32_t* offsets = nullptr;
   int64_t rows = 0, segments = 1, entries = 0;
+  int64_t depth = 0;                  // channels read per segment
   int64_t blocks = 0;                 // groups of `lanes` images
   int64_t x_block = 0, x_origin = 0;  // floats
   int64_t out_block = 0, out_origin = 0, out_plane = 0;
   int64_t height = 0, width = 0, pitch = 0, lanes = 1;  // of the output
+  bool borders = true;  // false: what lies before and after the run of an output plane is zero already
   Epilogue epilogue;
 };
 
@@ -87,6 +89,14 @@ struct PackArgs {
   int64_t rows = 0, row_size = 0;
   int32_t* ptr = nullptr;    // [2 rows + 1]
   int32_t* index = nullptr;  // [kept]; null: only ptr is written
+};
+
+// A mask of `kept` of n entries and its code of `size` bytes.
+struct CodeArgs {
+  uint8_t* mask = nullptr;
+  int64_t n = 0, kept = 0;
+  uint8_t* bytes = nullptr;
+  int64_t size = 0;
 };
 
 }  // namespace fastrobust

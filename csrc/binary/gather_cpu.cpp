@@ -4,7 +4,11 @@
 // index load and one memory operand per vector. The walk is bound by those loads; segments of the input channels keep
 // the rows that a tile reads in the first cache level when the lists are long.
 #include <algorithm>
+#include <array>
 #include <cstring>
+#include <type_traits>
+#include <utility>
+#include <vector>
 
 #include "binary/epilogue.h"
 #include "binary/layout.h"
@@ -28,18 +32,16 @@ constexpr int64_t kGrainWork = 16384;
 
 struct Tile {
   const GatherArgs& a;
-  const float* x;                   // block and tile start
-  int64_t out;                      // the same in the output, without the row
-  int64_t first_float, last_float;  // of the run
-  int64_t step;                     // floats from one line of the tile to the next
+  const float* x;  // block and tile start
+  int64_t out;     // the same in the output, without the row
+  int64_t step;    // floats from one line of the tile to the next
 };
 
 FR_HD float channel_value(const float* p, int64_t channel, float missing) {
   return p == nullptr ? missing : p[channel];
 }
 
-// One row of one tile and one segment. A tile is R lines of C vectors: a stretch of the run (R = 1), or whole rows of a
-// small map, which leaves the border columns out.
+// One row of one tile and one segment. A tile is R lines of C vectors: a stretch of the run (R = 1), or a patch.
 template <int R, int C>
 void tile_row(const Tile& t, int64_t row, int64_t segment) {
   constexpr int T = R * C;
@@ -116,46 +118,87 @@ RowFn run_fn(int64_t tile) {
     return tile == T ? tile_row<1, T> : run_fn<T - 1>(tile);
 }
 
-// Lines of a whole-row tile for maps of this width, 0 where stretches of the run are as good.
-int64_t lines_for(const GatherArgs& a) {
 #if defined(__AVX512F__)
-  if (a.lanes != kLanes) return 0;
-  if (a.width == 4 && a.height == 4) return 4;
-  if (a.width == 7 && a.height == 7 && a.segments == 1) return 4;
-  if (a.width == 8 && a.height % 2 == 0 && (a.segments > 1 || a.height % 3 != 2)) return 2;
-  if (a.width == 8 && a.height % 3 == 2) return 3;
-#endif
-  (void)a;
-  return 0;
-}
+constexpr int kMaxLines = 7, kMaxColumns = 8;
+constexpr int64_t kFirstLevelLines = 640;  // of 64 bytes, with room for the lists and the output
 
-RowFn lines_fn([[maybe_unused]] int64_t lines, [[maybe_unused]] int64_t width) {
+template <int... I>
+constexpr auto patch_fns(std::integer_sequence<int, I...>) {
+  constexpr auto fn = [](auto i) -> RowFn {
+    constexpr int kLines = i / kMaxColumns + 1, kColumns = i % kMaxColumns + 1;
+    if constexpr (kLines * kColumns <= kMaxTile)
+      return tile_row<kLines, kColumns>;
+    else
+      return nullptr;
+  };
+  return std::array<RowFn, sizeof...(I)>{fn(std::integral_constant<int, I>{})...};
+}
+constexpr auto kPatches = patch_fns(std::make_integer_sequence<int, kMaxLines * kMaxColumns>{});
+#endif
+
+RowFn patch_fn([[maybe_unused]] int64_t lines, [[maybe_unused]] int64_t columns) {
 #if defined(__AVX512F__)
-  if (width == 4) return tile_row<4, 4>;
-  if (width == 7) return lines == 4 ? tile_row<4, 7> : tile_row<3, 7>;
-  return lines == 3 ? tile_row<3, 8> : tile_row<2, 8>;
+  return kPatches[static_cast<size_t>((lines - 1) * kMaxColumns + columns - 1)];
 #else
   return nullptr;
 #endif
 }
 
-// The borders of a plane: the columns from the width to the pitch, and, at its ends, what lies before and after.
-void clear_borders(const Tile& t, float* plane) {
-  const GatherArgs& a = t.a;
-  const int64_t run = run_length(a);
-  const auto clear = [&](int64_t from, int64_t to) {
-    if (from < to) std::memset(plane + a.out_origin + from, 0, static_cast<size_t>(to - from) * sizeof(float));
-  };
-  if (t.first_float == 0) clear(-a.out_origin, 0);
-  if (a.pitch > a.width) {
-    int64_t y = std::max<int64_t>(0, t.first_float / a.lanes - a.pitch) / a.pitch;
-    for (; y < a.height - 1; ++y) {
-      const int64_t from = (y * a.pitch + a.width) * a.lanes, to = (y + 1) * a.pitch * a.lanes;
-      if (from >= t.last_float) break;
-      clear(std::max(from, t.first_float), std::min(to, t.last_float));
+// How many patches of pixels a map is cut into, down and across; 0 where stretches of the run are as good. With sixteen
+// images side by side a pixel is a vector, so a tile may be a patch: it reads fewer lines of cache than a stretch of
+// the same size, and leaves the border columns out.
+struct Patches {
+  int64_t down = 0, across = 0;
+};
+
+Patches patches_for([[maybe_unused]] const GatherArgs& a) {
+  Patches best;
+#if defined(__AVX512F__)
+  if (a.lanes != kLanes) return best;
+  int64_t least = INT64_MAX;
+  for (int64_t lines = 1; lines <= kMaxLines; ++lines)
+    for (int64_t columns = 1; columns <= kMaxColumns && lines * columns <= kMaxTile; ++columns) {
+      const int64_t down = (a.height + lines - 1) / lines, across = (a.width + columns - 1) / columns;
+      // What a 3x3 kernel reads, and what a tile costs by itself.
+      const int64_t touched = (lines + 2) * (columns + 2);
+      const bool fits = a.segments == 1 || touched * a.depth <= kFirstLevelLines;
+      const int64_t cost = down * across * (touched + 14) * (fits ? 2 : 3);
+      if (cost < least) {
+        least = cost;
+        best = {down, across};
+      }
     }
+#endif
+  return best;
+}
+
+// Floats of an output plane, from its first pixel, that are no pixels and must be zero.
+struct Gap {
+  int64_t at, length;
+};
+
+// Those that a tile answers for: what it overwrites, or, where all borders are asked for, whatever lies in its stretch.
+void find_gaps(const GatherArgs& a, int64_t begin, int64_t end, bool overwrites, std::vector<Gap>& gaps) {
+  const int64_t run = run_length(a), line = a.pitch * a.lanes;
+  const auto add = [&](int64_t from, int64_t to) {
+    if (from < to) gaps.push_back({from, to - from});
+  };
+  gaps.clear();
+  if (a.borders && begin == 0) add(-a.out_origin, 0);
+  if (overwrites || a.borders) {
+    for (int64_t y = std::max<int64_t>(0, begin / line - 1); y + 1 < a.height && y * line < end; ++y)
+      add(std::max(begin, y * line + a.width * a.lanes), std::min(end, (y + 1) * line));
+    if (end >= run) add(run, a.borders ? a.out_plane - a.out_origin : end);
   }
-  if (t.last_float >= run) clear(run, a.out_plane - a.out_origin);
+}
+
+FR_HD void clear(float* p, int64_t n) {
+  if (n == kLanes)
+    store(p, Vec(0.f));
+  else if (n < kLanes)
+    store_n(p, Vec(0.f), static_cast<int>(n));
+  else
+    std::memset(p, 0, static_cast<size_t>(n) * sizeof(float));
 }
 
 // Rows that hold about the same number of entries.
@@ -178,37 +221,47 @@ int64_t row_boundary(const GatherArgs& a, int64_t part, int64_t parts) {
 void gather_cpu(const GatherArgs& a) {
   if (a.blocks == 0 || a.rows == 0 || a.height == 0 || a.width == 0) return;
   const int64_t vectors = (run_length(a) + kLanes - 1) / kLanes, line = a.pitch * a.lanes;
-  const int64_t most = a.segments > 1 ? kSegmentTile : kMaxTile, lines = lines_for(a);
-  const int64_t tiles = lines > 0 ? (a.height + lines - 1) / lines : (vectors + most - 1) / most;
+  const int64_t most = a.segments > 1 ? kSegmentTile : kMaxTile;
+  const Patches patches = patches_for(a);
+  const int64_t tiles = patches.down > 0 ? patches.down * patches.across : (vectors + most - 1) / most;
   const int64_t per_tile = (vectors + tiles - 1) / tiles;
   const int64_t parts = std::max<int64_t>(1, std::min(a.rows / 4, (16 + a.blocks * tiles - 1) / (a.blocks * tiles)));
   const int64_t items = a.blocks * tiles * parts;
   const int64_t work = (a.entries + 4 * a.rows * a.segments) * per_tile / parts + 1;
   const int64_t grain = std::max<int64_t>(1, kGrainWork / work);
   parallel_for(items, grain, [&](int64_t first, int64_t last) {
+    std::vector<Gap> gaps;
     for (int64_t item = first; item < last; ++item) {
       const int64_t part = item % parts, tile = item / parts % tiles, block = item / parts / tiles;
-      int64_t begin = tile * per_tile * kLanes, end = std::min(vectors * kLanes, begin + per_tile * kLanes);
+      int64_t begin;
       RowFn fn;
-      if (lines > 0) {
-        const int64_t count = std::min(lines, a.height - tile * lines);
-        begin = tile * lines * line;
-        end = begin + count * line;
-        fn = lines_fn(count, a.width);
+      if (patches.down > 0) {
+        const int64_t down = tile / patches.across, across = tile % patches.across;
+        const int64_t y0 = down * a.height / patches.down, y1 = (down + 1) * a.height / patches.down;
+        const int64_t x0 = across * a.width / patches.across, x1 = (across + 1) * a.width / patches.across;
+        begin = y0 * line + x0 * a.lanes;
+        fn = patch_fn(y1 - y0, x1 - x0);
+        // The last patch of its lines answers for their borders.
+        gaps.clear();
+        if (a.borders && x1 == a.width) find_gaps(a, y0 * line, y1 * line, false, gaps);
       } else {
+        begin = tile * per_tile * kLanes;
+        const int64_t end = std::min(vectors * kLanes, begin + per_tile * kLanes);
         fn = run_fn<kMaxTile>((end - begin) / kLanes);
+        find_gaps(a, begin, end, true, gaps);
       }
-      const Tile t{
-          a,   a.x + block * a.x_block + a.x_origin + begin, block * a.out_block + a.out_origin + begin, begin, end,
-          line};
+      const Tile t{a, a.x + block * a.x_block + a.x_origin + begin, block * a.out_block + a.out_origin + begin, line};
       const int64_t row0 = row_boundary(a, part, parts), row1 = row_boundary(a, part + 1, parts);
       for (int64_t segment = 0; segment < a.segments; ++segment)
-        for (int64_t row = row0; row < row1; ++row) fn(t, row, segment);
-      for (int64_t row = row0; row < row1; ++row) {
-        const int64_t plane = block * a.out_block + row * a.out_plane;
-        clear_borders(t, a.out + plane);
-        if (a.epilogue.pre != nullptr) clear_borders(t, a.epilogue.pre + plane);
-      }
+        for (int64_t row = row0; row < row1; ++row) {
+          fn(t, row, segment);
+          if (segment + 1 < a.segments) continue;
+          const int64_t plane = block * a.out_block + row * a.out_plane + a.out_origin;
+          for (const Gap& gap : gaps) {
+            clear(a.out + plane + gap.at, gap.length);
+            if (a.epilogue.pre != nullptr) clear(a.epilogue.pre + plane + gap.at, gap.length);
+          }
+        }
     }
   });
 }

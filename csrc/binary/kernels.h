@@ -13,6 +13,8 @@ struct BinaryTable {
   bool (*plan)(const PlanArgs&);  // false: an offset does not fit in 32 bits
   bool (*pack)(const PackArgs&);  // false: an entry is not in {-1, 0, 1}
   void (*topk)(const TopkArgs&);
+  int64_t (*encode)(const CodeArgs&);  // into n / 8 + 32 bytes; how many were needed
+  void (*decode)(const CodeArgs&);
 };
 
 FR_CPU_TABLE(BinaryTable, binary)

@@ -9,8 +9,10 @@ void relayout_cpu(const RelayoutArgs&);
 bool plan_cpu(const PlanArgs&);
 bool pack_cpu(const PackArgs&);
 void topk_cpu(const TopkArgs&);
+int64_t encode_cpu(const CodeArgs&);
+void decode_cpu(const CodeArgs&);
 
 extern const BinaryTable binary_table;
-const BinaryTable binary_table = {gather_cpu, relayout_cpu, plan_cpu, pack_cpu, topk_cpu};
+const BinaryTable binary_table = {gather_cpu, relayout_cpu, plan_cpu, pack_cpu, topk_cpu, encode_cpu, decode_cpu};
 
 FR_NS_END

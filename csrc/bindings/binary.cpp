@@ -1,10 +1,12 @@
 // Python bindings of the binary family: raw addresses in, kernels launched on the CPU or on a CUDA stream.
 #include <array>
 #include <tuple>
+#include <vector>
 
 #include "binary/kernels.h"
 #include "bindings/bindings.h"
 #include "runtime/device.h"
+#include "runtime/pages.h"
 
 namespace py = pybind11;
 
@@ -23,40 +25,9 @@ T* as(Address address) {
 }
 
 // device < 0 is the CPU.
-void gather(int device, Address stream, Address x, Address out, Address ptr, Address offsets, int64_t rows,
-            int64_t segments, int64_t entries, int64_t blocks, int64_t x_block, int64_t x_origin, int64_t out_block,
-            int64_t out_origin, int64_t out_plane, int64_t height, int64_t width, int64_t pitch, int64_t lanes,
-            Address scale, Address shift, Address post, Address residual, Address gate, Address pre, int64_t channels,
-            bool relu) {
-  const int64_t size = blocks * rows * height * width;
-  GatherArgs a;
-  a.x = pointer<const float>(x, size * entries, "x");
-  a.out = pointer<float>(out, size, "out");
-  a.ptr = pointer<const int32_t>(ptr, 1, "ptr");
-  a.offsets = pointer<const int32_t>(offsets, entries, "offsets");
-  a.rows = rows;
-  a.segments = segments;
-  a.entries = entries;
-  a.blocks = blocks;
-  a.x_block = x_block;
-  a.x_origin = x_origin;
-  a.out_block = out_block;
-  a.out_origin = out_origin;
-  a.out_plane = out_plane;
-  a.height = height;
-  a.width = width;
-  a.pitch = pitch;
-  a.lanes = lanes;
-  a.epilogue.scale = as<const float>(scale);
-  a.epilogue.shift = as<const float>(shift);
-  a.epilogue.post = as<const float>(post);
-  a.epilogue.residual = as<const float>(residual);
-  a.epilogue.gate = as<const float>(gate);
-  a.epilogue.pre = as<float>(pre);
-  a.epilogue.channels = channels;
-  a.epilogue.relu = relu;
+void launch(int device, Address stream, const GatherArgs& a) {
   if (device < 0) {
-    without_gil(size, [&] { binary().gather(a); });
+    binary().gather(a);
     return;
   }
 #if defined(FASTROBUST_HAS_CUDA)
@@ -68,30 +39,10 @@ void gather(int device, Address stream, Address x, Address out, Address ptr, Add
 #endif
 }
 
-// lanes, block, channel, row, col, phase, phases_h, phases_w, origin
-using LayoutTuple = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int, int, int64_t>;
-
-Layout layout(const LayoutTuple& t) {
-  Layout l;
-  std::tie(l.lanes, l.block, l.channel, l.row, l.col, l.phase, l.phases_h, l.phases_w, l.origin) = t;
-  return l;
-}
-
-void relayout(int device, Address stream, Address src, Address dst, const LayoutTuple& from, const LayoutTuple& to,
-              int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t plane) {
-  const int64_t size = batch * channels * height * width;
-  const RelayoutArgs a{pointer<const float>(src, size, "src"),
-                       pointer<float>(dst, size, "dst"),
-                       layout(from),
-                       layout(to),
-                       batch,
-                       channels,
-                       height,
-                       width,
-                       plane};
-  if (size == 0) return;
+void launch(int device, Address stream, const RelayoutArgs& a) {
+  if (a.batch * a.channels * a.height * a.width == 0) return;
   if (device < 0) {
-    without_gil(size, [&] { binary().relayout(a); });
+    binary().relayout(a);
     return;
   }
 #if defined(FASTROBUST_HAS_CUDA)
@@ -102,6 +53,132 @@ void relayout(int device, Address stream, Address src, Address dst, const Layout
   no_cuda();
 #endif
 }
+
+// What only the lists and the layouts decide: ptr, offsets, rows, segments, entries, blocks, x_block, x_origin,
+// out_block, out_origin, out_plane, height, width, pitch, lanes, depth
+using GatherShape = std::array<int64_t, 16>;
+
+GatherArgs gather_args(Address x, Address out, const GatherShape& shape, Address scale, Address shift, Address post,
+                       Address residual, Address gate, Address pre, int64_t channels, bool relu, bool borders) {
+  GatherArgs a;
+  a.rows = shape[2];
+  a.segments = shape[3];
+  a.entries = shape[4];
+  a.blocks = shape[5];
+  a.x_block = shape[6];
+  a.x_origin = shape[7];
+  a.out_block = shape[8];
+  a.out_origin = shape[9];
+  a.out_plane = shape[10];
+  a.height = shape[11];
+  a.width = shape[12];
+  a.pitch = shape[13];
+  a.lanes = shape[14];
+  a.depth = shape[15];
+  const int64_t size = a.blocks * a.rows * a.height * a.width;
+  a.x = pointer<const float>(x, size * a.entries, "x");
+  a.out = pointer<float>(out, size, "out");
+  a.ptr = pointer<const int32_t>(static_cast<Address>(shape[0]), 1, "ptr");
+  a.offsets = pointer<const int32_t>(static_cast<Address>(shape[1]), a.entries, "offsets");
+  a.borders = borders;
+  a.epilogue.scale = as<const float>(scale);
+  a.epilogue.shift = as<const float>(shift);
+  a.epilogue.post = as<const float>(post);
+  a.epilogue.residual = as<const float>(residual);
+  a.epilogue.gate = as<const float>(gate);
+  a.epilogue.pre = as<float>(pre);
+  a.epilogue.channels = channels;
+  a.epilogue.relu = relu;
+  return a;
+}
+
+void gather(int device, Address stream, Address x, Address out, const GatherShape& shape, Address scale, Address shift,
+            Address post, Address residual, Address gate, Address pre, int64_t channels, bool relu) {
+  const GatherArgs a = gather_args(x, out, shape, scale, shift, post, residual, gate, pre, channels, relu, true);
+  without_gil(a.blocks * a.rows * a.height * a.width, [&] { launch(device, stream, a); });
+}
+
+// lanes, block, channel, row, col, phase, phases_h, phases_w, origin
+using LayoutTuple = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int, int, int64_t>;
+
+Layout layout(const LayoutTuple& t) {
+  Layout l;
+  std::tie(l.lanes, l.block, l.channel, l.row, l.col, l.phase, l.phases_h, l.phases_w, l.origin) = t;
+  return l;
+}
+
+RelayoutArgs relayout_args(Address src, Address dst, const LayoutTuple& from, const LayoutTuple& to, int64_t batch,
+                           int64_t channels, int64_t height, int64_t width, int64_t plane) {
+  const int64_t size = batch * channels * height * width;
+  return {pointer<const float>(src, size, "src"),
+          pointer<float>(dst, size, "dst"),
+          layout(from),
+          layout(to),
+          batch,
+          channels,
+          height,
+          width,
+          plane};
+}
+
+void relayout(int device, Address stream, Address src, Address dst, const LayoutTuple& from, const LayoutTuple& to,
+              int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t plane) {
+  const RelayoutArgs a = relayout_args(src, dst, from, to, batch, channels, height, width, plane);
+  without_gil(batch * channels * height * width, [&] { launch(device, stream, a); });
+}
+
+// A sequence of gathers and copies that differs from run to run only in where its buffers lie, so that a network costs
+// one call from Python. An address is absolute (weights, constants) or, with base b + 1 in its top byte, an offset into
+// the b-th of the bases that `run` is given.
+class Program {
+ public:
+  void gather(Address x, Address out, const GatherShape& shape, Address scale, Address shift, Address post,
+              Address residual, Address gate, Address pre, int64_t channels, bool relu) {
+    steps_.push_back({true, gather_args(x, out, shape, scale, shift, post, residual, gate, pre, channels, relu, false),
+                      RelayoutArgs{}});
+  }
+
+  void relayout(Address src, Address dst, const LayoutTuple& from, const LayoutTuple& to, int64_t batch,
+                int64_t channels, int64_t height, int64_t width) {
+    // Borders are zero before and after: the buffers come zeroed and keep their layouts.
+    steps_.push_back({false, GatherArgs{}, relayout_args(src, dst, from, to, batch, channels, height, width, 0)});
+  }
+
+  void run(int device, Address stream, const std::vector<Address>& bases) const {
+    py::gil_scoped_release release;
+    for (const Step& step : steps_) {
+      if (step.is_gather) {
+        GatherArgs a = step.gather;
+        place(a.x, bases);
+        place(a.out, bases);
+        place(a.epilogue.residual, bases);
+        place(a.epilogue.gate, bases);
+        place(a.epilogue.pre, bases);
+        launch(device, stream, a);
+      } else {
+        RelayoutArgs a = step.relayout;
+        place(a.src, bases);
+        place(a.dst, bases);
+        launch(device, stream, a);
+      }
+    }
+  }
+
+ private:
+  struct Step {
+    bool is_gather;
+    GatherArgs gather;
+    RelayoutArgs relayout;
+  };
+
+  template <class T>
+  static void place(T*& p, const std::vector<Address>& bases) {
+    const Address address = reinterpret_cast<Address>(p), base = address >> 56;
+    if (base != 0) p = as<T>(bases.at(base - 1) + (address & ((Address{1} << 56) - 1)));
+  }
+
+  std::vector<Step> steps_;
+};
 
 void plan(Address ptr, Address index, int64_t kept, const std::array<int64_t, 5>& shape,
           const std::array<int64_t, 6>& geometry, bool transposed, int64_t lanes, int64_t plane, int64_t pitch,
@@ -176,15 +253,36 @@ int64_t topk_workspace([[maybe_unused]] int64_t n) {
 #endif
 }
 
+int64_t encode(Address mask, int64_t n, int64_t kept, Address bytes) {
+  CodeArgs a{pointer<uint8_t>(mask, n, "mask"), n, kept, pointer<uint8_t>(bytes, 1, "bytes"), 0};
+  int64_t size = 0;
+  without_gil(n, [&] { size = binary().encode(a); });
+  return size;
+}
+
+void decode(Address bytes, int64_t size, Address mask, int64_t n, int64_t kept) {
+  CodeArgs a{pointer<uint8_t>(mask, n, "mask"), n, kept, pointer<uint8_t>(bytes, size, "bytes"), size};
+  without_gil(n, [&] { binary().decode(a); });
+}
+
 }  // namespace
 
 void bind_binary(py::module_& m) {
+  py::class_<Program>(m, "BinaryProgram")
+      .def(py::init<>())
+      .def("gather", &Program::gather)
+      .def("relayout", &Program::relayout)
+      .def("run", &Program::run);
+  m.attr("huge_page") = kHugePage;
+  m.def("prefer_huge_pages", &prefer_huge_pages);
   m.def("binary_gather", &gather);
   m.def("binary_relayout", &relayout);
   m.def("binary_plan", &plan);
   m.def("binary_pack", &pack);
   m.def("binary_topk", &topk);
   m.def("binary_topk_workspace", &topk_workspace);
+  m.def("binary_encode", &encode);
+  m.def("binary_decode", &decode);
 }
 
 }  // namespace fastrobust

@@ -271,6 +271,16 @@ def test_pack_equals_the_reference() -> None:
             assert ours.density == pytest.approx(float((w != 0).float().mean()))
 
 
+def test_packing_where_the_weight_is_equals_packing_on_the_host() -> None:
+    w = signs((5, 4, 3, 3), 0.3)
+    there, here = ops._pack_there(w), fr.ops.pack(w)
+    assert there.shape == here.shape and torch.equal(there.ptr, here.ptr) and torch.equal(there.index, here.index)
+    for bad in (0.5, float("nan")):
+        w[1, 2, 0, 0] = bad
+        with pytest.raises(ValueError, match=r"weight: expected entries in \{-1, 0, \+1\}, got " + str(bad)):
+            ops._pack_there(w)
+
+
 def test_an_empty_layer_gives_zeros_and_zero_gradients() -> None:
     x = torch.randn(3, 4, 6, 6, requires_grad=True)
     y = fr.ops.masked_conv2d(x, fr.ops.pack(torch.zeros(5, 4, 3, 3)), padding=1)

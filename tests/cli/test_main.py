@@ -39,6 +39,17 @@ def test_info_json(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: object) 
     assert {k: found[k] for k in fastrobust.build_info()} == fastrobust.build_info()
 
 
+def test_info_says_which_path_each_layer_takes(run: Run) -> None:
+    status, out, err = run("info", "--paths", "0.99", "0.1", "16")
+    lines = out.splitlines()
+    assert status == 0 and err == "" and len(lines) == 37
+    assert all(" sparse " in line or " dense " in line for line in lines)
+    assert "layer4.2.conv2" in out and "us sparse" in lines[0] and "us dense" in lines[0]
+    for bad, text in ((("2", "0.1", "16"), "rate"), (("0.9", "x", "16"), "float"), (("0.9", "0", "0"), "batch")):
+        status, _, err = run("info", "--paths", *bad)
+        assert status == 2 and "--paths" in err and text in err
+
+
 def test_info_follows_the_environment(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FASTROBUST_DATA", raising=False)
     assert "set FASTROBUST_DATA" in run("info")[1]

@@ -24,7 +24,7 @@ def binary_on_device(emulated_module: ModuleType, monkeypatch: pytest.MonkeyPatc
             m.setattr(binary, "_C", emulated_module)
             m.setattr(binary, "stream_of", lambda device: (0, 0))
             m.setattr(_feature_maps, "_C", emulated_module)
-            m.setattr(_feature_maps, "_device", lambda x: (0, 0))
+            m.setattr(_feature_maps, "device_of", lambda x: (0, 0))
             return op(*args, **kwargs)
 
     return run

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 
 import pytest
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastrobust as fr
 from fastrobust import nn as fnn
+from fastrobust.ops import _conv_cost as cost
+from fastrobust.ops import _feature_maps as fm
 from fastrobust.reference import binary as reference
 
 
@@ -118,6 +122,67 @@ def test_frozen_equals_the_model(name: str, batch: int, path: str) -> None:
     assert (error < 1e-4).double().mean() > 0.9
 
 
+def settled(model: nn.Module, x: Tensor) -> nn.Module:
+    """Running statistics equal to those of a batch, so that activations keep their size through the layers."""
+    for m in model.modules():
+        if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            m.momentum = None
+    with torch.no_grad():
+        model.train()(x)
+    return model.eval()
+
+
+class Gated(torch.fx.Interpreter):
+    """A model whose ReLUs pass what `gates` says, by name, and remember what came to them."""
+
+    def __init__(self, model: nn.Module, gates: dict[str, Tensor]) -> None:
+        super().__init__(torch.fx.symbolic_trace(model))
+        self.gates, self.seen = gates, {}
+
+    def run_node(self, n: torch.fx.Node) -> object:
+        if n.name not in self.gates:
+            return super().run_node(n)
+        (x,), _ = self.fetch_args_kwargs_from_env(n)
+        self.seen[n.name] = x.detach()
+        return x * self.gates[n.name]
+
+
+@pytest.mark.parametrize("rate, gamma", [(0.99, 0.1), (0.7, 1.0)])
+def test_the_gradient_of_a_deep_network_is_exact_between_the_kinks(rate: float, gamma: float, path: str) -> None:
+    """A deep network in float32 always has sums that are zero up to rounding and fall on the other side of a ReLU than in
+    float64. Where float64 is given the sides our run took, the gradients must agree to rounding; and our side may differ
+    from float64's own only for such sums."""
+    torch.manual_seed(0)
+    x = torch.rand(6, 3, 32, 32)
+    model = settled(fnn.convert(fnn.resnet34(width=8), rate, gamma), x)
+    frozen = fnn.freeze(model)
+    (region,) = frozen.regions.values()
+    _, ((_, group, _, forms, state),) = region.forward([x], True)
+    gates = {}
+    (units,) = [step[0] for kind, step in frozen.steps if kind == "region"]
+    for i, unit in enumerate(units):
+        if unit.relu:
+            buffer = next(iter(forms[i].values()))
+            kept = buffer.view(state.tensors)
+            maps = group.native[i]
+            shape = (maps.batch, maps.channels, maps.height, maps.width)
+            plain = kept if buffer.maps is None else fm.from_maps(kept, maps, torch.empty(shape))
+            gates[unit.last.name] = plain > 0
+    truth = Gated(fnn.dense_copy(model).double(), gates)
+    given = x.clone().requires_grad_()
+    exact = x.double().requires_grad_()
+    y, want = frozen(given), truth.run(exact)
+    assert len(truth.seen) == len(gates) == 33 and relative(y, want) < 1e-4
+    for name, before in truth.seen.items():
+        wrong = (before > 0) != gates[name]
+        assert not wrong.any() or before[wrong].abs().max() < 1e-3 * before.std()
+        assert wrong.double().mean() < 1e-3
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    want.backward(grad.double())
+    assert float((given.grad - exact.grad).norm() / exact.grad.norm()) < 1e-4
+
+
 def test_frozen_follows_only_on_update_and_trains_nothing() -> None:
     model, size = make("small")
     frozen = fnn.freeze(model)
@@ -159,6 +224,56 @@ def test_paths_reports_every_layer(path: str) -> None:
     if path != "auto":
         assert {r["path"] for r in rows} == {path}
     assert all("us sparse" in r["reason"] for r in rows)
+
+
+def test_runs_do_not_disturb_each_other(path: str) -> None:
+    """Memory is used again between calls: of other batch sizes, while a gradient is still wanted, and after a NaN."""
+    model, size = make("cifar", rate=0.9)
+    frozen = fnn.freeze(model)
+    x = torch.rand(16, *size)
+    xs = [x[:n].clone().requires_grad_() for n in (16, 3, 16)]
+    ys = [frozen(z) for z in xs]
+    with torch.no_grad():
+        assert frozen(x * float("nan")).isnan().any()
+        clean = frozen(x)
+    assert torch.equal(ys[0], clean) and torch.equal(ys[2], clean)
+    grads = [torch.autograd.grad(y.square().sum(), z)[0] for z, y in zip(xs, ys, strict=True)]
+    assert torch.equal(grads[0], grads[2])
+    again = frozen(xs[1])
+    assert torch.equal(torch.autograd.grad(again.square().sum(), xs[1])[0], grads[1])
+    last = frozen(x.contiguous(memory_format=torch.channels_last))
+    assert torch.equal(last, clean)
+
+
+def test_networks_mix_both_paths_where_that_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense and sparse layers side by side, residuals between them, in every combination."""
+    monkeypatch.delenv("FASTROBUST_BINARY", raising=False)
+    model, size = make("cifar", rate=0.8)
+    want = fnn.dense_copy(model).double()
+    x = torch.rand(13, *size)  # enough for an arena of several huge pages
+    exact = x.double().requires_grad_()
+    truth = want(exact)
+    grad = torch.randn(truth.shape)
+    truth.backward(grad.double())
+    for seed in range(6):
+        frozen = fnn.freeze(model)
+        (region,) = frozen.regions.values()
+        generator = torch.Generator().manual_seed(seed)
+        estimate = cost.estimate
+
+        def either(*args: object, estimate=estimate, generator=generator) -> cost.Choice:
+            dense = bool(torch.rand((), generator=generator) < 0.5)
+            return dataclasses.replace(estimate(*args), sparse=float(dense) * 1e9, dense=float(not dense) * 1e9)
+
+        monkeypatch.setattr(cost, "estimate", either)
+        given = x.clone().requires_grad_()
+        y = frozen(given)
+        monkeypatch.setattr(cost, "estimate", estimate)
+        assert {r.choice.path for r in region.latest.reads} == {"sparse", "dense"}
+        assert relative(y, truth) < 1e-5
+        y.backward(grad)
+        error = (given.grad - exact.grad).flatten(1).norm(dim=1) / exact.grad.flatten(1).norm(dim=1)
+        assert error.median() < 1e-4
 
 
 def test_freeze_refuses_what_it_cannot_trace() -> None:

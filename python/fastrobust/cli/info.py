@@ -7,7 +7,8 @@ import importlib.metadata
 import json
 from typing import Any
 
-from .. import build_info, data
+from .. import build_info, data, nn
+from ._common import BadArguments
 
 # distribution: what it gives, and the extra that brings it
 EXTRAS = {
@@ -21,9 +22,18 @@ EXTRAS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    parser.add_argument(
+        "--paths",
+        nargs=3,
+        metavar=("RATE", "GAMMA", "BATCH"),
+        help="print instead which path each layer of a pruned ResNet-34 (32x32 images) takes here, and why",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
+    if args.paths:
+        print(paths(*args.paths))
+        return 0
     info = gather()
     print(json.dumps(info, indent=2) if args.json else text(info))
     return 0
@@ -35,6 +45,17 @@ def gather() -> dict[str, Any]:
     folder = data.find_folder()
     found = {name: bool(folder and (folder / file).is_file()) for name, file in data.ARCHIVES.items()}
     return {**build_info(), "extras": extras, "data": {"folder": str(folder) if folder else None, "found": found}}
+
+
+def paths(rate: str, gamma: str, batch: str) -> str:
+    """The path of every masked layer of a ResNet-34 of fixed signs, pruned to 1 - rate."""
+    if not batch.isdigit() or int(batch) < 1:
+        raise BadArguments(f"--paths: expected a batch of at least 1, got {batch!r}")
+    try:
+        model = nn.convert(nn.resnet34(), float(rate), float(gamma)).eval()
+    except ValueError as error:
+        raise BadArguments(f"--paths: {error}") from None
+    return nn.freeze(model).report((int(batch), 3, 32, 32))
 
 
 def _version(distribution: str) -> str | None:

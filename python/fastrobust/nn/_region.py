@@ -2,11 +2,14 @@
 
 A unit is one convolution with what follows it in one write: scale and shift (eval-mode batch
 normalisation, magnitude, bias), residual, ReLU. Batches are done in groups of images small enough
-for the caches; each group runs through all units before the next.
+for the caches; each group runs through all units before the next. Units for which torch's dense
+convolution is faster run as such, on plain tensors; a value is copied between the two forms only
+where units of both kinds read it.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 from typing import Any
@@ -20,10 +23,13 @@ from ..ops import _conv_cost as cost
 from ..ops import _feature_maps as fm
 from ..ops import binary as ops
 from ..ops._feature_maps import ConvGeometry, Maps
-from ..reference.binary import PackedWeight, epilogue
+from ..reference.binary import PackedWeight
+from ._schedule import ARENA, Buffer, Compiled, Schedule, State, plain
 
 # Floats of the largest feature map of a group of images.
 GROUP_FLOATS = 5 << 18
+# Batch and map sizes whose programs and memory are kept.
+REMEMBERED = 8
 
 
 @dataclasses.dataclass(eq=False)
@@ -43,40 +49,24 @@ class Unit:
     def shape(self) -> tuple[int, int, int, int]:
         return fm.conv_shape(self.packed.shape)
 
-
-class Pool:
-    """Buffers by size. Fresh pages are slow; what a forward keeps for its backward comes back here."""
-
-    def __init__(self) -> None:
-        self.free: dict[tuple[int, int], list[Tensor]] = {}
-
-    def take(self, maps: Maps, like: Tensor) -> Buffer:
-        size = maps.blocks * maps.block + fm.SLACK
-        stack = self.free.setdefault((size, like.get_device()), [])
-        return Buffer(stack.pop() if stack else torch.empty(size, device=like.device), stack)
-
-
-class Buffer:
-    """A tensor that returns to its pool when nobody refers to it any more."""
-
-    __slots__ = ("data", "home")
-
-    def __init__(self, data: Tensor, home: list[Tensor]) -> None:
-        self.data, self.home = data, home
-
-    def __del__(self) -> None:
-        self.home.append(self.data)
+    def dense_weight(self) -> Tensor:
+        """The weight as torch's convolution takes it, the scale multiplied in."""
+        weight = ops.dense_weight(self.packed, torch.float32)
+        weight = weight if self.scale is None else weight * self.scale.view(-1, 1, 1, 1)
+        return weight.contiguous(memory_format=torch.channels_last)
 
 
 @dataclasses.dataclass
 class Read:
-    """How a unit runs on one map size: the layouts of what it reads and writes, and its lists."""
+    """How a unit runs on one map size: the layouts of what it reads and writes, and why."""
 
     read: Maps
     write: Maps
     choice: cost.Choice
-    forward: fm.Plan | None
-    backward: fm.Plan | None = None
+
+    @property
+    def dense(self) -> bool:
+        return self.choice.path == "dense"
 
 
 @dataclasses.dataclass
@@ -87,7 +77,17 @@ class Resolved:
     step: int  # images per group
     sizes: list[tuple[int, int]]  # of the units' outputs
     borders: tuple[int, int]
-    groups: dict[int, tuple[list[Read], dict[int, Maps]]]  # by the images of a group
+    choices: list[cost.Choice]
+    groups: dict[int, Group]  # by the images of a group
+
+
+class Group:
+    """Programs for a group of `count` images: forward, forward that keeps what the gradient needs, input gradient."""
+
+    def __init__(self, reads: list[Read], native: dict[int, Maps]) -> None:
+        self.reads, self.native = reads, native
+        self.forward: dict[tuple[Any, ...], tuple[Compiled, dict[int, dict[Any, Buffer]]]] = {}
+        self.backward: dict[tuple[Any, ...], tuple[Compiled, list[int]]] = {}
 
 
 class Region:
@@ -95,19 +95,8 @@ class Region:
 
     def __init__(self, units: list[Unit], inputs: int, outputs: list[int]) -> None:
         self.units, self.inputs, self.outputs = units, inputs, outputs
-        self.pool = Pool()
-        self.resolved: dict[Any, Resolved] = {}
-        self.latest: tuple[list[Read], dict[int, Maps]] | None = None
-        last_use: dict[int, int] = {}
-        for i, unit in enumerate(units):
-            last_use[unit.source] = i
-            if unit.residual is not None:
-                last_use[unit.residual] = i
-        # Values that nobody reads after unit i.
-        self.done: list[list[int]] = [[] for _ in units]
-        for v, i in last_use.items():
-            if v not in outputs:
-                self.done[i].append(v)
+        self.resolved: collections.OrderedDict[Any, Resolved] = collections.OrderedDict()
+        self.latest: Group | None = None
 
     def set_units(self, units: list[Unit]) -> None:
         """Other weights and constants for the same graph."""
@@ -116,10 +105,11 @@ class Region:
 
     # ---- layouts ----
 
-    def resolve(self, batch: int, inputs: list[tuple[int, ...]]) -> Resolved:
-        """Groups of images, and the borders that serve every unit, for inputs (C, H, W)."""
-        key = (batch, tuple(inputs), cost.forced_path())
+    def resolve(self, batch: int, inputs: list[tuple[int, ...]], device: tuple[int, int]) -> Resolved:
+        """Groups of images, the borders that serve every unit, and the path of each, for inputs (C, H, W)."""
+        key = (batch, tuple(inputs), device[0], cost.forced_path())
         if key in self.resolved:
+            self.resolved.move_to_end(key)
             return self.resolved[key]
         known: dict[int, tuple[int, int]] = {-1 - i: (s[1], s[2]) for i, s in enumerate(inputs)}
         largest = max(math.prod(s) for s in inputs)
@@ -129,6 +119,11 @@ class Region:
             known[i] = g.out_size(shape, *size)
             if min(known[i]) < 1:
                 raise ValueError(f"x: too small for {unit.name}, which would see a map of {size[0]} x {size[1]}")
+            if unit.residual is not None:
+                channels = inputs[-1 - unit.residual][0] if unit.residual < 0 else self.units[unit.residual].shape[0]
+                got, want = (channels, *known[unit.residual]), (shape[0], *known[i])
+                if got != want:
+                    raise ValueError(f"model: expected what is added after {unit.name} to be of size {want}, got {got}")
             largest = max(largest, shape[0] * math.prod(known[i]))
             read = fm.input_maps(1, shape[1] * g.groups, *size, shape, g, 1)
             grad = fm.grad_maps(1, *size, shape, g, 1)[0]
@@ -137,11 +132,50 @@ class Region:
         wanted = next((n for n in cost.LANES if n >= min(batch, 12)), cost.LANES[-1])
         lanes = max((n for n in cost.LANES if n <= wanted and n * largest <= 4 * GROUP_FLOATS), default=1)
         step = max(1, GROUP_FLOATS // (largest * lanes)) * lanes
-        found = Resolved(lanes, step, [known[i] for i in range(len(self.units))], (halo, lead), {})
+        choices = self._choose(min(batch, step), known, lanes)
+        found = Resolved(lanes, step, [known[i] for i in range(len(self.units))], (halo, lead), choices, {})
         self.resolved[key] = found
+        while len(self.resolved) > REMEMBERED:
+            self.resolved.popitem(last=False)
         return found
 
-    def group(self, how: Resolved, count: int, inputs: list[tuple[int, ...]]) -> tuple[list[Read], dict[int, Maps]]:
+    def _choose(self, count: int, sizes: dict[int, tuple[int, int]], lanes: int) -> list[cost.Choice]:
+        """Sparse or dense for each unit, so that the sum of the estimates, copies between the forms included, is least."""
+        estimates = [
+            cost.estimate(count, *sizes[u.source], u.shape, u.geometry, u.packed.kept, lanes) for u in self.units
+        ]
+        floats = {i: count * u.shape[0] * math.prod(sizes[i]) for i, u in enumerate(self.units)}
+        floats |= {u.source: count * u.shape[1] * u.geometry.groups * math.prod(sizes[u.source]) for u in self.units}
+
+        def total(dense: list[bool]) -> float:
+            made = {-1 - i: True for i in range(self.inputs)} | dict(enumerate(dense))
+            copied = {(v, True) for v in self.outputs if not made[v]}
+            time = 0.0
+            for i, unit in enumerate(self.units):
+                time += estimates[i].dense if dense[i] else estimates[i].sparse
+                time += cost.dense_epilogue(floats[i], unit.residual is not None, unit.relu) if dense[i] else 0.0
+                copied |= {(v, dense[i]) for v in (unit.source, unit.residual) if v is not None and made[v] != dense[i]}
+            return time + sum(cost.copy(floats[v]) for v, _ in copied)
+
+        forced = cost.forced_path()
+        if forced is not None:
+            best = [forced == "dense"] * len(self.units)
+        else:
+            starts = [[e.dense < e.sparse for e in estimates], *([d] * len(self.units) for d in (False, True))]
+            best = min(starts, key=total)
+            improved = True
+            while improved:
+                improved = False
+                for i in range(len(best)):
+                    other = [d != (j == i) for j, d in enumerate(best)]
+                    if total(other) < total(best):
+                        best, improved = other, True
+        return [
+            dataclasses.replace(e, path="dense" if dense else "sparse")
+            for e, dense in zip(estimates, best, strict=True)
+        ]
+
+    def group(self, how: Resolved, count: int, inputs: list[tuple[int, ...]]) -> Group:
         """Layouts of all values and the way every unit runs, for a group of `count` images."""
         if count in how.groups:
             return how.groups[count]
@@ -151,29 +185,15 @@ class Region:
         reads = []
         for i, unit in enumerate(self.units):
             given, g, shape, out = native[unit.source], unit.geometry, unit.shape, how.sizes[i]
-            choice = cost.choose(
-                count, given.height, given.width, shape, g, unit.packed.kept, cost.forced_path(), False
-            )
             need = fm.input_maps(count, given.channels, given.height, given.width, shape, g, lanes)
             pitch = max(need.phase_size[1], out[1]) + lead
             read = given
             if need.phases != given.phases or given.pitch < pitch:
                 read = Maps(count, given.channels, given.height, given.width, lanes, pitch, halo, lead, need.phases)
             native[i] = Maps(count, shape[0], *out, lanes, read.pitch, halo, lead)
-            if unit.residual is not None:
-                added, size = native[unit.residual], (shape[0], *out)
-                if (added.channels, added.height, added.width) != size:
-                    got = (added.channels, added.height, added.width)
-                    raise ValueError(f"model: expected what is added after {unit.name} to be of size {size}, got {got}")
-            forward = None if choice.path == "dense" else fm.plan(unit.packed, g, read, False)
-            reads.append(Read(read, native[i], choice, forward))
-        how.groups[count] = (reads, native)
+            reads.append(Read(read, native[i], how.choices[i]))
+        how.groups[count] = Group(reads, native)
         return how.groups[count]
-
-    def backward_plan(self, i: int, how: Read) -> fm.Plan:
-        if how.backward is None:
-            how.backward = fm.plan(self.units[i].packed, self.units[i].geometry, how.write, True)
-        return how.backward
 
     # ---- forward ----
 
@@ -183,201 +203,221 @@ class Region:
         sizes = [tuple(x.shape[1:]) for x in inputs]
         if any(x.shape[0] != batch for x in inputs):
             raise ValueError(f"x: expected equal batch sizes inside the model, got {[x.shape[0] for x in inputs]}")
-        how = self.resolve(batch, sizes)
+        how = self.resolve(batch, sizes, fm.device_of(inputs[0]))
         outs = [inputs[0].new_empty((batch, self.units[v].shape[0], *how.sizes[v])) for v in self.outputs]
         saved = []
         for begin in range(0, batch, how.step):
-            parts = [x[begin : begin + how.step] for x in inputs]
-            reads, native = self.latest = self.group(how, parts[0].shape[0], sizes)
-            values, copies = self._run(parts, reads, native, keep)
-            for v, out in zip(self.outputs, outs, strict=True):
-                fm.from_maps(values[v].data, native[v], out[begin : begin + how.step])
+            parts = [x[begin : begin + how.step] for x in (*inputs, *outs)]
+            group = self.latest = self.group(how, parts[0].shape[0], sizes)
+            strides = tuple(x.stride() for x in parts)
+            if (keep, strides) not in group.forward:
+                group.forward[keep, strides] = self._forward(group, parts, keep)
+            program, forms = group.forward[keep, strides]
+            state = program.run(parts)
             if keep:
-                saved.append((begin, parts[0].shape[0], values, copies, reads, native))
+                saved.append((begin, group, strides, forms, state))
         return outs, saved
 
-    def _run(
-        self, parts: list[Tensor], reads: list[Read], native: dict[int, Maps], keep: bool
-    ) -> tuple[dict[int, Buffer], dict[tuple[int, Maps], Buffer]]:
-        values: dict[int, Buffer] = {}
-        copies: dict[tuple[int, Maps], Buffer] = {}
-        for i, x in enumerate(parts):
-            values[-1 - i] = self.pool.take(native[-1 - i], x)
-            fm.to_maps(x, native[-1 - i], values[-1 - i].data)
-        for i, (unit, how) in enumerate(zip(self.units, reads, strict=True)):
-            source = values[unit.source]
-            if how.read is not native[unit.source]:
-                key = (unit.source, how.read)
-                if key not in copies:
-                    copies[key] = self.pool.take(how.read, source.data)
-                    fm.convert_maps(source.data, native[unit.source], how.read, copies[key].data)
-                source = copies[key]
-            residual = (
-                None if unit.residual is None else self._as(values[unit.residual], native[unit.residual], how.write)
-            )
-            values[i] = self.pool.take(how.write, source.data)
-            if how.forward is None:
-                self._dense(unit, how, source, residual, values[i])
+    def _forward(self, group: Group, parts: list[Tensor], keep: bool) -> tuple[Compiled, dict[int, dict[Any, Buffer]]]:
+        s = Schedule()
+        given = [s.given(shape=tuple(x.shape), strides=x.stride()) for x in parts]
+        forms: dict[int, dict[Any, Buffer]] = {-1 - i: {given[i].form: given[i]} for i in range(self.inputs)}
+        for i, (unit, how) in enumerate(zip(self.units, group.reads, strict=True)):
+            read, write = (None, None) if how.dense else (how.read, how.write)
+            x = self._form(s, forms[unit.source], read)
+            residual = None if unit.residual is None else self._form(s, forms[unit.residual], write)
+            if how.dense:
+                out = self._dense(s, unit, how, x, residual)
             else:
-                fm.gather(
-                    source.data, how.read, how.write, how.forward, scale=unit.scale, shift=unit.shift,
-                    residual=None if residual is None else residual.data, relu=unit.relu, out=values[i].data,
-                )  # fmt: skip
-            if not keep:
-                for v in self.done[i]:
-                    del values[v]
-                    for key in [k for k in copies if k[0] == v]:
-                        del copies[key]
-        return values, copies
+                lists = fm.plan(unit.packed, unit.geometry, how.read, False)
+                out, _ = s.gather(
+                    x, how.write, lists, residual=residual, scale=unit.scale, shift=unit.shift, relu=unit.relu
+                )
+            forms[i] = {out.form: out}
+        for v, target in zip(self.outputs, given[self.inputs :], strict=True):
+            s.copy(next(iter(forms[v].values())), target)
+        # The gradient needs to know what passed the ReLUs, in every form that was read.
+        kept = [b for i, unit in enumerate(self.units) if keep and unit.relu for b in forms[i].values()]
+        return s.compile(kept), forms
 
-    def _as(self, value: Buffer, have: Maps, want: Maps) -> Buffer:
-        if have == want:
-            return value
-        out = self.pool.take(want, value.data)
-        fm.convert_maps(value.data, have, want, out.data)
-        return out
+    @staticmethod
+    def _form(s: Schedule, forms: dict[Any, Buffer], maps: Maps | None) -> Buffer:
+        """A value as `maps`, or as a plain tensor for None; copied at the first request."""
+        source = next(iter(forms.values()))
+        target = Buffer(ARENA, maps) if maps is not None else _plain(source)
+        if target.form in forms:
+            return forms[target.form]
+        made = s.copy(source, target)
+        forms[made.form] = made
+        return made
 
-    def _plain(self, value: Buffer, maps: Maps) -> Tensor:
-        shape = (maps.batch, maps.channels, maps.height, maps.width)
-        return fm.from_maps(value.data, maps, torch.empty(shape, device=value.data.device))
+    @staticmethod
+    def _dense(s: Schedule, unit: Unit, how: Read, x: Buffer, residual: Buffer | None) -> Buffer:
+        g, weight, shift, relu = unit.geometry, unit.dense_weight(), unit.shift, unit.relu
 
-    def _dense(self, unit: Unit, how: Read, source: Buffer, residual: Buffer | None, out: Buffer) -> None:
-        g = unit.geometry
-        x = self._plain(source, how.read)
-        y = F.conv2d(x, ops.dense_weight(unit.packed, x), None, g.stride, g.padding, g.dilation, g.groups)
-        added = None if residual is None else self._plain(residual, how.write)
-        fm.to_maps(epilogue(y, None, unit.scale, unit.shift, added, unit.relu), how.write, out.data)
+        def run(x: Tensor, added: Tensor | None = None) -> Tensor:
+            y = F.conv2d(x, weight, shift, g.stride, g.padding, g.dilation, g.groups)
+            y = y if added is None else y.add_(added)
+            return y.relu_() if relu else y
+
+        shape = (how.write.batch, how.write.channels, how.write.height, how.write.width)
+        return s.call(run, [x] if residual is None else [x, residual], shape)
 
     # ---- input gradient ----
 
     def backward(self, grads: list[Tensor | None], saved: list[Any], sizes: list[torch.Size]) -> list[Tensor]:
-        out = [torch.empty(size, device=next(g for g in grads if g is not None).device) for size in sizes]
-        for begin, count, values, copies, reads, native in saved:
-            parts = [None if g is None else g[begin : begin + count] for g in grads]
-            inputs = self._run_back(parts, values, copies, reads, native)
-            for i, x in enumerate(out):
-                v = -1 - i
-                if v in inputs:
-                    fm.from_maps(inputs[v].data, native[v], x[begin : begin + count])
-                else:
-                    x[begin : begin + count].zero_()
-        return out
+        device = next(g for g in grads if g is not None).device
+        outs = [torch.empty(size, device=device) for size in sizes]
+        wanted = tuple(g is not None for g in grads)
+        for begin, group, strides, forms, state in saved:
+            parts = [g[begin : begin + group.native[-1].batch] for g in (*grads, *outs) if g is not None]
+            key = (wanted, strides, tuple(x.stride() for x in parts))
+            if key not in group.backward:
+                group.backward[key] = _Backward(self, group, forms, state, parts, wanted).compile()
+            program, results = group.backward[key]
+            program.run([state.tensors[ARENA], *parts, *[state.tensors[base] for base in results]])
+        return outs
 
-    def _run_back(
-        self, parts: list[Tensor | None], values: dict[int, Buffer], copies: dict[tuple[int, Maps], Buffer],
-        reads: list[Read], native: dict[int, Maps],
-    ) -> dict[int, Buffer]:  # fmt: skip
-        """Gradients of the region's inputs, in their native layouts."""
-        # What has come together for each value: gradients in its native layout or in one it was read in.
-        sums: dict[int, dict[Maps, Buffer]] = {}
-        waiting: dict[int, int] = {}
-        for unit in self.units:
-            for v in (unit.source, unit.residual):
-                if v is not None:
-                    waiting[v] = waiting.get(v, 0) + 1
-        for v, grad in zip(self.outputs, parts, strict=True):
-            if grad is not None:
-                sums[v] = {native[v]: self.pool.take(native[v], grad)}
-                fm.to_maps(grad, native[v], sums[v][native[v]].data)
-        ready: dict[int, tuple[Buffer, Buffer]] = {}  # gradient after the ReLU's gate; the same times the scale
-        for i in range(len(self.units) - 1, -1, -1):
-            unit, how = self.units[i], reads[i]
-            if i not in ready:
-                if i not in sums:
-                    for v in (unit.source, unit.residual):
-                        if v is not None:
-                            waiting[v] -= 1
-                    continue
-                ready[i] = self._finish(i, sums.pop(i), values, native)
-            pre, scaled = ready.pop(i)
-            if unit.residual is not None:
-                waiting[unit.residual] -= 1
-                self._add(sums, unit.residual, self._as(pre, native[i], native[unit.residual]), native[unit.residual])
-            v = unit.source
-            waiting[v] -= 1
-            self._input_grad(i, how, scaled, sums, waiting[v] == 0, values, copies, native, ready)
-        return {v: self._collect(v, s, native) for v, s in sums.items() if v < 0}
 
-    def _input_grad(
-        self, i: int, how: Read, grad: Buffer, sums: dict[int, dict[Maps, Buffer]], last: bool,
-        values: dict[int, Buffer], copies: dict[tuple[int, Maps], Buffer], native: dict[int, Maps],
-        ready: dict[int, tuple[Buffer, Buffer]],
+def _plain(like: Buffer) -> Buffer:
+    """Room for the same maps as an ordinary tensor."""
+    maps = like.maps
+    return plain(like.shape if maps is None else (maps.batch, maps.channels, maps.height, maps.width))
+
+
+class _Backward:
+    """Writes the program of the input gradient of one group."""
+
+    def __init__(
+        self, region: Region, group: Group, forms: dict[int, dict[Any, Buffer]], state: State, parts: list[Tensor],
+        wanted: tuple[bool, ...],
     ) -> None:  # fmt: skip
-        unit, v = self.units[i], self.units[i].source
-        have = sums.setdefault(v, {})
-        target = how.read
-        if how.forward is None:
-            g = unit.geometry
-            plain = self._plain(grad, how.write)
-            size = (target.batch, target.channels, target.height, target.width)
-            weight = ops.dense_weight(unit.packed, plain)
-            dx = conv2d_input(size, weight, plain, g.stride, g.padding, g.dilation, g.groups)
-            buffer = self.pool.take(native[v], dx)
-            fm.to_maps(dx, native[v], buffer.data)
-            self._add(sums, v, buffer, native[v])
-            return
-        residual = have.pop(target, None)
-        out = self.pool.take(target, grad.data)
-        lists = self.backward_plan(i, how)
-        added = None if residual is None else residual.data
-        if not (last and v >= 0 and not have):
-            fm.gather(grad.data, how.write, target, lists, residual=added, out=out.data)
-            have[target] = out
-            return
-        # The last gradient to come: gate and scale of the unit that made this value, in the same write.
-        maker = self.units[v]
-        gate = None
-        if maker.relu:
-            gate = (values[v] if target is native[v] else copies[v, target]).data
-        need_pre = maker.residual is not None and maker.scale is not None
-        pre = self.pool.take(target, grad.data) if need_pre else out
-        fm.gather(
-            grad.data, how.write, target, lists, residual=added, gate=gate, pre=pre.data if need_pre else None,
-            post=maker.scale, out=out.data,
-        )  # fmt: skip
-        scaled = self._as(out, target, native[v])
-        ready[v] = (self._as(pre, target, native[v]) if need_pre else scaled, scaled)
-        del sums[v]
+        self.region, self.group, self.s = region, group, Schedule()
+        arena = self.s.given()
+        given = [self.s.given(shape=tuple(x.shape), strides=x.stride()) for x in parts]
+        count = len(given) - region.inputs
+        self.targets = given[count:]
+        # Gradients that have come together for each value, by layout.
+        self.sums: dict[int, dict[Any, Buffer]] = {}
+        outputs = [v for v, w in zip(region.outputs, wanted, strict=True) if w]
+        for v, buffer in zip(outputs, given[:count], strict=True):
+            self.sums[v] = {buffer.form: buffer}
+        # What the forward run left, as this program sees it.
+        self.results: list[int] = []
+        self.gates: dict[int, dict[Any, Buffer]] = {}
+        for i, unit in enumerate(region.units):
+            if not unit.relu:
+                continue
+            for buffer in forms[i].values():
+                if buffer.base == ARENA:
+                    seen = dataclasses.replace(buffer, base=arena.base)
+                else:
+                    seen = self.s.given(buffer)
+                    self.results.append(buffer.base)
+                self.gates.setdefault(i, {})[buffer.form] = seen
 
-    def _add(self, sums: dict[int, dict[Maps, Buffer]], v: int, grad: Buffer, maps: Maps) -> None:
-        have = sums.setdefault(v, {})
-        if maps in have:
-            total = self.pool.take(maps, grad.data)
-            torch.add(have[maps].data, grad.data, out=total.data)
-            have[maps] = total
-        else:
-            have[maps] = grad
-
-    def _collect(self, v: int, parts: dict[Maps, Buffer], native: dict[int, Maps]) -> Buffer:
-        total: Buffer | None = None
-        for maps, buffer in parts.items():
-            part = self._as(buffer, maps, native[v])
-            if total is None:
-                total = part
+    def compile(self) -> tuple[Compiled, list[int]]:
+        units, waiting = self.region.units, collections.Counter[int]()
+        for unit in units:
+            waiting.update(v for v in (unit.source, unit.residual) if v is not None)
+        ready: dict[int, tuple[Buffer, Buffer]] = {}  # gradient after the ReLU's gate; the same times the scale
+        for i in range(len(units) - 1, -1, -1):
+            unit = units[i]
+            waiting.subtract(v for v in (unit.source, unit.residual) if v is not None)
+            if i not in ready:
+                if i not in self.sums:
+                    continue
+                ready[i] = self._finish(i)
+            before, scaled = ready.pop(i)
+            if unit.residual is not None:
+                self._add(unit.residual, before)
+            if self.group.reads[i].dense:
+                self._dense(i, scaled)
+                continue
+            # The last gradient to come: gate and scale of the unit that made the value, in the same write.
+            source = unit.source
+            last = waiting[source] == 0 and source >= 0 and not self.group.reads[source].dense
+            both = self._gather(i, scaled, last)
+            if both is not None:
+                ready[source] = both
+        for i, target in enumerate(self.targets):
+            parts = self.sums.get(-1 - i, {})
+            if len(parts) == 1:
+                self.s.copy(next(iter(parts.values())), target)
+            elif parts:
+                self.s.copy(self._collect(list(parts.values()), None), target)
             else:
-                both = self.pool.take(native[v], part.data)
-                torch.add(total.data, part.data, out=both.data)
-                total = both
-        assert total is not None
-        return total
+                self.s.call_into(lambda out: out.zero_(), [], target)
+        return self.s.compile(), self.results
 
-    def _finish(
-        self, v: int, parts: dict[Maps, Buffer], values: dict[int, Buffer], native: dict[int, Maps]
-    ) -> tuple[Buffer, Buffer]:
-        """Gate and scale of unit v when its last gradient did not come from a convolution of the same layout."""
-        unit = self.units[v]
-        total = self._collect(v, parts, native)
-        if unit.relu:
-            gated = self.pool.take(native[v], total.data)
-            torch.where(values[v].data > 0, total.data, total.data.new_zeros(()), out=gated.data)
-            total = gated
-        if unit.scale is None:
+    def _gather(self, i: int, grad: Buffer, last: bool) -> tuple[Buffer, Buffer] | None:
+        """Adds the gradient of a sparse unit's source; when it was the last to come, returns what `ready` holds."""
+        unit, how = self.region.units[i], self.group.reads[i]
+        target, have = how.read, self.sums.setdefault(unit.source, {})
+        lists = fm.plan(unit.packed, unit.geometry, how.write, True)
+        residual = have.pop(target, None)
+        x = self._as(grad, how.write)
+        if not last or have:
+            out, _ = self.s.gather(x, target, lists, residual=residual)
+            have[target] = out
+            return None
+        del self.sums[unit.source]
+        return self._close(unit.source, x, target, lists, residual)
+
+    def _close(self, v: int, x: Buffer, target: Maps, lists: fm.Plan, residual: Buffer | None) -> tuple[Buffer, Buffer]:
+        """One write of sum, gate and scale of the sparse unit v, in its own layout at the end."""
+        maker, native = self.region.units[v], self.group.native[v]
+        gate = self.gates[v][target] if maker.relu else None
+        need = maker.residual is not None and maker.scale is not None
+        out, before = self.s.gather(x, target, lists, residual=residual, gate=gate, pre=need, post=maker.scale)
+        scaled = self._as(out, native)
+        return (scaled if before is None else self._as(before, native)), scaled
+
+    def _finish(self, v: int) -> tuple[Buffer, Buffer]:
+        """Gate and scale of unit v when its last gradient did not come from a sparse convolution."""
+        unit, parts = self.region.units[v], list(self.sums.pop(v).values())
+        if self.group.reads[v].dense:
+            total = self._collect(parts, None)
+            if unit.relu:
+                (gate,) = [b for b in self.gates[v].values() if b.maps is None]
+                total = self.s.call(lambda g, y: torch.ops.aten.threshold_backward(g, y, 0), [total, gate], gate.shape)
             return total, total
-        maps = native[v]
-        scaled = self.pool.take(maps, total.data)
-        planes = (maps.blocks, maps.channels, maps.plane)
-        size = maps.blocks * maps.block
-        torch.mul(
-            total.data[:size].view(planes), unit.scale.view(1, -1, 1), out=scaled.data[:size].view(planes)
-        )  # fmt: skip
-        return total, scaled
+        native = self.group.native[v]
+        total = self._collect(parts, native)
+        if not unit.relu and unit.scale is None:
+            return total, total
+        # Lists without entries: nothing but the epilogue.
+        ptr = torch.zeros(2 * native.channels + 1, dtype=torch.int32, device=unit.packed.ptr.device)
+        return self._close(v, total, native, fm.Plan(ptr, ptr[:0], native.channels), total)
+
+    def _dense(self, i: int, grad: Buffer) -> None:
+        unit, maps = self.region.units[i], self.group.native[self.region.units[i].source]
+        g, weight = unit.geometry, unit.dense_weight()
+        size = (maps.batch, maps.channels, maps.height, maps.width)
+        x = self.s.call(
+            lambda grad: conv2d_input(size, weight, grad, g.stride, g.padding, g.dilation, g.groups),
+            [self._as(grad, None)],
+            size,
+        )
+        self._add(unit.source, x)
+
+    def _as(self, buffer: Buffer, maps: Maps | None) -> Buffer:
+        if buffer.maps == maps:
+            return buffer
+        return self.s.copy(buffer, _plain(buffer) if maps is None else Buffer(ARENA, maps))
+
+    def _add(self, v: int, grad: Buffer) -> None:
+        have = self.sums.setdefault(v, {})
+        other = have.pop(grad.form, None)
+        total = grad if other is None else self._sum(other, grad)
+        have[total.form] = total
+
+    def _sum(self, a: Buffer, b: Buffer) -> Buffer:
+        target = _plain(a) if a.maps is None else Buffer(ARENA, a.maps)
+        return self.s.call_into(lambda a, b, out: torch.add(a, b, out=out), [a, b], target)
+
+    def _collect(self, parts: list[Buffer], maps: Maps | None) -> Buffer:
+        total = self._as(parts[0], maps)
+        for part in parts[1:]:
+            total = self._sum(total, self._as(part, maps))
+        return total

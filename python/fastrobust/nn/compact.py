@@ -110,6 +110,7 @@ def _slice(model: nn.Module, name: str, alive: Tensor, dim: int) -> None:
     )  # fmt: skip
     new.scores.copy_(old.scores.index_select(dim, index))
     new.signs.copy_(old.signs.index_select(dim, index))
+    new.sign_seed = None
     new.magnitude.copy_(old.magnitude)
     if old.bias is not None and new.bias is not None:
         new.bias.copy_(old.bias if dim == 1 else old.bias.index_select(0, index))

@@ -30,7 +30,8 @@ def convert(
     equation 5.11 (see `allocate`, which also explains `method`).
     first_dense, last_dense: leave the first or the last of these layers, in the order of definition, as it is; r then
     speaks of the others. The authors prune all.
-    signs "weights": the signs of the given weights, 0 where a weight is 0; "random": drawn anew. init, score_range,
+    signs "weights": the signs of the given weights, 0 where a weight is 0; "random": drawn anew from a seed, which makes
+    packed files smaller. init, score_range,
     absolute: see BinaryMaskedConv2d. A bias is copied and stays an ordinary parameter.
 
     Raises ValueError when there is no layer to convert, or for a padding mode or string padding other than zeros.
@@ -54,6 +55,7 @@ def convert(
         with torch.no_grad():
             if signs == "weights":
                 masked.signs.copy_(layer.weight.sign())
+                masked.sign_seed = None
             if layer.bias is not None and masked.bias is not None:
                 masked.bias.copy_(layer.bias)
         parent, _, leaf = name.rpartition(".")

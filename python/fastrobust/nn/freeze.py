@@ -33,7 +33,7 @@ class _RunRegion(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, region: Region, *inputs: Tensor) -> tuple[Tensor, ...]:
         keep = any(ctx.needs_input_grad[1:])
-        outs, saved = region.forward([x.contiguous() for x in inputs], keep)
+        outs, saved = region.forward([x.resolve_neg() for x in inputs], keep)
         ctx.region, ctx.saved, ctx.sizes = region, saved, [x.shape for x in inputs]
         ctx.set_materialize_grads(False)
         return tuple(outs)
@@ -249,10 +249,9 @@ class FrozenModel(nn.Module):
         rows: list[dict[str, Any]] = []
         for region in self.regions.values():
             assert region.latest is not None
-            reads, _ = region.latest
             rows += [
                 _row(u.name, u.packed.shape, u.packed.density, r.choice, (r.read.batch, r.read.height, r.read.width))
-                for u, r in zip(region.units, reads, strict=True)
+                for u, r in zip(region.units, region.latest.reads, strict=True)
             ]
         for name, layer in self.modules_by_name.items():
             if isinstance(layer, BinaryMaskedLinear):
@@ -260,6 +259,16 @@ class FrozenModel(nn.Module):
                 choice = ops.path_of(packed, batch, 1, 1, layer.geometry())
                 rows.append(_row(name, packed.shape, packed.density, choice, (batch, 1, 1)))
         return rows
+
+    def report(self, *sizes: tuple[int, ...]) -> str:
+        """`paths` as a table of text."""
+        lines = []
+        for row in self.paths(*sizes):
+            shape, maps = "x".join(map(str, row["weight"])), "x".join(map(str, row["maps"]))
+            lines.append(
+                f"{row['layer']:<24} {shape:>14} {100 * row['density']:6.2f} %  on {maps:>9}  {row['path']:<6}  {row['reason']}"
+            )
+        return "\n".join(lines)
 
 
 def _row(

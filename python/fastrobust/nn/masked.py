@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -46,15 +47,27 @@ class _MaskedConv(torch.autograd.Function):
         return grad_x, grad_scores, grad_bias, None
 
 
+def seeded_signs(seed: int, count: int) -> Tensor:
+    """`count` signs, -1 or +1, as int8: the bits of the Philox stream with this key, lowest first, a set one for -1.
+
+    Raw streams of numpy's bit generators stay the same from release to release, unlike draws through torch.
+    """
+    words = np.random.Philox(key=seed).random_raw(-(-count // 64)).astype("<u8")
+    bits = np.unpackbits(words.view(np.uint8), count=count, bitorder="little")
+    return torch.from_numpy(1 - 2 * bits.astype(np.int8))
+
+
 class MaskedLayer(nn.Module):
     """What the convolution and the linear layer share: scores, signs, keep count, packed cache.
 
     The weight is magnitude * signs * mask(scores), signs in {-1, 0, +1}; only the scores (and the
-    bias, if there is one) are learned. `keep` is the number of weights kept.
+    bias, if there is one) are learned. `keep` is the number of weights kept. `sign_seed` is what the
+    signs were drawn from, if they still are those (files then need not hold them).
     """
 
     signs: Tensor
     magnitude: Tensor
+    sign_seed: int | None
 
     def __init__(
         self,
@@ -101,7 +114,8 @@ class MaskedLayer(nn.Module):
         """
         if init not in INITIALISATIONS:
             raise ValueError(f"init: expected one of {INITIALISATIONS}, got {init!r}")
-        self.signs.copy_(torch.randint(0, 2, self.signs.shape, device=self.signs.device) * 2 - 1)
+        self.sign_seed = int(torch.randint(0, 2**32, ()))
+        self.signs.copy_(seeded_signs(self.sign_seed, self.signs.numel()).reshape(self.signs.shape))
         fan_in = max(1, math.prod(self.scores.shape[1:]))
         if init == "binary":
             self.magnitude.fill_(1.0)
@@ -171,10 +185,11 @@ class MaskedLayer(nn.Module):
         return LINEAR_GEOMETRY
 
     def get_extra_state(self) -> dict[str, Any]:
-        return {"keep": self.keep, "absolute": self.absolute}
+        return {"keep": self.keep, "absolute": self.absolute, "sign_seed": self.sign_seed}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self.keep, self.absolute = int(state["keep"]), bool(state["absolute"])
+        self.sign_seed = state.get("sign_seed")
 
     def __getstate__(self) -> dict[str, Any]:
         # Index lists are derived data: copies and pickles rebuild them.

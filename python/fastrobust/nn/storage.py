@@ -1,12 +1,14 @@
-"""Masked models as small files: gaps between kept weights by Golomb-Rice codes, one bit a sign.
+"""Masked models as small files: masks at their entropy, signs as the seed they were drawn from or one bit each.
 
 File, all integers little-endian:
-    8 bytes   magic "FRMASK" and the version, 1, as two bytes
+    8 bytes   magic "FRMASK" and the version, 2, as two bytes
     4 + n     length of the header, and the header: JSON, deflated
     rest      payload, the parts one after the other as the header lists them
     32 bytes  SHA-256 of everything before
-The header lists the masked layers (name, kind, shape, kept, how the gaps are coded) and the other floating tensors of
-the state_dict, whose bytes are grouped by significance and compressed by LZMA.
+The header lists the masked layers and the other tensors of the state_dict. A layer has its name, shape, kept count,
+magnitude, the bytes of its mask (see `reference.binary.encode_mask`) and the seed of its signs (see `seeded_signs`), or
+none, and then the signs of the kept weights follow the mask, a set bit for -1. The bytes of the tensors are grouped by
+significance and compressed by LZMA.
 """
 
 from __future__ import annotations
@@ -24,71 +26,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..ops._mask_code import decode_mask, encode_mask
 from ..reference.binary import PackedWeight
 from .convert import mask_layer
-from .masked import MaskedLayer, masked_layers
+from .masked import MaskedLayer, masked_layers, seeded_signs
 
 MAGIC = b"FRMASK"
-VERSION = 1
+VERSION = 2
 _DIGEST = 32
-
-Bits = NDArray[np.uint8]
 
 
 def pack(model: nn.Module) -> dict[str, PackedWeight]:
     """The index lists of every masked layer, by name."""
     return {name: layer.packed() for name, layer in masked_layers(model).items()}
-
-
-# ---- gaps ----
-
-
-def _rice(gaps: NDArray[np.int64], k: int) -> tuple[Bits, Bits]:
-    """Quotients in unary, each ended by a one, and remainders in k bits, as two bit strings."""
-    ends = np.cumsum((gaps >> k) + 1)
-    unary = np.zeros(int(ends[-1]) if ends.size else 0, np.uint8)
-    unary[ends - 1] = 1
-    shifts = np.arange(k - 1, -1, -1)
-    return unary, ((gaps[:, None] >> shifts) & 1).astype(np.uint8).reshape(-1)
-
-
-def _rice_bits(gaps: NDArray[np.int64], k: int) -> int:
-    return int((gaps >> k).sum()) + gaps.size * (1 + k)
-
-
-def _encode(positions: NDArray[np.int64], size: int) -> tuple[bytes, dict[str, Any]]:
-    """Sorted positions below `size`; where more than half are taken, the others are coded."""
-    inverted = positions.size > size // 2
-    if inverted:
-        free = np.ones(size, bool)
-        free[positions] = False
-        positions = np.flatnonzero(free)
-    gaps = np.diff(positions, prepend=-1) - 1
-    k = min(range(24), key=lambda k: _rice_bits(gaps, k))
-    unary, rest = _rice(gaps, k)
-    data = np.packbits(unary).tobytes() + np.packbits(rest).tobytes()
-    return data, {"inverted": inverted, "count": int(gaps.size), "k": k, "unary": int(unary.size)}
-
-
-def _decode(data: bytes, size: int, code: dict[str, Any]) -> NDArray[np.int64]:
-    count, k, length = code["count"], code["k"], code["unary"]
-    split = -(-length // 8)
-    unary = np.unpackbits(np.frombuffer(data[:split], np.uint8), count=length)
-    rest = np.unpackbits(np.frombuffer(data[split:], np.uint8), count=count * k).reshape(count, k)
-    ends = np.flatnonzero(unary)
-    _require(ends.size == count, "a layer holds another number of gaps than its header says")
-    quotients = np.diff(ends, prepend=-1) - 1
-    gaps = (quotients << k) + rest.astype(np.int64) @ (1 << np.arange(k - 1, -1, -1, dtype=np.int64))
-    positions = np.cumsum(gaps + 1) - 1
-    _require(count == 0 or int(positions[-1]) < size, "a kept weight lies outside its layer")
-    if code["inverted"]:
-        free = np.ones(size, bool)
-        free[positions] = False
-        return np.flatnonzero(free)
-    return positions.astype(np.int64)
 
 
 # ---- tensors ----
@@ -130,8 +82,9 @@ def _unsqueeze(data: bytes, entries: list[dict[str, Any]]) -> dict[str, Tensor]:
 def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> int:
     """Write the masked weights and every other tensor of `model` to a small file; returns its size in bytes.
 
-    Of a masked layer the kept signs and the magnitude are stored, not the scores: the file is for running the model, not
-    for training it further. The rest of the state_dict is stored exactly. The file is complete or absent: it is written
+    Of a masked layer the mask, the signs and the magnitude are stored, not the scores: the file is for running the model,
+    not for training it further. Signs that were drawn by the layer are stored as their seed, others (`convert` with
+    signs="weights") with one bit for each kept weight. The rest of the state_dict is stored exactly. The file is complete or absent: it is written
     beside `path` and moved there.
     """
     layers = masked_layers(model)
@@ -144,18 +97,19 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> int:
     payload: list[bytes] = []
     header: dict[str, list[dict[str, Any]]] = {"layers": [], "tensors": []}
     for name, layer in layers.items():
-        weight = layer.packed().to_dense().cpu().reshape(-1).numpy()
-        positions = np.flatnonzero(weight)
-        data, code = _encode(positions, weight.size)
-        signs = np.packbits(weight[positions] < 0).tobytes()
+        weight = layer.packed().to_dense(torch.int8).cpu().reshape(-1)
+        mask = weight != 0
+        data, seed, signs = encode_mask(mask), layer.sign_seed, b""
+        if seed is None or not torch.equal(seeded_signs(seed, weight.numel())[mask], weight[mask]):
+            seed, signs = None, np.packbits(weight[mask].numpy() < 0).tobytes()
         header["layers"].append(
             {
                 "name": name,
                 "shape": list(layer.scores.shape),
-                "kept": int(positions.size),
+                "kept": int(mask.sum()),
                 "magnitude": float(layer.magnitude),
-                "code": code,
-                "bytes": len(data) + len(signs),
+                "bytes": len(data),
+                "seed": seed,
             }
         )
         payload += [data, signs]
@@ -189,16 +143,20 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     header, payload = _read(pathlib.Path(path).read_bytes())
     weights, at = {}, 0
     for entry in header["layers"]:
-        size = int(np.prod(entry["shape"], dtype=np.int64))
-        split = entry["bytes"] - -(-entry["kept"] // 8)
-        _require(split >= 0 and at + entry["bytes"] <= len(payload), "a layer ends early")
-        positions = _decode(payload[at : at + split], size, entry["code"])
-        _require(positions.size == entry["kept"], "a layer keeps another number of weights than its header says")
-        bits = np.unpackbits(np.frombuffer(payload[at + split : at + entry["bytes"]], np.uint8), count=entry["kept"])
-        weight = np.zeros(size, np.int8)
-        weight[positions] = 1 - 2 * bits.astype(np.int8)
-        weights[entry["name"]] = torch.from_numpy(weight).reshape(entry["shape"])
-        at += entry["bytes"]
+        size, kept, seed = int(np.prod(entry["shape"], dtype=np.int64)), entry["kept"], entry["seed"]
+        _require(0 <= kept <= size, "a layer keeps more weights than it has")
+        split = at + entry["bytes"]
+        end = split + (-(-kept // 8) if seed is None else 0)
+        _require(end <= len(payload), "a layer ends early")
+        mask = decode_mask(payload[at:split], size, kept)
+        if seed is None:
+            bits = np.unpackbits(np.frombuffer(payload[split:end], np.uint8), count=kept)
+            signs = torch.zeros(size, dtype=torch.int8)
+            signs[mask] = torch.from_numpy(1 - 2 * bits.astype(np.int8))
+        else:
+            signs = seeded_signs(seed, size)
+        weights[entry["name"]] = mask.reshape(entry["shape"]), signs.reshape(entry["shape"])
+        at = end
     tensors = _unsqueeze(payload[at:], header["tensors"])
     return _fill(copy.deepcopy(model), header, weights, tensors)
 
@@ -220,7 +178,7 @@ def _read(body: bytes) -> tuple[dict[str, Any], bytes]:
 
 @torch.no_grad()
 def _fill(
-    model: nn.Module, header: dict[str, Any], weights: dict[str, Tensor], tensors: dict[str, Tensor]
+    model: nn.Module, header: dict[str, Any], weights: dict[str, tuple[Tensor, Tensor]], tensors: dict[str, Tensor]
 ) -> nn.Module:
     modules = dict(model.named_modules())
     for entry in header["layers"]:
@@ -235,11 +193,12 @@ def _fill(
             raise ValueError(f"model: expected {name!r} of shape {tuple(entry['shape'])}, as the file has, got {shape}")
     for entry in header["layers"]:
         name = entry["name"]
-        old, weight = modules[name], weights[name]
+        old, (mask, signs) = modules[name], weights[name]
         layer = old if isinstance(old, MaskedLayer) else mask_layer(old, entry["kept"]).to(old.weight.device)
         layer.keep = entry["kept"]
-        layer.signs.copy_(weight)
-        layer.scores.copy_(weight.abs())
+        layer.signs.copy_(signs)
+        layer.sign_seed = entry["seed"]
+        layer.scores.copy_(mask)
         layer.magnitude.fill_(entry["magnitude"])
         layer.absolute = False
         if layer is not old:

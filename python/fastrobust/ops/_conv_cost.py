@@ -1,8 +1,8 @@
 """Which path a masked convolution takes: a cost model of the sparse kernel and of torch's dense one.
 
-The constants are microseconds on two cores of an AVX-512 server processor, set by hand from measurements like those that
-`benchmarks/binary.py` prints. Only ratios matter to the choice, and both sides scale with the vector
-width and the clock. FASTROBUST_BINARY=sparse|dense overrides it.
+Each estimate is a sum of terms times constants in microseconds, fitted by `python -m benchmarks.binary_costs` on two cores
+of an AVX-512 server processor. Only ratios matter to the choice, and both sides scale with the vector width and the clock.
+The estimate is fixed, so the same call takes the same path. FASTROBUST_BINARY=sparse|dense overrides it.
 """
 
 from __future__ import annotations
@@ -11,22 +11,33 @@ import dataclasses
 import functools
 import math
 import os
+from collections.abc import Mapping
 
 from ._feature_maps import VECTOR, ConvGeometry, input_maps, segment_channels
 
 LANES = (1, 4, 8, 16)
 
-_CALL = 14.0  # a sparse call: three kernels started from Python
-_ADD = 0.125e-3  # one vector of sixteen sums, read from the second cache level
-_ADD_SEGMENTED = 0.10e-3  # the same with the lists cut to the first level
-_ENTRY = 1.3e-3  # per list entry and tile
-_ROW = 8e-3  # per row, tile and segment
-_COPY = 0.08e-3  # one float to or from the fast layout
-_COPY_ROW = 4e-3  # one row of one image when images are not interleaved
-_DENSE_CALL = 9.0
-_DENSE_MAC = 4.6e-6
-_DENSE_WEIGHT = 0.18e-3  # torch reorders the weight in every call
-_MARGIN = 0.95
+# The kernel: `add` a vector of sixteen sums (of lists cut to the first cache level, or in unaligned groups), `entry` a
+# list entry of a tile, `row` a row of a tile and segment, `store` a vector of the output.
+SPARSE = {
+    "start": 3.1,
+    "add": 0.176e-3,
+    "add segmented": 0.133e-3,
+    "add unaligned": 0.151e-3,
+    "entry": 0.029e-3,
+    "row": 3.4e-3,
+    "store": 0.29e-3,
+}
+# Into and out of the fast layout: `copy` a float in groups of images, `copy single` one without, `copy row` a row of such.
+COPY = {"copy": 0.106e-3, "copy single": 0.0, "copy row": 4.8e-3}
+# torch: `mac` a multiplication of a dense convolution (of a kernel of one pixel), `weight` a float of the weight, which is
+# reordered in every call, `map` a float read or written.
+DENSE = {"start": 18.6, "mac": 4.41e-6, "mac 1x1": 4.57e-6, "weight": 0.162e-3, "map": 0.035e-3}
+_CALL = 14.0  # a sparse call from Python by itself, beyond its three kernels
+_STEP = 2.0  # a kernel among others in one call
+_PASS = 0.02e-3  # one float of an elementwise pass of torch
+# The sparse path is taken where it is expected to win by more than the estimates err.
+_MARGIN = 0.85
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,45 +65,86 @@ def forced_path() -> str | None:
 @functools.lru_cache(maxsize=4096)
 def choose(
     batch: int, height: int, width: int, shape: tuple[int, int, int, int], geometry: ConvGeometry, kept: int,
-    forced: str | None, copies: bool = True,
+    forced: str | None,
 ) -> Choice:  # fmt: skip
-    """The path of a convolution of `batch` maps with `kept` weights of `shape`.
+    """The path of one call on plain tensors: a convolution of `batch` maps with `kept` weights of `shape`."""
 
-    copies: whether plain tensors come in and go out, as in an op; a network that stays in the fast
-    layout is judged by the kernel alone.
-    """
-    candidates = [(_sparse(batch, height, width, shape, geometry, kept, lanes, copies), lanes) for lanes in LANES]
-    sparse, lanes = min(candidates)
-    out = math.prod(geometry.out_size(shape, height, width))
-    dense = _DENSE_CALL + batch * out * math.prod(shape) * _DENSE_MAC + math.prod(shape) * _DENSE_WEIGHT
-    if not copies:
-        # The dense convolution takes plain maps, and its epilogue is several passes of its own.
-        images = -(-batch // lanes) * lanes
-        dense += images * (shape[1] * geometry.groups * height * width + 4 * shape[0] * out) * _COPY
-    path = forced or ("sparse" if sparse < _MARGIN * dense else "dense")
-    return Choice(path, lanes, sparse, dense)
+    def plain(lanes: int) -> float:
+        kernel = _sum(SPARSE, sparse_terms(batch, height, width, shape, geometry, kept, lanes))
+        return kernel + _sum(COPY, copy_terms(batch, height, width, shape, geometry, lanes)) + _CALL
+
+    sparse, lanes = min((plain(lanes), lanes) for lanes in LANES)
+    dense = _sum(DENSE, dense_terms(batch, height, width, shape, geometry))
+    return Choice(forced or ("sparse" if sparse < _MARGIN * dense else "dense"), lanes, sparse, dense)
 
 
-def _sparse(
+def estimate(
     batch: int, height: int, width: int, shape: tuple[int, int, int, int], geometry: ConvGeometry, kept: int,
-    lanes: int, copies: bool,
-) -> float:  # fmt: skip
-    channels = shape[1] * geometry.groups
-    maps = input_maps(batch, channels, height, width, shape, geometry, lanes)
+    lanes: int,
+) -> Choice:  # fmt: skip
+    """Both paths inside a network that keeps maps in the form the path reads; the path named is the cheaper one."""
+    sparse = _sum(SPARSE, sparse_terms(batch, height, width, shape, geometry, kept, lanes)) + _STEP
+    dense = _sum(DENSE, dense_terms(batch, height, width, shape, geometry))
+    return Choice("sparse" if sparse < dense else "dense", lanes, sparse, dense)
+
+
+def copy(floats: int) -> float:
+    """Between a plain tensor and the fast layout."""
+    return floats * COPY["copy"]
+
+
+def dense_epilogue(floats: int, residual: bool, relu: bool) -> float:
+    """What torch does in passes of its own after a convolution."""
+    return floats * (2 * residual + relu) * _PASS
+
+
+def _sum(constants: Mapping[str, float], terms: Mapping[str, float]) -> float:
+    return sum(constants[name] * value for name, value in terms.items())
+
+
+def dense_terms(
+    batch: int, height: int, width: int, shape: tuple[int, int, int, int], geometry: ConvGeometry
+) -> dict[str, float]:
+    out, size = math.prod(geometry.out_size(shape, height, width)), math.prod(shape)
+    return {
+        "start": 1.0,
+        "mac" if shape[2] * shape[3] > 1 else "mac 1x1": float(batch * out * size),
+        "weight": float(size),
+        "map": float(batch * (shape[1] * geometry.groups * height * width + shape[0] * out)),
+    }
+
+
+def copy_terms(
+    batch: int, height: int, width: int, shape: tuple[int, int, int, int], geometry: ConvGeometry, lanes: int
+) -> dict[str, float]:
     out_h, out_w = geometry.out_size(shape, height, width)
-    vectors = math.ceil(((out_h - 1) * maps.pitch + out_w) * lanes / VECTOR)
+    rows = shape[1] * geometry.groups * height + shape[0] * out_h
+    floats = shape[1] * geometry.groups * height * width + shape[0] * out_h * out_w
+    images = -(-batch // lanes) * lanes
+    if lanes == 1:
+        return {"copy single": float(batch * floats), "copy row": float(batch * rows)}
+    return {"copy": float(images * floats)}
+
+
+def sparse_terms(
+    batch: int, height: int, width: int, shape: tuple[int, int, int, int], geometry: ConvGeometry, kept: int,
+    lanes: int,
+) -> dict[str, float]:  # fmt: skip
+    maps = input_maps(batch, shape[1] * geometry.groups, height, width, shape, geometry, lanes)
+    out_h, out_w = geometry.out_size(shape, height, width)
     segment = segment_channels(kept, shape[0], shape[1])
     segments = math.ceil(shape[1] / segment) if segment else 1
-    tiles = math.ceil(vectors / (16 if segments > 1 else 28))
-    add = _ADD_SEGMENTED if segments > 1 else _ADD
-    if lanes < VECTOR:
-        add *= 1.1  # unaligned loads
-    cost = maps.blocks * (kept * (vectors * add + tiles * _ENTRY) / 2 + shape[0] * tiles * segments * _ROW / 2)
-    if not copies:
-        return cost + 4.0
-    images = maps.blocks * lanes
-    floats = channels * height * width + shape[0] * out_h * out_w
-    cost += images * floats * _COPY
-    if lanes == 1:
-        cost += batch * (channels * height + shape[0] * out_h) * _COPY_ROW
-    return cost + _CALL
+    if lanes == VECTOR:  # patches of pixels, a vector each
+        vectors = out_h * out_w
+        tiles = math.ceil(vectors / (16 if segments > 1 else 24))
+    else:
+        vectors = math.ceil(((out_h - 1) * maps.pitch + out_w) * lanes / VECTOR)
+        tiles = math.ceil(vectors / (16 if segments > 1 else 28))
+    add = "add unaligned" if lanes < VECTOR else "add segmented" if segments > 1 else "add"
+    return {
+        "start": 1.0,
+        add: float(maps.blocks * kept * vectors),
+        "entry": float(maps.blocks * kept * tiles),
+        "row": float(maps.blocks * shape[0] * tiles * segments),
+        "store": float(maps.blocks * shape[0] * vectors),
+    }

@@ -114,6 +114,19 @@ class Maps:
         return like.new_empty(self.blocks * self.block + SLACK)
 
 
+def roomy(size: int, device: torch.device) -> Tensor:
+    """`size` floats of new memory, in huge pages where the system has them and the size is worth it."""
+    page = _C.huge_page // 4
+    with torch.inference_mode(False):
+        if device.type != "cpu" or size < page // 2:
+            return torch.empty(size, device=device)
+        whole = torch.empty(size + 2 * page)
+    start = -(whole.data_ptr() // 4) % page
+    # All of the last page belongs to this tensor, so that it too may be a huge one.
+    _C.prefer_huge_pages(whole.data_ptr() + 4 * start, 4 * (size + page))
+    return whole[start : start + size]
+
+
 _local = threading.local()
 
 
@@ -128,8 +141,7 @@ def scratch(slot: int, maps: Maps, like: Tensor) -> Tensor:
     buffers: dict[int, Tensor] = _local.__dict__.setdefault("buffers", {})
     found = buffers.get(slot)
     if found is None or found.numel() < size:
-        with torch.inference_mode(False):
-            found = torch.empty(size)
+        found = roomy(size, like.device)
         if size <= SCRATCH_FLOATS:
             buffers[slot] = found
     return found
@@ -144,7 +156,7 @@ def plain_layout(x: Tensor) -> tuple[int, ...]:
 def _relayout(
     src: Tensor, dst: Tensor, source: tuple[int, ...], target: tuple[int, ...], maps: Maps, plane: int
 ) -> None:
-    device, stream = _device(src)
+    device, stream = device_of(src)
     _C.binary_relayout(
         device, stream, src.data_ptr(), dst.data_ptr(), source, target,
         maps.batch, maps.channels, maps.height, maps.width, plane,
@@ -223,7 +235,8 @@ class Plan:
     ptr: Tensor
     offsets: Tensor
     rows: int
-    segments: int
+    segments: int = 1
+    depth: int = 0  # channels read per segment
     bound: dict[tuple[int, int], tuple[Maps, Maps, tuple[int, ...]]] = dataclasses.field(default_factory=dict)
 
     def bind(self, source: Maps, target: Maps) -> tuple[int, ...]:
@@ -235,7 +248,7 @@ class Plan:
             found = self.bound[key] = (source, target, (
                 self.ptr.data_ptr(), self.offsets.data_ptr(), self.rows, self.segments, self.offsets.numel(),
                 source.blocks, source.block, source.origin, target.block, target.origin, target.plane,
-                *target.phase_size, target.pitch, target.lanes,
+                *target.phase_size, target.pitch, target.lanes, self.depth,
             ))  # fmt: skip
         return found[2]
 
@@ -274,7 +287,7 @@ def _build(packed: PackedWeight, geometry: ConvGeometry, source: Maps, transpose
         source.lanes, source.plane, source.pitch, segment, ptr.data_ptr(), offsets.data_ptr(),
     )  # fmt: skip
     device = packed.index.device
-    return Plan(ptr.to(device), offsets.to(device), rows, segments)
+    return Plan(ptr.to(device), offsets.to(device), rows, segments, segment or read)
 
 
 def _check_lists(packed: PackedWeight, rows: int, row_size: int) -> None:
@@ -329,21 +342,26 @@ def gather(
     residual, gate and pre laid out as `target` and scale, shift and post per channel.
     """
     out = target.empty(x) if out is None else out
-    device, stream = _device(x)
+    device, stream = device_of(x)
     _C.binary_gather(
-        device, stream, x.data_ptr(), out.data_ptr(), *lists.bind(source, target),
-        _address(scale), _address(shift), _address(post), _address(residual), _address(gate), _address(pre),
+        device, stream, x.data_ptr(), out.data_ptr(), lists.bind(source, target),
+        address(scale), address(shift), address(post), address(residual), address(gate), address(pre),
         target.channels, relu,
     )  # fmt: skip
     return out
 
 
-def _device(x: Tensor) -> tuple[int, int]:
+def device_of(x: Tensor) -> tuple[int, int]:
     if not x.is_cuda:
         return -1, 0
     require_cuda_build(x.device)
     return stream_of(x.device)
 
 
-def _address(t: Tensor | None) -> int:
+def new_program() -> Any:
+    """An empty sequence of gathers and copies (see `nn._schedule`)."""
+    return _C.BinaryProgram()
+
+
+def address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()

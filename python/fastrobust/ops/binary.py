@@ -98,8 +98,8 @@ def _check_scores(name: str, scores: Tensor, keep: int) -> None:
 def pack(weight: Tensor) -> PackedWeight:
     """Index lists of a weight with entries in {-1, 0, +1}, for `masked_conv2d` and `masked_linear`.
 
-    weight: (K, C / groups, kh, kw) or (K, C), any real dtype. The length of the lists is data, so a CUDA weight is
-    copied to the host once. Raises ValueError for other entries or ranks.
+    weight: (K, C / groups, kh, kw) or (K, C), any real dtype. The length of the lists is data, so on CUDA this
+    waits for the device. Raises ValueError for other entries or ranks.
     """
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight: expected a tensor, got {type(weight).__name__}")
@@ -107,7 +107,9 @@ def pack(weight: Tensor) -> PackedWeight:
         raise ValueError(f"weight: expected (K, C / groups, kh, kw) or (K, C), got {tuple(weight.shape)}")
     if weight.is_complex():
         raise TypeError(f"weight: expected real entries, got {weight.dtype}")
-    host = weight.detach().to(device="cpu", dtype=torch.float32).contiguous()
+    if weight.device.type != "cpu" and weight.numel():
+        return _pack_there(weight.detach())
+    host = weight.detach().to(dtype=torch.float32).contiguous()
     rows = host.shape[0]
     size = host.numel() // rows if rows else 0
     ptr = torch.zeros(2 * rows + 1, dtype=torch.int32)
@@ -116,8 +118,15 @@ def pack(weight: Tensor) -> PackedWeight:
         raise ValueError(f"weight: expected entries in {{-1, 0, +1}}, got {bad}")
     index = torch.empty(int(ptr[-1]), dtype=torch.int32)
     _C.binary_pack(host.data_ptr(), rows, size, ptr.data_ptr(), index.data_ptr(), False)
-    packed = PackedWeight(tuple(weight.shape), ptr, index)
-    return packed if weight.device.type == "cpu" else packed.to(weight.device)
+    return PackedWeight(tuple(weight.shape), ptr, index)
+
+
+def _pack_there(weight: Tensor) -> PackedWeight:
+    """On the weight's own device: no copy of it leaves, only the number of kept entries does."""
+    bad = weight[(weight != 0) & (weight.abs() != 1)]
+    if bad.numel():
+        raise ValueError(f"weight: expected entries in {{-1, 0, +1}}, got {bad[0].item()}")
+    return reference.pack(weight)
 
 
 # ---- convolutions: kernels ----
@@ -129,12 +138,12 @@ def _geometry(stride: Sequence[int], padding: Sequence[int], dilation: Sequence[
     return ConvGeometry(tuple(stride), tuple(padding), tuple(dilation), groups)  # type: ignore[arg-type]
 
 
-def dense_weight(packed: PackedWeight, like: Tensor) -> Tensor:
+def dense_weight(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
     """The dense weight, kept with the index lists for the calls that take the dense path."""
     dense = fm.kept_with(packed, "dense")
-    if like.dtype not in dense:
-        dense[like.dtype] = packed.to_dense(like.dtype).reshape(fm.conv_shape(packed.shape))
-    found: Tensor = dense[like.dtype]
+    if dtype not in dense:
+        dense[dtype] = packed.to_dense(dtype).reshape(fm.conv_shape(packed.shape))
+    found: Tensor = dense[dtype]
     return found
 
 
@@ -189,7 +198,11 @@ def _conv_kernel(
     batch, _, height, width = x.shape
     recipe = _recipe(packed, batch, height, width, g, False)
     if x.dtype != torch.float32 or recipe.choice.path == "dense":
-        y = F.conv2d(x, dense_weight(packed, x), None, g.stride, g.padding, g.dilation, g.groups)
+        weight = dense_weight(packed, x.dtype)
+        if len(packed.shape) == 2:
+            y = F.linear(x.flatten(1), weight.flatten(1))[:, :, None, None]
+        else:
+            y = F.conv2d(x, weight, None, g.stride, g.padding, g.dilation, g.groups)
         return reference.epilogue(y, None, scale, shift, residual, relu)
     x = x.resolve_neg()
     out = torch.empty((batch, shape[0], *recipe.out_size), device=x.device, memory_format=_format(x))
@@ -225,7 +238,9 @@ def _grad_kernel(
     size = (grad.shape[0], fm.conv_shape(packed.shape)[1] * groups, height, width)
     recipe = _recipe(packed, size[0], height, width, g, True)
     if grad.dtype != torch.float32 or recipe.choice.path == "dense":
-        weight = dense_weight(packed, grad)
+        weight = dense_weight(packed, grad.dtype)
+        if len(packed.shape) == 2:
+            return F.linear(grad.flatten(1), weight.flatten(1).t())[:, :, None, None]
         return conv2d_input(size, weight, grad, g.stride, g.padding, g.dilation, g.groups)
     grad = grad.resolve_neg()
     out = torch.empty(size, device=grad.device, memory_format=_format(grad))

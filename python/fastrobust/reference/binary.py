@@ -37,6 +37,47 @@ def topk_mask(scores: Tensor, keep: int) -> Tensor:
     return mask.reshape(scores.shape)
 
 
+def encode_mask(mask: Sequence[bool]) -> bytes:
+    """A mask as one number of an interval that shrinks with every entry; its size and count are known to the decoder.
+
+    An entry is kept with the probability kept / left of those still to come, so the code of a mask of k of n entries
+    takes log2(n choose k) bits. The interval [low, low + width) starts as [0, 2^64 - 1) and is given the factor 2^8
+    whenever it is narrower than 2^56; kept is its lower part, (width div left) kept wide. The code is the least number of
+    the interval with 56 zeros at its end, without trailing zero bytes.
+    """
+    left, kept = len(mask), sum(mask)
+    low, width, size = 0, 2**64 - 1, 1
+    for bit in mask:
+        if kept in (0, left):
+            break
+        share = width // left * kept
+        if bit:
+            width, kept = share, kept - 1
+        else:
+            low, width = low + share, width - share
+        left -= 1
+        while width < 2**56:
+            low, width, size = low << 8, width << 8, size + 1
+    return (-(-low >> 56)).to_bytes(size, "big").rstrip(b"\0")
+
+
+def decode_mask(data: bytes, size: int, kept: int) -> list[bool]:
+    """The mask of `size` entries that `encode_mask` turned into `data`."""
+    read = 8
+    ahead, width = int.from_bytes(data[:read].ljust(read, b"\0"), "big"), 2**64 - 1
+    mask = []
+    for left in range(size, 0, -1):
+        share = width // left * kept
+        bit = kept == left or (kept > 0 and ahead < share)
+        if 0 < kept < left:
+            ahead, width = (ahead, share) if bit else (ahead - share, width - share)
+        while width < 2**56:
+            ahead, width, read = ahead << 8 | (data[read] if read < len(data) else 0), width << 8, read + 1
+        mask.append(bit)
+        kept -= bit
+    return mask
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class PackedWeight:
     """The kept entries of a {-1, 0, +1} weight as two index lists per output row.

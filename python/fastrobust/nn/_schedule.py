@@ -1,0 +1,242 @@
+"""Straight-line programs over buffers: gathers and copies that run in one call, with torch calls between them.
+
+A schedule is written once for a batch size, then compiled: buffers are given places in one zeroed arena, a place being
+used again by buffers of the same layout only, so that the zero borders of the fast layout are never written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops import _feature_maps as fm
+from ..ops._feature_maps import Maps
+
+ARENA = 0
+
+
+def plain(shape: tuple[int, ...], base: int = ARENA) -> Buffer:
+    """An ordinary tensor (N, C, H, W), channels last: the format in which torch's convolutions are mostly faster."""
+    _, c, h, w = shape
+    return Buffer(base, shape=shape, strides=(c * h * w, 1, w * c, c))
+
+
+@dataclasses.dataclass(eq=False)
+class Buffer:
+    """Feature maps in the fast layout (`maps`), or a plain tensor of `shape` and `strides`.
+
+    base: whose memory it lies in: the arena, a tensor given to the run, or the result of a torch call; `offset` in floats.
+    """
+
+    base: int
+    maps: Maps | None = None
+    shape: tuple[int, ...] = ()
+    strides: tuple[int, ...] = ()
+    offset: int = 0
+
+    @property
+    def form(self) -> Any:
+        """What has to be equal for two buffers to be of one layout."""
+        return self.maps or (self.shape, self.strides)
+
+    @property
+    def layout(self) -> tuple[int, ...]:
+        if self.maps is not None:
+            return self.maps.layout
+        n, c, h, w = self.strides
+        return (1, n, c, h, w, 0, 1, 1, 0)
+
+    @property
+    def floats(self) -> int:
+        if self.maps is not None:
+            return self.maps.blocks * self.maps.block + fm.SLACK
+        size = 1
+        for extent in self.shape:
+            size *= extent
+        return size
+
+    @property
+    def address(self) -> int:
+        return (self.base + 1) << 56 | 4 * self.offset
+
+    def view(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        owner = tensors[self.base]
+        assert owner is not None
+        if self.maps is not None:
+            return owner[self.offset : self.offset + self.maps.blocks * self.maps.block]
+        if owner.shape == self.shape:
+            return owner
+        return owner.as_strided(self.shape, self.strides, owner.storage_offset() + self.offset)
+
+
+@dataclasses.dataclass
+class _Step:
+    emit: Callable[[Any], None] | None  # adds itself to a program
+    call: Callable[..., Any] | None  # torch's part
+    reads: list[Buffer]
+    write: list[Buffer]
+
+
+class Schedule:
+    def __init__(self) -> None:
+        self.steps: list[_Step] = []
+        self.bases = 1
+        self.given_count = 0
+
+    # ---- buffers ----
+
+    def given(self, like: Buffer | None = None, **layout: Any) -> Buffer:
+        """A tensor that every run is given; all of them are named before the first torch call."""
+        assert self.bases == 1 + self.given_count
+        base = self._base()
+        self.given_count += 1
+        return dataclasses.replace(like, base=base) if like is not None else Buffer(base, **layout)
+
+    def _base(self) -> int:
+        self.bases += 1
+        return self.bases - 1
+
+    # ---- steps ----
+
+    def gather(
+        self, x: Buffer, target: Maps, lists: fm.Plan, *, residual: Buffer | None = None, gate: Buffer | None = None,
+        pre: bool = False, scale: Tensor | None = None, shift: Tensor | None = None, post: Tensor | None = None,
+        relu: bool = False,
+    ) -> tuple[Buffer, Buffer | None]:  # fmt: skip
+        """`feature_maps.gather`; returns the result and, where asked for, `pre`."""
+        assert x.maps is not None
+        source = x.maps
+        out, before = Buffer(ARENA, target), Buffer(ARENA, target) if pre else None
+
+        def emit(program: Any) -> None:
+            program.gather(
+                x.address, out.address, lists.bind(source, target), fm.address(scale), fm.address(shift),
+                fm.address(post), *(0 if b is None else b.address for b in (residual, gate, before)),
+                target.channels, relu,
+            )  # fmt: skip
+
+        # Constants must live as long as the program that has their addresses.
+        emit.constants = (lists, scale, shift, post)  # type: ignore[attr-defined]
+        reads = [b for b in (x, residual, gate) if b is not None]
+        self.steps.append(_Step(emit, None, reads, [out] if before is None else [out, before]))
+        return out, before
+
+    def copy(self, source: Buffer, target: Buffer) -> Buffer:
+        """The pixels of one buffer into another of any layout."""
+        if source.maps is None and target.maps is None:
+            return self.call_into(lambda x, out: out.copy_(x), [source], target)
+        maps = source.maps or target.maps
+        size = (maps.batch, maps.channels, maps.height, maps.width) if maps is not None else source.shape
+
+        def emit(program: Any) -> None:
+            program.relayout(source.address, target.address, source.layout, target.layout, *size)
+
+        self.steps.append(_Step(emit, None, [source], [target]))
+        return target
+
+    def call(self, f: Callable[..., Tensor], reads: list[Buffer], shape: tuple[int, ...]) -> Buffer:
+        """Torch's part: f(views of `reads`) returns a new tensor of `shape`."""
+        result = plain(shape, self._base())
+        self.steps.append(_Step(None, f, reads, [result]))
+        return result
+
+    def call_into(self, f: Callable[..., Any], reads: list[Buffer], target: Buffer) -> Buffer:
+        """Torch's part: f(views of `reads`, view of `target`) fills the latter."""
+        self.steps.append(_Step(None, f, reads, [target]))
+        return target
+
+    # ---- compiling ----
+
+    def compile(self, keep: Iterable[Buffer] = ()) -> Compiled:
+        """Places buffers and strings the steps together. keep: those whose contents are wanted after the run."""
+        last: dict[Buffer, int] = {}
+        for i, step in enumerate(self.steps):
+            for buffer in (*step.reads, *step.write):
+                last[buffer] = i
+        last.update(dict.fromkeys(keep, len(self.steps)))
+        free: dict[Any, list[int]] = {}
+        size = 0
+        placed: set[Buffer] = set()
+        for i, step in enumerate(self.steps):
+            for buffer in step.write:
+                if buffer.base == ARENA and buffer not in placed:
+                    places = free.setdefault(buffer.form, [])
+                    if not places:
+                        places.append(size)
+                        size += -(-buffer.floats // fm.VECTOR) * fm.VECTOR
+                    buffer.offset = places.pop()
+                    placed.add(buffer)
+            for buffer in dict.fromkeys((*step.reads, *step.write)):
+                if buffer in placed and last[buffer] == i:
+                    free[buffer.form].append(buffer.offset)
+        return Compiled(self, size, last)
+
+
+class Compiled:
+    """A schedule ready to run, and the arenas that runs have given back."""
+
+    def __init__(self, schedule: Schedule, size: int, last: dict[Buffer, int]) -> None:
+        self.size, self.bases, self.given_count = size, schedule.bases, schedule.given_count
+        self.arenas: list[Tensor] = []
+        self.constants: list[Any] = []
+        self.parts: list[
+            tuple[Any, _Step | None, list[int]]
+        ] = []  # a program, or a torch step and what it is the last to read
+        program = None
+        for i, step in enumerate(schedule.steps):
+            if step.emit is not None:
+                if program is None:
+                    program = fm.new_program()
+                    self.parts.append((program, None, []))
+                step.emit(program)
+                self.constants.append(getattr(step.emit, "constants", None))
+                continue
+            program = None
+            made = [b.base for b in step.reads if b.base > self.given_count and last[b] == i]
+            self.parts.append((None, step, made))
+
+    def run(self, given: Sequence[Tensor]) -> State:
+        state = State(self, given[0])
+        tensors = state.tensors
+        tensors[1 : 1 + len(given)] = given
+        addresses = [0 if t is None else t.data_ptr() for t in tensors]
+        where = fm.device_of(given[0])
+        for program, step, done in self.parts:
+            if step is None:
+                program.run(*where, addresses)
+                continue
+            assert step.call is not None
+            (out,) = step.write
+            views = [b.view(tensors) for b in step.reads]
+            if out.base > self.given_count:
+                result = step.call(*views).contiguous(memory_format=torch.channels_last)
+                tensors[out.base], addresses[out.base] = result, result.data_ptr()
+            else:
+                step.call(*views, out.view(tensors))
+            for base in done:
+                tensors[base] = None
+        # What was given may hold on to the graph that will hold on to this state.
+        tensors[1 : 1 + len(given)] = [None] * len(given)
+        return state
+
+
+class State:
+    """The memory of one run; the arena returns to its schedule when nobody refers to it any more."""
+
+    def __init__(self, owner: Compiled, like: Tensor) -> None:
+        self.owner = owner
+        self.tensors: list[Tensor | None] = [None] * owner.bases
+        if owner.arenas:
+            self.tensors[ARENA] = owner.arenas.pop()
+        else:
+            with torch.inference_mode(False):
+                self.tensors[ARENA] = fm.roomy(owner.size, like.device).zero_()
+
+    def __del__(self) -> None:
+        arena = self.tensors[ARENA]
+        if arena is not None:
+            self.owner.arenas.append(arena)
