@@ -282,42 +282,27 @@ def _relax_piecewise(l: Tensor, u: Tensor, kind: str, left: float, lo: float, hi
     )
 
 
-def _second_derivative(x: Tensor, activation: str) -> Tensor:
-    """s'' of the S-shaped activations."""
-    d = derivative(x, activation)
-    match activation:
-        case "sigmoid":
-            return -d * torch.tanh(0.5 * x)
-        case "tanh":
-            return -2.0 * torch.tanh(x) * d
-        case _:
-            return -2.0 * x * d * d
-
-
 def _tangent_from(end: Tensor, far: Tensor, activation: str) -> Tensor:
     """t between 0 and ``far`` (the other side of 0 than ``end``) whose tangent passes through (end, s(end)); s is odd up to a
     constant. Differentiable in ``end`` by one implicit step."""
     with torch.no_grad():
-        a, b = torch.zeros_like(far), far.clone()  # the tangent at a does not cross s before ``end``, the one at b does
-        s_end, side = value(end, activation), torch.sign(end)
-
-        def gap(t: Tensor) -> Tensor:
-            return value(t, activation) + derivative(t, activation) * (end - t) - s_end
-
-        for _ in range(8):
+        a, b = (
+            torch.zeros_like(far),
+            far.clone(),
+        )  # the tangent at a = 0 does not cross s before end, the one at far does
+        s_end = value(end, activation)
+        for _ in range(56 if end.dtype == torch.float64 else 34):
             m = 0.5 * (a + b)
-            short = gap(m) * side > 0
-            a, b = torch.where(short, m, a), torch.where(short, b, m)
-        t = 0.5 * (a + b)
-        for _ in range(4 if end.dtype == torch.float64 else 3):  # Newton; any t gives a valid line (``_intercepts``)
-            rate = _second_derivative(t, activation) * (end - t)
-            step = gap(t) / torch.where(rate == 0, 1.0, rate)
-            near = torch.maximum(torch.minimum(t - step, torch.maximum(a, b)), torch.minimum(a, b))
-            t = torch.where(rate == 0, t, near)
+            gap = (value(m, activation) + derivative(m, activation) * (end - m) - s_end) * torch.sign(end)
+            a, b = torch.where(gap > 0, m, a), torch.where(gap > 0, b, m)
+        t = b.clone()  # the outer end: the line stays on the right side of (end, s(end))
     if not end.requires_grad:
         return t
+    with torch.enable_grad():
+        x = t.detach().requires_grad_(True)
+        (second,) = torch.autograd.grad(derivative(x, activation).sum(), x)
     rate = (derivative(end, activation) - derivative(t, activation)).detach()
-    denominator = (_second_derivative(t, activation) * (end - t)).detach()
+    denominator = (second * (end - t)).detach()
     rate = torch.where(denominator.abs() > 1e-12, rate / torch.where(denominator == 0, 1.0, denominator), 0.0)
     return t + rate * (end - end.detach())
 
