@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,8 +18,11 @@ from . import models
 from .case import FLOOR, OURS, Call, Candidate, Case, Context, Floor, Suite, Target, once, relative_difference
 from .peers import auto_lirpa
 
-EPS = {"FC1": 0.1, "CNN": 0.1, "CIFAR 5-conv": 2 / 255, "residual": 2 / 255}
-SHAPES = {"FC1": (1, 28, 28), "CNN": (1, 28, 28), "CIFAR 5-conv": (3, 32, 32), "residual": (3, 32, 32)}
+# Random weights, and the published KW-trained ones with MNIST's test images where the data is given.
+PUBLISHED = {"FC1 trained": "mnist_fc1_l1_kw.ckpt", "CNN trained": "mnist_cnn_l1_kw.ckpt"}
+MNIST = ("FC1", "CNN", *PUBLISHED)
+EPS = {**dict.fromkeys(MNIST, 0.1), "CIFAR 5-conv": 2 / 255, "residual": 2 / 255}
+SHAPES = {**dict.fromkeys(MNIST, (1, 28, 28)), "CIFAR 5-conv": (3, 32, 32), "residual": (3, 32, 32)}
 TOLERANCE = 1e-4
 Problem = tuple[nn.Module, Tensor, Tensor]
 
@@ -43,6 +48,7 @@ class Residual(nn.Module):
 
 
 def network(name: str) -> nn.Module:
+    name = name.removesuffix(" trained")
     if name == "FC1":
         return nn.Sequential(nn.Flatten(), nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 10))
     if name == "CNN":
@@ -59,9 +65,28 @@ def problem(context: Context, name: str, batch: int, grad: bool) -> Problem:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(context.seed)
         net = network(name).eval().requires_grad_(grad).to(context.device)
-    x = torch.rand(batch, *SHAPES[name], generator=context.generator())
-    y = torch.randint(0, 10, (batch,), generator=context.generator())
+    if name in PUBLISHED:
+        x, y = published(context, name, net, batch)
+    else:
+        x = torch.rand(batch, *SHAPES[name], generator=context.generator())
+        y = torch.randint(0, 10, (batch,), generator=context.generator())
     return net, x.to(context.device), y.to(context.device)
+
+
+def published(context: Context, name: str, net: nn.Module, batch: int) -> tuple[Tensor, Tensor]:
+    """Loads the network's weights; the first test images and their labels."""
+    folder = Path(context.data or "")
+    saved = torch.load(folder / "polyenvelope" / "relu_linf" / PUBLISHED[name], map_location="cpu", weights_only=True)
+    net.load_state_dict(dict(zip(net.state_dict(), saved.values(), strict=True)))
+    with np.load(folder / "mnist.npz") as data:
+        images, labels = data["test_images"][:batch], data["test_labels"][:batch]
+    return torch.tensor(images).float().view(-1, 1, 28, 28) / 255, torch.tensor(labels).long()
+
+
+def has_published(context: Context) -> bool:
+    folder = Path(context.data or "")
+    files = [folder / "polyenvelope" / "relu_linf" / file for file in PUBLISHED.values()]
+    return context.data is not None and all(file.exists() for file in (*files, folder / "mnist.npz"))
 
 
 def ours(given: Callable[[], Problem], name: str, method: str, norm: float, backward: bool) -> Call:
@@ -122,21 +147,22 @@ def forward_alone(given: Callable[[], Problem]) -> Call:
 
 def linear_flops(name: str, method: str, batch: int) -> int:
     """Two operations for each multiplication that the rows need: margins to the input, and for methods that bound the
-    hidden layers linearly every row of them (all neurons: a net of random weights leaves most of them unstable)."""
+    hidden layers linearly every row of them (all neurons, as few are stable where weights are random), twice after the first
+    activation where the two sides have lines of their own."""
     rows = 9 * batch
     if name == "FC1":
         return 2 * rows * (784 * 1024 + 10 * 1024)
     conv2, conv1 = 32 * 49 * 16 * 16, 16 * 196 * 16
     total = rows * (10 * 100 + 100 * 1568 + conv2 + conv1)
     if method in ("crown", "fast-lin"):
-        total += batch * 100 * (1568 + conv2 + conv1) + batch * 1568 * 16 * 16 * 16
+        total += (2 if method == "crown" else 1) * batch * (100 * (conv2 + conv1) + 1568 * 16 * 16 * 16)
     return 2 * total
 
 
-def cases(context: Context) -> Iterator[Case]:
+def interval_cases(context: Context, names: Iterable[str]) -> Iterator[Case]:
     smoke = context.level == "smoke"
-    for name in ("FC1", "CNN"):
-        for batch in (2,) if smoke else (1, 8, 100):
+    for name in names:
+        for batch in (2,) if smoke else (100,) if name in PUBLISHED else (1, 8, 100):
             given = once(partial(problem, context, name, batch, False))
             yield Case(
                 "IBP margins",
@@ -149,38 +175,58 @@ def cases(context: Context) -> Iterator[Case]:
                 Floor(part=partial(forward_alone, given), part_name="forward"),
                 TOLERANCE,
                 relative_difference,
-                (Target(FLOOR, 1 / 2.5),) if batch == 100 else (Target("two products in torch", 2.0),),
+                () if smoke else (Target(FLOOR, 1 / 2.5),) if batch == 100 else (Target("two products in torch", 2.0),),
             )
-    for name in ("FC1", "CNN") if not context.at_least("full") else tuple(EPS):
-        batch = 2 if smoke else (100 if name in ("FC1", "CNN") else 16)
-        small = name in ("FC1", "CNN")
-        for method in ("crown-ibp", "fast-lin", "crown"):
-            given = once(partial(problem, context, name, batch, False))
-            yield Case(
-                f"{method} margins",
-                {"model": name, "batch": batch},
-                Candidate(OURS, partial(ours, given, name, method, math.inf, False)),
-                (Candidate("auto_LiRPA", partial(peer, given, name, method, math.inf, False)),),
-                Floor(flops=linear_flops(name, method, batch))
-                if small
-                else Floor(part=partial(forward_alone, given), part_name="forward"),
-                TOLERANCE,
-                relative_difference,
-                (Target("auto_LiRPA", 20.0), Target(FLOOR, 1 / 3)) if small and not smoke else (),
-            )
+
+
+def linear_case(context: Context, name: str, method: str, batch: int) -> Case:
+    given = once(partial(problem, context, name, batch, False))
+    floor = Floor(part=partial(forward_alone, given), part_name="forward")
+    if name in ("FC1", "CNN"):
+        floor = Floor(flops=linear_flops(name, method, batch))
+    targets = [Target("auto_LiRPA", 20.0)] if name in MNIST else []
+    if name in ("FC1", "CNN"):
+        targets.append(Target(FLOOR, 1 / 3))
+    return Case(
+        f"{method} margins",
+        {"model": name, "batch": batch},
+        Candidate(OURS, partial(ours, given, name, method, math.inf, False)),
+        (Candidate("auto_LiRPA", partial(peer, given, name, method, math.inf, False)),),
+        floor,
+        TOLERANCE,
+        relative_difference,
+        () if context.level == "smoke" else tuple(targets),
+    )
+
+
+def training_case(context: Context, name: str, batch: int) -> Case:
+    given = once(partial(problem, context, name, batch, True))
+    return Case(
+        "crown-ibp bounds and backward",
+        {"model": name, "batch": batch},
+        Candidate(OURS, partial(ours, given, name, "crown-ibp", math.inf, True)),
+        (Candidate("auto_LiRPA", partial(peer, given, name, "crown-ibp", math.inf, True)),),
+        Floor(flops=3 * linear_flops(name, "crown-ibp", batch)),
+        TOLERANCE,
+        relative_difference,
+        () if context.level == "smoke" else (Target("auto_LiRPA", 5.0),),
+    )
+
+
+def cases(context: Context) -> Iterator[Case]:
+    smoke = context.level == "smoke"
+    trained = tuple(PUBLISHED) if context.at_least("default") and has_published(context) else ()
+    yield from interval_cases(context, ("FC1", "CNN", *trained))
+    for name in ("FC1", "CNN", *trained):
+        for method in ("crown-ibp", "crown") if name in PUBLISHED else ("crown-ibp", "fast-lin", "crown"):
+            yield linear_case(context, name, method, 2 if smoke else 100)
+    if context.at_least("default"):
+        for name in ("CIFAR 5-conv", "residual"):
+            for method in ("ibp", "crown-ibp", "fast-lin", "crown"):
+                yield linear_case(context, name, method, 8)
     if smoke or context.at_least("default"):
         for name in ("FC1", "CNN"):
-            given = once(partial(problem, context, name, 2 if smoke else 100, True))
-            yield Case(
-                "crown-ibp bounds and backward",
-                {"model": name, "batch": 2 if smoke else 100},
-                Candidate(OURS, partial(ours, given, name, "crown-ibp", math.inf, True)),
-                (Candidate("auto_LiRPA", partial(peer, given, name, "crown-ibp", math.inf, True)),),
-                Floor(flops=3 * linear_flops(name, "crown-ibp", 2 if smoke else 100)),
-                TOLERANCE,
-                relative_difference,
-                () if smoke else (Target("auto_LiRPA", 5.0),),
-            )
+            yield training_case(context, name, 2 if smoke else 100)
 
 
 SUITE = Suite("bounds", cases, "interval and linear bounds of margins, and certified training steps")

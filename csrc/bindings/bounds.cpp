@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <array>
+#include <vector>
 
 #include "bindings/bindings.h"
 #include "bounds/kernels.h"
@@ -100,8 +101,9 @@ void spread(uintptr_t a, uintptr_t weight, uintptr_t out, const py::tuple& sizes
   int64_t* const to[] = {&g.count,    &g.in_h,     &g.in_w,     &g.in_c,     &g.out_h, &g.out_w, &g.out_c,
                          &g.kernel_h, &g.kernel_w, &g.stride_y, &g.stride_x, &g.pad_y, &g.pad_x, &g.lanes};
   for (size_t i = 0; i < 14; ++i) *to[i] = sizes[i].cast<int64_t>();
-  if (g.lanes % 16 != 0 || g.lanes < 16 || g.lanes > kSpreadLanes)
-    throw std::invalid_argument("lanes: expected a multiple of 16 up to " + std::to_string(kSpreadLanes));
+  if (g.lanes % 16 != 0 || g.lanes < 16 || (g.in_w + 12) * g.lanes > kSpreadBuffer)
+    throw std::invalid_argument("lanes: expected a multiple of 16 with (width + 12) * lanes up to " +
+                                std::to_string(kSpreadBuffer));
   if (g.count == 0) return;
   g.a = pointer<const float>(a, g.count, "A");
   g.weight = pointer<const float>(weight, g.in_c, "weight");
@@ -154,18 +156,82 @@ int64_t interval_conv(const std::array<int64_t, 13>& sizes, const std::array<int
   for (size_t i = 0; i < sizes.size(); ++i) *to[i] = sizes[i];
   std::copy(center_stride.begin(), center_stride.end(), g.center_stride);
   std::copy(radius_stride.begin(), radius_stride.end(), g.radius_stride);
+  g.radius = reinterpret_cast<const float*>(radius);  // null: a convolution
   if (work == 0) return bounds().interval_conv_work(g);
   const int64_t values = g.batch * g.out_h * g.out_w * g.out_c;
   g.center = pointer<const float>(center, values, "center");
-  g.radius = pointer<const float>(radius, values, "radius");
   g.weight = pointer<const float>(weight, values, "weight");
   g.bias = reinterpret_cast<const float*>(bias);
   g.work = reinterpret_cast<float*>(work);
   g.out_a = pointer<float>(out_a, values, "out_a");
-  g.out_b = pointer<float>(out_b, values, "out_b");
+  g.out_b = pointer<float>(out_b, g.radius != nullptr ? values : 0, "out_b");
   g.finish = static_cast<Finish>(finish);
   without_gil(values * g.in_c * g.kernel_h * g.kernel_w, [&] { bounds().interval_conv(g); });
   return 0;
+}
+
+// steps: (slopes, slope_sides, intercepts, map_height, map_width, channels, weight, out_height, out_width,
+// out_channels, kernel_h, kernel_w, stride_y, stride_x, pad_y, pad_x, lanes, stays) each
+void chain(const py::tuple& rows, const std::vector<std::array<int64_t, 18>>& steps, int64_t examples, uintptr_t center,
+           uintptr_t radius, uintptr_t x, uintptr_t eps, int dual, uintptr_t b, uintptr_t out) {
+  ChainArgs g;
+  g.rows = rows_from(rows);
+  if (g.rows.count == 0) return;
+  if (g.rows.example == nullptr || steps.empty()) throw std::invalid_argument("example and steps: expected");
+  std::vector<ChainStep> list;
+  for (const auto& t : steps) {
+    ChainStep s;
+    s.slopes = pointer<const float>(static_cast<uintptr_t>(t[0]), 1, "slopes");
+    s.slope_sides = static_cast<int>(t[1]);
+    s.intercepts = pointer<const float>(static_cast<uintptr_t>(t[2]), 1, "intercepts");
+    s.weight = pointer<const float>(static_cast<uintptr_t>(t[6]), 1, "weight");
+    int64_t* const to[] = {&s.map_height, &s.map_width,    &s.channels, nullptr,     &s.out_height,
+                           &s.out_width,  &s.out_channels, &s.kernel_h, &s.kernel_w, &s.stride_y,
+                           &s.stride_x,   &s.pad_y,        &s.pad_x,    &s.lanes};
+    for (size_t i = 0; i < 14; ++i)
+      if (to[i] != nullptr) *to[i] = t[i + 3];
+    s.stays = t[17] != 0;
+    list.push_back(s);
+  }
+  g.steps = list.data();
+  g.count = static_cast<int>(list.size());
+  g.examples = examples;
+  g.b = pointer<const float>(b, g.rows.count, "b");
+  g.end.center = reinterpret_cast<const float*>(center);
+  g.end.radius = reinterpret_cast<const float*>(radius);
+  g.end.x = reinterpret_cast<const float*>(x);
+  g.end.eps = reinterpret_cast<const float*>(eps);
+  g.end.dual = static_cast<Dual>(dual);
+  g.end.out = pointer<float>(out, g.rows.count, "out");
+  without_gil(kReleaseGilAbove + 1, [&] { bounds().chain(g); });
+}
+
+// sizes: (count, in_h, in_w, in_c, out_h, out_w, out_c, kernel_h, kernel_w, stride_y, stride_x, pad_y, pad_x)
+void conv_grad(const std::array<int64_t, 13>& sizes, uintptr_t x, uintptr_t a, uintptr_t out) {
+  ConvGradArgs g;
+  int64_t* const to[] = {&g.count,    &g.in_h,     &g.in_w,     &g.in_c,     &g.out_h, &g.out_w, &g.out_c,
+                         &g.kernel_h, &g.kernel_w, &g.stride_y, &g.stride_x, &g.pad_y, &g.pad_x};
+  for (size_t i = 0; i < sizes.size(); ++i) *to[i] = sizes[i];
+  const int64_t taps = g.kernel_h * g.kernel_w * g.in_c;
+  if (taps < 1 || taps > 64) throw std::invalid_argument("weight: expected 1 to 64 taps a position");
+  g.x = pointer<const float>(x, g.count, "x");
+  g.a = pointer<const float>(a, g.count, "a");
+  g.out = pointer<float>(out, taps * g.out_c, "out");
+  without_gil(g.count * g.out_h * g.out_w * taps * g.out_c, [&] { bounds().conv_grad(g); });
+}
+
+void relu_lines_grad(uintptr_t lower, uintptr_t upper, uintptr_t from_slope, uintptr_t from_intercept,
+                     uintptr_t to_lower, uintptr_t to_upper, int64_t count, double left) {
+  ReluLinesGradArgs g;
+  g.lower = pointer<const float>(lower, count, "lower");
+  g.upper = pointer<const float>(upper, count, "upper");
+  g.from_slope = pointer<const float>(from_slope, count, "slopes");
+  g.from_intercept = pointer<const float>(from_intercept, count, "intercepts");
+  g.to_lower = pointer<float>(to_lower, count, "to_lower");
+  g.to_upper = pointer<float>(to_upper, count, "to_upper");
+  g.count = count;
+  g.left = static_cast<float>(left);
+  without_gil(count, [&] { bounds().relu_lines_grad(g); });
 }
 
 void back_grad(const py::tuple& rows, uintptr_t slopes, int slope_sides, uintptr_t intercepts, int64_t examples,
@@ -221,6 +287,45 @@ void relu_lines(int device, uintptr_t stream, uintptr_t lower, uintptr_t upper, 
   run(device, stream, count, g, bounds().relu_lines, FR_BOUNDS_CUDA(relu_lines_cuda));
 }
 
+// layers: (kind, finish, n, m, in_h, in_w, in_c, out_h, out_w, out_c, kernel_h, kernel_w, stride_y, stride_x, pad_y,
+// pad_x) each; addresses: weight and bias of each, then of the last layer. Without `work` returns how many numbers it
+// must hold, else 0 or, where the inputs or results are not fine, 1.
+int64_t interval_chain(const std::vector<std::array<int64_t, 16>>& layers, const std::vector<uintptr_t>& addresses,
+                       uintptr_t x, int64_t batch, int64_t numbers, double eps, double low, double high,
+                       uintptr_t labels, int64_t classes, uintptr_t work, uintptr_t out, int sides) {
+  if (addresses.size() != 2 * layers.size() + 2) throw std::invalid_argument("addresses: expected two for each layer");
+  std::vector<IntervalLayer> list(layers.size());
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const auto& t = layers[i];
+    IntervalLayer& s = list[i];
+    s.kind = static_cast<LayerKind>(t[0]);
+    s.finish = static_cast<Finish>(t[1]);
+    s.n = t[2], s.m = t[3];
+    IntervalConvArgs& c = s.conv;
+    int64_t* const to[] = {&c.in_h,     &c.in_w,     &c.in_c,     &c.out_h,    &c.out_w, &c.out_c,
+                           &c.kernel_h, &c.kernel_w, &c.stride_y, &c.stride_x, &c.pad_y, &c.pad_x};
+    for (size_t k = 0; k < 12; ++k) *to[k] = t[k + 4];
+    s.weight = reinterpret_cast<const float*>(addresses[2 * i]);
+    s.bias = reinterpret_cast<const float*>(addresses[2 * i + 1]);
+    if (s.kind != LayerKind::flatten && s.weight == nullptr) throw std::invalid_argument("weight: has no memory");
+  }
+  IntervalChainArgs g;
+  g.x = pointer<const float>(x, batch * numbers, "x");
+  g.batch = batch, g.numbers = numbers;
+  g.eps = static_cast<float>(eps), g.low = static_cast<float>(low), g.high = static_cast<float>(high);
+  g.layers = list.data(), g.count = static_cast<int>(list.size());
+  g.weight = pointer<const float>(addresses[addresses.size() - 2], 1, "weight");
+  g.bias = reinterpret_cast<const float*>(addresses.back());
+  g.classes = classes, g.sides = sides;
+  if (work == 0) return bounds().interval_chain_work(g);
+  g.labels = pointer<const int64_t>(labels, batch, "labels");
+  g.work = reinterpret_cast<float*>(work);
+  g.out = pointer<float>(out, 1, "out");
+  ChainResult result = ChainResult::done;
+  without_gil(kReleaseGilAbove + 1, [&] { result = bounds().interval_chain(g); });
+  return static_cast<int64_t>(result);
+}
+
 }  // namespace
 
 void bind_bounds(py::module_& m) {
@@ -231,6 +336,10 @@ void bind_bounds(py::module_& m) {
   m.def("bounds_interval_step", &interval_step);
   m.def("bounds_relu_lines", &relu_lines);
   m.def("bounds_interval_conv", &interval_conv);
+  m.def("bounds_chain", &chain);
+  m.def("bounds_interval_chain", &interval_chain);
+  m.def("bounds_conv_grad", &conv_grad);
+  m.def("bounds_relu_lines_grad", &relu_lines_grad);
   m.def("bounds_back_grad", &back_grad);
   m.def("bounds_concretize_grad", &concretize_grad);
 }

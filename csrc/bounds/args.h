@@ -81,7 +81,7 @@ struct ConcretizeGradArgs {  // boxes only
 enum class Finish : int { center, ends, relu_center };
 
 // The adjoint of a convolution: [count, in_h, in_w, in_c] -> [count, out_h, out_w, out_c].
-constexpr int64_t kSpreadLanes = 1152;  // taps of one position that fit the kernel's buffer
+constexpr int64_t kSpreadBuffer = 32768;  // the kernel's buffer: holds (in_w + 12) * lanes numbers
 struct SpreadArgs {
   const float* a = nullptr;
   // [in_c, lanes], taps in order (ky, kx, channel), zero beyond kernel_h * kernel_w * out_c; lanes % 16 == 0
@@ -89,9 +89,56 @@ struct SpreadArgs {
   float* out = nullptr;
   int64_t count = 0, in_h = 0, in_w = 0, in_c = 0, out_h = 0, out_w = 0, out_c = 0;
   int64_t kernel_h = 1, kernel_w = 1, stride_y = 1, stride_x = 1, pad_y = 0, pad_x = 0, lanes = 16;
+  // Where the window of positions of an example starts on the output, in its coordinates: [origins], repeated; or null.
+  const int64_t* origin_y = nullptr;
+  const int64_t* origin_x = nullptr;
+  int64_t origins = 1;
 };
 
-// c' = w * c + b and r' = |w| * r for a convolution without groups and dilation. Values in channels-last order.
+// Rows at an activation of an image, through a chain of activation, convolution, activation, ..., convolution whose
+// input is the network's: out = the extremes over the input set.
+struct ChainStep {
+  const float* slopes = nullptr;  // as in BackArgs; the convolution's bias is in the intercepts
+  const float* intercepts = nullptr;
+  int slope_sides = 1;
+  int64_t map_height = 0, map_width = 0, channels = 0;  // of the activation
+  const float* weight = nullptr;                        // as in SpreadArgs
+  int64_t out_height = 0, out_width = 0, out_channels = 0;
+  int64_t kernel_h = 1, kernel_w = 1, stride_y = 1, stride_x = 1, pad_y = 0, pad_x = 0, lanes = 16;
+  bool stays = false;  // a window is one on the other side too, not the whole image
+};
+struct ChainArgs {
+  Rows rows;
+  const ChainStep* steps = nullptr;
+  int count = 0;
+  int64_t examples = 0;
+  const float* b = nullptr;  // [sides, count]
+  ConcretizeArgs end;        // box, ball and out; its rows and b are not used
+};
+
+// The gradient of a convolution's weight, for at most 64 taps a position: out[o][taps] = sum of a[o] * patch of x.
+struct ConvGradArgs {
+  const float* x = nullptr;  // [count, in_h, in_w, in_c]
+  const float* a = nullptr;  // [count, out_h, out_w, out_c], the gradient of the convolution's result
+  float* out = nullptr;      // [out_c, in_c, kernel_h, kernel_w]
+  int64_t count = 0, in_h = 0, in_w = 0, in_c = 0, out_h = 0, out_w = 0, out_c = 0;
+  int64_t kernel_h = 1, kernel_w = 1, stride_y = 1, stride_x = 1, pad_y = 0, pad_x = 0;
+};
+
+// Gradients of a (leaky) ReLU's lines.
+struct ReluLinesGradArgs {
+  const float* lower = nullptr;  // [count]
+  const float* upper = nullptr;
+  const float* from_slope = nullptr;      // [count] of the upper (or only) slope
+  const float* from_intercept = nullptr;  // [count] of the upper intercept
+  float* to_lower = nullptr;
+  float* to_upper = nullptr;
+  int64_t count = 0;
+  float left = 0.f;
+};
+
+// c' = w * c + b and r' = |w| * r for a convolution without groups and dilation; c' alone without radius. Values in
+// channels-last order.
 struct IntervalConvArgs {
   const float* center = nullptr;  // [batch, in_h, in_w, in_c] at the strides below, in numbers
   const float* radius = nullptr;  // the same shape
@@ -119,6 +166,33 @@ struct IntervalArgs {
   bool shared = false;  // radius is [n], the same for every example
   Finish finish = Finish::ends;
 };
+
+// Margins z_y - z_j, j ascending without y, of a chain of layers over [x - eps, x + eps] cut at [low, high].
+enum class LayerKind : int { flatten, dense, conv };
+struct IntervalLayer {
+  LayerKind kind = LayerKind::flatten;
+  Finish finish = Finish::center;
+  const float* weight = nullptr;
+  const float* bias = nullptr;
+  int64_t n = 0, m = 0;   // dense
+  IntervalConvArgs conv;  // its geometry; of flatten the sizes of what comes in
+};
+struct IntervalChainArgs {
+  const float* x = nullptr;  // [batch, numbers], channels first
+  int64_t batch = 0, numbers = 0;
+  float eps = 0.f, low = 0.f, high = 0.f;
+  const IntervalLayer* layers = nullptr;
+  int count = 0;
+  const float* weight = nullptr;  // [classes, n] of the last layer
+  const float* bias = nullptr;    // [classes] or null
+  int64_t classes = 0;
+  const int64_t* labels = nullptr;  // [batch]
+  float* work = nullptr;            // interval_chain_work(...) numbers
+  float* out = nullptr;             // [sides, batch, classes - 1]
+  int sides = 1;
+};
+// refused: an input is not finite or outside [low, high], a label is none, or a result is not finite.
+enum class ChainResult : int { done, refused };
 
 // One elementwise pass over intervals.
 enum class IntervalStep : int {

@@ -12,6 +12,11 @@ void interval_step_cpu(const IntervalStepArgs& a);
 void relu_lines_cpu(const ReluLinesArgs& a);
 void interval_conv_cpu(const IntervalConvArgs& a);
 int64_t interval_conv_work_cpu(const IntervalConvArgs& a);
+void chain_cpu(const ChainArgs& a);
+int64_t interval_chain_work_cpu(const IntervalChainArgs& a);
+ChainResult interval_chain_cpu(const IntervalChainArgs& a);
+void conv_grad_cpu(const ConvGradArgs& a);
+void relu_lines_grad_cpu(const ReluLinesGradArgs& a);
 void back_grad_cpu(const BackGradArgs& a);
 void concretize_grad_cpu(const ConcretizeGradArgs& a);
 FR_NS_END

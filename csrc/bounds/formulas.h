@@ -87,4 +87,15 @@ FR_HD void relu_lines(V l, V u, V left, bool adaptive, V& slope_low, V& slope_up
   up = select(fine, up, select(number, select(u < zero, select(flat, zero, left * u), u), nan));
 }
 
+// Gradients of an end of the interval through the slope d = (u - left * l) / (u - l) and the intercept (left - d) * l
+// of the upper line; everything else is constant.
+template <class V>
+FR_HD void relu_lines_grad(V l, V u, V left, V from_slope, V from_intercept, V& to_lower, V& to_upper) {
+  const V zero(0.f), one(1.f), width = u - l;
+  const auto between = (l < zero) & (u > zero) & (width * zero == zero);
+  const V w = select(between, width, one), d = (u - left * l) / w, to_d = (from_slope - from_intercept * l) / w;
+  to_lower = select(between, to_d * (d - left) + from_intercept * (left - d), zero);
+  to_upper = select(between, to_d * (one - d), zero);
+}
+
 FR_NS_END

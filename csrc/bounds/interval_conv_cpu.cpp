@@ -17,15 +17,16 @@ constexpr int kNarrow = 8, kWide = 6, kMaxVectors = 2;  // positions at one and 
 constexpr int kNarrow = 2, kWide = 2, kMaxVectors = 1;
 #endif
 
-// Padded copies of centre and radius, [batch][2][height][width][channels], and the weight as [taps][lanes].
+// Padded copies of centre and radius, [batch][1 or 2][height][width][channels], and the weight as [taps][lanes].
 struct Padded {
-  int64_t height, width, image, taps, lanes;
+  int64_t height, width, image, taps, lanes, copies;
   explicit Padded(const IntervalConvArgs& g)
       : height(std::max((g.out_h - 1) * g.stride_y + g.kernel_h, g.in_h + g.pad_y)),
         width(std::max((g.out_w - 1) * g.stride_x + g.kernel_w, g.in_w + g.pad_x)),
         image(height * width * g.in_c),
         taps(g.kernel_h * g.kernel_w * g.in_c),
-        lanes((g.out_c + kLanes - 1) / kLanes * kLanes) {}
+        lanes((g.out_c + kLanes - 1) / kLanes * kLanes),
+        copies(g.radius != nullptr ? 2 : 1) {}
 };
 
 void copy_row(const IntervalConvArgs& g, const float* from, const int64_t* stride, float* to) {
@@ -58,7 +59,8 @@ void pack_weight(const IntervalConvArgs& g, const Padded& s, float* to) {
       for (int64_t k = 0; k < area; ++k) to[(k * g.in_c + c) * s.lanes + o] = g.weight[(o * g.in_c + c) * area + k];
 }
 
-template <int kPositions, int kVectors>
+// Without kReach only the centre's product: a convolution.
+template <int kPositions, int kVectors, bool kReach>
 FR_HD void tile(const IntervalConvArgs& g, const Padded& s, const float* weight, const float* const* base,
                 int64_t first, int64_t channel, int count) {
   Vec mid[kPositions][kVectors], reach[kPositions][kVectors];
@@ -79,11 +81,11 @@ FR_HD void tile(const IntervalConvArgs& g, const Padded& s, const float* weight,
       for (int v = 0; v < kVectors; ++v) wk[v] = load(w + v * kLanes), ak[v] = vabs(wk[v]);
 #pragma GCC unroll 8
       for (int p = 0; p < kPositions; ++p) {
-        const Vec c(at[p][i]), r(at[p][i + s.image]);
+        const Vec c(at[p][i]), r(kReach ? at[p][i + s.image] : 0.f);
 #pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v) {
           mid[p][v] = fmadd(wk[v], c, mid[p][v]);
-          reach[p][v] = fmadd(ak[v], r, reach[p][v]);
+          if (kReach) reach[p][v] = fmadd(ak[v], r, reach[p][v]);
         }
       }
     }
@@ -97,15 +99,15 @@ FR_HD void tile(const IntervalConvArgs& g, const Padded& s, const float* weight,
       const int n = static_cast<int>(std::min<int64_t>(kLanes, g.out_c - o));
       Vec a = mid[p][v], b = reach[p][v];
       if (g.bias != nullptr) a = a + load_n(g.bias + o, n);
-      if (g.finish == Finish::ends) from_center(a, b);
-      if (g.finish == Finish::relu_center) relu_center(a, b);
+      if (kReach && g.finish == Finish::ends) from_center(a, b);
+      if (kReach && g.finish == Finish::relu_center) relu_center(a, b);
       store_n(g.out_a + (first + p) * g.out_c + o, a, n);
-      store_n(g.out_b + (first + p) * g.out_c + o, b, n);
+      if (kReach) store_n(g.out_b + (first + p) * g.out_c + o, b, n);
     }
   }
 }
 
-template <int kPositions, int kVectors>
+template <int kPositions, int kVectors, bool kReach>
 void groups(const IntervalConvArgs& g, const Padded& s, const float* weight, const float* images, int64_t begin,
             int64_t end) {
   const int64_t area = g.out_h * g.out_w, total = g.batch * area;
@@ -115,13 +117,13 @@ void groups(const IntervalConvArgs& g, const Padded& s, const float* weight, con
     const float* base[kPositions];
     for (int p = 0; p < kPositions; ++p) {  // missing positions repeat the last one and are not stored
       const int64_t q = first + std::min(p, count - 1), image = q / area, y = q % area / g.out_w, x = q % g.out_w;
-      base[p] = images + image * 2 * s.image + (y * g.stride_y * s.width + x * g.stride_x) * g.in_c;
+      base[p] = images + image * s.copies * s.image + (y * g.stride_y * s.width + x * g.stride_x) * g.in_c;
     }
     int64_t channel = 0;
     for (; channel + kVectors * kLanes <= s.lanes; channel += kVectors * kLanes)
-      tile<kPositions, kVectors>(g, s, weight, base, first, channel, count);
+      tile<kPositions, kVectors, kReach>(g, s, weight, base, first, channel, count);
     if constexpr (kVectors > 1)
-      if (channel < s.lanes) tile<kPositions, 1>(g, s, weight, base, first, channel, count);
+      if (channel < s.lanes) tile<kPositions, 1, kReach>(g, s, weight, base, first, channel, count);
   }
 }
 
@@ -129,7 +131,7 @@ void groups(const IntervalConvArgs& g, const Padded& s, const float* weight, con
 
 int64_t interval_conv_work_cpu(const IntervalConvArgs& g) {
   const Padded s(g);
-  return s.taps * s.lanes + g.batch * 2 * s.image;
+  return s.taps * s.lanes + g.batch * s.copies * s.image;
 }
 
 void interval_conv_cpu(const IntervalConvArgs& g) {
@@ -141,18 +143,21 @@ void interval_conv_cpu(const IntervalConvArgs& g) {
   pack_weight(g, s, weight);
   parallel_for(g.batch, std::max<int64_t>(1, 16384 / s.image), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      pad_image(g, s, g.center + i * g.center_stride[0], g.center_stride + 0, images + i * 2 * s.image);
-      pad_image(g, s, g.radius + i * g.radius_stride[0], g.radius_stride + 0, images + (i * 2 + 1) * s.image);
+      float* to = images + i * s.copies * s.image;
+      pad_image(g, s, g.center + i * g.center_stride[0], g.center_stride, to);
+      if (g.radius != nullptr) pad_image(g, s, g.radius + i * g.radius_stride[0], g.radius_stride, to + s.image);
     }
   });
   const bool wide = kMaxVectors > 1 && s.lanes > kLanes;
   const int64_t positions = wide ? kWide : kNarrow, count = (total + positions - 1) / positions;
   const int64_t grain = std::max<int64_t>(1, 65536 / (positions * s.taps * s.lanes / kLanes));
   parallel_for(count, grain, [&](int64_t begin, int64_t end) {
-    if (wide)
-      groups<kWide, kMaxVectors>(g, s, weight, images, begin, end);
+    if (g.radius == nullptr)
+      wide ? groups<kWide, kMaxVectors, false>(g, s, weight, images, begin, end)
+           : groups<kNarrow, 1, false>(g, s, weight, images, begin, end);
     else
-      groups<kNarrow, 1>(g, s, weight, images, begin, end);
+      wide ? groups<kWide, kMaxVectors, true>(g, s, weight, images, begin, end)
+           : groups<kNarrow, 1, true>(g, s, weight, images, begin, end);
   });
 }
 

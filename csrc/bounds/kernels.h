@@ -15,6 +15,11 @@ struct BoundsTable {
   void (*relu_lines)(const ReluLinesArgs&);
   void (*interval_conv)(const IntervalConvArgs&);
   int64_t (*interval_conv_work)(const IntervalConvArgs&);  // numbers that `work` must hold
+  void (*chain)(const ChainArgs&);
+  int64_t (*interval_chain_work)(const IntervalChainArgs&);
+  ChainResult (*interval_chain)(const IntervalChainArgs&);
+  void (*conv_grad)(const ConvGradArgs&);
+  void (*relu_lines_grad)(const ReluLinesGradArgs&);
   void (*back_grad)(const BackGradArgs&);
   void (*concretize_grad)(const ConcretizeGradArgs&);
 };

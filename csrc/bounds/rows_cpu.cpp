@@ -5,6 +5,7 @@
 #include "bounds/entry_cpu.h"
 #include "bounds/fma.h"
 #include "bounds/formulas.h"
+#include "bounds/serial_cpu.h"
 #include "bounds/window.h"
 #include "runtime/parallel.h"
 
@@ -72,11 +73,13 @@ BackFn pick_back(const BackArgs& g) {
 
 }  // namespace
 
-void back_cpu(const BackArgs& g) {
+void back_rows(const BackArgs& g, int64_t begin, int64_t end) {
   const BackFn f = pick_back(g);
-  parallel_for(g.rows.count, grain_of(g.rows), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) f(g, row);
-  });
+  for (int64_t row = begin; row < end; ++row) f(g, row);
+}
+
+void back_cpu(const BackArgs& g) {
+  parallel_for(g.rows.count, grain_of(g.rows), [&](int64_t begin, int64_t end) { back_rows(g, begin, end); });
 }
 
 FR_NS_END

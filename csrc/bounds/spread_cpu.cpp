@@ -5,18 +5,19 @@
 
 #include "bounds/entry_cpu.h"
 #include "bounds/fma.h"
+#include "bounds/serial_cpu.h"
 #include "runtime/parallel.h"
 
 FR_NS_BEGIN
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kMaxPositions = 12;
 constexpr int positions_for(int taps) { return taps == 1 ? 12 : taps == 2 ? 12 : taps == 3 ? 8 : 6; }
 #else
-constexpr int kMaxPositions = 4;
 constexpr int positions_for(int taps) { return taps == 1 ? 4 : 2; }
 #endif
+
+constexpr int64_t kTarget = 6144;  // taps that stay in the first cache
 
 // taps[p][0, kTaps) = the sum over channels of a[p][c] * weight[c][0, kTaps), in vectors.
 template <int kTaps, int kPositions>
@@ -45,34 +46,66 @@ FR_HD void products(const SpreadArgs& g, const float* a, const float* weight, fl
 
 typedef float Quad __attribute__((vector_size(16), aligned(4), may_alias));
 
+FR_HD void add_quad(float* o, const float* v) {
+  *reinterpret_cast<Quad*>(o) = *reinterpret_cast<const Quad*>(o) + *reinterpret_cast<const Quad*>(v);
+}
+
 FR_HD void add_to(float* FR_RESTRICT o, const float* FR_RESTRICT v, int64_t n) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) store(o + i, load(o + i) + load(v + i));
-  for (; i + 4 <= n; i += 4)
-    *reinterpret_cast<Quad*>(o + i) = *reinterpret_cast<const Quad*>(o + i) + *reinterpret_cast<const Quad*>(v + i);
+  for (; i + 4 <= n; i += 4) add_quad(o + i, v + i);
   for (; i < n; ++i) o[i] += v[i];
 }
 
-// A walk over the positions of consecutive examples.
-struct Walk {
-  int64_t item, y, x;
-  void next(const SpreadArgs& g) {
-    if (++x < g.in_w) return;
-    x = 0;
-    if (++y < g.in_h) return;
-    y = 0;
-    ++item;
-  }
+// Where the taps of one row of positions go: the examples' images, or windows of them, start at `origin`.
+struct Place {
+  float* out;                    // of the example
+  int64_t top, first_y, last_y;  // of the taps that lie on it
+  int64_t left;                  // of position 0
 };
 
-FR_HD void add_position(const SpreadArgs& g, const Walk& at, const float* taps) {
-  float* out = g.out + at.item * g.out_h * g.out_w * g.out_c;
-  if (at.y == 0 && at.x == 0) std::memset(out, 0, static_cast<size_t>(g.out_h * g.out_w * g.out_c) * sizeof(float));
-  const int64_t top = at.y * g.stride_y - g.pad_y, left = at.x * g.stride_x - g.pad_x;
-  const int64_t first = std::max<int64_t>(0, -left), count = (std::min(g.kernel_w, g.out_w - left) - first) * g.out_c;
-  const int64_t last_y = std::min(g.kernel_h, g.out_h - top);
-  for (int64_t ky = std::max<int64_t>(0, -top); ky < last_y; ++ky)
-    add_to(out + ((top + ky) * g.out_w + left + first) * g.out_c, taps + (ky * g.kernel_w + first) * g.out_c, count);
+// One line of taps of every position. Neighbours overlap, so they are visited in turns in which they do not: a load
+// would otherwise wait for the stores before it. The order is the same for every row of positions of this geometry.
+template <bool kQuad>
+void add_lines(const SpreadArgs& g, const Place& at, const float* taps) {
+  const int64_t turns = (g.kernel_w + g.stride_x - 1) / g.stride_x, line = g.kernel_w * g.out_c;
+  for (int64_t turn = 0; turn < turns; ++turn)
+    for (int64_t x = turn; x < g.in_w; x += turns) {
+      const int64_t left = at.left + x * g.stride_x;
+      const float* t = taps + x * g.lanes;
+      if (left >= 0 && left + g.kernel_w <= g.out_w) {
+        for (int64_t ky = at.first_y; ky < at.last_y; ++ky) {
+          float* o = at.out + ((at.top + ky) * g.out_w + left) * g.out_c;
+          if constexpr (kQuad)
+            add_quad(o, t + ky * 4);
+          else
+            add_to(o, t + ky * line, line);
+        }
+        continue;
+      }
+      const int64_t first = std::max<int64_t>(0, -left);
+      const int64_t count = (std::min(g.kernel_w, g.out_w - left) - first) * g.out_c;
+      for (int64_t ky = at.first_y; ky < at.last_y; ++ky)
+        add_to(at.out + ((at.top + ky) * g.out_w + left + first) * g.out_c, t + ky * line + first * g.out_c, count);
+    }
+}
+
+// The taps of one row of positions, `row` counted over all examples.
+FR_HD void add_row(const SpreadArgs& g, int64_t row, const float* taps) {
+  const int64_t item = row / g.in_h, y = row % g.in_h, size = g.out_h * g.out_w * g.out_c;
+  float* out = g.out + item * size;
+  if (y == 0) std::memset(out, 0, static_cast<size_t>(size) * sizeof(float));
+  Place at{out, y * g.stride_y - g.pad_y, 0, 0, -g.pad_x};
+  if (g.origin_y != nullptr) {
+    at.top += g.origin_y[item % g.origins];
+    at.left += g.origin_x[item % g.origins];
+  }
+  at.first_y = std::max<int64_t>(0, -at.top);
+  at.last_y = std::min(g.kernel_h, g.out_h - at.top);
+  if (g.kernel_w * g.out_c == 4)
+    add_lines<true>(g, at, taps);
+  else
+    add_lines<false>(g, at, taps);
 }
 
 // Blocks of kTaps vectors of taps, the rest in one smaller block.
@@ -92,23 +125,33 @@ FR_HD void all_products(const SpreadArgs& g, const float* a, float* taps) {
 template <int kTaps>
 void spread_range(const SpreadArgs& g, int64_t begin, int64_t end) {
   constexpr int kPositions = positions_for(kTaps);
-  alignas(64) float taps[kMaxPositions * kSpreadLanes];
-  const int64_t per = g.in_h * g.in_w, stop = end * per;
-  Walk at{begin, 0, 0};
-  int64_t q = begin * per;
-  for (; q + kPositions <= stop; q += kPositions) {
-    all_products<kTaps, kPositions>(g, g.a + q * g.in_c, taps);
-    for (int p = 0; p < kPositions; ++p, at.next(g)) add_position(g, at, taps + p * g.lanes);
-  }
-  for (; q < stop; ++q, at.next(g)) {
-    all_products<kTaps, 1>(g, g.a + q * g.in_c, taps);
-    add_position(g, at, taps);
+  alignas(64) float taps[kSpreadBuffer];
+  const int64_t stop = end * g.in_h * g.in_w;
+  const int64_t target = std::max<int64_t>(1, kTarget / (g.in_w * g.lanes)) * g.in_w;  // whole rows of positions
+  int64_t base = begin * g.in_h * g.in_w, filled = 0;                                  // taps of [base, base + filled)
+  while (base < stop) {
+    const int64_t wanted = std::min(target, stop - base);
+    while (filled < wanted) {
+      const float* a = g.a + (base + filled) * g.in_c;
+      if (base + filled + kPositions <= stop) {
+        all_products<kTaps, kPositions>(g, a, taps + filled * g.lanes);
+        filled += kPositions;
+      } else {
+        all_products<kTaps, 1>(g, a, taps + filled * g.lanes);
+        ++filled;
+      }
+    }
+    const int64_t rows = filled / g.in_w, used = rows * g.in_w;
+    for (int64_t row = 0; row < rows; ++row) add_row(g, base / g.in_w + row, taps + row * g.in_w * g.lanes);
+    std::memmove(taps, taps + used * g.lanes, static_cast<size_t>((filled - used) * g.lanes) * sizeof(float));
+    base += used;
+    filled -= used;
   }
 }
 
 }  // namespace
 
-void spread_cpu(const SpreadArgs& g) {
+void spread_items(const SpreadArgs& g, int64_t begin, int64_t end) {
   using Fn = void (*)(const SpreadArgs&, int64_t, int64_t);
   const int64_t vectors = g.lanes / kLanes;
   Fn f = spread_range<4>;
@@ -120,9 +163,13 @@ void spread_cpu(const SpreadArgs& g) {
 #else
   f = vectors == 1 ? spread_range<1> : spread_range<2>;
 #endif
-  const int64_t work = g.in_h * g.in_w * g.in_c * vectors;
+  f(g, begin, end);
+}
+
+void spread_cpu(const SpreadArgs& g) {
+  const int64_t work = g.in_h * g.in_w * g.in_c * g.lanes / kLanes;
   parallel_for(g.count, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, work)),
-               [&](int64_t begin, int64_t end) { f(g, begin, end); });
+               [&](int64_t begin, int64_t end) { spread_items(g, begin, end); });
 }
 
 FR_NS_END

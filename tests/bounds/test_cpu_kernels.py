@@ -10,8 +10,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastrobust.bounds import api, compute_bounds, intervals
+from fastrobust.bounds.backward import Backward
+from fastrobust.bounds.trace import trace
 from fastrobust.ops import bounds as ops
 from fastrobust.ops import linear_bounds as rows_ops
 from fastrobust.reference import bounds as reference
@@ -69,6 +72,16 @@ def test_gradients_of_rows(k: int, m: int, lines: int, form: str, count: int) ->
         found.append([*first, *grads(value, [t[0], t[1], t[2], t[3]], 6)])
     for got, want in zip(*found, strict=True):
         near(got, want)
+
+
+def test_indices_of_any_stride() -> None:
+    A, b, s, i = torch.randn(1, 4, 6), torch.zeros(1, 5), torch.rand(1, 3, 6), torch.rand(2, 3, 6)
+    example, rows = torch.tensor(2).expand(5), torch.randint(0, 4, (10,))[::2]
+    got = ops.linear_back_step(A, b, s, i, example, rows, minus=example)
+    want = reference.linear_back_step(A, b, s, i, example, rows, minus=example)
+    near(got[0], want[0])
+    near(ops.concretize_rows(A, b, example, (s[0], i[0]), None, 1.0, rows, minus=example),
+         reference.concretize_rows(A, b, example, (s[0], i[0]), None, 1.0, rows, minus=example))  # fmt: skip
 
 
 def test_gradients_of_a_ball_and_of_a_box_alone() -> None:
@@ -141,7 +154,7 @@ def test_one_radius_for_every_example(batch: int, finish: int) -> None:
 # ---- the adjoint of a convolution ----
 
 ADJOINTS = [(16, 1, 4, 2, 1), (5, 3, 3, 1, 1), (8, 3, 4, 2, 1), (4, 1, 8, 3, 0), (7, 2, 3, 2, 0), (6, 16, 3, 1, 1),
-            (9, 16, 4, 2, 1), (3, 60, 3, 1, 0), (2, 300, 2, 1, 1)]  # fmt: skip
+            (9, 16, 4, 2, 1), (3, 60, 3, 1, 0), (2, 300, 2, 1, 1), (5, 33, 3, 2, 1), (4, 16, 2, 3, 0), (3, 48, 5, 2, 2), (7, 14, 1, 2, 0)]  # fmt: skip
 
 
 @pytest.mark.parametrize("count", [0, 1, 6])
@@ -176,3 +189,142 @@ def rows_and_spread(a: Tensor, w: Tensor) -> Tensor:
     s, i = torch.ones(1, 2, 100), torch.zeros(2, 2, 100)
     out, _ = rows_ops.linear_back_step(a.flatten(1)[None], torch.zeros(1, 2), s, i)
     return ops.spread(out[0].view_as(a), w, (2, 2), (1, 1), (9, 9))
+
+
+# ---- convolutions at once ----
+
+
+@pytest.mark.parametrize("method", ["crown-ibp", "fast-lin", "crown"])
+@pytest.mark.parametrize("norm,clip", [(math.inf, (0.0, 1.0)), (2.0, (0.0, 1.0)), (1.0, None)])
+@pytest.mark.parametrize("sides", ["both", "lower"])
+def test_convolutions_at_once_equal_one_by_one(
+    method: str, norm: float, clip: tuple[float, float] | None, sides: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(3)
+    net = nn.Sequential(
+        nn.Conv2d(2, 5, 4, 2, 1), nn.ReLU(), nn.Conv2d(5, 18, (3, 2), 1, (1, 0)), nn.LeakyReLU(0.1), nn.Conv2d(18, 4, 3, (2, 1), 0),
+        nn.ReLU(), nn.Flatten(), nn.Linear(32, 9), nn.ReLU(), nn.Linear(9, 4),
+    )  # fmt: skip
+    x, y = torch.rand(3, 2, 12, 14), torch.tensor([1, 0, 3])
+    net[7] = nn.Linear(net[:7](x).shape[1], 9)
+    net.requires_grad_(False)
+    calls = []
+    through = ops.concretize_through
+    monkeypatch.setattr(ops, "concretize_through", lambda *a: calls.append(len(a[3])) or through(*a))
+    kwargs = {"eps": 0.02, "norm": norm, "clip": clip, "method": method, "labels": y, "sides": sides}
+    got = compute_bounds(net, x, **kwargs)
+    assert calls  # the kernel was used
+    monkeypatch.setattr(Backward, "_convolutions", lambda *a: [])
+    want = compute_bounds(net, x, **kwargs)
+    wide = compute_bounds(net.double(), x.double(), **kwargs)
+    near(got.lower, want.lower)
+    near(got.lower, wide.lower)
+    if sides == "both":
+        near(got.upper, want.upper)
+        near(got.upper, wide.upper)
+
+
+@pytest.mark.parametrize("clip", [None, (0.0, 1.0)])
+@pytest.mark.parametrize("eps", [0.05, "each"])
+@pytest.mark.parametrize("batch", [1, 3, 70])
+def test_intervals_of_a_chain_equal_the_engine(
+    clip: tuple[float, float] | None, eps: float | str, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(4)
+    net = nn.Sequential(
+        nn.Conv2d(2, 5, 4, 2, 1), nn.ReLU(), nn.Conv2d(5, 18, 3, 1, 1, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(540, 260),
+        nn.ReLU(), nn.Linear(260, 40), nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 4),
+    ).requires_grad_(False)  # fmt: skip
+    x, y = torch.rand(batch, 2, 12, 10), torch.randint(0, 4, (batch,))
+    radius = torch.rand(batch) * 0.1 if eps == "each" else eps
+    calls = []
+    monkeypatch.setattr(api, "margins_of_chain", lambda *a: calls.append(1) or intervals.margins_of_chain(*a))
+    got = compute_bounds(net, x, radius, clip=clip, method="ibp", labels=y)
+    assert (batch <= intervals.SMALL_BATCH and eps != "each" or calls) and intervals.chain_of(
+        trace(net, tuple(x.shape[1:]))
+    ) is not None
+    merged = nn.Sequential(*net[:-2], net[-1])  # two linear layers at the end: the engine merges them
+    assert intervals.chain_of(trace(merged, tuple(x.shape[1:]))) is None
+    monkeypatch.setattr(api, "margins_of_chain", lambda *a: None)
+    want = compute_bounds(net, x, radius, clip=clip, method="ibp", labels=y)
+    wide = compute_bounds(net.double(), x.double(), radius, clip=clip, method="ibp", labels=y)
+    for other in (want, wide):
+        near(got.lower, other.lower)
+        near(got.upper, other.upper)
+
+
+@pytest.mark.parametrize("clip", [None, (0.0, 1.0)])
+@pytest.mark.parametrize("batch", [1, 3, 16])
+@pytest.mark.parametrize("sides", ["both", "lower"])
+@pytest.mark.parametrize("name", ["fc", "one", "conv", "rgb"])
+def test_small_batches_in_one_call(
+    clip: tuple[float, float] | None, batch: int, sides: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(5)
+    shape, net = {
+        "fc": ((1, 5, 7), nn.Sequential(nn.Flatten(), nn.Linear(35, 50), nn.ReLU(), nn.Linear(50, 4))),
+        "one": ((6,), nn.Linear(6, 3)),
+        "conv": ((1, 9, 8), nn.Sequential(
+            nn.Conv2d(1, 17, 3, 2, 1, bias=False), nn.ReLU(), nn.Conv2d(17, 6, 2), nn.ReLU(), nn.Flatten(), nn.Linear(72, 4, bias=False))),
+        "rgb": ((3, 6, 6), nn.Sequential(
+            nn.Conv2d(3, 40, 3, 1, 1), nn.BatchNorm2d(40), nn.ReLU(), nn.Flatten(), nn.Linear(1440, 30), nn.Linear(30, 9), nn.ReLU(),
+            nn.Linear(9, 3))),
+    }[name]  # fmt: skip
+    net = net.eval().requires_grad_(False)
+    x, y = torch.rand(batch, *shape), torch.randint(0, 3, (batch,))
+    found = intervals.small_margins(net, x, 0.03, clip, y, 2)
+    assert found is not None
+    got = compute_bounds(net, x, 0.03, clip=clip, method="ibp", labels=y, sides=sides)
+    assert torch.equal(got.lower, found[0]) and (
+        got.upper is None if sides == "lower" else torch.equal(got.upper, found[1])
+    )
+    monkeypatch.setattr(api, "small_margins", lambda *a: None)
+    monkeypatch.setattr(api, "margins_of_chain", lambda *a: None)
+    want = compute_bounds(net.double(), x.double(), 0.03, clip=clip, method="ibp", labels=y, sides=sides)
+    near(got.lower, want.lower)
+    if sides == "both":
+        near(got.upper, want.upper)
+
+
+def test_small_batches_leave_errors_to_the_longer_way() -> None:
+    net = nn.Linear(6, 3).requires_grad_(False)
+    x, y = torch.rand(2, 6), torch.tensor([0, 2])
+    for bad, labels, clip in (
+        (x * math.nan, y, None), (x / 0.0, y, (0.0, 1.0)), (x, y + 1, None), (x - 1, y, (0.0, 1.0)),
+    ):  # fmt: skip
+        assert intervals.small_margins(net, bad, 0.1, clip, labels, 1) is None
+        with pytest.raises(ValueError):
+            compute_bounds(net, bad, 0.1, clip=clip, method="ibp", labels=labels)
+
+
+@pytest.mark.parametrize("rows,k,n", [(64, 32, 32), (65, 33, 70), (900, 100, 300), (3, 40, 40), (0, 40, 40)])
+def test_products_and_their_gradients(rows: int, k: int, n: int) -> None:
+    a, w, b = torch.randn(rows, k), torch.randn(k, n), torch.randn(n)
+    for f, g, other in (
+        (rows_ops.product, lambda a, w: a @ w, [w]),
+        (rows_ops.product_with_transpose, F.linear, [w.t().contiguous(), b]),
+    ):
+        narrow = [t.clone().requires_grad_(True) for t in (a, *other)]
+        wide = [t.double().requires_grad_(True) for t in (a, *other)]
+        got, want = f(*narrow), g(*wide)
+        near(got, want)
+        for x, y in zip(grads(got, narrow, 2), grads(want, wide, 2), strict=True):
+            near(x, y)
+
+
+@pytest.mark.parametrize("kind", ["parallel", "crown"])
+@pytest.mark.parametrize("activation,params", [("relu", ()), ("leaky_relu", (0.2,))])
+@pytest.mark.parametrize("last", [False, True])
+def test_gradients_of_relu_lines(kind: str, activation: str, params: tuple[float, ...], last: bool) -> None:
+    torch.manual_seed(0)
+    l = torch.randn(3, 5, 4, 7)
+    u = l + torch.rand_like(l) * 2
+    if last:
+        l, u = (t.contiguous(memory_format=torch.channels_last) for t in (l, u))
+    l[0, 0, 0], u[0, 0, 1], u[0, 0, 2] = 0.0, 0.0, l[0, 0, 2]  # kinks and points
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        t = [v.detach().to(dtype).requires_grad_(True) for v in (l, u)]
+        found.append(grads(tuple(ops.relax(*t, activation, kind, params)), t, 7))
+    for got, want in zip(*found, strict=True):
+        near(got, want)

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from fastrobust.bounds import graph as G
 from fastrobust.bounds import outward as O
-from fastrobust.bounds.backward import Backward, Chunk, Lines, Rows
+from fastrobust.bounds.backward import Backward, Chunk, Lines, Rows, conv_chain
 from fastrobust.bounds.checks import check_inputs, check_spec, explain_not_finite
+from fastrobust.bounds.intervals import margins_of_chain, small_margins
 from fastrobust.bounds.region import Box, Region
-from fastrobust.bounds.trace import trace
+from fastrobust.bounds.trace import first_parameter, trace
 from fastrobust.ops import bounds as ops
 from fastrobust.reference.bounds import dual_norm, eps_like
 
@@ -274,10 +275,14 @@ class _Engine:
         return results[0] if len(results) == 1 else torch.cat(results, 1)
 
     def _pieces(self, start: int, rows: int, sides: int) -> list[slice]:
-        per_row = 4 * self.graph.row_size(start) * self.region.x.element_size() * (sides if self.kind == "crown" else 1)
-        budget = self.max_memory
-        if self.region.x.device.type == "cpu" and not torch.is_grad_enabled():
-            budget = min(budget, 4 * _CACHE_BYTES)
+        x = self.region.x
+        size, budget = self.graph.row_size(start), self.max_memory
+        if x.device.type == "cpu" and not torch.is_grad_enabled() and ops.direct(x):
+            taken = x.dtype == torch.float32 and not self.slack and self.region.has_kernel
+            fused = _numbers_before_chain(self.graph, start) if taken else None
+            # rows that a kernel takes all the way need no memory; others stay in the cache
+            size, budget = (size, min(budget, 4 * _CACHE_BYTES)) if fused is None else (max(fused, 16), budget)
+        per_row = 4 * size * x.element_size() * (sides if self.kind == "crown" else 1)
         step = max(1, budget // per_row)
         return [slice(i, min(rows, i + step)) for i in range(0, rows, step)] or [slice(0, 0)]
 
@@ -387,6 +392,11 @@ def compute_bounds(
     Raises ValueError or TypeError, naming the argument, for inputs that are not finite, shapes that do not fit, layers that are
     not supported (UnsupportedLayerError) and parameters or bounds that are not finite.
     """
+    usual = spec is None and rounding == "nearest" and norm == math.inf and not (return_linear or return_intermediate)
+    if method == "ibp" and labels is not None and usual and sides in ("both", "lower"):
+        quick = small_margins(model, x, eps, clip, labels, 1 if sides == "lower" else 2)
+        if quick is not None:
+            return Bounds(quick[0], quick[1] if sides == "both" else None)
     x, eps, p, clip = check_inputs(x, eps, norm, clip)
     if method not in METHODS:
         raise ValueError(f"method: got {method!r}, expected one of {', '.join(METHODS)}")
@@ -402,20 +412,28 @@ def compute_bounds(
     if return_linear and METHODS[method][1] is None:
         raise ValueError("return_linear: method 'ibp' has no linear bounds; use 'ibp-linear'")
     graph = trace(model, tuple(x.shape[1:]), outward)
-    parameter = next(model.parameters(), None)
+    parameter = first_parameter(model)
     if parameter is not None and (parameter.dtype, parameter.device) != (x.dtype, x.device):
         raise ValueError(
             f"x: is {x.dtype} on {x.device}, the model's parameters are {parameter.dtype} on {parameter.device}"
         )
     example, plus, minus, matrix = check_spec(labels, spec, x, graph.nodes[graph.output].shape)
+    output = graph.nodes[graph.output]
+    count = 1 if sides == "lower" else 2
+    if method == "ibp" and usual and plus is not None and minus is not None:
+        quick = margins_of_chain(graph, x, eps, clip, plus, minus, example, count)
+        if quick is not None:
+            shape = (x.shape[0], -1)
+            low, up = quick[0].view(shape), quick[1].view(shape) if count == 2 else None
+            if not _is_finite(low, up):
+                explain_not_finite(model, low, up)
+            return Bounds(low, up)
     if outward:
         region = Region(x.double(), eps.double() if isinstance(eps, Tensor) else eps, p, clip, O.RELATIVE)
         matrix = None if matrix is None else matrix.double()
     else:
         region = Region(x, eps.to(x.dtype) if isinstance(eps, Tensor) else eps, p, clip)
     engine = _Engine(graph, region, method, max_memory, intersect, return_intermediate, outward, exact_input, refine)
-    output = graph.nodes[graph.output]
-    count = 1 if sides == "lower" else 2
     kept = None
     with _full_precision(x):
         plain = labels is None and spec is None
@@ -433,7 +451,7 @@ def compute_bounds(
             low, up = out[0].view(shape), (out[1].view(shape) if count == 2 else None)
     if outward:
         low, up = O.round_down(low), None if up is None else O.round_up(up)
-    if not bool(torch.isfinite(low.sum() + (0 if up is None else up.sum()))):
+    if not _is_finite(low, up):
         explain_not_finite(model, low, up)
     linear = None
     if kept is not None:
@@ -442,6 +460,10 @@ def compute_bounds(
         A, b = A.view(A.shape[0], *lead, *x.shape[1:]), b.view(b.shape[0], *lead)
         linear = _linear_bounds(A, b, region, outward, count)
     return Bounds(low, up if count == 2 else None, linear, _intermediate(engine) if return_intermediate else {})
+
+
+def _is_finite(low: Tensor, up: Tensor | None) -> bool:
+    return math.isfinite(low.detach().sum().item()) and (up is None or math.isfinite(up.detach().sum().item()))
 
 
 def _linear_bounds(A: Tensor, b: Tensor, region: Region, outward: bool, count: int) -> LinearBounds:
@@ -456,6 +478,19 @@ def _linear_bounds(A: Tensor, b: Tensor, region: Region, outward: bool, count: i
             ends.append(O.round_up(b[1] + moved[-1] + O.RELATIVE * b[1].abs()))
         A, b, low, up = near, torch.stack(ends), O.round_down(low), O.round_up(up)
     return LinearBounds(A[0], b[0], A[-1] if count == 2 else None, b[1] if count == 2 else None, low, up)
+
+
+def _numbers_before_chain(graph: G.Graph, start: int) -> int | None:
+    """The largest row on the way from ``start`` to convolutions that one kernel takes to the input; None without such."""
+    node, size = graph.nodes[start], 0
+    while len(node.inputs) == 1:
+        if len(node.shape) == 3 and isinstance(node, G.Activation):
+            return size if conv_chain(graph, node.index) else None
+        before = graph.nodes[node.inputs[0]]
+        if not isinstance(node, (G.Conv, G.Reshape)) and node.index != start:
+            size = max(size, before.size)
+        node = before
+    return None
 
 
 def _rows_of_spec(spec: Tensor | None) -> int:

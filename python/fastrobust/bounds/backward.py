@@ -94,6 +94,22 @@ def _join(f: Callable[..., Tensor], a: Tensor, *args: Any) -> Tensor:
     return f(a.flatten(0, 1), *args).unflatten(0, a.shape[:2])
 
 
+def conv_chain(graph: G.Graph, start: int) -> list[tuple[G.Activation, G.Conv]]:
+    """The activations and convolutions, one after the other, from the activation ``start`` to the input; empty where
+    anything else comes between."""
+    found: list[tuple[G.Activation, G.Conv]] = []
+    act = graph.nodes[start]
+    while isinstance(act, G.Activation):
+        conv = graph.nodes[act.inputs[0]]
+        if not isinstance(conv, G.Conv) or conv.groups != 1 or conv.dilation != (1, 1) or conv.consumers != [act.index]:
+            return []
+        if not ops.spread_lanes(conv.get_weight(), 2 * conv.shape[2]):
+            return []
+        found.append((act, conv))
+        act = graph.nodes[conv.inputs[0]]
+    return found if isinstance(act, G.Input) else []
+
+
 class Backward:
     """One backward pass for the rows of a chunk."""
 
@@ -133,6 +149,9 @@ class Backward:
             if not isinstance(node, G.LinearNode) and i not in self.lines:
                 self._concretize_node(node, r)
                 continue
+            if not pending and not self.keep_input and (steps := self._convolutions(node, r)):
+                total = self._through(node, r, steps)
+                break
             for j, new in zip(node.inputs, self._step(node, r), strict=False):
                 pending[j] = new if j not in pending else self._merge(self.graph.nodes[j], pending[j], new)
         out = chunk.b if total is None else total
@@ -315,7 +334,7 @@ class Backward:
         lead = a.shape[:2]
         flat = a.flatten(0, 1)
         if isinstance(node, G.Dense) and (shape := self._image_before(node)) is not None:
-            return [Rows(_unflatten((flat @ self._by_image(node, shape)).unflatten(0, lead), shape, True))]
+            return [Rows(_unflatten(ops.product(flat, self._by_image(node, shape)).unflatten(0, lead), shape, True))]
         if flat.dim() == 4 and isinstance(node, G.Conv):
             flat = flat.contiguous(memory_format=torch.channels_last)
         return [Rows(t.unflatten(0, lead)) for t in node.transpose(flat, shapes)]
@@ -350,6 +369,50 @@ class Backward:
         index = line.source[chunk.example].expand(a.shape)
         out = torch.zeros(*a.shape[:3], h * w, dtype=a.dtype, device=a.device).scatter_add(3, index, a)
         return Rows(out.unflatten(3, (h, w)))
+
+    # -- convolutions at once ------------------------------------------------------------------------------------------
+    def _convolutions(self, node: G.Node, r: Rows) -> list[ops.ConvStep]:
+        """The activations and convolutions from ``node`` down to the input, where a kernel takes all of them; else nothing."""
+        if (
+            r.A is None
+            or r.A.dim() != 5
+            or self.slack
+            or not self.region.has_kernel
+            or not ops.direct(r.A, self.chunk.b)
+        ):
+            return []
+        window = None if r.window is None else tuple(r.A.shape[3:])
+        steps = []
+        for act, conv in conv_chain(self.graph, node.index):
+            line = self.lines.get(act.index)
+            if line is None or line.source is not None or (conv.bias() is not None and line.folded != conv.index):
+                return []
+            slopes, intercepts = line.flattened(True)
+            w, shape_in = conv.get_weight(), self.graph.input_shapes(conv)[0]
+            step = ops.ConvStep(slopes, intercepts, act.shape, w, conv.stride, conv.padding, shape_in)
+            if not step.fits(window) or not ops.direct(w, slopes, intercepts):
+                return []
+            window = step.grown(window)
+            steps.append(step)
+        return steps
+
+    def _through(self, node: G.Node, r: Rows, steps: list[ops.ConvStep]) -> Tensor:
+        box, ball = self.region.flattened(True)
+        corner, window = (None, None) if r.window is None else self._placement(node, r)
+        chunk = self.chunk
+        return ops.concretize_through(
+            _flatten(r.A, True),
+            chunk.b,
+            chunk.example,
+            steps,
+            box,
+            ball,
+            self.region.q,
+            r.pick,
+            corner,
+            window,
+            r.minus,
+        )
 
     # -- the ends ------------------------------------------------------------------------------------------------------
     def _concretize_node(self, node: G.Node, r: Rows) -> None:

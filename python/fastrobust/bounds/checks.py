@@ -30,7 +30,7 @@ def check_inputs(x: Tensor, eps: float | Tensor, norm: float | str, clip: Any) -
         raise TypeError(f"x: got {x.dtype}, expected float32 or float64")
     if x.dim() < 2:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected (B, *shape)")
-    if not bool(torch.isfinite(x.detach().sum())) and not bool(torch.isfinite(x.detach()).all()):
+    if not math.isfinite(x.detach().sum().item()) and not bool(torch.isfinite(x.detach()).all()):
         raise ValueError("x: holds NaN or infinite values, expected finite ones")
     if isinstance(eps, Tensor):
         if eps.dim() > 0 and tuple(eps.shape) not in ((x.shape[0],), tuple(x.shape)):
@@ -85,11 +85,18 @@ def check_spec(
         if len(shape) != 1 or count < 2:
             raise ValueError(f"labels: the model's output has shape {shape} per example, expected (K,) with K >= 2")
         labels = labels.to(device=device, dtype=torch.int64)
-        if batch and (int(labels.min()) < 0 or int(labels.max()) >= count):
-            raise ValueError(f"labels: values in [{int(labels.min())}, {int(labels.max())}], expected [0, {count - 1}]")
-        others = torch.arange(count - 1, device=device)
-        minus = others + (others >= labels[:, None])
-        return _examples(batch, count - 1, device), labels.repeat_interleave(count - 1), minus.flatten(), None
+        if batch:
+            low, high = (t.item() for t in labels.aminmax())
+            if low < 0 or high >= count:
+                raise ValueError(f"labels: values in [{low}, {high}], expected [0, {count - 1}]")
+        others, own = torch.arange(count - 1, device=device), labels[:, None]
+        minus = others + (others >= own)
+        return (
+            _examples(batch, count - 1, device),
+            own.expand(-1, count - 1).contiguous().flatten(),
+            minus.flatten(),
+            None,
+        )
     if spec is not None:
         if not isinstance(spec, Tensor) or spec.dtype != x.dtype:
             raise TypeError(
@@ -103,7 +110,7 @@ def check_spec(
 
 
 def _examples(batch: int, rows: int, device: torch.device) -> Tensor:
-    return torch.arange(batch, device=device).repeat_interleave(rows)
+    return torch.arange(batch, device=device)[:, None].expand(-1, rows).contiguous().flatten()
 
 
 def explain_not_finite(model: nn.Module, low: Tensor, up: Tensor | None) -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastrobust.ops.bounds import spread
+from fastrobust.ops.bounds import product, spread
 
 Shape = tuple[int, ...]
 Getter = Callable[[], Any]  # a tensor or None, read when the node runs
@@ -74,7 +74,7 @@ class Dense(LinearNode):
         return self.get_bias()
 
     def transpose(self, a: Tensor, shapes: list[Shape]) -> list[Tensor]:
-        return [a @ self.get_weight()]
+        return [product(a, self.get_weight()) if a.dim() == 2 else a @ self.get_weight()]
 
 
 @dataclass(eq=False)
@@ -281,6 +281,7 @@ class Graph:
             n.index = i
             for j in n.inputs:
                 self.nodes[j].consumers.append(i)
+        self.chain: Any = False  # of fastrobust.bounds.intervals; False: not looked for yet
         self.ancestor_size: dict[int, int] = {}
         seen: list[set[int]] = []
         for i, n in enumerate(self.nodes):

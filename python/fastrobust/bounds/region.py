@@ -65,6 +65,7 @@ class Region:
             self.cut = Box(middle=(c, r + widen * (c.abs() + r)))
         self.box: Pair | None = self.cut.middle if clip is not None or norm == math.inf else None
         self.ball: Pair | None = None if norm == math.inf else (x, eps_like(eps, x).expand_as(x))
+        self.has_kernel = self.ball is None or self.q in (1.0, 2.0, math.inf)  # other norms run by the definition
         self._flat: dict[bool, tuple[Pair | None, Pair | None]] = {}
 
     @property

@@ -117,7 +117,9 @@ _BAKED: dict[type, tuple[str, ...]] = {  # what a graph takes over from the comm
 def _fingerprint(model: nn.Module) -> tuple[Any, ...]:
     """Changes whenever a traced graph could: modules replaced, modes switched, plain attributes or hooks changed."""
     out: list[Any] = []
-    for m in model.modules():
+    left = [model]
+    while left:
+        m = left.pop()
         out.append(id(m))
         own, baked = m.__dict__, _BAKED.get(type(m))
         if baked is not None:
@@ -131,8 +133,22 @@ def _fingerprint(model: nn.Module) -> tuple[Any, ...]:
         if own["_forward_hooks"] or own["_forward_pre_hooks"]:
             out.append((len(own["_forward_hooks"]), len(own["_forward_pre_hooks"])))
         for held in ("_modules", "_parameters", "_buffers"):
-            out.extend(map(id, own[held].values()))
+            if own[held]:
+                out.extend(map(id, own[held].values()))
+        left.extend(child for child in own["_modules"].values() if child is not None)
     return tuple(out)
+
+
+def first_parameter(model: nn.Module) -> Tensor | None:
+    """``next(model.parameters(), None)``, without the generators that cost as much as a small kernel."""
+    for p in model._parameters.values():
+        if p is not None:
+            return p
+    for child in model._modules.values():
+        found = None if child is None else first_parameter(child)
+        if found is not None:
+            return found
+    return None
 
 
 def trace(model: nn.Module, shape: tuple[int, ...], exact: bool = False) -> G.Graph:

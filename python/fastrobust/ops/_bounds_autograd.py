@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .. import _C
 from ..reference.bounds import room_of, row_maps, split_support
+from . import _bounds_conv as conv
+from . import _checks as ck
 from ._bounds_rows import address, by_example, dense, native, rows_args
 from ._library import below_autograd, nothing_intercepts
 
@@ -125,6 +127,7 @@ def back_step(args: list[Any], need: Any, g_out: Tensor, g_b: Tensor) -> Grads:
 def _back_step_kernel(args: list[Any], g_out: Tensor, g_b: Tensor) -> Grads:
     A, b, slopes, intercepts, example, rows, minus, y, x, window = args
     A, slopes, intercepts, g_out, g_b = (dense(t) for t in (A, slopes, intercepts, g_out, g_b))
+    example, rows, minus = (None if t is None else t.contiguous() for t in (example, rows, minus))
     starts, order = by_example(example, b.shape[1], slopes.shape[1], A.device)
     g_a = A.new_empty(A.shape[0], b.shape[1], A.shape[2])
     g_s, g_i = torch.zeros_like(slopes), torch.zeros_like(intercepts)
@@ -139,6 +142,7 @@ def _back_step_kernel(args: list[Any], g_out: Tensor, g_b: Tensor) -> Grads:
 def _concretize_kernel(args: list[Any], need: Any, g: Tensor) -> Grads:
     A, b, example, rows, minus, center, radius, _, _, _, y, x, window = args
     A, center, radius, g = (dense(t) for t in (A, center, radius, g))
+    example, rows, minus = (None if t is None else t.contiguous() for t in (example, rows, minus))
     starts, order = by_example(example, b.shape[1], center.shape[0], A.device)
     g_a = A.new_empty(A.shape[0], b.shape[1], A.shape[2])
     g_c, g_r = torch.zeros_like(center) if need[5] else None, torch.zeros_like(radius) if need[6] else None
@@ -223,6 +227,13 @@ def interval(args: list[Any], need: Any, g_a: Tensor, g_b: Tensor) -> Grads:
 
 def spread(args: list[Any], need: Any, g: Tensor) -> Grads:
     a, weight, stride, padding, size = args
+    if _by_kernel(a) and a.shape[0] and weight[0].numel() <= conv.MAX_TAPS:  # too narrow for the vendor's engine
+        g = g.contiguous(memory_format=torch.channels_last)
+        return (
+            conv.convolution(g, weight, stride, padding) if need[0] else None,
+            conv.weight_gradient(g, a, weight, stride, padding) if need[1] else None,
+            None, None, None,
+        )  # fmt: skip
     g_a = F.conv2d(g, weight, None, stride, padding) if need[0] else None
     g_w = None
     if need[1]:
@@ -234,6 +245,12 @@ def spread(args: list[Any], need: Any, g: Tensor) -> Grads:
 
 def relu_lines(args: list[Any], need: Any, g_slopes: Tensor, g_intercepts: Tensor) -> Grads:
     l, u, left, adaptive = args
+    if _by_kernel(l):
+        form = ck.dense_format(l) or torch.contiguous_format
+        l, u, slope, top = (ck.lay_out(t, form) for t in (l, u, g_slopes[-1], g_intercepts[1]))
+        to_l, to_u = torch.empty_like(l), torch.empty_like(u)
+        _C.bounds_relu_lines_grad(*map(address, (l, u, slope, top, to_l, to_u)), l.numel(), left)
+        return to_l, to_u, None, None
     width = u - l
     between = (l < 0) & (u > 0) & torch.isfinite(width)
     w = torch.where(between, width, 1.0)

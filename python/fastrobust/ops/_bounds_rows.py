@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+SPREAD_BUFFER = 32768  # numbers that the kernel of the adjoint of a convolution holds (csrc/bounds/args.h)
 
 
 def native(t: Tensor) -> bool:
@@ -42,3 +45,20 @@ def by_example(example: Tensor | None, count: int, batch: int, device: torch.dev
         order = example.argsort(stable=True)
         example = example[order]
     return torch.searchsorted(example, torch.arange(batch + 1, device=device)), order
+
+
+def lanes_of(weight: Tensor) -> int:
+    """Numbers of the taps of one position, in whole vectors."""
+    return -(-weight[0].numel() // 16) * 16
+
+
+def spread_lanes(weight: Tensor, width: int) -> int:
+    """Lanes of the taps of one position for the adjoint of a convolution; 0 where they are too many for the kernel."""
+    lanes = lanes_of(weight)
+    return lanes if (width + 12) * lanes <= SPREAD_BUFFER else 0
+
+
+def taps_of(weight: Tensor, lanes: int) -> Tensor:
+    """A convolution's weight (O, C, kh, kw) as (O, lanes): taps (ky, kx, channel), then zeros."""
+    taps = weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
+    return dense(taps) if taps.shape[1] == lanes else F.pad(taps, (0, lanes - taps.shape[1]))

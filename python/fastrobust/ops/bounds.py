@@ -18,13 +18,27 @@ from ..reference import relaxations
 from ..reference.bounds import Window, center_radius, dual_exponent, eps_like, interval_activation
 from . import _bounds_autograd as gradients
 from . import _checks as ck
-from ._bounds_rows import address, dense, native
+from ._bounds_conv import interval_convolution, pair
+from ._bounds_rows import address, dense, native, spread_lanes, taps_of
 from ._library import require_cuda_build, stream_of
-from .linear_bounds import INF, check_eps, check_p, concretize, concretize_rows, direct, linear_back_step, register
+from .linear_bounds import (
+    INF,
+    ConvStep,
+    check_eps,
+    check_p,
+    concretize,
+    concretize_rows,
+    concretize_through,
+    direct,
+    linear_back_step,
+    product,
+    product_with_transpose,
+    register,
+)
 
 __all__ = [
-    "Window", "concretize", "concretize_rows", "interval_activation", "interval_ball_conv2d", "interval_ball_linear", "interval_conv2d",
-    "interval_linear", "linear_back_step", "relax", "spread",
+    "ConvStep", "Window", "concretize", "concretize_rows", "concretize_through", "direct", "interval_activation", "interval_ball_conv2d",
+    "interval_ball_linear", "interval_conv2d", "interval_linear", "linear_back_step", "product", "relax", "spread", "spread_lanes",
 ]  # fmt: skip
 
 _TO_CENTER, _FROM_CENTER, _RELU_CENTER, _BOX, _BOX_ENDS = range(5)
@@ -94,6 +108,19 @@ def _interval_definition(
     return (low, up) if finish == ENDS else center_radius(low.relu(), up.relu())
 
 
+def _interval_by_products(
+    center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, finish: int
+) -> tuple[Tensor, Tensor]:
+    c = product_with_transpose(center, weight, bias)
+    if radius.shape[0] == 1 and native(radius) and radius.is_cpu:  # |W| r of one row: W is read once, |W| not stored
+        r = _interval_kernel(radius, radius, weight, None, CENTER)[1].expand_as(c)
+    else:
+        r = product_with_transpose(radius, weight.abs()).expand_as(c)
+    if finish == CENTER:
+        return c, r
+    return from_center(c, r) if finish == ENDS else relu_center(c, r)
+
+
 def _interval_kernel(
     center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, finish: int
 ) -> tuple[Tensor, Tensor]:
@@ -104,8 +131,8 @@ def _interval_kernel(
     center, radius, weight = dense(center), dense(radius), dense(weight)
     bias = None if bias is None else dense(bias)
     batch, n, m = center.shape[0], center.shape[1], weight.shape[0]
-    if device >= 0 and batch > 16:  # large dense products belong to the vendor's engine
-        return _interval_definition(center, radius, weight, bias, finish)
+    if batch > 16 and (device >= 0 or n >= 256):  # large dense products belong to the vendor's engine
+        return _interval_by_products(center, radius, weight, bias, finish)
     out_a, out_b = center.new_empty(batch, m), center.new_empty(batch, m)
     _C.bounds_interval(
         device, stream, center.data_ptr(), radius.data_ptr(), weight.data_ptr(), address(bias), out_a.data_ptr(), out_b.data_ptr(),
@@ -187,40 +214,13 @@ def center_conv2d(
     """The same for a convolution: centre (B, C, H, W), radius of this shape or (1, C, H, W)."""
     plain = groups == 1 and dilation in (1, (1, 1)) and not isinstance(padding, str)
     if plain and center.is_cpu and native(center) and direct(center, radius, weight, bias):
-        return _conv_kernel(center, radius, weight, bias, pair(stride), pair(padding), finish)
+        return interval_convolution(center, radius, weight, bias, pair(stride), pair(padding), finish)
     conv = (stride, padding, dilation, groups)
     c, r = F.conv2d(center, weight, bias, *conv), F.conv2d(radius, weight.abs(), None, *conv)
     r = r.expand_as(c)
     if finish == CENTER:
         return c, r
     return from_center(c, r) if finish == ENDS else relu_center(c, r)
-
-
-def pair(v: Any) -> tuple[int, int]:
-    return (v, v) if isinstance(v, int) else (v[0], v[-1])
-
-
-def _conv_kernel(
-    center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int], finish: int
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    center, radius, weight = center.resolve_neg(), radius.resolve_neg(), dense(weight)
-    bias = None if bias is None else dense(bias)
-    (batch, c, h, w), (o, _, kh, kw) = center.shape, weight.shape
-    out_h, out_w = (h + 2 * padding[0] - kh) // stride[0] + 1, (w + 2 * padding[1] - kw) // stride[1] + 1
-    if out_h <= 0 or out_w <= 0:
-        raise ValueError(f"weight: got a kernel of {kh} x {kw}, larger than the padded {h} x {w} of lower and upper")
-    sizes = (batch, h, w, c, out_h, out_w, o, kh, kw, *stride, *padding)
-    (cb, cc, cy, cx), (rb, rc, ry, rx) = center.stride(), radius.stride()
-    strides = (cb, cy, cx, cc), (rb if radius.shape[0] == batch else 0, ry, rx, rc)
-    shape = (batch, o, out_h, out_w)
-    out_a = torch.empty(shape, memory_format=torch.channels_last)
-    out_b = torch.empty(shape, memory_format=torch.channels_last)
-    work = torch.empty(_C.bounds_interval_conv(sizes, *strides, 0, 0, 0, 0, 0, 0, 0, 0))
-    _C.bounds_interval_conv(
-        sizes, *strides, center.data_ptr(), radius.data_ptr(), weight.data_ptr(), address(bias), work.data_ptr(),
-        out_a.data_ptr(), out_b.data_ptr(), finish,
-    )  # fmt: skip
-    return out_a, out_b
 
 
 def _tighter(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -294,11 +294,12 @@ def _lines_kernel(lower: Tensor, upper: Tensor, left: float, adaptive: bool) -> 
     require_cuda_build(lower.device)
     device, stream = stream_of(lower.device)
     lower, upper = _pair_dense(lower, upper)
-    slopes = lower.new_empty(2 if adaptive else 1, *lower.shape)
-    intercepts = lower.new_empty(2, *lower.shape)
-    if not lower.is_contiguous():  # channels last: the outputs keep the order
-        order = lambda t: t.movedim(2, -1).contiguous().movedim(-1, 2)
-        slopes, intercepts = order(slopes), order(intercepts)
+    shape = lower.shape
+    if lower.is_contiguous():
+        slopes, intercepts = lower.new_empty(2 if adaptive else 1, *shape), lower.new_empty(2, *shape)
+    else:  # channels last: the outputs keep the order
+        last = (shape[0], *shape[2:], shape[1])
+        slopes, intercepts = (lower.new_empty(k, *last).movedim(-1, 2) for k in (2 if adaptive else 1, 2))
     _C.bounds_relu_lines(
         device, stream, lower.data_ptr(), upper.data_ptr(), slopes.data_ptr(), intercepts.data_ptr(), lower.numel(), left, adaptive
     )  # fmt: skip
@@ -334,8 +335,6 @@ def relax(
 
 # ---- the adjoint of a convolution ----
 
-SPREAD_LANES = 1152  # taps of one position that the kernel holds (csrc/bounds/args.h)
-
 
 def _spread_definition(a: Tensor, weight: Tensor, stride: Any, padding: Any, size: Any) -> Tensor:
     extra = [
@@ -347,13 +346,11 @@ def _spread_definition(a: Tensor, weight: Tensor, stride: Any, padding: Any, siz
 
 def _spread_kernel(a: Tensor, weight: Tensor, stride: Any, padding: Any, size: Any) -> Tensor:
     o, c, kh, kw = weight.shape
-    taps = c * kh * kw
-    lanes = -(-taps // 16) * 16
-    if not a.is_cpu or not native(a) or lanes > SPREAD_LANES:
+    lanes = spread_lanes(weight, a.shape[3])
+    if not a.is_cpu or not native(a) or not lanes:
         return _spread_definition(a, weight, stride, padding, size).contiguous(memory_format=torch.channels_last)
     a = a.resolve_neg().contiguous(memory_format=torch.channels_last)
-    w = weight.permute(0, 2, 3, 1).reshape(o, taps)
-    w = F.pad(w, (0, lanes - taps)) if lanes != taps else dense(w)
+    w = taps_of(weight, lanes)
     out = torch.empty((a.shape[0], c, *size), dtype=a.dtype, memory_format=torch.channels_last)
     _C.bounds_spread(
         a.data_ptr(), w.data_ptr(), out.data_ptr(), (a.shape[0], *a.shape[2:], o, *size, c, kh, kw, *stride, *padding, lanes)

@@ -1,0 +1,11 @@
+// Parts of kernels on the calling thread: items [begin, end).
+#pragma once
+
+#include "bounds/args.h"
+#include "core/macros.h"
+
+FR_NS_BEGIN
+void back_rows(const BackArgs& g, int64_t begin, int64_t end);
+void concretize_rows(const ConcretizeArgs& g, int64_t begin, int64_t end);
+void spread_items(const SpreadArgs& g, int64_t begin, int64_t end);
+FR_NS_END

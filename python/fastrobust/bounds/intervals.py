@@ -1,0 +1,156 @@
+"""Interval bounds of a plain chain of layers where nothing is recorded: the kernels in a row, without the engine around them.
+
+The engine's bookkeeping costs as much as the products of a small batch.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fastrobust import _C
+from fastrobust.bounds import graph as G
+from fastrobust.bounds.checks import check_clip
+from fastrobust.bounds.trace import trace
+from fastrobust.ops import bounds as ops
+
+Step = tuple[G.Node, int]  # a layer and what its product returns (``ops.CENTER``, ``ops.RELU``)
+SMALL_BATCH = 16
+
+
+class Chain:
+    """The layers before the last one, and what the kernel of small batches is told of them."""
+
+    def __init__(self, graph: G.Graph, steps: list[Step]):
+        self.steps, self.last = steps, cast(G.Dense, graph.nodes[graph.output])
+        self.told = [_told(graph, *step) for step in steps]
+        self.work: dict[int, int] = {}  # numbers that the kernel needs, by batch size
+        self.layers: list[Any] = [None if isinstance(n, G.Reshape) else n for n, _ in steps] + [self.last]
+
+    def parameters(self) -> list[Tensor | None]:
+        """Weight and bias of every layer, the last one's at the end."""
+        found: list[Tensor | None] = []
+        for layer in self.layers:
+            found += (None, None) if layer is None else (layer.get_weight(), layer.get_bias())
+        return found
+
+
+def _told(graph: G.Graph, node: G.Node, finish: int) -> tuple[int, ...]:
+    shape = graph.input_shapes(node)[0]
+    if isinstance(node, G.Dense):
+        return (1, finish, shape[0], node.shape[0], *[0] * 12)
+    c, h, w = shape if len(shape) == 3 else (1, 1, node.size)
+    if isinstance(node, G.Reshape):
+        return (0, 0, 0, 0, h, w, c, *[0] * 9)
+    assert isinstance(node, G.Conv)
+    o, oh, ow = node.shape
+    return (2, finish, 0, 0, h, w, c, oh, ow, o, *node.get_weight().shape[2:], *node.stride, *node.padding)
+
+
+def chain_of(graph: G.Graph) -> Chain | None:
+    """The chain, where all layers are Linear, Conv2d, Flatten or a ReLU after a product, one after the other."""
+    if graph.chain is False:
+        steps = _find(graph)
+        graph.chain = None if steps is None else Chain(graph, steps)
+    return cast("Chain | None", graph.chain)
+
+
+def small_margins(model: nn.Module, x: Any, eps: Any, clip: Any, labels: Any, sides: int) -> Tensor | None:
+    """Interval bounds (sides, B, K - 1) of the margins over an l-infinity ball, in one call; None where arguments, model or
+    results want the longer way, which then also says what is wrong with them."""
+    if type(x) is not Tensor or type(labels) is not Tensor or type(eps) is not float or not 0.0 <= eps < math.inf:
+        return None
+    batch = len(x) if x.dim() > 1 else 0
+    if not 0 < batch <= SMALL_BATCH or x.dtype != torch.float32 or not x.is_cpu or not x.is_contiguous():
+        return None
+    if labels.dtype != torch.int64 or labels.shape != (batch,) or not labels.is_cpu or not labels.is_contiguous():
+        return None
+    low, high = check_clip(clip) if clip is not None else (-math.inf, math.inf)
+    graph = trace(model, tuple(x.shape[1:]))
+    chain = chain_of(graph)
+    if chain is None or not graph.nodes[0].size or chain.last.shape[0] < 2:
+        return None
+    parameters = chain.parameters()
+    if not ops.direct(x, *parameters):
+        return None
+    addresses = []
+    for p in parameters:
+        if p is None:
+            addresses.append(0)
+        elif p.dtype == torch.float32 and p.is_cpu and p.is_contiguous():
+            addresses.append(p.data_ptr())
+        else:
+            return None
+    classes = chain.last.shape[0]
+    sizes = (batch, x.numel() // batch, eps, low, high)
+    if batch not in chain.work:
+        chain.work[batch] = _C.bounds_interval_chain(
+            chain.told, addresses, x.data_ptr(), *sizes, 0, classes, 0, 0, sides
+        )
+    work, out = torch.empty(chain.work[batch]), torch.empty(sides, batch, classes - 1)
+    refused = _C.bounds_interval_chain(
+        chain.told, addresses, x.data_ptr(), *sizes, labels.data_ptr(), classes, work.data_ptr(), out.data_ptr(), sides
+    )
+    return None if refused else out
+
+
+def _find(graph: G.Graph) -> list[Step] | None:
+    nodes = graph.nodes
+    if graph.output != len(nodes) - 1 or any(n.inputs != (i,) for i, n in enumerate(nodes[1:])):
+        return None
+    if not isinstance(nodes[-1], G.Dense) or len(nodes[-1].shape) != 1:
+        return None
+    steps: list[Step] = []
+    for node in nodes[1:-1]:
+        if isinstance(node, G.Activation):
+            if node.activation != "relu" or not steps or not isinstance(steps[-1][0], (G.Dense, G.Conv)):
+                return None
+            if steps[-1][1] != ops.RELU:
+                steps[-1] = (steps[-1][0], ops.RELU)
+        elif (
+            isinstance(node, (G.Dense, G.Reshape))
+            and len(node.shape) == 1
+            or isinstance(node, G.Conv)
+            and node.groups == 1
+            and node.dilation == (1, 1)
+        ):
+            steps.append((node, ops.CENTER))
+        else:
+            return None
+    products = [finish for node, finish in steps if not isinstance(node, G.Reshape)]
+    # the engine merges linear layers at the end, which is tighter than an interval between them
+    return steps if not products or products[-1] == ops.RELU else None
+
+
+def margins_of_chain(
+    graph: G.Graph, x: Tensor, eps: Any, clip: tuple[float, float] | None, plus: Tensor, minus: Tensor, example: Tensor, sides: int
+) -> Tensor | None:  # fmt: skip
+    """Bounds (sides, R) of the differences ``plus`` - ``minus`` of outputs over an l-infinity ball; None where this is not the
+    way. x (B, *shape), B > 0."""
+    chain = chain_of(graph)
+    if chain is None or x.dtype != torch.float32 or not x.is_cpu or not x.shape[0]:
+        return None
+    parameters = chain.parameters()
+    if not ops.direct(x, eps if isinstance(eps, Tensor) else None, *parameters):
+        return None
+    if clip is None and not isinstance(eps, Tensor):
+        c, r = x, x.new_full((1, *x.shape[1:]), eps)
+    else:
+        c, r = ops.box_center(x, eps, clip)
+    for at, (node, finish) in enumerate(chain.steps):
+        if isinstance(node, G.Reshape):
+            c, r = c.reshape(-1, node.shape[0]), r.reshape(-1, node.shape[0])
+            continue
+        w, b = cast(Tensor, parameters[2 * at]), parameters[2 * at + 1]
+        if isinstance(node, G.Conv):
+            c, r = ops.center_conv2d(c, r, w, b, node.stride, node.padding, 1, 1, finish)
+        else:
+            c, r = ops.center_linear(c, r, w, b, finish)
+    w, b = cast(Tensor, parameters[-2]), parameters[-1]
+    offset = c.new_zeros(len(plus)) if b is None else b[plus] - b[minus]
+    if r.shape[0] != c.shape[0]:
+        r = r.expand_as(c)
+    return ops.concretize_rows(w[None], offset.expand(sides, -1), example, (c, r), None, 1.0, plus, minus=minus)

@@ -1,0 +1,65 @@
+"""The compiled convolutions of the bounds family: float32 on the CPU, without groups and dilation, not recorded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from ._bounds_rows import address, dense
+
+MAX_TAPS = 64  # of ``weight_gradient``
+
+
+def pair(v: Any) -> tuple[int, int]:
+    return (v, v) if isinstance(v, int) else (v[0], v[-1])
+
+
+def _sizes(x: Tensor, weight_shape: Any, stride: Any, padding: Any) -> tuple[int, ...]:
+    (batch, c, h, w), (o, _, kh, kw) = x.shape, weight_shape
+    out_h, out_w = (h + 2 * padding[0] - kh) // stride[0] + 1, (w + 2 * padding[1] - kw) // stride[1] + 1
+    if out_h <= 0 or out_w <= 0:
+        raise ValueError(f"weight: got a kernel of {kh} x {kw}, larger than the padded image of {h} x {w}")
+    return (batch, h, w, c, out_h, out_w, o, kh, kw, *stride, *padding)
+
+
+def interval_convolution(
+    center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int], finish: int
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """w * c + b and |w| * r finished as ``center_conv2d`` says, channels last."""
+    center, radius, weight = center.resolve_neg(), radius.resolve_neg(), dense(weight)
+    bias = None if bias is None else dense(bias)
+    sizes = _sizes(center, weight.shape, stride, padding)
+    (cb, cc, cy, cx), (rb, rc, ry, rx) = center.stride(), radius.stride()
+    strides = (cb, cy, cx, cc), (rb if radius.shape[0] == center.shape[0] else 0, ry, rx, rc)
+    shape = (sizes[0], sizes[6], sizes[4], sizes[5])
+    out_a = torch.empty(shape, memory_format=torch.channels_last)
+    out_b = torch.empty(shape, memory_format=torch.channels_last)
+    given = (center.data_ptr(), radius.data_ptr(), weight.data_ptr(), address(bias))
+    work = torch.empty(_C.bounds_interval_conv(sizes, *strides, 0, 1, 0, 0, 0, 0, 0, finish))  # asks for the size
+    _C.bounds_interval_conv(sizes, *strides, *given, work.data_ptr(), out_a.data_ptr(), out_b.data_ptr(), finish)
+    return out_a, out_b
+
+
+def convolution(x: Tensor, weight: Tensor, stride: Any, padding: Any) -> Tensor:
+    """w * x, channels last."""
+    x, weight = x.resolve_neg(), dense(weight)
+    sizes = _sizes(x, weight.shape, stride, padding)
+    b, c, y, w = x.stride()
+    strides = (b, y, w, c), (0, 0, 0, 0)
+    out = torch.empty((sizes[0], sizes[6], sizes[4], sizes[5]), memory_format=torch.channels_last)
+    work = torch.empty(_C.bounds_interval_conv(sizes, *strides, 0, 0, 0, 0, 0, 0, 0, 0))
+    _C.bounds_interval_conv(
+        sizes, *strides, x.data_ptr(), 0, weight.data_ptr(), 0, work.data_ptr(), out.data_ptr(), 0, 0
+    )
+    return out
+
+
+def weight_gradient(x: Tensor, a: Tensor, weight: Tensor, stride: Any, padding: Any) -> Tensor:
+    """The gradient of the weight of ``convolution(x, weight)`` from that of its result, for at most MAX_TAPS taps a position."""
+    x, a = (t.resolve_neg().contiguous(memory_format=torch.channels_last) for t in (x, a))
+    out = torch.empty(weight.shape, dtype=a.dtype)
+    _C.bounds_conv_grad(_sizes(x, weight.shape, stride, padding), x.data_ptr(), a.data_ptr(), out.data_ptr())
+    return out
