@@ -65,7 +65,7 @@ LAYERS = (
     Layer(256, 512, 3, 2, 8, 0.0058),
     Layer(256, 512, 1, 2, 8, 0.042),
 )
-DENSITIES = (0.5, 0.2, 0.1, 0.05, 0.01, 0.002)
+DENSITIES = (0.5, 0.2, 0.05, 0.01, 0.002)
 # Rounding of float32 sums of up to a few thousand terms, relative to one plus their size.
 TOLERANCE = 5e-4
 
@@ -178,14 +178,14 @@ def layer_cases(context: Context) -> Iterator[Case]:
     # A full run has many rows of little time each, a default run few.
     for layer in LAYERS if full else LAYERS[:4]:
         for batch in (1, 16, 128) if full else (16,):
-            yield layer_case(context, layer, batch, False, 0.1 if full else 1.0)
+            yield layer_case(context, layer, batch, False, 0.05 if full else 1.0)
         if full or layer in LAYERS[:4]:
-            yield layer_case(context, layer, 16, True, 0.1 if full else 1.0)
+            yield layer_case(context, layer, 16, True, 0.05 if full else 1.0)
     if full:
         for layer in LAYERS[:4]:
             for density in DENSITIES:
-                for batch in (1, 7, 16, 33):
-                    yield layer_case(context, layer._replace(density=density), batch, False, 0.08)
+                for batch in (1, 16, 33):
+                    yield layer_case(context, layer._replace(density=density), batch, False, 0.03)
 
 
 def norm_difference(ours: Tensor, theirs: Tensor, tolerance: float) -> Agreement:
@@ -263,7 +263,7 @@ def cases(context: Context) -> Iterator[Case]:
     rows = [(0.1, 1, False), (0.1, 16, False), (0.1, 16, True), (1.0, 16, False)]
     if context.at_least("full"):
         rows += [(1.0, 1, False), (1.0, 16, True)]
-        rows += [(gamma, 128, gradient) for gamma in (0.1, 1.0) for gradient in (False, True)]
+        rows += [(0.1, 128, False), (1.0, 128, False), (0.1, 128, True)]
     for row in rows:
         yield network_case(context, *row)
     if context.at_least("full"):

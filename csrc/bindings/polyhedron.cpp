@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <vector>
 
 #include "bindings/bindings.h"
@@ -19,8 +20,8 @@ BoxSide side(const py::tuple& t, int64_t elements, const char* name) {
   return s;
 }
 
-// device < 0 is the CPU. multiplier and point may be 0.
-void distance(int device, uintptr_t stream, uintptr_t a, uintptr_t b, const py::tuple& lower, const py::tuple& upper,
+// device < 0 is the CPU; there it returns whether a row came out as NaN. multiplier and point may be 0.
+bool distance(int device, uintptr_t stream, uintptr_t a, uintptr_t b, const py::tuple& lower, const py::tuple& upper,
               const std::vector<int64_t>& sizes, int64_t m, double p, bool is_signed, uintptr_t out,
               uintptr_t multiplier, uintptr_t point) {
   if (sizes.size() > static_cast<size_t>(kBoxDims)) throw std::invalid_argument("a: too many leading dimensions");
@@ -44,11 +45,12 @@ void distance(int device, uintptr_t stream, uintptr_t a, uintptr_t b, const py::
   args.point = reinterpret_cast<float*>(point);
   if (device < 0) {
     without_gil(args.rows * m, [&] { polyhedron().distance(args); });
-    return;
+    return std::any_of(args.distance, args.distance + args.rows, [](float d) { return d != d; });
   }
 #if defined(FASTROBUST_HAS_CUDA)
   const DeviceGuard guard(device);
   polyhedral_distance_cuda(args, reinterpret_cast<void*>(stream));
+  return false;
 #else
   (void)stream;
   throw std::runtime_error("fastrobust was built without CUDA kernels; rebuild with nvcc on PATH (FASTROBUST_CUDA=ON)");

@@ -53,8 +53,9 @@ bool solve_row(Row& row, double target, RowResult& result) {
     return row.finite;
   } else if constexpr (kKind == Distance::lp) {
     if (!row.is_finite()) return false;
+    const double start = row.guess_power(target);
     row.gather_all();
-    result = solve_power(row, target, row.p, row.m, row.flip);
+    result = solve_power(row, target, row.p, start, row.m, row.flip);
     return true;
   } else {
     Start start = row.template guess<kKind>(target);

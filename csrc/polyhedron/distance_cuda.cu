@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(kThreads) distance_kernel(DistanceArgs args) {
       if constexpr (kKind == Distance::l1)
         result = solve_fill(row, target, block_max(largest), args.m, row.flip);
       else if constexpr (kKind == Distance::lp)
-        result = solve_power(row, target, args.p, args.m, row.flip);
+        result = solve_power(row, target, args.p, -kInf, args.m, row.flip);
       else
         solve_quadratic<kKind, false>(row, target, start_in_float32<kKind>(row, target, block_sum(total)), args.m,
                                       row.flip, result);

@@ -285,16 +285,35 @@ struct Row {
     each([&](Vec size, Vec room)
              FR_INLINE_LAMBDA { n += pack(pw + n, pc + n, (size > zero) & (room > zero), size, room); });
     end_of_packed(n);
+    take_logs();
+  }
+  void take_logs() {
     const DVec infinite(kInf);
-    for (int64_t j = 0; j < n; j += kLanes) {
+    for (int64_t j = 0; j < count; j += kLanes) {
       const DVec x = widen(load(w + j)), y = widen(load(c + j));
       store(log_w + j, log2_lanes(x));
       store(log_c + j, select(at_most(infinite, y), infinite, log2_lanes(y)));
     }
-    for (int64_t j = n; j < n + kLanes; ++j) {
+    for (int64_t j = count; j < count + kLanes; ++j) {
       log_w[j] = 0.;
       log_c[j] = -kInf;
     }
+  }
+  // log2 lambda at the root, guessed from a sample; -inf for none.
+  double guess_power(double b) {
+    const double part = b * sample();
+    if (!(part > 0.)) return -kInf;
+    take_logs();
+    double at = -kInf;
+    for (int i = 0; i < 6; ++i) {
+      const PowerSums s = power(at);
+      const double level = (part - s.used) / (exp2(s.top) * s.slope);
+      const double next = (p - 1.) * std::log2(level) - s.top;
+      if (!(next > at && next < kInf)) return at;
+      if (next - at < 0x1p-5) return next;
+      at = next;
+    }
+    return at;
   }
   // log2 lambda at which the elements meet the box
   DVec meets(int64_t j) const { return DVec(p - 1.) * load_wide(log_c + j) - load_wide(log_w + j); }

@@ -277,12 +277,13 @@ FR_HD double power_norm(double level, const PowerSums& s, double p) {
   return large > 0. ? large * pow(1. + pow(small / large, p), 1. / p) : 0.;
 }
 
+// at: where Newton's method starts, log2 lambda; -inf, or a guess on either side of the root.
 template <class Passes>
-FR_SOLVE RowResult solve_power(Passes& passes, double b, double p, int64_t m, bool round_up) {
+FR_SOLVE RowResult solve_power(Passes& passes, double b, double p, double at, int64_t m, bool round_up) {
   // log2 w up to 150 in size, times q, plus the library's exp2, log2 and pow
   const double slack = sum_error(m) + 0x1p-44 * (p + p / (p - 1.) + 8.);
   RowResult result;
-  double at = -kInf;
+  bool proven = !(at > -kInf);  // at is known to be at most the root
   PowerSums s;
   Rest rest;
   while (true) {
@@ -290,6 +291,11 @@ FR_SOLVE RowResult solve_power(Passes& passes, double b, double p, int64_t m, bo
     const auto exact = [&] { return passes.exact_used_power(at); };
     rest = rest_of(b, s.used, m, 0., exact);
     if (!(s.slope > 0.)) {
+      if (!proven) {  // the guess was past the end
+        at = -kInf;
+        proven = true;
+        continue;
+      }
       if (rest.value > rest.error) {
         result.value = result.level = kInf;
         return result;
@@ -299,6 +305,11 @@ FR_SOLVE RowResult solve_power(Passes& passes, double b, double p, int64_t m, bo
     }
     const double level = (rest.value - rest.error) / (exp2(s.top) * s.slope);
     const double next = level > 0. ? (p - 1.) * log2(level) - s.top : -kInf;
+    if (!proven) {  // from either side a step ends on the left of the root
+      at = next;
+      proven = true;
+      continue;
+    }
     result.level = level > 0. ? level : 0.;
     result.top = s.top;
     if (!(next > at)) break;

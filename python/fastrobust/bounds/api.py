@@ -423,8 +423,8 @@ def compute_bounds(
     if method == "ibp" and usual and plus is not None and minus is not None:
         quick = margins_of_chain(graph, x, eps, clip, plus, minus, example, count)
         if quick is not None:
-            shape = (x.shape[0], -1)
-            low, up = quick[0].view(shape), quick[1].view(shape) if count == 2 else None
+            low = quick[0].view(x.shape[0], -1)
+            up = quick[1].view(x.shape[0], -1) if count == 2 else None
             if not _is_finite(low, up):
                 explain_not_finite(model, low, up)
             return Bounds(low, up)

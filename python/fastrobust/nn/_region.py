@@ -17,11 +17,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.grad import conv2d_input
 
 from ..ops import _conv_cost as cost
 from ..ops import _feature_maps as fm
-from ..ops import binary as ops
+from ..ops._dense_conv import dense_weight, input_grad
 from ..ops._feature_maps import ConvGeometry, Maps
 from ..reference.binary import PackedWeight
 from ._schedule import ARENA, Buffer, Compiled, Schedule, State, plain
@@ -51,9 +50,8 @@ class Unit:
 
     def dense_weight(self) -> Tensor:
         """The weight as torch's convolution takes it, the scale multiplied in."""
-        weight = ops.dense_weight(self.packed, torch.float32)
-        weight = weight if self.scale is None else weight * self.scale.view(-1, 1, 1, 1)
-        return weight.contiguous(memory_format=torch.channels_last)
+        weight = dense_weight(self.packed, torch.float32, torch.channels_last)
+        return weight if self.scale is None else weight * self.scale.view(-1, 1, 1, 1)
 
 
 @dataclasses.dataclass
@@ -395,7 +393,7 @@ class _Backward:
         g, weight = unit.geometry, unit.dense_weight()
         size = (maps.batch, maps.channels, maps.height, maps.width)
         x = self.s.call(
-            lambda grad: conv2d_input(size, weight, grad, g.stride, g.padding, g.dilation, g.groups),
+            lambda grad: input_grad(grad, weight, size, g),
             [self._as(grad, None)],
             size,
         )

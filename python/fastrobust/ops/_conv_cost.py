@@ -28,8 +28,9 @@ SPARSE = {
     "row": 3.4e-3,
     "store": 0.29e-3,
 }
-# Into and out of the fast layout: `copy` a float in groups of images, `copy single` one without, `copy row` a row of such.
-COPY = {"copy": 0.106e-3, "copy single": 0.0, "copy row": 4.8e-3}
+# Into and out of the fast layout: `copy` a float in groups of images; without groups `copy single` a float, `copy row` a row,
+# `copy phases` a float that goes to the phases of a stride.
+COPY = {"copy": 0.106e-3, "copy single": 0.0, "copy row": 4.8e-3, "copy phases": 0.75e-3}
 # torch: `mac` a multiplication of a dense convolution (of a kernel of one pixel), `weight` a float of the weight, which is
 # reordered in every call, `map` a float read or written.
 DENSE = {"start": 18.6, "mac": 4.41e-6, "mac 1x1": 4.57e-6, "weight": 0.162e-3, "map": 0.035e-3}
@@ -122,7 +123,11 @@ def copy_terms(
     floats = shape[1] * geometry.groups * height * width + shape[0] * out_h * out_w
     images = -(-batch // lanes) * lanes
     if lanes == 1:
-        return {"copy single": float(batch * floats), "copy row": float(batch * rows)}
+        strided = geometry.stride != (1, 1)
+        phased = shape[1] * geometry.groups * height * width if strided else 0
+        return {
+            "copy single": float(batch * floats), "copy row": float(batch * rows), "copy phases": float(batch * phased)
+        }  # fmt: skip
     return {"copy": float(images * floats)}
 
 

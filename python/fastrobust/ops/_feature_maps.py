@@ -10,6 +10,7 @@ contiguous runs, whatever its kernel, dilation and padding; a stride s reads s x
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import threading
 from typing import Any
@@ -37,6 +38,13 @@ class ConvGeometry:
 
     @staticmethod
     def of(stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1) -> ConvGeometry:
+        """From arguments as torch.nn.functional.conv2d takes them."""
+        if type(stride) is type(padding) is type(dilation) is type(groups) is int:
+            return _of_ints(stride, padding, dilation, groups)
+        return ConvGeometry._of(stride, padding, dilation, groups)
+
+    @staticmethod
+    def _of(stride: Any, padding: Any, dilation: Any, groups: int) -> ConvGeometry:
         if isinstance(groups, bool) or not isinstance(groups, int):
             raise TypeError(f"groups: expected an int, got {type(groups).__name__}")
         if groups < 1:
@@ -53,6 +61,11 @@ class ConvGeometry:
         ):
             sizes.append((size + 2 * p - d * (kernel - 1) - 1) // s + 1)
         return sizes[0], sizes[1]
+
+
+@functools.lru_cache(maxsize=1024)
+def _of_ints(stride: int, padding: int, dilation: int, groups: int) -> ConvGeometry:
+    return ConvGeometry._of(stride, padding, dilation, groups)
 
 
 def pair(name: str, value: Any, least: int) -> tuple[int, int]:

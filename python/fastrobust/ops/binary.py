@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.grad import conv2d_input, conv2d_weight
+from torch.nn.grad import conv2d_weight
 
 from .. import _C
 from ..reference import binary as reference
 from ..reference.binary import PackedWeight
 from . import _conv_cost as cost
 from . import _feature_maps as fm
+from ._dense_conv import dense_conv, dense_input_grad, memory_format
 from ._feature_maps import ConvGeometry
 from ._library import below_autograd, define, nothing_intercepts, require_cuda_build, stream_of
 
@@ -138,13 +138,9 @@ def _geometry(stride: Sequence[int], padding: Sequence[int], dilation: Sequence[
     return ConvGeometry(tuple(stride), tuple(padding), tuple(dilation), groups)  # type: ignore[arg-type]
 
 
-def dense_weight(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """The dense weight, kept with the index lists for the calls that take the dense path."""
-    dense = fm.kept_with(packed, "dense")
-    if dtype not in dense:
-        dense[dtype] = packed.to_dense(dtype).reshape(fm.conv_shape(packed.shape))
-    found: Tensor = dense[dtype]
-    return found
+def _arguments(packed: PackedWeight, g: ConvGeometry) -> tuple[Any, ...]:
+    """A packed weight and a geometry as the registered ops take them (see _CONV_ARGS)."""
+    return packed.ptr, packed.index, packed.shape, g.stride, g.padding, g.dilation, g.groups
 
 
 class _Recipe(NamedTuple):
@@ -191,21 +187,21 @@ def _new_recipe(
 
 def _conv_kernel(
     x: Tensor, ptr: Tensor, index: Tensor, shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], groups: int, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
-    relu: bool,
+    dilation: Sequence[int], groups: int, *rest: Any,
 ) -> Tensor:  # fmt: skip
-    packed, g = PackedWeight(tuple(shape), ptr, index), _geometry(stride, padding, dilation, groups)
+    return _run_conv(x, PackedWeight(tuple(shape), ptr, index), _geometry(stride, padding, dilation, groups), *rest)
+
+
+def _run_conv(
+    x: Tensor, packed: PackedWeight, g: ConvGeometry, scale: Tensor | None, shift: Tensor | None,
+    residual: Tensor | None, relu: bool,
+) -> Tensor:  # fmt: skip
     batch, _, height, width = x.shape
     recipe = _recipe(packed, batch, height, width, g, False)
     if x.dtype != torch.float32 or recipe.choice.path == "dense":
-        weight = dense_weight(packed, x.dtype)
-        if len(packed.shape) == 2:
-            y = F.linear(x.flatten(1), weight.flatten(1))[:, :, None, None]
-        else:
-            y = F.conv2d(x, weight, None, g.stride, g.padding, g.dilation, g.groups)
-        return reference.epilogue(y, None, scale, shift, residual, relu)
+        return reference.epilogue(dense_conv(x, packed, g), None, scale, shift, residual, relu)
     x = x.resolve_neg()
-    out = torch.empty((batch, shape[0], *recipe.out_size), device=x.device, memory_format=_format(x))
+    out = torch.empty((batch, packed.shape[0], *recipe.out_size), device=x.device, memory_format=memory_format(x))
     scale, shift = (None if t is None else t.contiguous() for t in (scale, shift))
     for begin, end, source, target in recipe.parts:
         part = x if len(recipe.parts) == 1 else x[begin:end]
@@ -218,16 +214,11 @@ def _conv_kernel(
     return out
 
 
-def _format(x: Tensor) -> torch.memory_format:
-    """channels_last only when x is that and not also contiguous, as torch decides."""
-    if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    return torch.contiguous_format
-
-
 def _conv_fake(x: Tensor, ptr: Tensor, index: Tensor, shape: Sequence[int], *args: Any) -> Tensor:
     out_size = _geometry(*args[:4]).out_size(fm.conv_shape(tuple(shape)), x.shape[2], x.shape[3])
-    return torch.empty((x.shape[0], shape[0], *out_size), dtype=x.dtype, device=x.device, memory_format=_format(x))
+    return torch.empty(
+        (x.shape[0], shape[0], *out_size), dtype=x.dtype, device=x.device, memory_format=memory_format(x)
+    )
 
 
 def _grad_kernel(
@@ -238,12 +229,9 @@ def _grad_kernel(
     size = (grad.shape[0], fm.conv_shape(packed.shape)[1] * groups, height, width)
     recipe = _recipe(packed, size[0], height, width, g, True)
     if grad.dtype != torch.float32 or recipe.choice.path == "dense":
-        weight = dense_weight(packed, grad.dtype)
-        if len(packed.shape) == 2:
-            return F.linear(grad.flatten(1), weight.flatten(1).t())[:, :, None, None]
-        return conv2d_input(size, weight, grad, g.stride, g.padding, g.dilation, g.groups)
+        return dense_input_grad(grad, packed, size, g)
     grad = grad.resolve_neg()
-    out = torch.empty(size, device=grad.device, memory_format=_format(grad))
+    out = torch.empty(size, device=grad.device, memory_format=memory_format(grad))
     for begin, end, source, target in recipe.parts:
         assert recipe.lists is not None
         maps = fm.to_maps(grad[begin:end], source, fm.scratch(0, source, grad))
@@ -257,7 +245,7 @@ def _grad_fake(
     dilation: Sequence[int], groups: int, height: int, width: int,
 ) -> Tensor:  # fmt: skip
     size = (grad.shape[0], fm.conv_shape(tuple(shape))[1] * groups, height, width)
-    return torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=_format(grad))
+    return torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=memory_format(grad))
 
 
 # ---- convolutions: autograd ----
@@ -399,16 +387,18 @@ def _masked_conv(
             raise ValueError(f"{name}: expected {tuple(shape)}, got {tuple(t.shape)}")
         if t.dtype != x.dtype or t.device != x.device:
             raise TypeError(f"{name}: expected {x.dtype} on {x.device} as x, got {t.dtype} on {t.device}")
-    args = (packed.ptr, packed.index, packed.shape, g.stride, g.padding, g.dilation, g.groups)
     if scale is not None and scale.requires_grad and torch.is_grad_enabled():
         # The gradient of the scale needs the sums themselves.
-        return reference.epilogue(_conv_op(x, *args, None, None, None, False), bias, scale, shift, residual, relu)
+        return reference.epilogue(
+            _conv_op(x, *_arguments(packed, g), None, None, None, False), bias, scale, shift, residual, relu
+        )
     if bias is not None:
         scaled = bias if scale is None else bias * scale
         shift = scaled if shift is None else scaled + shift
     # The inner loop of an attack takes the short way, past the dispatcher.
-    plain = _conv_kernel if nothing_intercepts() and not _records(x, shift, residual) else _conv_op
-    out: Tensor = plain(x, *args, scale, shift, residual, relu)
+    if nothing_intercepts() and not _records(x, shift, residual):
+        return _run_conv(x, packed, g, scale, shift, residual, relu)
+    out: Tensor = _conv_op(x, *_arguments(packed, g), scale, shift, residual, relu)
     return out
 
 
@@ -423,8 +413,7 @@ def conv_forward(
     x: Tensor, packed: PackedWeight, g: ConvGeometry, bias: Tensor | None = None, scale: Tensor | None = None
 ) -> Tensor:
     """conv2d(x, W) scale + bias, not recorded."""
-    args = (packed.ptr, packed.index, packed.shape, g.stride, g.padding, g.dilation, g.groups)
-    return below_autograd(_conv_op, x, *args, scale, bias, None, False)
+    return below_autograd(_conv_op, x, *_arguments(packed, g), scale, bias, None, False)
 
 
 def conv_input_grad(
@@ -433,8 +422,7 @@ def conv_input_grad(
     """Gradient of `conv_forward` with respect to x of map size `size`."""
     if scale is not None:
         grad = grad * scale.reshape(1, -1, 1, 1)
-    args = (packed.ptr, packed.index, packed.shape, g.stride, g.padding, g.dilation, g.groups)
-    return below_autograd(_grad_op, grad, *args, *size)
+    return below_autograd(_grad_op, grad, *_arguments(packed, g), *size)
 
 
 def conv_weight_grad(grad: Tensor, x: Tensor, shape: tuple[int, ...], g: ConvGeometry) -> Tensor:

@@ -12,21 +12,24 @@ from torch import Tensor
 from .. import _C
 from ..reference import polyhedron as reference
 from . import _checks as ck
-from ._library import below_autograd, define, nothing_intercepts, require_cuda_build, stream_of
+from ._library import below_autograd, define, require_cuda_build, stream_of
 
 _MAX_DIMS = 6  # leading dimensions that the kernel walks by strides
 
 
 def _strides(side: Tensor, shape: torch.Size) -> tuple[Tensor, tuple[int, list[int], int]]:
     """A side broadcast to ``shape`` without memory of its own: the tensor to keep alive, and what the kernel reads."""
-    side = side.resolve_neg()
-    if side.dim() and side.shape[-1] > 1 and side.stride(-1) != 1:
+    if side.is_neg():
+        side = side.resolve_neg()
+    if len(shape) - 1 > _MAX_DIMS:  # rows in one dimension, as their sizes are told
+        side = side.expand(shape).reshape(-1, shape[-1])
+        shape = side.shape
+    if side.shape[-1] > 1 and side.stride(-1) != 1:
         side = side.contiguous()
-    view = side.expand(shape)
-    if len(shape) - 1 > _MAX_DIMS:
-        view = side = view.reshape(-1, shape[-1]).contiguous()
-    inner = 0 if view.shape[-1] == 1 else view.stride(-1)
-    return side, (side.data_ptr(), list(view.stride()[:-1]), inner)
+    sizes, strides = side.shape, side.stride()
+    leading = [0] * (len(shape) - len(sizes))
+    leading += [0 if n == 1 else step for n, step in zip(sizes[:-1], strides[:-1], strict=True)]
+    return side, (side.data_ptr(), leading, 0 if sizes[-1] == 1 else 1)
 
 
 def _kernel(
@@ -34,6 +37,8 @@ def _kernel(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if a.dtype == torch.float64:
         distance, multiplier, point = reference.solve(a, b, lower, upper, p, is_signed)
+        if a.device.type == "cpu" and bool(distance.isnan().any()):
+            _explain_nan(lower, upper)
         if not detailed:
             multiplier, point = multiplier.new_empty(0), point.new_empty(0)
         return distance, multiplier, point
@@ -46,10 +51,12 @@ def _kernel(
     keep_lower, lower_args = _strides(lower, a.shape)
     keep_upper, upper_args = _strides(upper, a.shape)
     sizes = list(a.shape[:-1]) if a.dim() - 1 <= _MAX_DIMS else [b_.numel()]
-    _C.polyhedral_distance(
+    some_nan = _C.polyhedral_distance(
         device, stream, a_.data_ptr(), b_.data_ptr(), lower_args, upper_args, sizes, a.shape[-1], p, is_signed,
         distance.data_ptr(), multiplier.data_ptr() if detailed else 0, point.data_ptr() if detailed else 0,
     )  # fmt: skip
+    if some_nan:
+        _explain_nan(lower, upper)
     del keep_lower, keep_upper
     return distance, multiplier, point
 
@@ -127,8 +134,9 @@ def _side(value: Any, name: str, a: Tensor) -> Tensor:
         raise TypeError(f"{name}: got {ck.describe(value)}, expected {a.dtype}, as a has")
     if value.device != a.device:
         raise ValueError(f"{name}: got device {value.device}, expected a's device {a.device}")
-    fits = value.dim() <= a.dim() and all(
-        have in (1, want) for have, want in zip(reversed(value.shape), reversed(a.shape), strict=False)
+    have, want = value.shape, a.shape
+    fits = have == want or (
+        len(have) <= len(want) and all(n in (1, m) for n, m in zip(reversed(have), reversed(want), strict=False))
     )
     if not fits:
         raise ValueError(
@@ -137,10 +145,8 @@ def _side(value: Any, name: str, a: Tensor) -> Tensor:
     return value if value.dim() else value.reshape(1)
 
 
-def _explain_nan(distance: Tensor, lower: Tensor, upper: Tensor) -> None:
-    """Says so when a NaN came out and the box is to blame; rows with non-finite coefficients keep their NaN."""
-    if not math.isnan(distance.sum().item()):  # one pass; inf - inf is looked at again below
-        return
+def _explain_nan(lower: Tensor, upper: Tensor) -> None:
+    """A NaN came out: says so when the box is to blame; rows with non-finite coefficients keep their NaN."""
     if bool((lower > 0).any()):
         raise ValueError(
             f"lower: got values up to {lower.max().item():g}, expected lower <= 0 <= upper "
@@ -187,7 +193,7 @@ def polyhedral_distance(
 
     Raises:
         TypeError, ValueError: naming the argument. ``lower > 0`` or ``upper < 0`` is an error on the CPU; on a GPU, where
-        reading values would stop the device, and inside compiled graphs those rows give NaN.
+        reading values would stop the device, those rows give NaN.
     """
     p = reference.norm_value(norm)
     a = ck.need_tensor(a, "a")
@@ -204,6 +210,4 @@ def polyhedral_distance(
         raise ValueError(f"b: got device {b.device}, expected a's device {a.device}")
     low, high = _side(lower, "lower", a), _side(upper, "upper", a)
     distance, _, point = _op(a, b, low, high, p, bool(signed), bool(return_point))
-    if a.device.type == "cpu" and nothing_intercepts():
-        _explain_nan(distance.detach(), low, high)
     return (distance, point) if return_point else distance
