@@ -180,6 +180,19 @@ def test_relax_is_valid_also_where_intervals_degenerate(act: str, kind: str, dty
         assert (low <= y + slack).all() and (up >= y - slack).all(), width
 
 
+@pytest.mark.parametrize("act", [a for a in relaxations.ACTIVATIONS if a not in ("sigmoid", "tanh", "arctan")])
+def test_adaptive_lines_leave_less_area_than_parallel_ones(act: str) -> None:
+    l = torch.randn(4000, dtype=torch.float64) * 3
+    u = l + torch.rand(4000, dtype=torch.float64) * 6
+    area = {}
+    for kind in ("parallel", "crown"):
+        slopes, intercepts = fr.ops.relax(l, u, act, kind)
+        mid = 0.5 * (l + u)
+        area[kind] = (u - l) * (slopes[-1] * mid + intercepts[1] - slopes[0] * mid - intercepts[0])
+    assert (area["crown"] <= area["parallel"] * (1 + 1e-9) + 1e-12).all()
+    assert area["crown"].mean() < 0.99 * area["parallel"].mean()
+
+
 @pytest.mark.parametrize("act", ["relu", "leaky_relu"])
 @pytest.mark.parametrize("kind", ["parallel", "crown"])
 def test_relu_lines_kernel_equals_the_definition(act: str, kind: str) -> None:

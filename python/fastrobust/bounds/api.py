@@ -69,9 +69,10 @@ class Bounds:
 
 class _Engine:
     def __init__(
-        self, graph: G.Graph, region: Region, method: str, max_memory: int, intersect: bool, keep: bool, outward: bool, exact_input: bool
+        self, graph: G.Graph, region: Region, method: str, max_memory: int, intersect: bool, keep: bool, outward: bool, exact_input: bool, refine: str
     ):  # fmt: skip
         self.graph, self.region, self.intersect, self.max_memory = graph, region, intersect, max_memory
+        self.refine_all = refine == "all"
         self.sharpen = exact_input and region.box is not None and region.ball is not None
         self.outward = outward
         self.slack: dict[int, Tensor] = {}  # float32 errors of the linear nodes
@@ -239,6 +240,8 @@ class _Engine:
         """Replaces the interval of node j by linear bounds wherever ``node`` is not linear on it."""
         l, u = self.boxes[j].ends
         mask = node.unstable(l, u) if isinstance(node, G.Activation) else u > l
+        if self.refine_all:
+            mask = torch.ones_like(mask)
         self.exact[j] = True
         picked = mask.detach().flatten(1).nonzero()
         if len(picked) == 0:
@@ -369,6 +372,7 @@ def compute_bounds(
     sides: str = "both",
     intersect: bool = False,
     exact_input: bool = False,
+    refine: str = "unstable",
     max_memory: int = 1 << 30,
 ) -> Bounds:
     """Bounds of model(x + d) over ||d||_p <= eps (and x + d in ``clip``).
@@ -381,6 +385,8 @@ def compute_bounds(
     sides="lower" skips the upper bounds. intersect=True also takes the interval bounds wherever they are tighter.
     Over a ball cut by ``clip`` (p < inf) linear bounds take the exact extreme; the first layer's intervals take the tighter of ball
     and box, as the thesis' tables do, and with exact_input=True "fast-lin" and "crown" bound its unstable neurons exactly too.
+    refine: which hidden neurons "fast-lin" and "crown" bound linearly: "unstable" (the rest keep their intervals, which is faster and
+    can be tighter) or "all" (Algorithm 3.1 as it is written, and the figures of the thesis).
     max_memory: bytes that the coefficients of one chunk of rows may use. Differentiable in x, eps and the parameters.
 
     Raises ValueError or TypeError, naming the argument, for inputs that are not finite, shapes that do not fit, layers that are
@@ -398,6 +404,8 @@ def compute_bounds(
         raise ValueError(f"sides: got {sides!r}, expected 'both' or 'lower'")
     if rounding not in ("nearest", "outward"):
         raise ValueError(f"rounding: got {rounding!r}, expected 'nearest' or 'outward'")
+    if refine not in ("unstable", "all"):
+        raise ValueError(f"refine: got {refine!r}, expected 'unstable' or 'all'")
     outward = rounding == "outward"
     if outward and x.dtype != torch.float32:
         raise TypeError(f"x: got {x.dtype}, expected float32 with rounding='outward'")
@@ -415,8 +423,8 @@ def compute_bounds(
     if method == "ibp" and usual and plus is not None and minus is not None:
         quick = margins_of_chain(graph, x, eps, clip, plus, minus, example, count)
         if quick is not None:
-            shape = (x.shape[0], -1)
-            low, up = quick[0].view(shape), quick[1].view(shape) if count == 2 else None
+            low = quick[0].view(x.shape[0], -1)
+            up = quick[1].view(x.shape[0], -1) if count == 2 else None
             if not _is_finite(low, up):
                 explain_not_finite(model, low, up)
             return Bounds(low, up)
@@ -425,7 +433,7 @@ def compute_bounds(
         matrix = None if matrix is None else matrix.double()
     else:
         region = Region(x, eps.to(x.dtype) if isinstance(eps, Tensor) else eps, p, clip)
-    engine = _Engine(graph, region, method, max_memory, intersect, return_intermediate, outward, exact_input)
+    engine = _Engine(graph, region, method, max_memory, intersect, return_intermediate, outward, exact_input, refine)
     kept = None
     with _full_precision(x):
         plain = labels is None and spec is None

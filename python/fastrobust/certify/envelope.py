@@ -98,6 +98,7 @@ def polyhedral_envelope(
     method: str = "fast-lin",
     signed: bool = False,
     rounding: str = "nearest",
+    refine: str = "unstable",
     max_memory: int = 1 << 30,
 ) -> Envelope:
     r"""Certified radii from one call of the linear bounds (Lemma 3.1, and problem 3.14 when ``clip`` is given).
@@ -147,6 +148,7 @@ def polyhedral_envelope(
         return_linear=True,
         sides="lower",
         rounding=rounding,
+        refine=refine,
         max_memory=max_memory,
     )
     linear = bounds.linear

@@ -224,7 +224,7 @@ def _as_line(a: Tensor) -> Tensor:
 
 
 def _mkldnn() -> bool:
-    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    return bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
 
 
 class ConvStep(NamedTuple):
@@ -232,11 +232,11 @@ class ConvStep(NamedTuple):
 
     slopes: Tensor  # (1 or 2, B, map) of ``linear_back_step``, channels last
     intercepts: Tensor  # (2, B, map)
-    shape: tuple[int, int, int]  # of the activation: channels, height, width
+    shape: tuple[int, ...]  # of the activation: channels, height, width
     weight: Tensor
     stride: tuple[int, int]
     padding: tuple[int, int]
-    shape_in: tuple[int, int, int]  # of the convolution's input
+    shape_in: tuple[int, ...]  # of the convolution's input
 
     def grown(self, window: tuple[int, int] | None) -> tuple[int, int] | None:
         """A window of the activation as one of the convolution's input; None: it covers the image, as None does."""

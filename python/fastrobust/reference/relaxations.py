@@ -5,7 +5,9 @@ For an activation s and an interval [l, u], ``relax`` returns lines that bound s
     slopes[0] * x + intercepts[0] <= s(x) <= slopes[-1] * x + intercepts[1]        for l <= x <= u
 
 ``kind="parallel"``: both lines share one slope (thesis, equations 3.3 to 3.5 and table 3.1), so ``slopes`` has a leading
-dimension of 1. ``kind="crown"``: the adaptive lines of CROWN (Zhang et al. 2018), leading dimension 2.
+dimension of 1. ``kind="crown"``: the adaptive lines of CROWN (Zhang et al. 2018), leading dimension 2: slope 0 or 1 below a ReLU,
+tangents through the far end for S-shaped functions, tangent and chord for convex ones; for SiLU, GELU (and ELU with alpha > 1),
+which are neither, the better of the chord's slope and the derivative at the midpoint, side by side.
 
 For ANY slope d the tightest valid intercepts are the minimum and maximum of s(x) - d x over the ends of the interval and
 the points inside it where s'(t) = d or where s has a kink. Every formula here is an instance of that, which is why they stay
@@ -330,6 +332,22 @@ def _relax_s_shaped(l: Tensor, u: Tensor, activation: str) -> Lines:
     return Lines(torch.stack([d_low, d_up]), torch.stack([b_low, b_up]))
 
 
+def _relax_by_midpoint(l: Tensor, u: Tensor, activation: str, params: tuple[float, ...]) -> Lines:
+    """Adaptive lines of any activation: on each side the chord's slope or the derivative at the midpoint, whichever line is
+    the tighter at the midpoint (it leaves the smaller area, too). Never looser there than the parallel lines."""
+    mid = l + 0.5 * (u - l)
+    slopes = torch.stack([_chord(l, u, activation, params), derivative(mid, activation, params)])
+    ends = [_intercepts(d, l, u, activation, params) for d in slopes.unbind(0)]
+    low, high = torch.stack([e[0] for e in ends]), torch.stack([e[1] for e in ends])
+    best_low = (slopes * mid + low).detach().argmax(0, keepdim=True)
+    best_high = (slopes * mid + high).detach().argmin(0, keepdim=True)
+    take = lambda t, i: t.gather(0, i)[0]
+    return Lines(
+        torch.stack([take(slopes, best_low), take(slopes, best_high)]),
+        torch.stack([take(low, best_low), take(high, best_high)]),
+    )
+
+
 def relax(
     lower: Tensor, upper: Tensor, activation: str, kind: str = "parallel", params: tuple[float, ...] = ()
 ) -> Lines:
@@ -354,11 +372,11 @@ def relax(
         d_low = derivative(l + 0.5 * (u - l), activation, params)  # convex: tangent at the midpoint below, chord above
         low, high = _intercepts(d_low, l, u, activation, params)[0], _intercepts(d_up, l, u, activation, params)[1]
         lines = Lines(torch.stack([d_low, d_up]), torch.stack([low, high]))
+    elif kind == "crown":
+        lines = _relax_by_midpoint(l, u, activation, params)
     else:
         d = _chord(l, u, activation, params)
-        lines = Lines(
-            d[None].expand(2 if kind == "crown" else 1, *d.shape), torch.stack(_intercepts(d, l, u, activation, params))
-        )
+        lines = Lines(d[None], torch.stack(_intercepts(d, l, u, activation, params)))
     if bool(finite.all()):
         return lines
     low, high = interval_activation(lower, upper, activation, params)
