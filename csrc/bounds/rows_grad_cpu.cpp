@@ -33,7 +33,7 @@ FR_HD void put(float* p, Vec v, int n) { n == kLanes ? store(p, v) : store_n(p, 
 FR_HD void add(float* p, Vec v, int n) { put(p, get(p, n) + v, n); }
 
 // A coefficient of one side, with the row that is subtracted.
-FR_HD Vec coefficients(const Rows& r, const float* a, const float* less, int64_t at, int n) {
+FR_HD Vec coefficients(const float* a, const float* less, int64_t at, int n) {
   const Vec v = get(a + at, n);
   return less != nullptr ? v - get(less + at, n) : v;
 }
@@ -66,7 +66,7 @@ void back_grad_row(const BackGradArgs& g, int64_t row) {
     Vec v = zero;
     for (int side = 0; side < r.sides; ++side) {
       const int k = apart ? side : 0;
-      if (side == k) v = coefficients(r, a[k], less[k], at, n);
+      if (side == k) v = coefficients(a[k], less[k], at, n);
       const auto positive = v >= zero;
       const Vec t(g.from_b[side * r.count + row]), moved = t * v;
       // the line of this side serves positive coefficients, the other one negative
@@ -107,8 +107,7 @@ void concretize_grad_row(const ConcretizeGradArgs& g, int64_t row) {
     Vec add_c = zero, add_r = zero, out[2] = {zero, zero}, v = zero;
     for (int side = 0; side < r.sides; ++side) {
       const int k = apart ? side : 0;
-      if (side == k)
-        v = coefficients(r, a + k * r.side_stride, less == nullptr ? less : less + k * r.side_stride, at, n);
+      if (side == k) v = coefficients(a + k * r.side_stride, less == nullptr ? less : less + k * r.side_stride, at, n);
       const Vec t(g.from[side * r.count + row]), signed_t = side == 0 ? -t : t;
       const Vec turned = select(v > zero, signed_t, select(v < zero, -signed_t, zero));  // signed_t * sign(v)
       out[k] = out[k] + t * c + turned * reach;

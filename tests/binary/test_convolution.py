@@ -29,7 +29,7 @@ def signs(shape: tuple[int, ...], density: float) -> Tensor:
 def close(ours: Tensor, exact: Tensor, terms: int) -> None:
     """Float32 sums of `terms` numbers of size one: within the rounding of any order of summation."""
     assert ours.shape == exact.shape
-    bound = 1e-6 * (8 + terms) * max(1.0, float(exact.abs().max()) if exact.numel() else 1.0)
+    bound = 1e-6 * (8 + terms) * max(1.0, float(exact.detach().abs().max()) if exact.numel() else 1.0)
     assert float((ours.double() - exact).abs().max() if exact.numel() else 0.0) <= bound
 
 

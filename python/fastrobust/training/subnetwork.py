@@ -224,10 +224,10 @@ def _train(
             count += x.shape[0]
             total += float(loss.detach()) * x.shape[0]
             right += float((logits.argmax(1) == y).sum())
-        if schedule is not None:
-            schedule.step()
         if count == 0:
             raise ValueError("loader: expected at least one batch per epoch, got none")
+        if schedule is not None:
+            schedule.step()
         record = {
             "epoch": float(epoch + 1),
             "loss": total / count,
