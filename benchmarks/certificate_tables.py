@@ -17,6 +17,7 @@ import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -128,7 +129,7 @@ def one_shot(folder: Path, rows: list[OneShot], images: int | None, table: Table
         start, cpu = time.perf_counter(), time.process_time()
         wrong = linear = ibp = total = 0.0
         size = 100 if "cnn" in row.path else 500
-        options = {"norm": row.norm, "clip": (0.0, 1.0)}
+        options: dict[str, Any] = {"norm": row.norm, "clip": (0.0, 1.0)}
         with torch.no_grad():
             for part, labels in tqdm(list(zip(x.split(size), y.split(size), strict=True)), leave=False):
                 wrong += (model(part).argmax(1) != labels).sum().item()

@@ -4,7 +4,7 @@
 #include <cfloat>
 #include <cmath>
 #include <cstring>
-#include <vector>
+#include <memory>
 
 #include "bounds/entry_cpu.h"
 
@@ -131,24 +131,26 @@ class Chain {
 
   void margins(const Place& at, int64_t n) const {
     const int64_t rows = g_.batch * (g_.classes - 1);
-    std::vector<int64_t> plus, minus, example;
-    std::vector<float> b;
+    // Plain arrays: a vector that grows leaves code which the linker could share between instruction sets.
+    const std::unique_ptr<int64_t[]> picks(new int64_t[static_cast<size_t>(3 * rows)]);
+    const std::unique_ptr<float[]> b(new float[static_cast<size_t>(g_.sides * rows)]);
+    int64_t *plus = picks.get(), *minus = plus + rows, *example = minus + rows, r = 0;
     for (int64_t i = 0; i < g_.batch; ++i)
       for (int64_t j = 0; j < g_.classes; ++j) {
         const int64_t y = g_.labels[i];
         if (j == y) continue;
-        plus.push_back(y);
-        minus.push_back(j);
-        example.push_back(i);
-        b.push_back(g_.bias != nullptr ? g_.bias[y] - g_.bias[j] : 0.f);
+        plus[r] = y;
+        minus[r] = j;
+        example[r] = i;
+        b[r++] = g_.bias != nullptr ? g_.bias[y] - g_.bias[j] : 0.f;
       }
-    if (g_.sides == 2) b.insert(b.end(), b.begin(), b.begin() + rows);
+    if (g_.sides == 2) std::copy_n(b.get(), rows, b.get() + rows);
     ConcretizeArgs c;
     c.rows.a = g_.weight;
-    c.rows.pick = plus.data(), c.rows.minus = minus.data(), c.rows.example = example.data();
+    c.rows.pick = plus, c.rows.minus = minus, c.rows.example = example;
     c.rows.count = rows, c.rows.length = n, c.rows.sides = g_.sides;
     c.center = at.center, c.radius = at.radius;
-    c.b = b.data(), c.out = g_.out;
+    c.b = b.get(), c.out = g_.out;
     concretize_cpu(c);
   }
 

@@ -30,7 +30,7 @@ def close(ours: Tensor, exact: Tensor, terms: int) -> None:
     """Float32 sums of `terms` numbers of size one: within the rounding of any order of summation."""
     assert ours.shape == exact.shape
     bound = 1e-6 * (8 + terms) * max(1.0, float(exact.detach().abs().max()) if exact.numel() else 1.0)
-    assert float((ours.double() - exact).abs().max() if exact.numel() else 0.0) <= bound
+    assert float((ours.detach().double() - exact.detach()).abs().max() if exact.numel() else 0.0) <= bound
 
 
 @st.composite
