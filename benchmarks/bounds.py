@@ -221,8 +221,9 @@ def cases(context: Context) -> Iterator[Case]:
         for method in ("crown-ibp", "crown") if name in PUBLISHED else ("crown-ibp", "fast-lin", "crown"):
             yield linear_case(context, name, method, 2 if smoke else 100)
     if context.at_least("default"):
+        slow = ("fast-lin", "crown") if context.at_least("full") else ()  # up to a second a call
         for name in ("CIFAR 5-conv", "residual"):
-            for method in ("ibp", "crown-ibp", "fast-lin", "crown"):
+            for method in ("ibp", "crown-ibp", *slow):
                 yield linear_case(context, name, method, 8)
     if smoke or context.at_least("default"):
         for name in ("FC1", "CNN"):
