@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
+from hypothesis import strategies as st
+
+from polyhedron_oracle import close_and_never_above, exact_signed
 
 KINDS = ("normal", "sparse", "heavy", "power", "geometric", "equal", "faces", "zero_width", "tiny", "huge")
 FRACTIONS = (1e-6, 0.01, 0.3, 0.9, 0.9999, 1.2)
@@ -45,3 +49,16 @@ def staircase(size: int = 40):
     room = (1.5 ** np.arange(size) * 1e-3).astype(np.float32)
     lower, upper = -room, room
     return a[None], lower[None], upper[None]
+
+
+def short_rows(most: int):
+    """Rows of (a, room below, room above) for property tests."""
+    entry = st.tuples(st.floats(-4, 4, width=32), st.floats(0, 1, width=32), st.floats(0, 1, width=32))
+    return st.lists(entry, min_size=1, max_size=most)
+
+
+def check_signed(solver, p, row, b) -> None:
+    """A solver of problem (3.14) against exact rationals, on either side of the hyperplane."""
+    a, down, up = (np.array(column, np.float32) for column in zip(*row, strict=True))
+    got = solver(*map(torch.tensor, (a, np.float32(b), -down, up)), p, signed=True)
+    close_and_never_above(got.reshape(1), [exact_signed(a, b, -down, up, p)])

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import fastrobust as fr
 from fastrobust.ops import polyhedral_distance
 from fastrobust.reference import polyhedron as reference
-from polyhedron_cases import KINDS, rows, staircase
+from polyhedron_cases import KINDS, check_signed, rows, short_rows, staircase
 from polyhedron_oracle import NORMS, close_and_never_above, exact, exact_signed, sorted_float64
 
 
@@ -76,19 +76,9 @@ def test_cancellation_down_to_the_last_bits():
         close_and_never_above(got, [exact(a[0], b[0], lower[0], upper[0], p)])
 
 
-@given(
-    p=st.sampled_from(NORMS),
-    row=st.lists(
-        st.tuples(st.floats(-4, 4, width=32), st.floats(0, 1, width=32), st.floats(0, 1, width=32)),
-        min_size=1,
-        max_size=20,
-    ),
-    b=st.floats(-2, 2, width=32),
-)
+@given(p=st.sampled_from(NORMS), row=short_rows(20), b=st.floats(-2, 2, width=32))
 def test_signed_property(p, row, b):
-    a, down, up = (np.array(column, np.float32) for column in zip(*row, strict=False))
-    got = polyhedral_distance(*map(torch.tensor, (a, np.float32(b), -down, up)), p, signed=True)
-    close_and_never_above(got.reshape(1), [exact_signed(a, b, -down, up, p)])
+    check_signed(polyhedral_distance, p, row, b)
 
 
 @given(

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastrobust.reference.polyhedron import norm_value, polyhedral_distance
-from polyhedron_cases import KINDS, rows, staircase
-from polyhedron_oracle import NORMS, close_and_never_above, exact, exact_signed, sorted_float64
+from polyhedron_cases import KINDS, check_signed, rows, short_rows, staircase
+from polyhedron_oracle import NORMS, close_and_never_above, exact, sorted_float64
 
 
 @pytest.mark.parametrize("p", NORMS)
@@ -42,19 +42,9 @@ def test_staircase_that_needs_many_iterations(p):
         close_and_never_above(got, [exact(a[0], b[0], lower[0], upper[0], p)])
 
 
-@given(
-    p=st.sampled_from(NORMS),
-    row=st.lists(
-        st.tuples(st.floats(-4, 4, width=32), st.floats(0, 1, width=32), st.floats(0, 1, width=32)),
-        min_size=1,
-        max_size=6,
-    ),
-    b=st.floats(-2, 2, width=32),
-)
+@given(p=st.sampled_from(NORMS), row=short_rows(6), b=st.floats(-2, 2, width=32))
 def test_signed_property(p, row, b):
-    a, down, up = (np.array(column, np.float32) for column in zip(*row, strict=False))
-    got = polyhedral_distance(*map(torch.tensor, (a, np.float32(b), -down, up)), p, signed=True)
-    close_and_never_above(got.reshape(1), [exact_signed(a, b, -down, up, p)])
+    check_signed(polyhedral_distance, p, row, b)
 
 
 @pytest.mark.parametrize("p", NORMS)

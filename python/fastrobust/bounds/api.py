@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastrobust.bounds import graph as G
 from fastrobust.bounds import outward as O
-from fastrobust.bounds.checks import check_inputs, check_spec, explain_not_finite
+from fastrobust.bounds.checks import check_inputs, check_norm, check_spec, explain_not_finite
 from fastrobust.bounds.engine import METHODS, Engine
 from fastrobust.bounds.intervals import margins_of_chain, small_margins
 from fastrobust.bounds.region import Region
@@ -89,12 +89,6 @@ def compute_bounds(
     Raises ValueError or TypeError, naming the argument, for inputs that are not finite, shapes that do not fit, layers that are
     not supported (UnsupportedLayerError) and parameters or bounds that are not finite.
     """
-    usual = spec is None and rounding == "nearest" and norm == math.inf and not (return_linear or return_intermediate)
-    if method == "ibp" and labels is not None and usual and sides in ("both", "lower"):
-        quick = small_margins(model, x, eps, clip, labels, 1 if sides == "lower" else 2)
-        if quick is not None:
-            return Bounds(quick[0], quick[1] if sides == "both" else None)
-    x, eps, p, clip = check_inputs(x, eps, norm, clip)
     if method not in METHODS:
         raise ValueError(f"method: got {method!r}, expected one of {', '.join(METHODS)}")
     if sides not in ("both", "lower"):
@@ -103,6 +97,15 @@ def compute_bounds(
         raise ValueError(f"rounding: got {rounding!r}, expected 'nearest' or 'outward'")
     if refine not in ("unstable", "all"):
         raise ValueError(f"refine: got {refine!r}, expected 'unstable' or 'all'")
+    if isinstance(max_memory, bool) or not isinstance(max_memory, int) or max_memory < 1:
+        raise ValueError(f"max_memory: got {max_memory!r}, expected a number of bytes >= 1")
+    norm = check_norm(norm)
+    usual = spec is None and rounding == "nearest" and norm == math.inf and not (return_linear or return_intermediate)
+    if method == "ibp" and labels is not None and usual and sides in ("both", "lower"):
+        quick = small_margins(model, x, eps, clip, labels, 1 if sides == "lower" else 2)
+        if quick is not None:
+            return Bounds(quick[0], quick[1] if sides == "both" else None)
+    x, eps, p, clip = check_inputs(x, eps, norm, clip)
     outward = rounding == "outward"
     if outward and x.dtype != torch.float32:
         raise TypeError(f"x: got {x.dtype}, expected float32 with rounding='outward'")
