@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from fastrobust.bounds import graph as G
 from fastrobust.bounds import outward as O
-from fastrobust.bounds.checks import check_inputs, check_norm, check_spec, explain_not_finite
+from fastrobust.bounds.checks import check_inputs, check_spec, explain_not_finite
 from fastrobust.bounds.engine import METHODS, Engine
 from fastrobust.bounds.intervals import margins_of_chain, small_margins
 from fastrobust.bounds.region import Region
 from fastrobust.bounds.trace import first_parameter, trace
+from fastrobust.ops.linear_bounds import check_norm
 
 
 @dataclass

@@ -8,19 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_NORMS = {"l1": 1.0, "l2": 2.0, "linf": math.inf}
-
-
-def check_norm(norm: float | str) -> float:
-    if isinstance(norm, str):
-        if norm.lower() not in _NORMS:
-            raise ValueError(f"norm: got {norm!r}, expected 1, 2, inf, a number >= 1, or 'L1', 'L2', 'Linf'")
-        return _NORMS[norm.lower()]
-    if isinstance(norm, bool) or not isinstance(norm, (int, float)):
-        raise TypeError(f"norm: got {type(norm).__name__}, expected a number >= 1 or a name")
-    if not norm >= 1:
-        raise ValueError(f"norm: got {norm}, expected 1, 2, inf or a number >= 1")
-    return float(norm)
+from fastrobust.ops.linear_bounds import check_eps, check_norm
 
 
 def check_inputs(x: Tensor, eps: float | Tensor, norm: float | str, clip: Any) -> tuple[Tensor, float | Tensor, float, tuple[float, float] | None]:  # fmt: skip
@@ -32,23 +20,7 @@ def check_inputs(x: Tensor, eps: float | Tensor, norm: float | str, clip: Any) -
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected (B, *shape)")
     if not math.isfinite(x.detach().sum().item()) and not bool(torch.isfinite(x.detach()).all()):
         raise ValueError("x: holds NaN or infinite values, expected finite ones")
-    if isinstance(eps, Tensor):
-        if eps.dim() > 0 and tuple(eps.shape) not in ((x.shape[0],), tuple(x.shape)):
-            raise ValueError(
-                f"eps: got shape {tuple(eps.shape)}, expected a number, ({x.shape[0]},) or {tuple(x.shape)}"
-            )
-        if not eps.dtype.is_floating_point:
-            raise TypeError(f"eps: got {eps.dtype}, expected floating point")
-        if eps.device != x.device and eps.dim() > 0:
-            raise ValueError(f"eps: is on {eps.device}, x is on {x.device}")
-        e = eps.detach()
-        if e.numel() and not bool(((e >= 0) & torch.isfinite(e)).all()):
-            raise ValueError("eps: holds negative, NaN or infinite values, expected finite ones >= 0")
-    else:
-        if isinstance(eps, bool) or not isinstance(eps, (int, float)):
-            raise TypeError(f"eps: got {type(eps).__name__}, expected a number or a tensor")
-        if not (eps >= 0 and math.isfinite(eps)):
-            raise ValueError(f"eps: got {eps}, expected a finite number >= 0")
+    check_eps(eps, x)
     if clip is not None:
         clip = check_clip(clip)
         low, high = x.detach().aminmax() if x.numel() else (torch.tensor(clip[0]), torch.tensor(clip[1]))

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fastrobust.bounds import METHODS, LinearBounds, compute_bounds
-from fastrobust.bounds.checks import check_clip, check_norm
+from fastrobust.bounds.checks import check_clip
 from fastrobust.ops import polyhedral_distance
+from fastrobust.ops.linear_bounds import check_norm
 from fastrobust.reference.polyhedron import round_down
 
 LINEAR_METHODS = tuple(name for name, (_, kind) in METHODS.items() if kind is not None)

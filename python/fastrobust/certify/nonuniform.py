@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fastrobust.bounds import METHODS, compute_bounds
-from fastrobust.bounds.checks import check_clip, check_norm
+from fastrobust.bounds.checks import check_clip
+from fastrobust.ops.linear_bounds import check_norm
 
 _LOG_RANGE = (-20.0, 6.0)  # log2 of the scales that the line search covers
 

@@ -25,7 +25,7 @@ from .linear_bounds import (
     INF,
     ConvStep,
     check_eps,
-    check_p,
+    check_norm,
     concretize,
     concretize_rows,
     concretize_through,
@@ -231,7 +231,7 @@ def interval_ball_linear(x: Tensor, eps: float | Tensor, norm: Any, clip: tuple[
     """Bounds of W x' + b over the l_p ball around x: W x + b -+ eps ||W||_q by rows (Algorithm 3.1, line 2), with ``clip`` the
     tighter of that and of the clipped box. x: (B, n) or (B, *shape) with n elements; eps: a number, (B,) or x's shape."""
     x = ck.check_state(x, "x")
-    p = check_p(norm)
+    p = check_norm(norm)
     check_eps(eps, x)
     _check_weight(x, weight, bias, math.prod(x.shape[1:]), 2)
     box = None
@@ -257,7 +257,7 @@ def interval_ball_conv2d(x: Tensor, eps: float | Tensor, norm: Any, clip: tuple[
     x = ck.check_state(x, "x")
     if x.dim() != 4:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected (B, C, H, W)")
-    p, conv = check_p(norm), (stride, padding, dilation, groups)
+    p, conv = check_norm(norm), (stride, padding, dilation, groups)
     check_eps(eps, x)
     _check_weight(x, weight, bias, x.shape[1] // groups, 4)
     box = None

@@ -286,7 +286,7 @@ def concretize(A: Tensor, b: Tensor, x: Tensor, eps: float | Tensor, norm: Any =
     A: (B, S, n), or (B, S, *x.shape[1:]); b: (B, S); x: (B, *shape) with n elements; eps a number, (B,) or x's shape (then
     d = eps * v with ||v||_p <= 1). For p < inf with ``clip`` the extreme over the ball cut by the box, exactly.
     """
-    p = check_p(norm)
+    p = check_norm(norm)
     x = ck.check_state(x, "x")
     if (
         A.dim() < 3
@@ -308,13 +308,20 @@ def concretize(A: Tensor, b: Tensor, x: Tensor, eps: float | Tensor, norm: Any =
     return out[0].view(batch, per), out[1].view(batch, per)
 
 
-def check_p(norm: Any) -> float:
-    """A norm exponent >= 1, or one of the names of the attacks."""
-    if isinstance(norm, (int, float)) and not isinstance(norm, bool):
-        if not norm >= 1:
-            raise ValueError(f"norm: got {norm}, expected 1, 2, inf or a number >= 1")
-        return float(norm)
-    return ck.parse_norm(norm)
+_NORMS = {"l1": 1.0, "l2": 2.0, "linf": INF, "inf": INF}
+
+
+def check_norm(norm: Any) -> float:
+    """A norm exponent >= 1, by number or name."""
+    if isinstance(norm, str):
+        if norm.lower() not in _NORMS:
+            raise ValueError(f"norm: got {norm!r}, expected 1, 2, inf, a number >= 1, or 'L1', 'L2', 'Linf'")
+        return _NORMS[norm.lower()]
+    if isinstance(norm, bool) or not isinstance(norm, (int, float)):
+        raise TypeError(f"norm: got {type(norm).__name__}, expected a number >= 1 or a name")
+    if not norm >= 1:
+        raise ValueError(f"norm: got {norm}, expected 1, 2, inf or a number >= 1")
+    return float(norm)
 
 
 def check_eps(eps: Any, x: Tensor) -> None:
