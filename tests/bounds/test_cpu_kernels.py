@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastrobust.bounds import api, compute_bounds, intervals
 from fastrobust.bounds.backward import Backward
 from fastrobust.bounds.trace import trace
+from fastrobust.ops import _bounds_chain
 from fastrobust.ops import bounds as ops
 from fastrobust.ops import linear_bounds as rows_ops
 from fastrobust.reference import bounds as reference
@@ -222,6 +223,39 @@ def test_convolutions_at_once_equal_one_by_one(
     if sides == "both":
         near(got.upper, want.upper)
         near(got.upper, wide.upper)
+
+
+@pytest.mark.parametrize("chunk", [1, 1 << 20])
+@pytest.mark.parametrize("method", ["crown-ibp", "ibp-linear"])
+@pytest.mark.parametrize("norm,clip,sides", [(math.inf, (0.0, 1.0), "both"), (math.inf, None, "lower"), (2.0, (0.0, 1.0), "lower")])
+@pytest.mark.parametrize("flat", [False, True])
+def test_gradients_through_convolutions_at_once(
+    method: str, norm: float, clip: tuple[float, float] | None, sides: str, flat: bool, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against float64, with and without a layer between the convolutions and the margins, in chunks of one example and at once."""
+    torch.manual_seed(5)
+    convs = [nn.Conv2d(2, 5, 4, 2, 1), nn.ReLU(), nn.Conv2d(5, 18, (3, 2), 1, (1, 0)), nn.ReLU(), nn.Conv2d(18, 4, 3, (2, 1), 0), nn.ReLU()]
+    tail = [nn.Flatten(), nn.Linear(32, 4)] if flat else [nn.Flatten(), nn.Linear(32, 9), nn.ReLU(), nn.Linear(9, 4)]
+    net = nn.Sequential(*convs, *tail)
+    monkeypatch.setattr(_bounds_chain, "_CHUNK_NUMBERS", chunk)
+    calls = []
+    through = ops.concretize_through
+    monkeypatch.setattr(ops, "concretize_through", lambda *a: calls.append(1) or through(*a))
+
+    def grads(dtype: torch.dtype) -> list[torch.Tensor]:
+        net.to(dtype)
+        x = torch.linspace(0, 1, 3 * 2 * 12 * 14, dtype=dtype).sin().square().view(3, 2, 12, 14).requires_grad_(True)
+        eps = torch.tensor([0.02, 0.0, 0.05], dtype=dtype, requires_grad=True)
+        out = compute_bounds(net, x, eps, norm=norm, clip=clip, method=method, labels=torch.tensor([1, 0, 3]), sides=sides)
+        value = (out.lower * torch.arange(9, dtype=dtype).view(3, 3)).sum()
+        if sides == "both":
+            value = value + (out.upper.square()).sum()
+        return list(torch.autograd.grad(value, [x, eps, *net.parameters()]))
+
+    got, wide = grads(torch.float32), grads(torch.float64)
+    assert calls
+    for g, w in zip(got, wide, strict=True):
+        near(g, w, 1e-4)
 
 
 @pytest.mark.parametrize("clip", [None, (0.0, 1.0)])

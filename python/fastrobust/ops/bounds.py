@@ -18,17 +18,16 @@ from ..reference import relaxations
 from ..reference.bounds import Window, center_radius, dual_exponent, eps_like, interval_activation
 from . import _bounds_autograd as gradients
 from . import _checks as ck
-from ._bounds_conv import interval_convolution, pair
-from ._bounds_rows import address, dense, native, spread_lanes, taps_of
+from ._bounds_chain import ConvStep, concretize_through
+from ._bounds_conv import adjoint, interval_convolution, pair
+from ._bounds_rows import address, dense, native, spread_lanes
 from ._library import require_cuda_build, stream_of
 from .linear_bounds import (
     INF,
-    ConvStep,
     check_eps,
     check_norm,
     concretize,
     concretize_rows,
-    concretize_through,
     direct,
     linear_back_step,
     product,
@@ -336,32 +335,10 @@ def relax(
 # ---- the adjoint of a convolution ----
 
 
-def _spread_definition(a: Tensor, weight: Tensor, stride: Any, padding: Any, size: Any) -> Tensor:
-    extra = [
-        n - ((m - 1) * s - 2 * p + k)
-        for n, m, s, p, k in zip(size, a.shape[2:], stride, padding, weight.shape[2:], strict=True)
-    ]
-    return F.conv_transpose2d(a, weight, None, stride, padding, extra)
-
-
-def _spread_kernel(a: Tensor, weight: Tensor, stride: Any, padding: Any, size: Any) -> Tensor:
-    o, c, kh, kw = weight.shape
-    lanes = spread_lanes(weight, a.shape[3])
-    if not a.is_cpu or not native(a) or not lanes:
-        return _spread_definition(a, weight, stride, padding, size).contiguous(memory_format=torch.channels_last)
-    a = a.resolve_neg().contiguous(memory_format=torch.channels_last)
-    w = taps_of(weight, lanes)
-    out = torch.empty((a.shape[0], c, *size), dtype=a.dtype, memory_format=torch.channels_last)
-    _C.bounds_spread(
-        a.data_ptr(), w.data_ptr(), out.data_ptr(), (a.shape[0], *a.shape[2:], o, *size, c, kh, kw, *stride, *padding, lanes)
-    )  # fmt: skip
-    return out
-
-
 _spread = register(
     "bounds_spread",
     "(Tensor a, Tensor weight, int[] stride, int[] padding, int[] size) -> Tensor",
-    _spread_kernel,
+    adjoint,
     lambda a, weight, stride, padding, size: a.new_empty(a.shape[0], weight.shape[1], *size).contiguous(
         memory_format=torch.channels_last
     ),
@@ -373,5 +350,5 @@ def spread(
     a: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int], size: tuple[int, int]
 ) -> Tensor:
     """The adjoint of a convolution without groups and dilation: a (N, O, h, w) to (N, C, *size), channels last."""
-    f = _spread_kernel if direct(a, weight) else _spread
+    f = adjoint if direct(a, weight) else _spread
     return f(a, weight, list(stride), list(padding), list(size))
