@@ -316,6 +316,7 @@ for p in (1, 2, math.inf):
     out += fr.ops.concretize(A[:1].view(3, 3, 37), b[0].view(3, 3), torch.rand(3, 37), 0.1, p, (0, 1))
 l = torch.randn(11, 37)
 out += fr.ops.interval_linear(l, l + 1, torch.randn(8, 37)) + tuple(fr.ops.relax(l, l + 1, "relu", "crown"))
+out += fr.ops.interval_conv2d(torch.zeros(4, 3, 7, 7), torch.ones(4, 3, 7, 7), torch.randn(18, 3, 3, 3), None, 2, 1)
 out.append(ops.spread(torch.randn(4, 6, 5, 5), torch.randn(6, 3, 3, 3), (2, 2), (1, 1), (9, 9)))
 print(fr._C.cpu_variant(), *[repr(t.double().sum().item()) for t in out])
 """

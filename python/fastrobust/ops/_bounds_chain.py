@@ -1,7 +1,7 @@
 """Rows of linear bounds through a chain of activations and convolutions down to the input, in blocks that stay in the cache.
 
-Where gradients are recorded nothing between the layers is kept: the backward pass goes through the chain again, a few examples
-at a time, which costs less than writing and reading every coefficient.
+Where gradients are recorded nothing between the layers is kept: the backward pass goes through the chain again, which costs less
+than writing and reading every coefficient; over a box in one kernel, over balls a few examples at a time.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from ..reference.bounds import Window
 from . import _bounds_autograd as gradients
 from . import _bounds_conv as conv
 from . import linear_bounds as linear
-from ._bounds_rows import address, dense, lanes_of, native, rows_args, spread_lanes, taps_of
+from ._bounds_rows import address, by_example, dense, lanes_of, native, rows_args, spread_lanes, taps_of
 
 _CHUNK_NUMBERS = 1 << 20  # of the largest coefficients of a chunk in the backward pass: 4 MB
+_MOST_STEPS = 32  # that the kernel of the gradients takes
 Pair = tuple[Tensor, Tensor]
 
 
@@ -67,7 +68,22 @@ def concretize_through(A: Tensor, b: Tensor, example: Tensor, steps: list[ConvSt
 def _kernel(A: Tensor, b: Tensor, example: Tensor, steps: list[ConvStep], box: Pair | None, ball: Pair | None, q: float, rows: Tensor | None, corner: Pair | None, window: Any, minus: Tensor | None) -> Tensor:  # fmt: skip
     A, b, example = dense(A), dense(b), dense(example)
     rows, minus = (None if t is None else t.contiguous() for t in (rows, minus))
-    size, kept, told = None if window is None else window[:2], [], []
+    told, kept = _told(steps, None if window is None else window[:2])
+    y, x = (None, None) if corner is None else (dense(corner[0]), dense(corner[1]))
+    maps = [None if t is None else dense(t) for t in (*(box or (None, None)), *(ball or (None, None)))]
+    out = torch.empty_like(b)
+    _C.bounds_chain(
+        rows_args(A, b, example, rows, minus, y, x, window), told, steps[0].slopes.shape[1], *map(address, maps),
+        0 if ball is None else linear._DUAL[q], b.data_ptr(), out.data_ptr(),
+    )  # fmt: skip
+    del kept
+    return out
+
+
+def _told(steps: list[ConvStep], size: tuple[int, int] | None) -> tuple[list[tuple[int, ...]], list[Tensor]]:
+    """The steps as the kernels are told of them, and the tensors that must stay alive meanwhile."""
+    told: list[tuple[int, ...]] = []
+    kept: list[Tensor] = []
     for step in steps:
         size = step.grown(size)
         slopes, intercepts = dense(step.slopes), dense(step.intercepts)
@@ -76,16 +92,9 @@ def _kernel(A: Tensor, b: Tensor, example: Tensor, steps: list[ConvStep], box: P
         kept += [slopes, intercepts, taps]
         (c, mh, mw), (oc, oh, ow) = step.shape, step.shape_in
         told.append(
-            (slopes.data_ptr(), slopes.shape[0], intercepts.data_ptr(), mh, mw, c, taps.data_ptr(), oh, ow, oc, kh, kw, *step.stride, *step.padding, lanes, size is not None)
+            (slopes.data_ptr(), slopes.shape[0], intercepts.data_ptr(), mh, mw, c, taps.data_ptr(), oh, ow, oc, kh, kw, *step.stride, *step.padding, lanes, int(size is not None))
         )  # fmt: skip
-    y, x = (None, None) if corner is None else (dense(corner[0]), dense(corner[1]))
-    maps = [None if t is None else dense(t) for t in (*(box or (None, None)), *(ball or (None, None)))]
-    out = torch.empty_like(b)
-    _C.bounds_chain(
-        rows_args(A, b, example, rows, minus, y, x, window), told, steps[0].slopes.shape[1], *map(address, maps),
-        0 if ball is None else linear._DUAL[q], b.data_ptr(), out.data_ptr(),
-    )  # fmt: skip
-    return out
+    return told, kept
 
 
 def _filled(steps: list[ConvStep], tensors: Any) -> list[ConvStep]:
@@ -108,6 +117,8 @@ class _Through(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Any:
         example, rows, minus, A, c, r, x, e, *tensors = ctx.saved_tensors
         steps, need = _filled(ctx.steps, tensors), ctx.needs_input_grad
+        if x is None and len(steps) <= _MOST_STEPS:
+            return _kernel_gradient(A, example, rows, minus, c, r, steps, g, need)
         if len(example) > 1 and bool((example[1:] < example[:-1]).any()):  # chunks are examples
             order = example.argsort(stable=True)
             example, g = example[order], g[:, order]
@@ -141,6 +152,30 @@ class _Through(torch.autograd.Function):
         for i, w in enumerate(weights):
             found += [torch.cat([p[2][i][j] for p in parts], 1) for j in (0, 1)] + [w]
         return (None, None, None, None, None, g_a, g_b, *maps, *found)
+
+
+def _kernel_gradient(A: Tensor, example: Tensor, rows: Any, minus: Any, c: Tensor, r: Tensor, steps: list[ConvStep], g: Tensor, need: Any) -> Any:  # fmt: skip
+    """All gradients over a box in one call, a few rows of one example at a time."""
+    A, g, c, r, example = (dense(t) for t in (A, g, c, r, example))
+    rows, minus = (None if t is None else t.contiguous() for t in (rows, minus))
+    batch, count = steps[0].slopes.shape[1], g.shape[1]
+    told, kept = _told(steps, None)
+    starts, order = by_example(example, count, batch, A.device)
+    to_a = A.new_empty(A.shape[0], count, A.shape[2])
+    to_c, to_r = (torch.zeros_like(t) if n else None for t, n in ((c, need[7]), (r, need[8])))
+    lines = [(torch.zeros_like(s), torch.zeros_like(i)) for s, i, _ in zip(*[iter(kept)] * 3, strict=True)]
+    taps = [torch.zeros_like(t) if need[13 + 3 * i] else None for i, t in enumerate(kept[2::3])]
+    _C.bounds_chain_grad(
+        rows_args(A, g, example, rows, minus, None, None, None), told,
+        [(s.data_ptr(), i.data_ptr(), address(t)) for (s, i), t in zip(lines, taps, strict=True)], batch, c.data_ptr(), r.data_ptr(),
+        g.data_ptr(), starts.data_ptr(), address(order), to_a.data_ptr(), address(to_c), address(to_r),
+    )  # fmt: skip
+    found: list[Any] = []
+    for step, pair, t in zip(steps, lines, taps, strict=True):
+        o, channels, kh, kw = step.weight.shape
+        w = None if t is None else t[:, : kh * kw * channels].view(o, kh, kw, channels).permute(0, 3, 1, 2)
+        found += [*pair, w]
+    return (None, None, None, None, None, gradients._to_rows(to_a, A, rows, minus), g, to_c, to_r, None, None, *found)
 
 
 def _chunk(A: Tensor, g: Tensor, example: Tensor, rows: Any, minus: Any, steps: list[ConvStep], maps: list[Any], q: float, need: Any, weights: list[Any]) -> tuple[Tensor, list[Any], list[Any]]:  # fmt: skip

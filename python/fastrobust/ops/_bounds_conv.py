@@ -58,16 +58,21 @@ def convolution(x: Tensor, weight: Tensor, stride: Any, padding: Any) -> Tensor:
     return out
 
 
+def adjoint_definition(a: Tensor, weight: Tensor, stride: Any, padding: Any, size: Any) -> Tensor:
+    """The adjoint of ``convolution`` in torch: a (N, O, h, w) to (N, C, *size), channels last."""
+    extra = [
+        n - ((m - 1) * s - 2 * p + k)
+        for n, m, s, p, k in zip(size, a.shape[2:], stride, padding, weight.shape[2:], strict=True)
+    ]
+    return F.conv_transpose2d(a, weight, None, stride, padding, extra).contiguous(memory_format=torch.channels_last)
+
+
 def adjoint(a: Tensor, weight: Tensor, stride: Any, padding: Any, size: Any) -> Tensor:
-    """The adjoint of ``convolution``, a (N, O, h, w) to (N, C, *size), channels last; by torch where the kernel does not serve."""
+    """``adjoint_definition`` by the kernel, where it serves."""
     o, c, kh, kw = weight.shape
     lanes = spread_lanes(weight, a.shape[3])
     if not a.is_cpu or not native(a) or not lanes:
-        extra = [
-            n - ((m - 1) * s - 2 * p + k)
-            for n, m, s, p, k in zip(size, a.shape[2:], stride, padding, weight.shape[2:], strict=True)
-        ]
-        return F.conv_transpose2d(a, weight, None, stride, padding, extra).contiguous(memory_format=torch.channels_last)
+        return adjoint_definition(a, weight, stride, padding, size)
     a = a.resolve_neg().contiguous(memory_format=torch.channels_last)
     w = taps_of(weight, lanes)
     out = torch.empty((a.shape[0], c, *size), dtype=a.dtype, memory_format=torch.channels_last)

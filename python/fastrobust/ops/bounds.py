@@ -42,6 +42,7 @@ __all__ = [
 
 _TO_CENTER, _FROM_CENTER, _RELU_CENTER, _BOX, _BOX_ENDS = range(5)
 CENTER, ENDS, RELU = range(3)  # what center_linear returns
+_WIDE = _C.cpu_variant() == "v4"
 
 
 # ---- intervals ----
@@ -130,7 +131,8 @@ def _interval_kernel(
     center, radius, weight = dense(center), dense(radius), dense(weight)
     bias = None if bias is None else dense(bias)
     batch, n, m = center.shape[0], center.shape[1], weight.shape[0]
-    if batch > 16 and (device >= 0 or n >= 256):  # large dense products belong to the vendor's engine
+    faster = _WIDE and radius.shape[0] == batch  # both products in one read of W
+    if batch > 16 and (device >= 0 or (n >= 256 and not faster)):  # large dense products belong to the vendor's engine
         return _interval_by_products(center, radius, weight, bias, finish)
     out_a, out_b = center.new_empty(batch, m), center.new_empty(batch, m)
     _C.bounds_interval(
@@ -206,17 +208,45 @@ def interval_conv2d(lower: Tensor, upper: Tensor, weight: Tensor, bias: Tensor |
     )
 
 
+def _interval_conv_kernel(
+    center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, finish: int
+) -> tuple[Tensor, Tensor]:
+    if center.is_cpu and native(center):
+        return interval_convolution(center, radius, weight, bias, stride, padding, finish)
+    c, r = F.conv2d(center, weight, bias, stride, padding), F.conv2d(radius, weight.abs(), None, stride, padding)
+    if finish == CENTER:
+        return c, r.expand_as(c).contiguous()
+    return from_center(c, r.expand_as(c)) if finish == ENDS else relu_center(c, r.expand_as(c))
+
+
+def _interval_conv_fake(
+    center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, finish: int
+) -> tuple[Tensor, Tensor]:
+    c = F.conv2d(center, weight, bias, stride, padding)
+    if center.device.type == "cpu" and native(center):
+        c = c.contiguous(memory_format=torch.channels_last)
+    return torch.empty_like(c), torch.empty_like(c)
+
+
+_interval_conv = register(
+    "bounds_interval_conv2d",
+    "(Tensor center, Tensor radius, Tensor weight, Tensor? bias, int[] stride, int[] padding, int finish) -> (Tensor, Tensor)",
+    _interval_conv_kernel,
+    _interval_conv_fake,
+    gradients.interval_conv,
+)
+
+
 def center_conv2d(
     center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
     groups: int = 1, finish: int = CENTER,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The same for a convolution: centre (B, C, H, W), radius of this shape or (1, C, H, W)."""
-    plain = groups == 1 and dilation in (1, (1, 1)) and not isinstance(padding, str)
-    if plain and center.is_cpu and native(center) and direct(center, radius, weight, bias):
-        return interval_convolution(center, radius, weight, bias, pair(stride), pair(padding), finish)
-    conv = (stride, padding, dilation, groups)
-    c, r = F.conv2d(center, weight, bias, *conv), F.conv2d(radius, weight.abs(), None, *conv)
-    r = r.expand_as(c)
+    if groups == 1 and dilation in (1, (1, 1)) and not isinstance(padding, str):
+        f = _interval_conv_kernel if direct(center, radius, weight, bias) else _interval_conv
+        return f(center, radius, weight, bias, list(pair(stride)), list(pair(padding)), finish)
+    c, r = F.conv2d(center, weight, bias, stride, padding, dilation, groups), None
+    r = F.conv2d(radius, weight.abs(), None, stride, padding, dilation, groups).expand_as(c)
     if finish == CENTER:
         return c, r
     return from_center(c, r) if finish == ENDS else relu_center(c, r)

@@ -283,27 +283,35 @@ def _relax_piecewise(l: Tensor, u: Tensor, kind: str, left: float, lo: float, hi
     )
 
 
+def _second_derivative(x: Tensor, activation: str) -> Tensor:
+    """s''(x) of the S-shaped ones."""
+    d = derivative(x, activation)
+    match activation:
+        case "sigmoid":
+            return -d * torch.tanh(0.5 * x)
+        case "tanh":
+            return -2.0 * torch.tanh(x) * d
+        case _:
+            return -2.0 * x * d * d
+
+
 def _tangent_from(end: Tensor, far: Tensor, activation: str) -> Tensor:
     """t between 0 and ``far`` (the other side of 0 than ``end``) whose tangent passes through (end, s(end)); s is odd up to a
     constant. Differentiable in ``end`` by one implicit step."""
     with torch.no_grad():
-        a, b = (
-            torch.zeros_like(far),
-            far.clone(),
-        )  # the tangent at a = 0 does not cross s before end, the one at far does
-        s_end = value(end, activation)
-        for _ in range(56 if end.dtype == torch.float64 else 34):
-            m = 0.5 * (a + b)
-            gap = (value(m, activation) + derivative(m, activation) * (end - m) - s_end) * torch.sign(end)
-            a, b = torch.where(gap > 0, m, a), torch.where(gap > 0, b, m)
-        t = b.clone()  # the outer end: the line stays on the right side of (end, s(end))
+        # the tangent at 0 does not cross s before end, those at far and at -end do
+        a, b = torch.zeros_like(far), torch.where(far.abs() < end.abs(), far, -end)
+        t, s_end = b, value(end, activation)
+        for _ in range(18 if end.dtype == torch.float64 else 14):  # Newton's steps while they stay inside, else halves
+            gap = value(t, activation) + derivative(t, activation) * (end - t) - s_end
+            inner = gap * torch.sign(end) > 0
+            a, b = torch.where(inner, t, a), torch.where(inner, b, t)
+            step = t - gap / (_second_derivative(t, activation) * (end - t))
+            t = torch.where((step - a) * (step - b) < 0, step, 0.5 * (a + b))
     if not end.requires_grad:
         return t
-    with torch.enable_grad():
-        x = t.detach().requires_grad_(True)
-        (second,) = torch.autograd.grad(derivative(x, activation).sum(), x)
     rate = (derivative(end, activation) - derivative(t, activation)).detach()
-    denominator = (second * (end - t)).detach()
+    denominator = (_second_derivative(t, activation) * (end - t)).detach()
     rate = torch.where(denominator.abs() > 1e-12, rate / torch.where(denominator == 0, 1.0, denominator), 0.0)
     return t + rate * (end - end.detach())
 
