@@ -308,8 +308,11 @@ void concretize_grad(const py::tuple& rows, uintptr_t center, uintptr_t radius, 
 }
 
 void relu_lines(int device, uintptr_t stream, uintptr_t lower, uintptr_t upper, uintptr_t slopes, uintptr_t intercepts,
-                int64_t count, double left, bool adaptive) {
+                int64_t count, double left, bool adaptive, uintptr_t bias, int64_t period) {
+  if (bias != 0 && (device >= 0 || period < 1)) throw std::invalid_argument("bias: is for the CPU, with a period");
   ReluLinesArgs g;
+  g.bias = reinterpret_cast<const float*>(bias);
+  g.period = period;
   g.lower = pointer<const float>(lower, count, "lower");
   g.upper = pointer<const float>(upper, count, "upper");
   g.slopes = pointer<float>(slopes, count, "slopes");

@@ -246,6 +246,8 @@ struct ReluLinesArgs {
   int64_t count = 0;
   float left = 0.f;  // the slope below 0
   bool adaptive = false;
+  const float* bias = nullptr;  // [period] or null: slope * bias[i % period] joins intercept i (CPU)
+  int64_t period = 1;
 };
 
 }  // namespace fastrobust

@@ -46,28 +46,45 @@ struct Plan {
   }
 };
 
-// The taps of every position of one image, zero outside it and beyond the taps: [positions][lanes].
-void patches(const ChainStep& s, const float* image, float* to) {
-  const int64_t line = s.kernel_w * s.out_channels, row = s.out_width * s.out_channels;
+// An image with its border: what the taps touch.
+int64_t bordered_height(const ChainStep& s) { return (s.map_height - 1) * s.stride_y + s.kernel_h; }
+int64_t bordered_width(const ChainStep& s) { return (s.map_width - 1) * s.stride_x + s.kernel_w; }
+int64_t bordered(const ChainStep& s) { return bordered_height(s) * bordered_width(s) * s.out_channels; }
+
+// Into the middle of `to`, whose border stays as it is.
+void inside_border(const ChainStep& s, const float* image, float* to) {
+  const int64_t height = std::min(s.out_height, bordered_height(s) - s.pad_y), width = bordered_width(s);
+  const int64_t line = std::min(s.out_width, width - s.pad_x) * s.out_channels;
+  for (int64_t y = 0; y < height && line > 0; ++y)
+    std::copy_n(image + y * s.out_width * s.out_channels, line,
+                to + ((y + s.pad_y) * width + s.pad_x) * s.out_channels);
+}
+
+// The taps of every position of a bordered image, zero beyond them: [positions][lanes].
+template <class Copy>
+void patches_by(const ChainStep& s, const float* image, float* to, const Copy& copy) {
+  const int64_t line = s.kernel_w * s.out_channels, row = bordered_width(s) * s.out_channels;
   const int64_t taps = s.kernel_h * line;
   for (int64_t y = 0; y < s.map_height; ++y)
     for (int64_t x = 0; x < s.map_width; ++x, to += s.lanes) {
-      const int64_t top = y * s.stride_y - s.pad_y, left = x * s.stride_x - s.pad_x;
-      const int64_t first = std::max<int64_t>(0, -left) * s.out_channels;
-      const int64_t last = std::max(first, std::min(s.kernel_w, s.out_width - left) * s.out_channels);
-      for (int64_t ky = 0; ky < s.kernel_h; ++ky) {
-        float* part = to + ky * line;
-        if (top + ky < 0 || top + ky >= s.out_height) {
-          for (int64_t i = 0; i < line; ++i) part[i] = 0.f;
-          continue;
-        }
-        const float* from = image + (top + ky) * row + left * s.out_channels;
-        for (int64_t i = 0; i < first; ++i) part[i] = 0.f;
-        for (int64_t i = first; i < last; ++i) part[i] = from[i];
-        for (int64_t i = last; i < line; ++i) part[i] = 0.f;
-      }
+      const float* from = image + y * s.stride_y * row + x * s.stride_x * s.out_channels;
+      for (int64_t ky = 0; ky < s.kernel_h; ++ky) copy(from + ky * row, to + ky * line, line);
       for (int64_t i = taps; i < s.lanes; ++i) to[i] = 0.f;
     }
+}
+
+void patches(const ChainStep& s, const float* image, float* to) {
+  const int64_t line = s.kernel_w * s.out_channels;
+  if (line == 4)
+    patches_by(s, image, to, [](const float* from, float* out, int64_t) { std::memcpy(out, from, 16); });
+  else if (line % kLanes == 0)
+    patches_by(s, image, to, [](const float* from, float* out, int64_t n) {
+      for (int64_t i = 0; i < n; i += kLanes) store(out + i, load(from + i));
+    });
+  else
+    patches_by(s, image, to, [](const float* from, float* out, int64_t n) {
+      for (int64_t i = 0; i < n; ++i) out[i] = from[i];
+    });
 }
 
 template <int kTaps>
@@ -114,6 +131,8 @@ class Worker {
     for (int i = 0; i < g.count; ++i) {
       scaled_[i] = floats(rows * before(g.steps[i].forward));
       spread_[i] = floats(rows * after(g.steps[i].forward));
+      bordered_[i] = floats(bordered(g.steps[i].forward));
+      std::fill_n(bordered_[i].get(), bordered(g.steps[i].forward), 0.f);
     }
   }
 
@@ -191,7 +210,8 @@ class Worker {
     const int64_t wide = padded(s.channels), size = before(s), positions = positions_of(s);
     for (int64_t image = 0; image < matrices_[i] * n; ++image) {
       float* out = grads_[1].get() + image * size;
-      patches(s, grads_[0].get() + image * after(s), patch_.get());
+      inside_border(s, grads_[0].get() + image * after(s), bordered_[i].get());
+      patches(s, bordered_[i].get(), patch_.get());
       convolve(patch_.get(), positions, s.lanes, plan_.turned[i].get(), wide, wide == s.channels ? out : spare_.get());
       if (wide != s.channels)
         for (int64_t p = 0; p < positions; ++p) std::copy_n(spare_.get() + p * wide, s.channels, out + p * s.channels);
@@ -210,7 +230,7 @@ class Worker {
 
   const ChainGradArgs& g_;
   const Plan& plan_;
-  Floats patch_, spare_, grads_[2], scaled_[kMaxChain], spread_[kMaxChain];
+  Floats patch_, spare_, grads_[2], scaled_[kMaxChain], spread_[kMaxChain], bordered_[kMaxChain];
   Rows rows_[kMaxChain];
   int matrices_[kMaxChain];
   int64_t id_[kRows], pick_[kRows], minus_[kRows], example_[kRows];

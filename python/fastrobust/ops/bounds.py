@@ -37,7 +37,7 @@ from .linear_bounds import (
 
 __all__ = [
     "ConvStep", "Window", "concretize", "concretize_rows", "concretize_through", "direct", "interval_activation", "interval_ball_conv2d",
-    "interval_ball_linear", "interval_conv2d", "interval_linear", "linear_back_step", "product", "relax", "spread", "spread_lanes",
+    "interval_ball_linear", "interval_conv2d", "interval_linear", "linear_back_step", "product", "relax", "relax_behind", "spread", "spread_lanes",
 ]  # fmt: skip
 
 _TO_CENTER, _FROM_CENTER, _RELU_CENTER, _BOX, _BOX_ENDS = range(5)
@@ -317,7 +317,9 @@ def _lines_definition(lower: Tensor, upper: Tensor, left: float, adaptive: bool)
     return relaxations.relax(lower, upper, "leaky_relu", "crown" if adaptive else "parallel", (left,))
 
 
-def _lines_kernel(lower: Tensor, upper: Tensor, left: float, adaptive: bool) -> tuple[Tensor, Tensor]:
+def _lines_kernel(
+    lower: Tensor, upper: Tensor, left: float, adaptive: bool, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     if not native(lower):
         return _lines_definition(lower, upper, left, adaptive)
     require_cuda_build(lower.device)
@@ -330,7 +332,8 @@ def _lines_kernel(lower: Tensor, upper: Tensor, left: float, adaptive: bool) -> 
         last = (shape[0], *shape[2:], shape[1])
         slopes, intercepts = (lower.new_empty(k, *last).movedim(-1, 2) for k in (2 if adaptive else 1, 2))
     _C.bounds_relu_lines(
-        device, stream, lower.data_ptr(), upper.data_ptr(), slopes.data_ptr(), intercepts.data_ptr(), lower.numel(), left, adaptive
+        device, stream, lower.data_ptr(), upper.data_ptr(), slopes.data_ptr(), intercepts.data_ptr(), lower.numel(), left, adaptive,
+        address(bias), 1 if bias is None else bias.numel(),
     )  # fmt: skip
     return slopes, intercepts
 
@@ -360,6 +363,19 @@ def relax(
         return relaxations.relax(lower, upper, activation, kind, params)
     f = _lines_kernel if direct(lower, upper) else _lines
     return relaxations.Lines(*f(lower, upper, params[0] if params else 0.0, kind == "crown"))
+
+
+def relax_behind(lower: Tensor, upper: Tensor, activation: str, kind: str, params: tuple[float, ...], bias: Tensor) -> relaxations.Lines:  # fmt: skip
+    """``relax`` in terms of the input less ``bias``, the bias of the layer before (of the first dimension after the batch, or
+    broadcast): slope * bias joins the intercepts, in the same pass where the kernel runs."""
+    flat = bias.reshape(-1)
+    innermost = lower.dim() == 2 or lower.is_contiguous(memory_format=torch.channels_last)
+    if activation in ("relu", "leaky_relu") and lower.is_cpu and native(lower) and direct(lower, upper, bias):
+        if lower.dim() in (2, 4) and innermost and len(flat) == lower.shape[1] and upper.shape == lower.shape:
+            left = relaxations.parameters_of(activation, params)[0] if activation == "leaky_relu" else 0.0
+            return relaxations.Lines(*_lines_kernel(lower, upper, left, kind == "crown", dense(flat)))
+    slopes, intercepts = relax(lower, upper, activation, kind, params)
+    return relaxations.Lines(slopes, intercepts + slopes * bias)
 
 
 # ---- the adjoint of a convolution ----
