@@ -18,7 +18,7 @@ INF = math.inf
 _GRADS = (torch.float32, torch.float16, torch.bfloat16)
 _AUTHORS_RANGE = (4 / 255, 14 / 255)
 _FLOAT = torch.float32
-_linf_step = _C.pgd_linf_step
+_simple_step = _C.pgd_simple_step
 _increment_version = torch._C._increment_version  # what torch.autograd.graph.increment_version calls; torch 2.6 has it
 
 
@@ -88,7 +88,7 @@ def pgd_step(
     """
     # The inner loop of an attack takes the short way: one number each, dense float32 on the CPU, nothing that intercepts.
     if (
-        norm == INF
+        (norm == INF or (norm == 2 and normalize is True))
         and active is None
         and type(step_size) is float
         and type(eps) is float
@@ -107,7 +107,8 @@ def pgd_step(
                 lo, hi = clip
                 if lo <= hi:
                     px, p0, pg, pt = x.data_ptr(), x0.data_ptr(), grad.data_ptr(), target.data_ptr()
-                    _linf_step(px, p0, pg, pt, x.numel(), -step_size if targeted else step_size, eps, lo, hi)
+                    length = -step_size if targeted else step_size
+                    _simple_step(px, p0, pg, pt, x.numel(), shape[0], 0 if norm == INF else 1, length, eps, lo, hi)
                     if out is not None:
                         _increment_version((out,))
                     return target
