@@ -98,6 +98,26 @@ def test_gradients_of_a_ball_and_of_a_box_alone() -> None:
         near(got, want)
 
 
+@pytest.mark.parametrize("channels", [1, 5, 16, 33])
+@pytest.mark.parametrize("act,params", [("relu", ()), ("leaky_relu", (0.2,)), ("tanh", ())])
+@pytest.mark.parametrize("kind", ["parallel", "crown"])
+def test_a_bias_joins_the_intercepts(channels: int, act: str, params: tuple[float, ...], kind: str) -> None:
+    """Flat, channels last, channels first (not in one pass), recorded."""
+    flat, image, bias = torch.randn(7, channels), torch.randn(3, channels, 4, 5), torch.randn(channels)
+    last = image.contiguous(memory_format=torch.channels_last)
+    for l, b in (
+        (flat, bias),
+        (image, bias.view(-1, 1, 1)),
+        (last, bias.view(-1, 1, 1)),
+        (flat.clone().requires_grad_(), bias),
+    ):
+        u = l.detach() + torch.rand_like(l)
+        got = ops.relax_behind(l, u, act, kind, params, b)
+        want = ops.relax(l.double(), u.double(), act, kind, params)
+        near(got.slopes, want.slopes)
+        near(got.intercepts, want.intercepts + want.slopes * b.double())
+
+
 # ---- interval products ----
 
 

@@ -14,6 +14,7 @@ from .. import _C
 from ..reference.bounds import room_of, row_maps, split_support
 from . import _bounds_conv as conv
 from . import _checks as ck
+from ._bounds_product import product
 from ._bounds_rows import address, by_example, dense, native, rows_args
 from ._library import below_autograd, nothing_intercepts
 
@@ -221,8 +222,9 @@ def interval(args: list[Any], need: Any, g_a: Tensor, g_b: Tensor) -> Grads:
         g_c, g_r = g_a + g_b, g_b - g_a
     if radius.shape[0] != center.shape[0]:  # one radius for all examples
         g_r = g_r.sum(0, keepdim=True)
-    g_w = g_c.t() @ center + weight.sign() * (g_r.t() @ radius) if need[2] else None
-    return g_c @ weight if need[0] else None, g_r @ weight.abs() if need[1] else None, g_w, g_c.sum(0), None
+    g_w = product(g_c.t(), center) + weight.sign() * product(g_r.t(), radius) if need[2] else None
+    to_c, to_r = product(g_c, weight) if need[0] else None, product(g_r, weight.abs()) if need[1] else None
+    return to_c, to_r, g_w, g_c.sum(0), None
 
 
 def _weight_gradient(x: Tensor, g: Tensor, weight: Tensor, stride: Any, padding: Any) -> Tensor:

@@ -20,6 +20,7 @@ from . import _bounds_autograd as gradients
 from . import _checks as ck
 from ._bounds_chain import ConvStep, concretize_through
 from ._bounds_conv import adjoint, interval_convolution, pair
+from ._bounds_product import product, product_with_transpose
 from ._bounds_rows import address, dense, native, spread_lanes
 from ._library import require_cuda_build, stream_of
 from .linear_bounds import (
@@ -30,8 +31,6 @@ from .linear_bounds import (
     concretize_rows,
     direct,
     linear_back_step,
-    product,
-    product_with_transpose,
     register,
 )
 
@@ -369,11 +368,11 @@ def relax_behind(lower: Tensor, upper: Tensor, activation: str, kind: str, param
     """``relax`` in terms of the input less ``bias``, the bias of the layer before (of the first dimension after the batch, or
     broadcast): slope * bias joins the intercepts, in the same pass where the kernel runs."""
     flat = bias.reshape(-1)
-    innermost = lower.dim() == 2 or lower.is_contiguous(memory_format=torch.channels_last)
-    if activation in ("relu", "leaky_relu") and lower.is_cpu and native(lower) and direct(lower, upper, bias):
-        if lower.dim() in (2, 4) and innermost and len(flat) == lower.shape[1] and upper.shape == lower.shape:
-            left = relaxations.parameters_of(activation, params)[0] if activation == "leaky_relu" else 0.0
-            return relaxations.Lines(*_lines_kernel(lower, upper, left, kind == "crown", dense(flat)))
+    innermost = lower.dim() == 2 or (lower.dim() == 4 and lower.is_contiguous(memory_format=torch.channels_last))
+    fits = innermost and len(flat) == lower.shape[1] and upper.shape == lower.shape and lower.is_cpu and native(lower)
+    if fits and activation in ("relu", "leaky_relu") and direct(lower, upper, bias):
+        left = relaxations.parameters_of(activation, params)[0] if activation == "leaky_relu" else 0.0
+        return relaxations.Lines(*_lines_kernel(lower, upper, left, kind == "crown", dense(flat)))
     slopes, intercepts = relax(lower, upper, activation, kind, params)
     return relaxations.Lines(slopes, intercepts + slopes * bias)
 

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _C
@@ -197,34 +196,6 @@ def concretize_rows(A: Tensor, b: Tensor, example: Tensor | None, box: tuple[Ten
     y, x = (None, None) if corner is None else (dense(corner[0]), dense(corner[1]))
     f: Any = _concretize_kernel if direct(A, b, *maps.values()) else _concretize
     return f(A, b, example, rows, minus, *(box or (None, None)), *(ball or (None, None)), q, y, x, list(window or ()))
-
-
-def product(a: Tensor, weight: Tensor) -> Tensor:
-    """a @ weight for rows a (R, K) and weight (K, N), recorded. Large ones on the CPU run as the adjoint of a 1 x 1 convolution:
-    oneDNN uses AVX-512 on every processor that has it, the matrix library behind ``@`` only on some (twice as fast there)."""
-    count, k = a.shape
-    if not (a.is_cpu and native(a) and count >= 64 and k >= 32 and weight.shape[1] >= 32 and _mkldnn()):
-        return a @ weight
-    out = F.conv_transpose2d(_as_line(a), weight.view(k, weight.shape[1], 1, 1))
-    return out.permute(0, 2, 3, 1).reshape(count, weight.shape[1])
-
-
-def product_with_transpose(a: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a @ weight.t() + bias for rows a (R, K) and weight (N, K): ``product`` the other way."""
-    count, k = a.shape
-    if not (a.is_cpu and native(a) and count >= 64 and k >= 32 and weight.shape[0] >= 32 and _mkldnn()):
-        return F.linear(a, weight, bias)
-    out = F.conv2d(_as_line(a), weight.view(weight.shape[0], k, 1, 1), bias)
-    return out.permute(0, 2, 3, 1).reshape(count, weight.shape[0])
-
-
-def _as_line(a: Tensor) -> Tensor:
-    """Rows (R, K) as an image (1, K, R, 1), channels last."""
-    return a.contiguous().view(1, a.shape[0], 1, a.shape[1]).permute(0, 3, 1, 2)
-
-
-def _mkldnn() -> bool:
-    return bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
 
 
 def concretize(A: Tensor, b: Tensor, x: Tensor, eps: float | Tensor, norm: Any = INF, clip: tuple[float, float] | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip

@@ -307,7 +307,7 @@ def _tangent_from(end: Tensor, far: Tensor, activation: str) -> Tensor:
             inner = gap * torch.sign(end) > 0
             a, b = torch.where(inner, t, a), torch.where(inner, b, t)
             step = t - gap / (_second_derivative(t, activation) * (end - t))
-            t = torch.where((step - a) * (step - b) < 0, step, 0.5 * (a + b))
+            t = torch.where((step - a) * (step - b) <= 0, step, 0.5 * (a + b))
     if not end.requires_grad:
         return t
     rate = (derivative(end, activation) - derivative(t, activation)).detach()
