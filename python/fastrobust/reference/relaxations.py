@@ -302,7 +302,7 @@ def _tangent_from(end: Tensor, far: Tensor, activation: str) -> Tensor:
         # the tangent at 0 does not cross s before end, those at far and at -end do
         a, b = torch.zeros_like(far), torch.where(far.abs() < end.abs(), far, -end)
         t, s_end = b, value(end, activation)
-        for _ in range(18 if end.dtype == torch.float64 else 14):  # Newton's steps while they stay inside, else halves
+        for _ in range(24 if end.dtype == torch.float64 else 20):  # Newton's steps while they stay inside, else halves
             gap = value(t, activation) + derivative(t, activation) * (end - t) - s_end
             inner = gap * torch.sign(end) > 0
             a, b = torch.where(inner, t, a), torch.where(inner, b, t)
