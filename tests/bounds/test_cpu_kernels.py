@@ -393,8 +393,8 @@ def test_small_batches_leave_errors_to_the_longer_way() -> None:
 def test_products_and_their_gradients(rows: int, k: int, n: int) -> None:
     a, w, b = torch.randn(rows, k), torch.randn(k, n), torch.randn(n)
     for f, g, other in (
-        (rows_ops.product, lambda a, w: a @ w, [w]),
-        (rows_ops.product_with_transpose, F.linear, [w.t().contiguous(), b]),
+        (ops.product, lambda a, w: a @ w, [w]),
+        (ops.product_with_transpose, F.linear, [w.t().contiguous(), b]),
     ):
         narrow = [t.clone().requires_grad_(True) for t in (a, *other)]
         wide = [t.double().requires_grad_(True) for t in (a, *other)]
