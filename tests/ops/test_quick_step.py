@@ -75,7 +75,8 @@ def unusual(t: torch.Tensor, kind: str) -> torch.Tensor:
 @pytest.mark.parametrize("place", range(4))
 @pytest.mark.parametrize(
     "kind",
-    ["subclass", "strided", "channels_last", "negated", "float64", "int32", "half", "number", "none", "meta"] + ["other shape", "scalar"],
+    ["subclass", "strided", "channels_last", "negated", "float64", "int32", "half", "number", "none", "meta"]
+    + ["other shape", "scalar"],
 )
 def test_anything_else_is_left_to_the_long_way(take, place, kind) -> None:
     x, x0, grad = inputs(3, 2, 4, 5)
