@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "bindings/bindings.h"
+#include "bindings/tensor_view.h"
 #include "core/rounding.h"
 #include "pgd/kernels.h"
 #include "runtime/device.h"
@@ -111,6 +112,18 @@ void simple_step(uintptr_t x, uintptr_t x0, uintptr_t grad, uintptr_t out, int64
   without_gil(elements, [&] { n == Norm::linf ? pgd().linf(a) : pgd().rows(a, n); });
 }
 
+// The same on tensors; false, and nothing done, where one of them is not dense float32 on the CPU or shapes differ.
+bool quick_step(py::handle x, py::handle x0, py::handle grad, py::handle out, int norm, double step_size, double eps,
+                double lo, double hi) {
+  DenseView vx, v0, vg, vt;
+  if (!view_dense(x, &vx) || !view_dense(x0, &v0) || !view_dense(grad, &vg) || !view_dense(out, &vt)) return false;
+  if (!same_shape(vx, v0) || !same_shape(vx, vg) || !same_shape(vx, vt)) return false;
+  const auto address = [](const DenseView& v) { return reinterpret_cast<uintptr_t>(v.data); };
+  simple_step(address(vx), address(v0), address(vg), address(vt), vx.elements, vx.shape[0], norm, step_size, eps, lo,
+              hi);
+  return true;
+}
+
 int64_t workspace_doubles(int64_t batch, int64_t n) {
 #if defined(FASTROBUST_HAS_CUDA)
   StepArgs a;
@@ -180,6 +193,7 @@ void loss(int device, uintptr_t stream, int kind, uintptr_t logits, uintptr_t re
 void bind_pgd(py::module_& m) {
   m.def("pgd_step", &step);
   m.def("pgd_simple_step", &simple_step);
+  m.def("pgd_quick_step", &quick_step);
   m.def("pgd_workspace_doubles", &workspace_doubles);
   m.def("pgd_random_start", &random_start);
   m.def("pgd_loss", &loss);
