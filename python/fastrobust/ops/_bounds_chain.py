@@ -200,7 +200,8 @@ def _chunk(A: Tensor, g: Tensor, example: Tensor, rows: Any, minus: Any, steps: 
         channels, height, width = step.shape_in
         to_out = to_rows.reshape(len(image), height, width, channels).permute(0, 3, 1, 2)
         plain = [image, step.weight, step.stride, step.padding, (height, width)]
-        to_image, to_weight = gradients.spread(plain, (True, weights[i] is not None), to_out)[:2]
+        found: Any = gradients.spread(plain, (True, weights[i] is not None), to_out)
+        to_image, to_weight = found[:2]
         if to_weight is not None:
             weights[i] += to_weight
         to_scaled = to_image.permute(0, 2, 3, 1).reshape(len(image) // max(1, count), count, math.prod(step.shape))

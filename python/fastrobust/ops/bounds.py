@@ -369,8 +369,8 @@ def relax_behind(lower: Tensor, upper: Tensor, activation: str, kind: str, param
     broadcast): slope * bias joins the intercepts, in the same pass where the kernel runs."""
     flat = bias.reshape(-1)
     innermost = lower.dim() == 2 or (lower.dim() == 4 and lower.is_contiguous(memory_format=torch.channels_last))
-    fits = innermost and len(flat) == lower.shape[1] and upper.shape == lower.shape and lower.is_cpu and native(lower)
-    if fits and activation in ("relu", "leaky_relu") and direct(lower, upper, bias):
+    fits = innermost and len(flat) == lower.shape[1] and upper.shape == lower.shape and native(lower)
+    if fits and activation in ("relu", "leaky_relu") and direct(lower, upper, bias) and stream_of(lower.device)[0] < 0:
         left = relaxations.parameters_of(activation, params)[0] if activation == "leaky_relu" else 0.0
         return relaxations.Lines(*_lines_kernel(lower, upper, left, kind == "crown", dense(flat)))
     slopes, intercepts = relax(lower, upper, activation, kind, params)
