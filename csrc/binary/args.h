@@ -33,6 +33,8 @@ struct RelayoutArgs {
 // What is applied to a sum before it is written, once:
 //   v = sum * scale[channel] + shift[channel] + residual;  relu;  v = gate > 0 ? v : 0;  pre = v;  out = v *
 //   post[channel]
+// On the CPU the sides of a ReLU may be kept as bits, one for each of sixteen floats of the run of an output plane, in
+// [blocks, rows, out_plane / 16]: `passed` is written (v > 0), `open` is read in place of gate.
 struct Epilogue {
   const float* scale = nullptr;     // [channels] or null
   const float* shift = nullptr;     // [channels] or null
@@ -40,7 +42,9 @@ struct Epilogue {
   const float* residual = nullptr;  // laid out as out, or null
   const float* gate = nullptr;      // laid out as out, or null
   float* pre = nullptr;             // laid out as out, or null
-  int64_t channels = 1;             // row r is channel r mod channels
+  uint16_t* passed = nullptr;
+  const uint16_t* open = nullptr;
+  int64_t channels = 1;  // row r is channel r mod channels
   bool relu = false;
 };
 

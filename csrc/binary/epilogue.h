@@ -22,4 +22,19 @@ FR_HD V through(V v, V gate) {
   return select(gate > V(0.f), v, V(0.f));
 }
 
+#if !defined(__CUDACC__)
+// The same with the sides of the ReLU as bits, lane i as bit i.
+FR_HD Vec through(Vec v, uint16_t open) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_mov_ps(open, v.v);
+#else
+  constexpr int kEach = kLanes / kRegs;
+  Mask m;
+  for (int i = 0; i < kRegs; ++i)
+    for (int j = 0; j < kEach; ++j) m.r[i][j] = -((open >> (i * kEach + j)) & 1);
+  return select(m, v, Vec(0.f));
+#endif
+}
+#endif
+
 FR_NS_END

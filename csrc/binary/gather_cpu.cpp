@@ -35,6 +35,7 @@ struct Tile {
   const float* x;  // block and tile start
   int64_t out;     // the same in the output, without the row
   int64_t step;    // floats from one line of the tile to the next
+  int64_t sides;   // of the bits of a ReLU, in groups of sixteen floats, without the row
 };
 
 FR_HD float channel_value(const float* p, int64_t channel, float missing) {
@@ -93,6 +94,15 @@ void tile_row(const Tile& t, int64_t row, int64_t segment) {
     if (e.gate != nullptr) {
 #pragma GCC unroll 32
       for (int i = 0; i < T; ++i) acc[i] = through(acc[i], load(e.gate + base + at(i)));
+    }
+    const int64_t sides = t.sides + row * (a.out_plane / kLanes);
+    if (e.open != nullptr) {
+#pragma GCC unroll 32
+      for (int i = 0; i < T; ++i) acc[i] = through(acc[i], e.open[sides + at(i) / kLanes]);
+    }
+    if (e.passed != nullptr) {
+#pragma GCC unroll 32
+      for (int i = 0; i < T; ++i) e.passed[sides + at(i) / kLanes] = static_cast<uint16_t>(bits(acc[i] > Vec(0.f)));
     }
     if (e.pre != nullptr) {
 #pragma GCC unroll 32
@@ -250,7 +260,8 @@ void gather_cpu(const GatherArgs& a) {
         fn = run_fn<kMaxTile>((end - begin) / kLanes);
         find_gaps(a, begin, end, true, gaps);
       }
-      const Tile t{a, a.x + block * a.x_block + a.x_origin + begin, block * a.out_block + a.out_origin + begin, line};
+      const Tile t{a, a.x + block * a.x_block + a.x_origin + begin, block * a.out_block + a.out_origin + begin, line,
+                   block * a.rows * (a.out_plane / kLanes) + begin / kLanes};
       const int64_t row0 = row_boundary(a, part, parts), row1 = row_boundary(a, part + 1, parts);
       for (int64_t segment = 0; segment < a.segments; ++segment)
         for (int64_t row = row0; row < row1; ++row) {

@@ -100,28 +100,38 @@ void transpose_images(const float* src, float* dst, int64_t image, const int64_t
 
 // Channels side by side on the plain side (channels_last), up to kChannels of them, images on the other. Offsets of
 // pixels: `plain` and `fast`.
-constexpr int64_t kChannels = 16;
+constexpr int64_t kChannels = 16, kPixels = 16;
 template <bool kInterleave>
 void transpose_channels(const RelayoutArgs& a, const float* src, float* dst, const int64_t* plain, const int64_t* fast,
                         int64_t channels, int64_t lanes, int64_t count) {
   const Layout &p = kInterleave ? a.from : a.to, &f = kInterleave ? a.to : a.from;
   const Quad zero = {0.f, 0.f, 0.f, 0.f};
   const int64_t pixels = a.height * a.width, even = channels / 4 * 4;
-  for (int64_t i = 0; i < pixels; ++i) {
-    for (int64_t c = 0; c < even; c += 4)
-      for (int64_t n = 0; n < lanes; n += 4) {
-        Quad q[4];
-        if (kInterleave) {
-          for (int j = 0; j < 4; ++j) q[j] = n + j < count ? load_quad(src + (n + j) * p.block + plain[i] + c) : zero;
-          transpose(q);
-          for (int j = 0; j < 4; ++j) store_quad(dst + (c + j) * f.channel + fast[i] + n, q[j]);
-        } else {
-          for (int j = 0; j < 4; ++j) q[j] = load_quad(src + (c + j) * f.channel + fast[i] + n);
-          transpose(q);
-          for (int j = 0; j < 4; ++j)
-            if (n + j < count) store_quad(dst + (n + j) * p.block + plain[i] + c, q[j]);
+  // Sixteen pixels of four images at a time: images often lie a power of two apart and share few cache sets, and the
+  // lines of the other side, a few bytes of each written per image, stay in the first level until they are full.
+  for (int64_t first = 0; first < pixels; first += kPixels) {
+    const int64_t end = std::min(pixels, first + kPixels);
+    for (int64_t n = 0; n < lanes; n += 4)
+      for (int64_t i = first; i < end; ++i) {
+        if (kInterleave && i + kPixels < pixels)
+          for (int64_t j = n; j < std::min(n + 4, count); ++j)
+            __builtin_prefetch(src + j * p.block + plain[i + kPixels]);
+        for (int64_t c = 0; c < even; c += 4) {
+          Quad q[4];
+          if (kInterleave) {
+            for (int j = 0; j < 4; ++j) q[j] = n + j < count ? load_quad(src + (n + j) * p.block + plain[i] + c) : zero;
+            transpose(q);
+            for (int j = 0; j < 4; ++j) store_quad(dst + (c + j) * f.channel + fast[i] + n, q[j]);
+          } else {
+            for (int j = 0; j < 4; ++j) q[j] = load_quad(src + (c + j) * f.channel + fast[i] + n);
+            transpose(q);
+            for (int j = 0; j < 4; ++j)
+              if (n + j < count) store_quad(dst + (n + j) * p.block + plain[i] + c, q[j]);
+          }
         }
       }
+  }
+  for (int64_t i = 0; i < pixels; ++i)
     for (int64_t c = even; c < channels; ++c)
       for (int64_t n = 0; n < count; ++n) {
         if (kInterleave)
@@ -129,7 +139,6 @@ void transpose_channels(const RelayoutArgs& a, const float* src, float* dst, con
         else
           dst[n * p.block + plain[i] + c] = src[c * f.channel + fast[i] + n];
       }
-  }
 }
 
 struct Job {

@@ -59,7 +59,8 @@ void launch(int device, Address stream, const RelayoutArgs& a) {
 using GatherShape = std::array<int64_t, 16>;
 
 GatherArgs gather_args(Address x, Address out, const GatherShape& shape, Address scale, Address shift, Address post,
-                       Address residual, Address gate, Address pre, int64_t channels, bool relu, bool borders) {
+                       Address residual, Address gate, Address pre, Address passed, Address open, int64_t channels,
+                       bool relu, bool borders) {
   GatherArgs a;
   a.rows = shape[2];
   a.segments = shape[3];
@@ -87,6 +88,8 @@ GatherArgs gather_args(Address x, Address out, const GatherShape& shape, Address
   a.epilogue.residual = as<const float>(residual);
   a.epilogue.gate = as<const float>(gate);
   a.epilogue.pre = as<float>(pre);
+  a.epilogue.passed = as<uint16_t>(passed);
+  a.epilogue.open = as<const uint16_t>(open);
   a.epilogue.channels = channels;
   a.epilogue.relu = relu;
   return a;
@@ -94,7 +97,7 @@ GatherArgs gather_args(Address x, Address out, const GatherShape& shape, Address
 
 void gather(int device, Address stream, Address x, Address out, const GatherShape& shape, Address scale, Address shift,
             Address post, Address residual, Address gate, Address pre, int64_t channels, bool relu) {
-  const GatherArgs a = gather_args(x, out, shape, scale, shift, post, residual, gate, pre, channels, relu, true);
+  const GatherArgs a = gather_args(x, out, shape, scale, shift, post, residual, gate, pre, 0, 0, channels, relu, true);
   without_gil(a.blocks * a.rows * a.height * a.width, [&] { launch(device, stream, a); });
 }
 
@@ -133,15 +136,17 @@ void relayout(int device, Address stream, Address src, Address dst, const Layout
 class Program {
  public:
   void gather(Address x, Address out, const GatherShape& shape, Address scale, Address shift, Address post,
-              Address residual, Address gate, Address pre, int64_t channels, bool relu) {
-    steps_.push_back({true, gather_args(x, out, shape, scale, shift, post, residual, gate, pre, channels, relu, false),
-                      RelayoutArgs{}});
+              Address residual, Address gate, Address pre, Address passed, Address open, int64_t channels, bool relu,
+              bool borders) {
+    steps_.push_back(
+        {true,
+         gather_args(x, out, shape, scale, shift, post, residual, gate, pre, passed, open, channels, relu, borders),
+         RelayoutArgs{}});
   }
 
   void relayout(Address src, Address dst, const LayoutTuple& from, const LayoutTuple& to, int64_t batch,
-                int64_t channels, int64_t height, int64_t width) {
-    // Borders are zero before and after: the buffers come zeroed and keep their layouts.
-    steps_.push_back({false, GatherArgs{}, relayout_args(src, dst, from, to, batch, channels, height, width, 0)});
+                int64_t channels, int64_t height, int64_t width, int64_t plane) {
+    steps_.push_back({false, GatherArgs{}, relayout_args(src, dst, from, to, batch, channels, height, width, plane)});
   }
 
   void run(int device, Address stream, const std::vector<Address>& bases) const {
@@ -151,9 +156,13 @@ class Program {
         GatherArgs a = step.gather;
         place(a.x, bases);
         place(a.out, bases);
+        place(a.epilogue.scale, bases);
+        place(a.epilogue.shift, bases);
         place(a.epilogue.residual, bases);
         place(a.epilogue.gate, bases);
         place(a.epilogue.pre, bases);
+        place(a.epilogue.passed, bases);
+        place(a.epilogue.open, bases);
         launch(device, stream, a);
       } else {
         RelayoutArgs a = step.relayout;

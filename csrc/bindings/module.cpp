@@ -1,4 +1,5 @@
 #include "bindings/bindings.h"
+#include "bindings/tensor_view.h"
 #include "runtime/device.h"
 #include "runtime/dispatch.h"
 #include "runtime/parallel.h"
@@ -26,6 +27,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_variant_reason", [] { return cpu_variant_reason(); });
   m.def("num_threads", &num_threads);
   m.def("thread_backend", [] { return thread_backend(); });
+  m.def("learn_tensor_type", &learn_tensor_type);
   m.def("cuda_devices", [] {
     const DeviceReport r = device_report();
     return py::make_tuple(r.devices, r.error);

@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "bindings/bindings.h"
+#include "bindings/tensor_view.h"
 #include "core/rounding.h"
 #include "pgd/kernels.h"
 #include "runtime/device.h"
@@ -93,12 +94,12 @@ void step(int device, uintptr_t stream, uintptr_t x, uintptr_t x0, uintptr_t gra
 #endif
 }
 
-// The inner loop's call: float32, one step size and one radius, CPU.
-void linf_step(uintptr_t x, uintptr_t x0, uintptr_t grad, uintptr_t out, int64_t elements, double step_size, double eps,
-               double lo, double hi) {
+// The inner loop's call: float32, one step size and one radius, norm inf or 2 (the step normalised), CPU.
+void simple_step(uintptr_t x, uintptr_t x0, uintptr_t grad, uintptr_t out, int64_t elements, int64_t batch, int norm,
+                 double step_size, double eps, double lo, double hi) {
   StepArgs a;
-  a.batch = 1;
-  a.n = elements;
+  a.batch = batch;
+  a.n = batch > 0 ? elements / batch : 0;
   a.x = pointer<const float>(x, elements, "x");
   a.x0 = pointer<const float>(x0, elements, "x0");
   a.grad = pointer<const float>(grad, elements, "grad");
@@ -107,7 +108,20 @@ void linf_step(uintptr_t x, uintptr_t x0, uintptr_t grad, uintptr_t out, int64_t
   a.eps.value = round_down(eps);
   set_box(lo, hi, &a.lo, &a.hi);
   refuse_overlap(a, elements);
-  without_gil(elements, [&] { pgd().linf(a); });
+  const Norm n = static_cast<Norm>(norm);
+  without_gil(elements, [&] { n == Norm::linf ? pgd().linf(a) : pgd().rows(a, n); });
+}
+
+// The same on tensors; false, and nothing done, where one of them is not dense float32 on the CPU or shapes differ.
+bool quick_step(py::handle x, py::handle x0, py::handle grad, py::handle out, int norm, double step_size, double eps,
+                double lo, double hi) {
+  DenseView vx, v0, vg, vt;
+  if (!view_dense(x, &vx) || !view_dense(x0, &v0) || !view_dense(grad, &vg) || !view_dense(out, &vt)) return false;
+  if (!same_shape(vx, v0) || !same_shape(vx, vg) || !same_shape(vx, vt)) return false;
+  const auto address = [](const DenseView& v) { return reinterpret_cast<uintptr_t>(v.data); };
+  simple_step(address(vx), address(v0), address(vg), address(vt), vx.elements, vx.shape[0], norm, step_size, eps, lo,
+              hi);
+  return true;
 }
 
 int64_t workspace_doubles(int64_t batch, int64_t n) {
@@ -178,7 +192,8 @@ void loss(int device, uintptr_t stream, int kind, uintptr_t logits, uintptr_t re
 
 void bind_pgd(py::module_& m) {
   m.def("pgd_step", &step);
-  m.def("pgd_linf_step", &linf_step);
+  m.def("pgd_simple_step", &simple_step);
+  m.def("pgd_quick_step", &quick_step);
   m.def("pgd_workspace_doubles", &workspace_doubles);
   m.def("pgd_random_start", &random_start);
   m.def("pgd_loss", &loss);

@@ -99,6 +99,14 @@ FR_HD void store(double* p, DVec a) {
   _mm512_storeu_pd(p, a.lo);
   _mm512_storeu_pd(p + 8, a.hi);
 }
+// The order of the portable sum below: halves onto each other.
+FR_HD double sum(DVec a) {
+  const __m512d s8 = _mm512_add_pd(a.lo, a.hi);
+  const __m256d s4 = _mm256_add_pd(_mm512_castpd512_pd256(s8), _mm512_extractf64x4_pd(s8, 1));
+  const __m128d s2 = _mm_add_pd(_mm256_castpd256_pd128(s4), _mm256_extractf128_pd(s4, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(s2, _mm_unpackhi_pd(s2, s2)));
+}
+FR_HD float max_lane(Vec a) { return _mm512_reduce_max_ps(a.v); }
 
 #else  // registers narrower than sixteen floats: arrays of GCC vectors, every loop unrolled away
 
@@ -295,14 +303,6 @@ FR_HD void store(double* p, DVec a) { FR_EACH2* reinterpret_cast<UnalignedD*>(p 
 
 #undef FR_EACH
 #undef FR_EACH2
-#endif  // __AVX512F__
-
-// Makes streamed stores visible before other threads are told that they are done.
-FR_HD void stream_fence() {
-#if defined(__x86_64__)
-  _mm_sfence();
-#endif
-}
 
 // Sums and maxima over the lanes in one fixed order.
 FR_HD double sum(DVec a) {
@@ -318,6 +318,14 @@ FR_HD float max_lane(Vec a) {
   float m = s[0];
   for (int i = 1; i < kLanes; ++i) m = s[i] > m ? s[i] : m;
   return m;
+}
+#endif  // __AVX512F__
+
+// Makes streamed stores visible before other threads are told that they are done.
+FR_HD void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
 }
 
 FR_HD Vec load_half_n(const uint16_t* p, int n) {

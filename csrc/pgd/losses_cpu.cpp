@@ -12,9 +12,8 @@ constexpr int64_t kGrainElements = 4096;
 
 FR_HD Vec load_or(const float* p, int64_t left, float fill) {
   if (left >= kLanes) return load(p);
-  float f[kLanes];
-  for (int k = 0; k < kLanes; ++k) f[k] = k < left ? p[k] : fill;
-  return load(f);
+  alignas(64) static constexpr float lane[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return select(load(lane) < Vec(static_cast<float>(left)), load_n(p, static_cast<int>(left)), Vec(fill));
 }
 FR_HD void store_left(float* p, Vec v, int64_t left) {
   left >= kLanes ? store(p, v) : store_n(p, v, static_cast<int>(left));

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -147,6 +149,16 @@ class Gated(torch.fx.Interpreter):
         return x * self.gates[n.name]
 
 
+def from_bits(words: Tensor, maps: fm.Maps) -> Tensor:
+    """What the sides of a ReLU, kept as one bit each, say about every pixel (see csrc/binary/args.h)."""
+    count = maps.blocks * maps.channels * maps.plane // 16
+    words = words.contiguous().view(torch.int16)[:count].to(torch.int32)
+    run = ((words[:, None] >> torch.arange(16)) & 1).float().reshape(-1, maps.plane)
+    planes = torch.zeros_like(run)
+    planes[:, maps.origin :] = run[:, : maps.plane - maps.origin]
+    return fm.from_maps(planes.flatten(), maps, torch.empty(maps.size))
+
+
 @pytest.mark.parametrize("rate, gamma", [(0.99, 0.1), (0.7, 1.0)])
 def test_the_gradient_of_a_deep_network_is_exact_between_the_kinks(rate: float, gamma: float, path: str) -> None:
     """A deep network in float32 always has sums that are zero up to rounding and fall on the other side of a ReLU than in
@@ -157,17 +169,17 @@ def test_the_gradient_of_a_deep_network_is_exact_between_the_kinks(rate: float, 
     model = settled(fnn.convert(fnn.resnet34(width=8), rate, gamma), x)
     frozen = fnn.freeze(model)
     (region,) = frozen.regions.values()
-    _, ((_, group, _, forms, state),) = region.forward([x], True)
+    _, ((_, group, _, kept, state),) = region.forward([x], True)
     gates = {}
     (units,) = [step[0] for kind, step in frozen.steps if kind == "region"]
     for i, unit in enumerate(units):
         if unit.relu:
-            buffer = next(iter(forms[i].values()))
-            kept = buffer.view(state.tensors)
             maps = group.native[i]
-            shape = (maps.batch, maps.channels, maps.height, maps.width)
-            plain = kept if buffer.maps is None else fm.from_maps(kept, maps, torch.empty(shape))
-            gates[unit.last.name] = plain > 0
+            if group.reads[i].dense:
+                ((_, buffer),) = kept[i].items()
+                gates[unit.last.name] = buffer.view(state.tensors) > 0
+            else:
+                gates[unit.last.name] = from_bits(kept[i][maps].view(state.tensors), maps) > 0
     truth = Gated(fnn.dense_copy(model).double(), gates)
     given = x.clone().requires_grad_()
     exact = x.double().requires_grad_()
@@ -181,6 +193,36 @@ def test_the_gradient_of_a_deep_network_is_exact_between_the_kinks(rate: float, 
     y.backward(grad)
     want.backward(grad.double())
     assert float((given.grad - exact.grad).norm() / exact.grad.norm()) < 1e-4
+
+
+VARIANT_SCRIPT = """
+import hashlib, torch, fastrobust as fr
+digest = hashlib.sha256()
+for batch in (1, 5, 16):
+    torch.manual_seed(3)
+    model = fr.nn.convert(fr.nn.resnet18(width=4, affine=True), 0.8, 0.4).eval()
+    x = torch.rand(batch, 3, 20, 20, requires_grad=True)
+    # Sums of torch's last layer and batch normalisation are not ours.
+    (region,) = fr.nn.freeze(model).regions.values()
+    outs, saved = region.forward([x.detach()], True)
+    (grad,) = region.backward([torch.randn_like(outs[0])], saved, [x.shape])
+    for t in (outs[0], grad):
+        digest.update(t.numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+def test_every_cpu_variant_gives_the_same_bits() -> None:
+    """The sides of the ReLUs are kept as bits, in registers of another width on every variant."""
+    results = {}
+    for variant in fr._C.cpu_variants.split(","):
+        env = {**os.environ, "FASTROBUST_CPU": variant, "FASTROBUST_BINARY": "sparse"}
+        done = subprocess.run([sys.executable, "-c", VARIANT_SCRIPT], env=env, capture_output=True, text=True)
+        if "that this processor supports" in done.stderr:
+            continue
+        assert done.returncode == 0, done.stderr
+        results[variant] = done.stdout.split()[-1]
+    assert len(set(results.values())) == 1, results
 
 
 def test_frozen_follows_only_on_update_and_trains_nothing() -> None:

@@ -391,4 +391,4 @@ def test_null_addresses_are_refused_below() -> None:
     from fastrobust import _C
 
     with pytest.raises(ValueError, match="x: got a tensor without memory"):
-        _C.pgd_linf_step(0, 0, 0, 0, 16, 0.1, 0.1, -math.inf, math.inf)
+        _C.pgd_simple_step(0, 0, 0, 0, 16, 1, 0, 0.1, 0.1, -math.inf, math.inf)

@@ -264,3 +264,33 @@ def test_modes_without_gradients(name, mode, dtype) -> None:
         got = getattr(ops, name)(logits.to(dtype).requires_grad_(mode is torch.no_grad), *others)
     assert not got.value.requires_grad
     assert torch.equal(got.value, want.value) and torch.equal(got.grad, want.grad)
+
+
+@pytest.mark.parametrize("name", NAMES[:4])
+@pytest.mark.parametrize("kind", ["plain", "strided", "int32 labels", "half", "requires grad", "nan"])
+def test_unchecked_labels_give_the_same_bits(name, kind) -> None:
+    """An attack's inner loop skips the checks and the dispatcher; what comes out does not change."""
+    logits, *labels = inputs(name, 5, 7, 10)
+    if kind == "strided":
+        logits = logits.t().contiguous().t()
+    elif kind == "int32 labels":
+        labels = [t.int() for t in labels]
+    elif kind == "half":
+        logits = logits.half()
+    elif kind == "nan":
+        logits[2, 3] = float("nan")
+    logits.requires_grad_(kind == "requires grad")
+    checked, short = (getattr(ops, name)(logits, *labels, check=check) for check in (True, False))
+    for a, b in zip(checked, short, strict=True):
+        assert a.requires_grad == b.requires_grad
+        assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("name", NAMES[:4])
+def test_unchecked_labels_of_a_wrong_shape_are_refused(name) -> None:
+    logits, *labels = inputs(name, 5, 7, 10)
+    with pytest.raises(ValueError, match=r"labels: got .*\(6,\)"):
+        getattr(ops, name)(logits, labels[0][:6], *labels[1:], check=False)
+    if name == "dlr_targeted_loss":
+        with pytest.raises(ValueError, match=r"targets: got .*\(6,\)"):
+            ops.dlr_targeted_loss(logits, labels[0], labels[1][:6], check=False)

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import ops
+from .._heap import keep_pages
 from ..ops import _checks as ck
 from . import _inputs
 from ._model import Victim, undisturbed, usable
@@ -126,6 +127,8 @@ def pgd(
     victim = Victim(model, normalize, autocast, x0)
     labels = None if y is None else ck.check_labels(y, "y", x0.shape[0], None, x0.device).detach()
 
+    if x0.is_cpu:
+        keep_pages()
     with undisturbed(model, model_mode), tqdm(disable=not progress, desc="pgd", unit="step") as bar:
         x0 = usable(x0)
         labels = None if labels is None else usable(labels).long()

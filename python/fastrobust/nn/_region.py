@@ -23,7 +23,7 @@ from ..ops import _feature_maps as fm
 from ..ops._dense_conv import dense_weight, input_grad
 from ..ops._feature_maps import ConvGeometry, Maps
 from ..reference.binary import PackedWeight
-from ._schedule import ARENA, Buffer, Compiled, Schedule, State, plain
+from ._schedule import ARENA, Buffer, Compiled, Schedule, State, plain, sides
 
 # Floats of the largest feature map of a group of images.
 GROUP_FLOATS = 5 << 18
@@ -79,12 +79,16 @@ class Resolved:
     groups: dict[int, Group]  # by the images of a group
 
 
+# For each value behind a ReLU, what tells which side it fell on, by the layout it was read in: the values or their bits.
+Gates = dict[int, dict[Any, Buffer]]
+
+
 class Group:
     """Programs for a group of `count` images: forward, forward that keeps what the gradient needs, input gradient."""
 
     def __init__(self, reads: list[Read], native: dict[int, Maps]) -> None:
         self.reads, self.native = reads, native
-        self.forward: dict[tuple[Any, ...], tuple[Compiled, dict[int, dict[Any, Buffer]]]] = {}
+        self.forward: dict[tuple[Any, ...], tuple[Compiled, Gates]] = {}
         self.backward: dict[tuple[Any, ...], tuple[Compiled, list[int]]] = {}
 
 
@@ -138,7 +142,8 @@ class Region:
         return found
 
     def _choose(self, count: int, sizes: dict[int, tuple[int, int]], lanes: int) -> list[cost.Choice]:
-        """Sparse or dense for each unit, so that the sum of the estimates, copies between the forms included, is least."""
+        """Sparse or dense for each unit, so that the sum of the estimates of forward and input gradient is least, copies
+        between the forms included."""
         estimates = [
             cost.estimate(count, *sizes[u.source], u.shape, u.geometry, u.packed.kept, lanes) for u in self.units
         ]
@@ -151,9 +156,9 @@ class Region:
             time = 0.0
             for i, unit in enumerate(self.units):
                 time += estimates[i].dense if dense[i] else estimates[i].sparse
-                time += cost.dense_epilogue(floats[i], unit.residual is not None, unit.relu) if dense[i] else 0.0
+                time += 2 * cost.dense_epilogue(floats[i], unit.residual is not None, unit.relu) if dense[i] else 0.0
                 copied |= {(v, dense[i]) for v in (unit.source, unit.residual) if v is not None and made[v] != dense[i]}
-            return time + sum(cost.copy(floats[v]) for v, _ in copied)
+            return time + 2 * sum(cost.copy(floats[v]) for v, _ in copied)
 
         forced = cost.forced_path()
         if forced is not None:
@@ -210,14 +215,16 @@ class Region:
             strides = tuple(x.stride() for x in parts)
             if (keep, strides) not in group.forward:
                 group.forward[keep, strides] = self._forward(group, parts, keep)
-            program, forms = group.forward[keep, strides]
+            program, gates = group.forward[keep, strides]
             state = program.run(parts)
             if keep:
-                saved.append((begin, group, strides, forms, state))
+                saved.append((begin, group, strides, gates, state))
         return outs, saved
 
-    def _forward(self, group: Group, parts: list[Tensor], keep: bool) -> tuple[Compiled, dict[int, dict[Any, Buffer]]]:
+    def _forward(self, group: Group, parts: list[Tensor], keep: bool) -> tuple[Compiled, Gates]:
         s = Schedule()
+        # What passed the ReLUs: bits on the CPU, which spares the gradient to read and the forward to keep all values.
+        bits: dict[int, Buffer] = {}
         given = [s.given(shape=tuple(x.shape), strides=x.stride()) for x in parts]
         forms: dict[int, dict[Any, Buffer]] = {-1 - i: {given[i].form: given[i]} for i in range(self.inputs)}
         for i, (unit, how) in enumerate(zip(self.units, group.reads, strict=True)):
@@ -228,15 +235,24 @@ class Region:
                 out = self._dense(s, unit, how, x, residual)
             else:
                 lists = fm.plan(unit.packed, unit.geometry, how.read, False)
+                if keep and unit.relu and fm.device_of(parts[0])[0] < 0:
+                    bits[i] = sides(how.write)
                 out, _ = s.gather(
-                    x, how.write, lists, residual=residual, scale=unit.scale, shift=unit.shift, relu=unit.relu
-                )
+                    x, how.write, lists, residual=residual, scale=unit.scale, shift=unit.shift, relu=unit.relu,
+                    passed=bits.get(i),
+                )  # fmt: skip
             forms[i] = {out.form: out}
         for v, target in zip(self.outputs, given[self.inputs :], strict=True):
             s.copy(next(iter(forms[v].values())), target)
         # The gradient needs to know what passed the ReLUs, in every form that was read.
-        kept = [b for i, unit in enumerate(self.units) if keep and unit.relu for b in forms[i].values()]
-        return s.compile(kept), forms
+        gates = {
+            i: {form: b for form, b in forms[i].items() if isinstance(form, Maps) != how.dense}
+            for i, (unit, how) in enumerate(zip(self.units, group.reads, strict=True))
+            if keep and unit.relu
+        }
+        for i, buffer in bits.items():
+            gates[i][group.native[i]] = buffer
+        return s.compile([b for by_form in gates.values() for b in by_form.values()]), gates
 
     @staticmethod
     def _form(s: Schedule, forms: dict[Any, Buffer], maps: Maps | None) -> Buffer:
@@ -267,11 +283,11 @@ class Region:
         device = next(g for g in grads if g is not None).device
         outs = [torch.empty(size, device=device) for size in sizes]
         wanted = tuple(g is not None for g in grads)
-        for begin, group, strides, forms, state in saved:
+        for begin, group, strides, gates, state in saved:
             parts = [g[begin : begin + group.native[-1].batch] for g in (*grads, *outs) if g is not None]
             key = (wanted, strides, tuple(x.stride() for x in parts))
             if key not in group.backward:
-                group.backward[key] = _Backward(self, group, forms, state, parts, wanted).compile()
+                group.backward[key] = _Backward(self, group, gates, state, parts, wanted).compile()
             program, results = group.backward[key]
             program.run([state.tensors[ARENA], *parts, *[state.tensors[base] for base in results]])
         return outs
@@ -287,8 +303,7 @@ class _Backward:
     """Writes the program of the input gradient of one group."""
 
     def __init__(
-        self, region: Region, group: Group, forms: dict[int, dict[Any, Buffer]], state: State, parts: list[Tensor],
-        wanted: tuple[bool, ...],
+        self, region: Region, group: Group, gates: Gates, state: State, parts: list[Tensor], wanted: tuple[bool, ...],
     ) -> None:  # fmt: skip
         self.region, self.group, self.s = region, group, Schedule()
         arena = self.s.given()
@@ -302,17 +317,15 @@ class _Backward:
             self.sums[v] = {buffer.form: buffer}
         # What the forward run left, as this program sees it.
         self.results: list[int] = []
-        self.gates: dict[int, dict[Any, Buffer]] = {}
-        for i, unit in enumerate(region.units):
-            if not unit.relu:
-                continue
-            for buffer in forms[i].values():
+        self.gates: Gates = {}
+        for i, by_form in gates.items():
+            for form, buffer in by_form.items():
                 if buffer.base == ARENA:
                     seen = dataclasses.replace(buffer, base=arena.base)
                 else:
                     seen = self.s.given(buffer)
                     self.results.append(buffer.base)
-                self.gates.setdefault(i, {})[buffer.form] = seen
+                self.gates.setdefault(i, {})[form] = seen
 
     def compile(self) -> tuple[Compiled, list[int]]:
         units, waiting = self.region.units, collections.Counter[int]()
@@ -377,7 +390,7 @@ class _Backward:
         if self.group.reads[v].dense:
             total = self._collect(parts, None)
             if unit.relu:
-                (gate,) = [b for b in self.gates[v].values() if b.maps is None]
+                (gate,) = [b for form, b in self.gates[v].items() if not isinstance(form, Maps)]
                 total = self.s.call(lambda g, y: torch.ops.aten.threshold_backward(g, y, 0), [total, gate], gate.shape)
             return total, total
         native = self.group.native[v]

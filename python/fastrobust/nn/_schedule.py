@@ -1,12 +1,14 @@
 """Straight-line programs over buffers: gathers and copies that run in one call, with torch calls between them.
 
-A schedule is written once for a batch size, then compiled: buffers are given places in one zeroed arena, a place being
-used again by buffers of the same layout only, so that the zero borders of the fast layout are never written.
+A schedule is written once for a batch size, then compiled: buffers are given places in one zeroed arena, small enough to
+stay in cache because what is dead makes room. The zero borders of the fast layout are written only where a buffer of
+another layout lay before.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -25,6 +27,12 @@ def plain(shape: tuple[int, ...], base: int = ARENA) -> Buffer:
     return Buffer(base, shape=shape, strides=(c * h * w, 1, w * c, c))
 
 
+def sides(maps: Maps) -> Buffer:
+    """Room for one bit per value: which side of a ReLU it fell on."""
+    rows = maps.blocks * maps.channels * math.prod(maps.phases)
+    return Buffer(ARENA, shape=(-(-rows * maps.plane // 32),), strides=(1,))
+
+
 @dataclasses.dataclass(eq=False)
 class Buffer:
     """Feature maps in the fast layout (`maps`), or a plain tensor of `shape` and `strides`.
@@ -37,6 +45,7 @@ class Buffer:
     shape: tuple[int, ...] = ()
     strides: tuple[int, ...] = ()
     offset: int = 0
+    borders: bool = False  # have to be written: something else lay here
 
     @property
     def form(self) -> Any:
@@ -79,6 +88,58 @@ class _Step:
     call: Callable[..., Any] | None  # torch's part
     reads: list[Buffer]
     write: list[Buffer]
+    over: Buffer | None = None  # what the first of `write` may overwrite in place
+
+
+class _Room:
+    """Free stretches of an arena that grows as needed."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.free: list[tuple[int, int]] = []  # begin and end, ascending, apart
+        self.forms: dict[int, Any] = {}  # what was given back last, by where it began
+
+    def take(self, floats: int, form: Any) -> int:
+        need = -(-floats // fm.VECTOR) * fm.VECTOR
+        fits = [(begin, end) for begin, end in self.free if end - begin >= need]
+        alike = [
+            (begin, end)
+            for begin, end in self.free
+            for at, was in self.forms.items()
+            if was == form and begin <= at and at + need <= end
+        ]
+        if alike:
+            begin, end = alike[-1]
+            start = max(at for at, was in self.forms.items() if was == form and begin <= at and at + need <= end)
+        elif fits:
+            begin, end = min(fits, key=lambda stretch: stretch[1] - stretch[0])
+            start = begin
+        else:
+            # The last stretch, if it reaches the end, is made longer.
+            begin, end = self.free[-1] if self.free and self.free[-1][1] == self.size else (self.size, self.size)
+            start = begin
+            self.size = begin + need
+            self.free = [f for f in self.free if f[0] != begin]
+            return self._taken(start, need)
+        self.free.remove((begin, end))
+        self.free += [f for f in ((begin, start), (start + need, end)) if f[0] < f[1]]
+        self.free.sort()
+        return self._taken(start, need)
+
+    def _taken(self, start: int, need: int) -> int:
+        self.forms = {at: form for at, form in self.forms.items() if at + 1 <= start or at >= start + need}
+        return start
+
+    def give(self, offset: int, floats: int, form: Any) -> None:
+        need = -(-floats // fm.VECTOR) * fm.VECTOR
+        self.forms[offset] = form
+        merged: list[tuple[int, int]] = []
+        for begin, end in sorted([*self.free, (offset, offset + need)]):
+            if merged and merged[-1][1] == begin:
+                merged[-1] = (merged[-1][0], end)
+            else:
+                merged.append((begin, end))
+        self.free = merged
 
 
 class Schedule:
@@ -105,24 +166,31 @@ class Schedule:
     def gather(
         self, x: Buffer, target: Maps, lists: fm.Plan, *, residual: Buffer | None = None, gate: Buffer | None = None,
         pre: bool = False, scale: Tensor | None = None, shift: Tensor | None = None, post: Tensor | None = None,
-        relu: bool = False,
+        relu: bool = False, passed: Buffer | None = None,
     ) -> tuple[Buffer, Buffer | None]:  # fmt: skip
-        """`feature_maps.gather`; returns the result and, where asked for, `pre`."""
+        """`feature_maps.gather`; returns the result and, where asked for, `pre`.
+
+        passed: written with the sides of the ReLU, one bit each. gate: such bits, or the values behind a ReLU.
+        """
         assert x.maps is not None
         source = x.maps
         out, before = Buffer(ARENA, target), Buffer(ARENA, target) if pre else None
+        values, bits = (gate, None) if gate is None or gate.maps is not None else (None, gate)
 
         def emit(program: Any) -> None:
             program.gather(
                 x.address, out.address, lists.bind(source, target), fm.address(scale), fm.address(shift),
-                fm.address(post), *(0 if b is None else b.address for b in (residual, gate, before)),
-                target.channels, relu,
+                fm.address(post),
+                *(0 if b is None else b.address for b in (residual, values, before, passed, bits)),
+                target.channels, relu, out.borders or (before is not None and before.borders),
             )  # fmt: skip
 
         # Constants must live as long as the program that has their addresses.
         emit.constants = (lists, scale, shift, post)  # type: ignore[attr-defined]
         reads = [b for b in (x, residual, gate) if b is not None]
-        self.steps.append(_Step(emit, None, reads, [out] if before is None else [out, before]))
+        # Every value of the residual is read where the result is written; partial sums of segments would come before it.
+        over = residual if lists.segments == 1 and residual not in (x, gate) else None
+        self.steps.append(_Step(emit, None, reads, [b for b in (out, before, passed) if b is not None], over))
         return out, before
 
     def copy(self, source: Buffer, target: Buffer) -> Buffer:
@@ -133,7 +201,8 @@ class Schedule:
         size = (maps.batch, maps.channels, maps.height, maps.width) if maps is not None else source.shape
 
         def emit(program: Any) -> None:
-            program.relayout(source.address, target.address, source.layout, target.layout, *size)
+            plane = target.maps.plane if target.maps is not None and target.borders else 0
+            program.relayout(source.address, target.address, source.layout, target.layout, *size, plane)
 
         self.steps.append(_Step(emit, None, [source], [target]))
         return target
@@ -158,22 +227,31 @@ class Schedule:
             for buffer in (*step.reads, *step.write):
                 last[buffer] = i
         last.update(dict.fromkeys(keep, len(self.steps)))
-        free: dict[Any, list[int]] = {}
-        size = 0
-        placed: set[Buffer] = set()
+        room = _Room()
+        placed: list[Buffer] = []
         for i, step in enumerate(self.steps):
+            freed = [b for b in dict.fromkeys((*step.reads, *step.write)) if b.base == ARENA and last[b] == i]
             for buffer in step.write:
-                if buffer.base == ARENA and buffer not in placed:
-                    places = free.setdefault(buffer.form, [])
-                    if not places:
-                        places.append(size)
-                        size += -(-buffer.floats // fm.VECTOR) * fm.VECTOR
-                    buffer.offset = places.pop()
-                    placed.add(buffer)
-            for buffer in dict.fromkeys((*step.reads, *step.write)):
-                if buffer in placed and last[buffer] == i:
-                    free[buffer.form].append(buffer.offset)
-        return Compiled(self, size, last)
+                if buffer.base != ARENA or buffer in placed:
+                    continue
+                over = step.over
+                if over is not None and over in freed and over.form == buffer.form:
+                    buffer.offset = over.offset
+                    freed.remove(over)
+                else:
+                    buffer.offset = room.take(buffer.floats, buffer.form)
+                placed.append(buffer)
+            for buffer in freed:
+                room.give(buffer.offset, buffer.floats, buffer.form)
+        # An arena is used again by the next run: what lies there at the end of one is there at the start of the other.
+        there: list[Buffer] = []
+        for buffer in (*placed, *placed):
+            same = [b for b in there if b.offset == buffer.offset and b.form == buffer.form]
+            buffer.borders = not same
+            end = buffer.offset + buffer.floats
+            there = [b for b in there if b.offset + b.floats <= buffer.offset or b.offset >= end]
+            there.append(buffer)
+        return Compiled(self, room.size, last)
 
 
 class Compiled:

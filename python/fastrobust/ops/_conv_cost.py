@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Mapping
 
-from ._feature_maps import VECTOR, ConvGeometry, input_maps, segment_channels
+from ._feature_maps import VECTOR, ConvGeometry, grad_maps, input_maps, segment_channels
 
 LANES = (1, 4, 8, 16)
 
@@ -31,8 +31,9 @@ SPARSE = {
 # Into and out of the fast layout: `copy` a float in groups of images; without groups `copy single` a float, `copy row` a row,
 # `copy phases` a float that goes to the phases of a stride.
 COPY = {"copy": 0.106e-3, "copy single": 0.0, "copy row": 4.8e-3, "copy phases": 0.75e-3}
+_COPY_CHANNELS_LAST = 0.25e-3  # a float, which lies in as many lines of cache as there are images
 # torch: `mac` a multiplication of a dense convolution (of a kernel of one pixel), `weight` a float of the weight, which is
-# reordered in every call, `map` a float read or written.
+# reordered in every call, `map` a float read or written. Input gradients are computed for multiples of sixteen channels.
 DENSE = {"start": 18.6, "mac": 4.41e-6, "mac 1x1": 4.57e-6, "weight": 0.162e-3, "map": 0.035e-3}
 _CALL = 14.0  # a sparse call from Python by itself, beyond its three kernels
 _STEP = 2.0  # a kernel among others in one call
@@ -55,9 +56,14 @@ class Choice:
         return f"estimated {self.sparse:.0f} us sparse ({self.lanes} lanes), {self.dense:.0f} us dense"
 
 
+def variable() -> str:
+    """FASTROBUST_BINARY as it is."""
+    return os.environ.get("FASTROBUST_BINARY", "")
+
+
 def forced_path() -> str | None:
     """The path named by FASTROBUST_BINARY, None for the cost model."""
-    value = os.environ.get("FASTROBUST_BINARY", "")
+    value = variable()
     if value not in ("", "auto", "sparse", "dense"):
         raise ValueError(f"FASTROBUST_BINARY: expected auto, sparse or dense, got {value!r}")
     return value if value in ("sparse", "dense") else None
@@ -66,16 +72,17 @@ def forced_path() -> str | None:
 @functools.lru_cache(maxsize=4096)
 def choose(
     batch: int, height: int, width: int, shape: tuple[int, int, int, int], geometry: ConvGeometry, kept: int,
-    forced: str | None,
+    forced: str | None, transposed: bool = False,
 ) -> Choice:  # fmt: skip
-    """The path of one call on plain tensors: a convolution of `batch` maps with `kept` weights of `shape`."""
+    """The path of one call on plain tensors: a convolution of `batch` maps with `kept` weights of `shape`, or its input
+    gradient."""
 
     def plain(lanes: int) -> float:
-        kernel = _sum(SPARSE, sparse_terms(batch, height, width, shape, geometry, kept, lanes))
+        kernel = _sum(SPARSE, sparse_terms(batch, height, width, shape, geometry, kept, lanes, transposed))
         return kernel + _sum(COPY, copy_terms(batch, height, width, shape, geometry, lanes)) + _CALL
 
     sparse, lanes = min((plain(lanes), lanes) for lanes in LANES)
-    dense = _sum(DENSE, dense_terms(batch, height, width, shape, geometry))
+    dense = _sum(DENSE, dense_terms(batch, height, width, shape, geometry, transposed))
     return Choice(forced or ("sparse" if sparse < _MARGIN * dense else "dense"), lanes, sparse, dense)
 
 
@@ -83,15 +90,21 @@ def estimate(
     batch: int, height: int, width: int, shape: tuple[int, int, int, int], geometry: ConvGeometry, kept: int,
     lanes: int,
 ) -> Choice:  # fmt: skip
-    """Both paths inside a network that keeps maps in the form the path reads; the path named is the cheaper one."""
-    sparse = _sum(SPARSE, sparse_terms(batch, height, width, shape, geometry, kept, lanes)) + _STEP
-    dense = _sum(DENSE, dense_terms(batch, height, width, shape, geometry))
+    """Both paths inside a network that keeps maps in the form the path reads; the path named is the cheaper one.
+
+    Of a forward and an input gradient together, so that both take the same path and the outputs do not depend on whether
+    a gradient is wanted.
+    """
+    sparse = dense = 0.0
+    for transposed in (False, True):
+        sparse += _sum(SPARSE, sparse_terms(batch, height, width, shape, geometry, kept, lanes, transposed)) + _STEP
+        dense += _sum(DENSE, dense_terms(batch, height, width, shape, geometry, transposed))
     return Choice("sparse" if sparse < dense else "dense", lanes, sparse, dense)
 
 
 def copy(floats: int) -> float:
-    """Between a plain tensor and the fast layout."""
-    return floats * COPY["copy"]
+    """Between a plain tensor, channels last, and the fast layout."""
+    return floats * _COPY_CHANNELS_LAST
 
 
 def dense_epilogue(floats: int, residual: bool, relu: bool) -> float:
@@ -104,12 +117,14 @@ def _sum(constants: Mapping[str, float], terms: Mapping[str, float]) -> float:
 
 
 def dense_terms(
-    batch: int, height: int, width: int, shape: tuple[int, int, int, int], geometry: ConvGeometry
-) -> dict[str, float]:
+    batch: int, height: int, width: int, shape: tuple[int, int, int, int], geometry: ConvGeometry,
+    transposed: bool = False,
+) -> dict[str, float]:  # fmt: skip
     out, size = math.prod(geometry.out_size(shape, height, width)), math.prod(shape)
+    computed = size * (-(-shape[1] // VECTOR) * VECTOR) / shape[1] if transposed and shape[1] else size
     return {
         "start": 1.0,
-        "mac" if shape[2] * shape[3] > 1 else "mac 1x1": float(batch * out * size),
+        "mac" if shape[2] * shape[3] > 1 else "mac 1x1": float(batch * out * computed),
         "weight": float(size),
         "map": float(batch * (shape[1] * geometry.groups * height * width + shape[0] * out)),
     }
@@ -133,12 +148,18 @@ def copy_terms(
 
 def sparse_terms(
     batch: int, height: int, width: int, shape: tuple[int, int, int, int], geometry: ConvGeometry, kept: int,
-    lanes: int,
+    lanes: int, transposed: bool = False,
 ) -> dict[str, float]:  # fmt: skip
-    maps = input_maps(batch, shape[1] * geometry.groups, height, width, shape, geometry, lanes)
-    out_h, out_w = geometry.out_size(shape, height, width)
-    segment = segment_channels(kept, shape[0], shape[1])
-    segments = math.ceil(shape[1] / segment) if segment else 1
+    if transposed:
+        maps, written = grad_maps(batch, height, width, shape, geometry, lanes)
+        rows, read = written.channels * math.prod(written.phases), shape[0] // geometry.groups
+        out_h, out_w = written.phase_size
+    else:
+        maps = input_maps(batch, shape[1] * geometry.groups, height, width, shape, geometry, lanes)
+        rows, read = shape[0], shape[1]
+        out_h, out_w = geometry.out_size(shape, height, width)
+    segment = segment_channels(kept, rows, read)
+    segments = math.ceil(read / segment) if segment else 1
     if lanes == VECTOR:  # patches of pixels, a vector each
         vectors = out_h * out_w
         tiles = math.ceil(vectors / (16 if segments > 1 else 24))
@@ -150,6 +171,6 @@ def sparse_terms(
         "start": 1.0,
         add: float(maps.blocks * kept * vectors),
         "entry": float(maps.blocks * kept * tiles),
-        "row": float(maps.blocks * shape[0] * tiles * segments),
-        "store": float(maps.blocks * shape[0] * vectors),
+        "row": float(maps.blocks * rows * tiles * segments),
+        "store": float(maps.blocks * rows * vectors),
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,8 +24,10 @@ def dense_weight(packed: PackedWeight, dtype: torch.dtype, layout: torch.memory_
     """The weight as torch's convolution takes it (K, C / groups, kh, kw), kept with the index lists."""
     dense = fm.kept_with(packed, "dense")
     if (dtype, layout) not in dense:
-        weight = packed.to_dense(dtype).reshape(fm.conv_shape(packed.shape))
-        dense[dtype, layout] = weight.contiguous(memory_format=layout)
+        # Autograd may save it, which it refuses for a tensor made in inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            weight = packed.to_dense(dtype).reshape(fm.conv_shape(packed.shape))
+            dense[dtype, layout] = weight.contiguous(memory_format=layout)
     found: Tensor = dense[dtype, layout]
     return found
 
@@ -33,6 +37,40 @@ def dense_conv(x: Tensor, packed: PackedWeight, g: ConvGeometry) -> Tensor:
     if len(packed.shape) == 2:
         return F.linear(x.flatten(1), weight.flatten(1))[:, :, None, None]
     return F.conv2d(x, weight, None, g.stride, g.padding, g.dilation, g.groups)
+
+
+class Prepacked:
+    """A weight in the order that oneDNN wants for one size of input, which torch otherwise makes anew in every call.
+
+    For channels_last float32 on the CPU, where nothing is recorded. The operators are those that torch's compiler calls;
+    `Prepacked.of` returns None where they are not to be had.
+    """
+
+    def __init__(self, weight: Tensor, size: tuple[int, ...], g: ConvGeometry) -> None:
+        self.geometry = [list(v) for v in (g.padding, g.stride, g.dilation)]
+        self.groups = g.groups
+        self.weight = torch.ops.mkldnn._reorder_convolution_weight(weight, *self.geometry, g.groups, list(size))
+
+    @staticmethod
+    def of(packed: PackedWeight, size: tuple[int, ...], g: ConvGeometry) -> Prepacked | None:
+        weight = dense_weight(packed, torch.float32, torch.contiguous_format)
+        if not torch.backends.mkldnn.is_available() or weight.device.type != "cpu" or not weight.numel():
+            return None
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                made = Prepacked(weight, size, g)
+                x = torch.zeros(size).contiguous(memory_format=torch.channels_last)
+                fits = memory_format(x) == torch.channels_last == memory_format(made(x))
+        except (AttributeError, RuntimeError):
+            return None
+        return made if fits else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        found: Tensor = _pointwise(x, self.weight, None, *self.geometry, self.groups, "none", [], "")
+        return found
+
+
+_pointwise: Any = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
 
 
 def dense_input_grad(grad: Tensor, packed: PackedWeight, size: tuple[int, ...], g: ConvGeometry) -> Tensor:

@@ -101,6 +101,7 @@ class Maps:
     plane: int = dataclasses.field(init=False, compare=False)
     block: int = dataclasses.field(init=False, compare=False)
     layout: tuple[int, ...] = dataclasses.field(init=False, compare=False)
+    size: tuple[int, int, int, int] = dataclasses.field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         rows, columns = -(-self.height // self.phases[0]), -(-self.width // self.phases[1])
@@ -110,6 +111,7 @@ class Maps:
         plane = (size + 2 * VECTOR - 2) // VECTOR * VECTOR
         block = self.phases[0] * self.phases[1] * self.channels * plane
         derived = {
+            "size": (self.batch, self.channels, self.height, self.width),
             "blocks": -(-self.batch // self.lanes),
             "phase_size": (rows, columns),
             "origin": origin,

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from .. import _C
 from ..reference import losses as reference
 from . import _checks as ck
-from ._library import below_autograd, define, require_cuda_build, stream_of
+from ._library import below_autograd, define, nothing_intercepts, require_cuda_build, stream_of
 
 
 class LossValue(NamedTuple):
@@ -89,10 +89,10 @@ def _define(name: str, schema: str) -> Any:
 
 
 _LABELS = "(Tensor logits, Tensor labels) -> (Tensor, Tensor)"
-_cross_entropy = _define("cross_entropy", _LABELS)
-_margin_loss = _define("margin_loss", _LABELS)
-_dlr_loss = _define("dlr_loss", _LABELS)
-_dlr_targeted_loss = _define("dlr_targeted_loss", "(Tensor logits, Tensor labels, Tensor targets) -> (Tensor, Tensor)")
+_OPS = {name: _define(name, _LABELS) for name in ("cross_entropy", "margin_loss", "dlr_loss")}
+_OPS["dlr_targeted_loss"] = _define(
+    "dlr_targeted_loss", "(Tensor logits, Tensor labels, Tensor targets) -> (Tensor, Tensor)"
+)
 _kl_divergence = _define("kl_divergence", "(Tensor logits, Tensor reference) -> (Tensor, Tensor)")
 
 
@@ -116,6 +116,31 @@ def _labels(labels: Any, name: str, logits: Tensor, check: bool) -> Tensor:
     return ck.check_labels(labels, name, logits.shape[0], classes, logits.device).long()
 
 
+def _evaluate(name: str, least: int, few: str, logits: Any, labels: Any, targets: Any, check: bool) -> LossValue:
+    # The inner loop of an attack takes the short way: dense float32 on the CPU, labels known to be valid.
+    if not check and nothing_intercepts() and _is_plain(logits, torch.float32) and _is_plain(labels, torch.int64):
+        shape = logits.shape
+        wanted = logits.requires_grad and torch.is_grad_enabled()
+        both = targets is None or (_is_plain(targets, torch.int64) and targets.shape == shape[:1])
+        if both and not wanted and len(shape) == 2 and shape[1] >= least and labels.shape == shape[:1]:
+            value, grad = torch.empty(shape[0]), torch.empty_like(logits)
+            second = 0 if targets is None else targets.data_ptr()
+            _C.pgd_loss(
+                -1, 0, _KINDS[name], logits.data_ptr(), 0, labels.data_ptr(), second, value.data_ptr(), grad.data_ptr(),
+                *shape,
+            )  # fmt: skip
+            return LossValue(value, grad)
+    z = _logits(logits, least, few)
+    others = [_labels(labels, "labels", z, check)]
+    if targets is not None:
+        others.append(_labels(targets, "targets", z, check))
+    return LossValue(*_OPS[name](z, *others))
+
+
+def _is_plain(t: Any, dtype: torch.dtype) -> bool:
+    return type(t) is Tensor and t.dtype is dtype and t.is_cpu and t.is_contiguous() and not t.is_neg()
+
+
 def cross_entropy(logits: Tensor, labels: Tensor, *, check: bool = True) -> LossValue:
     r"""``log sum_j exp(z_j) - z_y`` per example, and its gradient ``softmax(z) - e_y``, in one pass.
 
@@ -127,8 +152,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, check: bool = True) -> Loss
     Returns:
         :class:`LossValue`: ``value`` (B,) is differentiable with respect to the logits, ``grad`` (B, K) is constant.
     """
-    z = _logits(logits, 1, "cross_entropy")
-    return LossValue(*_cross_entropy(z, _labels(labels, "labels", z, check)))
+    return _evaluate("cross_entropy", 1, "cross_entropy", logits, labels, None, check)
 
 
 def margin_loss(logits: Tensor, labels: Tensor, *, check: bool = True) -> LossValue:
@@ -136,8 +160,7 @@ def margin_loss(logits: Tensor, labels: Tensor, *, check: bool = True) -> LossVa
 
     At ties the lowest class index takes the gradient. Needs two classes. Arguments as in :func:`cross_entropy`.
     """
-    z = _logits(logits, 2, "margin_loss")
-    return LossValue(*_margin_loss(z, _labels(labels, "labels", z, check)))
+    return _evaluate("margin_loss", 2, "margin_loss", logits, labels, None, check)
 
 
 def dlr_loss(logits: Tensor, labels: Tensor, *, check: bool = True) -> LossValue:
@@ -145,8 +168,7 @@ def dlr_loss(logits: Tensor, labels: Tensor, *, check: bool = True) -> LossValue
 
     Invariant to shifting and scaling the logits. Needs three classes. Arguments as in :func:`cross_entropy`.
     """
-    z = _logits(logits, 3, "dlr_loss; use margin_loss for fewer")
-    return LossValue(*_dlr_loss(z, _labels(labels, "labels", z, check)))
+    return _evaluate("dlr_loss", 3, "dlr_loss; use margin_loss for fewer", logits, labels, None, check)
 
 
 def dlr_targeted_loss(logits: Tensor, labels: Tensor, targets: Tensor, *, check: bool = True) -> LossValue:
@@ -154,8 +176,8 @@ def dlr_targeted_loss(logits: Tensor, labels: Tensor, targets: Tensor, *, check:
 
     Needs four classes. ``targets`` is (B,) like ``labels``.
     """
-    z = _logits(logits, 4, "dlr_targeted_loss; use margin_loss for fewer")
-    return LossValue(*_dlr_targeted_loss(z, _labels(labels, "labels", z, check), _labels(targets, "targets", z, check)))
+    few = "dlr_targeted_loss; use margin_loss for fewer"
+    return _evaluate("dlr_targeted_loss", 4, few, logits, labels, ck.need_tensor(targets, "targets"), check)
 
 
 def kl_divergence(logits: Tensor, reference: Tensor) -> LossValue:

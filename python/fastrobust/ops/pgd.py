@@ -18,7 +18,6 @@ INF = math.inf
 _GRADS = (torch.float32, torch.float16, torch.bfloat16)
 _AUTHORS_RANGE = (4 / 255, 14 / 255)
 _FLOAT = torch.float32
-_linf_step = _C.pgd_linf_step
 _increment_version = torch._C._increment_version  # what torch.autograd.graph.increment_version calls; torch 2.6 has it
 
 
@@ -88,7 +87,7 @@ def pgd_step(
     """
     # The inner loop of an attack takes the short way: one number each, dense float32 on the CPU, nothing that intercepts.
     if (
-        norm == INF
+        (norm == INF or (norm == 2 and normalize is True))
         and active is None
         and type(step_size) is float
         and type(eps) is float
@@ -96,26 +95,17 @@ def pgd_step(
         and eps >= 0.0
         and type(clip) is tuple
         and nothing_intercepts()
-        and _is_simple(x)
-        and _is_simple(x0)
-        and _is_simple(grad)
     ):
-        target = torch.empty_like(x) if out is None else out
-        shape = x.shape
-        if _is_simple(target) and shape == x0.shape and shape == grad.shape and shape == target.shape and shape:
-            try:
-                lo, hi = clip
-                if lo <= hi:
-                    px, p0, pg, pt = x.data_ptr(), x0.data_ptr(), grad.data_ptr(), target.data_ptr()
-                    _linf_step(px, p0, pg, pt, x.numel(), -step_size if targeted else step_size, eps, lo, hi)
-                    if out is not None:
-                        _increment_version((out,))
-                    return target
-            except (
-                TypeError,
-                ValueError,
-            ):  # a bad clip or out: nothing was written, and the checks below say what it is
-                pass
+        try:
+            lo, hi = clip
+            target: Any = torch.empty_like(x) if out is None and lo <= hi and _is_simple(x) else out
+            length = -step_size if targeted else step_size
+            if lo <= hi and _quick_step(x, x0, grad, target, 0 if norm == INF else 1, length, eps, lo, hi):
+                if out is not None:
+                    _increment_version((out,))
+                return target
+        except (TypeError, ValueError):  # a bad clip or out: nothing was written, and the checks below say what it is
+            pass
     x, x0, grad, p, lo, hi = _checked(x, x0, grad, norm, clip)
     step_p = ck.check_parameter(step_size, "step_size", x, p)
     eps_p = ck.check_parameter(eps, "eps", x, p)
@@ -139,6 +129,22 @@ def pgd_step(
 def _is_simple(t: Any) -> bool:
     """A dense float32 CPU tensor whose memory holds its values."""
     return type(t) is Tensor and t.dtype is _FLOAT and t.is_cpu and t.is_contiguous() and not t.is_neg()
+
+
+def _step_by_attributes(x: Any, x0: Any, grad: Any, out: Any, norm: int, *numbers: float) -> bool:
+    """What ``_C.pgd_quick_step`` does, for a torch without the table that it reads tensors by."""
+    if not (_is_simple(x) and _is_simple(x0) and _is_simple(grad) and _is_simple(out)):
+        return False
+    shape = x.shape
+    if not shape or shape != x0.shape or shape != grad.shape or shape != out.shape:
+        return False
+    _C.pgd_simple_step(
+        x.data_ptr(), x0.data_ptr(), grad.data_ptr(), out.data_ptr(), x.numel(), shape[0], norm, *numbers
+    )
+    return True
+
+
+_quick_step = _C.pgd_quick_step if _C.learn_tensor_type(Tensor) else _step_by_attributes
 
 
 def _with_out(
