@@ -39,7 +39,7 @@ struct Row {
   Side lower, upper;
   int64_t m;
   bool flip;
-  const float* next;  // the row that comes after this one
+  const float* next;   // the row that comes after this one
   double spread = 0.;  // relative error of what a sample suggests, rarely more
   // elements packed together, and a vector of zeros behind them
   float* w;
