@@ -137,7 +137,7 @@ struct Row {
       used = used + select(fixed, x * y, zero);
       slope = slope + select(fixed, zero, slope_of<kKind>(x));
     }
-    return {lane_sum(widen(used)), lane_sum(widen(slope))};
+    return {sum(widen(used)), sum(widen(slope))};
   }
 
   // The row is read by runs of eight vectors, and the next row brought closer on the way.
@@ -196,7 +196,7 @@ struct Row {
       add_up();
     }
     gather(n);
-    return {lane_sum(used), lane_sum(slope), kKind != Distance::linf ? lane_sum(powers) : 0.};
+    return {sum(used), sum(slope), kKind != Distance::linf ? sum(powers) : 0.};
   }
   // Packs the elements of the first n entries of the list.
   void gather(int64_t entries) {
@@ -233,7 +233,7 @@ struct Row {
       slope = slope + drop(fixed, slope_of<kKind>(x));
       if (kKind != Distance::linf) powers = powers + keep(fixed, power_of<kKind>(y));
     }
-    return {lane_sum(used), lane_sum(slope), kKind != Distance::linf ? lane_sum(powers) : 0., false};
+    return {sum(used), sum(slope), kKind != Distance::linf ? sum(powers) : 0., false};
   }
 
   template <Distance kKind, bool kNarrow>
@@ -265,7 +265,7 @@ struct Row {
       });
       late = any(changed);
     }
-    return {lane_sum(used), lane_sum(slope), kKind == Distance::l2 ? lane_sum(squares) : 0., late};
+    return {sum(used), sum(slope), kKind == Distance::l2 ? sum(squares) : 0., late};
   }
 
   // Compensated: exact up to about m 2^-106 of the sum.
@@ -355,9 +355,9 @@ struct Row {
       slope = slope + drop(fixed, part);
       powers = powers + keep(fixed, part);
     }
-    s.used = lane_sum(used);
-    s.slope = lane_sum(slope);
-    s.powers = lane_sum(powers);
+    s.used = sum(used);
+    s.slope = sum(slope);
+    s.powers = sum(powers);
     return s;
   }
   Pair exact_used_power(double at) const {
@@ -397,7 +397,7 @@ struct Row {
   float largest() const {
     Vec most(0.f);
     for (int64_t j = 0; j < count; j += kLanes) most = vmax(most, load(w + j));
-    return lane_max(most);
+    return max_lane(most);
   }
 
   FillStep above(float level) const {
@@ -411,7 +411,7 @@ struct Row {
       over = vmin(over, select(more, x, infinite));
       up_to = vmax(up_to, select(more, zero, x));
     }
-    return {lane_sum(widen(used)), -lane_max(-over), lane_max(up_to)};
+    return {sum(widen(used)), -max_lane(-over), max_lane(up_to)};
   }
   FillStep fill_start(double b) {
     FillStep s = above(limit);
@@ -443,7 +443,7 @@ struct Row {
       tie = tie + widen(select(same & !open, y, zero));
       infinite_ties = infinite_ties + widen(select(same & open, Vec(1.f), zero));
     }
-    return {lane_sum(used), lane_sum(cost), lane_sum(tie), lane_sum(infinite_ties)};
+    return {sum(used), sum(cost), sum(tie), sum(infinite_ties)};
   }
   Pair exact_above(float level) {
     if (level < limit) gather_rest();

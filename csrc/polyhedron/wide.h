@@ -29,14 +29,6 @@ FR_HD DVec drop(WideMask m, DVec a) {
   return {_mm512_maskz_mov_pd(static_cast<__mmask8>(~m.lo), a.lo),
           _mm512_maskz_mov_pd(static_cast<__mmask8>(~m.hi), a.hi)};
 }
-// The sum over the lanes, in the order of sum() in core/simd.h.
-FR_HD double lane_sum(DVec a) {
-  const __m512d s = _mm512_add_pd(a.lo, a.hi);
-  const __m256d q = _mm256_add_pd(_mm512_castpd512_pd256(s), _mm512_extractf64x4_pd(s, 1));
-  const __m128d d = _mm_add_pd(_mm256_castpd256_pd128(q), _mm256_extractf128_pd(q, 1));
-  return _mm_cvtsd_f64(_mm_add_sd(d, _mm_unpackhi_pd(d, d)));
-}
-FR_HD float lane_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
 // where the sign of x is set a, else b
 FR_HD Vec select_by_sign(Vec x, Vec a, Vec b) {
   const __m512i sign = _mm512_srai_epi32(_mm512_castps_si512(x.v), 31);
@@ -108,8 +100,6 @@ FR_HD DVec drop(WideMask m, DVec a) {
   return a;
 }
 
-FR_HD double lane_sum(DVec a) { return sum(a); }
-FR_HD float lane_max(Vec a) { return max_lane(a); }
 FR_HD Vec select_by_sign(Vec x, Vec a, Vec b) {
 #pragma GCC unroll 4
   for (int i = 0; i < kRegs; ++i) {
