@@ -3,8 +3,8 @@
     python -m benchmarks.certificate_tables --data FOLDER [--table 3.6|3.9] [--rows WORD ...] [--images N] [--out FILE.json]
 
 The checkpoints are expected in FOLDER/polyenvelope. Tables 3.6 to 3.8 bound every hidden neuron linearly, as the printed figures
-do; the default of compute_bounds keeps the intervals of stable neurons, which is tighter for networks trained by IBP. The printed
-figures of sigmoid and tanh are those of parallel lines, though headed CROWN: the rows with CROWN's own lines stand beside them. The
+do; the default of compute_bounds keeps the intervals of stable neurons, which is tighter for networks trained by IBP. Sigmoid and tanh
+stand there with adaptive and with parallel lines. The
 CIFAR-10 rows run on the 846 test images of FOLDER/cifar10_subset.npz, so their errors come with the standard error of such a
 sample. Tables 3.2 and 3.3 are in benchmarks.nonuniform_tables.
 """

@@ -170,8 +170,23 @@ int64_t interval_conv(const std::array<int64_t, 13>& sizes, const std::array<int
   return 0;
 }
 
-// steps: (slopes, slope_sides, intercepts, map_height, map_width, channels, weight, out_height, out_width,
-// out_channels, kernel_h, kernel_w, stride_y, stride_x, pad_y, pad_x, lanes, stays) each
+// (slopes, slope_sides, intercepts, map_height, map_width, channels, weight, out_height, out_width, out_channels,
+// kernel_h, kernel_w, stride_y, stride_x, pad_y, pad_x, lanes, stays)
+ChainStep chain_step(const std::array<int64_t, 18>& t) {
+  ChainStep s;
+  s.slopes = pointer<const float>(static_cast<uintptr_t>(t[0]), 1, "slopes");
+  s.slope_sides = static_cast<int>(t[1]);
+  s.intercepts = pointer<const float>(static_cast<uintptr_t>(t[2]), 1, "intercepts");
+  s.weight = pointer<const float>(static_cast<uintptr_t>(t[6]), 1, "weight");
+  int64_t* const to[] = {&s.map_height, &s.map_width,    &s.channels, nullptr,     &s.out_height,
+                         &s.out_width,  &s.out_channels, &s.kernel_h, &s.kernel_w, &s.stride_y,
+                         &s.stride_x,   &s.pad_y,        &s.pad_x,    &s.lanes};
+  for (size_t i = 0; i < 14; ++i)
+    if (to[i] != nullptr) *to[i] = t[i + 3];
+  s.stays = t[17] != 0;
+  return s;
+}
+
 void chain(const py::tuple& rows, const std::vector<std::array<int64_t, 18>>& steps, int64_t examples, uintptr_t center,
            uintptr_t radius, uintptr_t x, uintptr_t eps, int dual, uintptr_t b, uintptr_t out) {
   ChainArgs g;
@@ -179,20 +194,7 @@ void chain(const py::tuple& rows, const std::vector<std::array<int64_t, 18>>& st
   if (g.rows.count == 0) return;
   if (g.rows.example == nullptr || steps.empty()) throw std::invalid_argument("example and steps: expected");
   std::vector<ChainStep> list;
-  for (const auto& t : steps) {
-    ChainStep s;
-    s.slopes = pointer<const float>(static_cast<uintptr_t>(t[0]), 1, "slopes");
-    s.slope_sides = static_cast<int>(t[1]);
-    s.intercepts = pointer<const float>(static_cast<uintptr_t>(t[2]), 1, "intercepts");
-    s.weight = pointer<const float>(static_cast<uintptr_t>(t[6]), 1, "weight");
-    int64_t* const to[] = {&s.map_height, &s.map_width,    &s.channels, nullptr,     &s.out_height,
-                           &s.out_width,  &s.out_channels, &s.kernel_h, &s.kernel_w, &s.stride_y,
-                           &s.stride_x,   &s.pad_y,        &s.pad_x,    &s.lanes};
-    for (size_t i = 0; i < 14; ++i)
-      if (to[i] != nullptr) *to[i] = t[i + 3];
-    s.stays = t[17] != 0;
-    list.push_back(s);
-  }
+  for (const auto& t : steps) list.push_back(chain_step(t));
   g.steps = list.data();
   g.count = static_cast<int>(list.size());
   g.examples = examples;
@@ -204,6 +206,37 @@ void chain(const py::tuple& rows, const std::vector<std::array<int64_t, 18>>& st
   g.end.dual = static_cast<Dual>(dual);
   g.end.out = pointer<float>(out, g.rows.count, "out");
   without_gil(kReleaseGilAbove + 1, [&] { bounds().chain(g); });
+}
+
+// grads: (to_slopes, to_intercepts, to_weight or 0) of each step
+void chain_grad(const py::tuple& rows, const std::vector<std::array<int64_t, 18>>& steps,
+                const std::vector<std::array<uintptr_t, 3>>& grads, int64_t examples, uintptr_t center,
+                uintptr_t radius, uintptr_t from, uintptr_t starts, uintptr_t order, uintptr_t to_a,
+                uintptr_t to_center, uintptr_t to_radius) {
+  ChainGradArgs g;
+  g.rows = rows_from(rows);
+  if (g.rows.count == 0) return;
+  if (g.rows.example == nullptr || steps.empty() || steps.size() != grads.size() || steps.size() > kMaxChain)
+    throw std::invalid_argument("example, steps and grads: expected, 32 steps at most");
+  std::vector<ChainGradStep> list(steps.size());
+  for (size_t i = 0; i < steps.size(); ++i) {
+    list[i].forward = chain_step(steps[i]);
+    list[i].to_slopes = pointer<float>(grads[i][0], 1, "to_slopes");
+    list[i].to_intercepts = pointer<float>(grads[i][1], 1, "to_intercepts");
+    list[i].to_weight = reinterpret_cast<float*>(grads[i][2]);
+  }
+  g.steps = list.data();
+  g.count = static_cast<int>(list.size());
+  g.examples = examples;
+  g.center = pointer<const float>(center, 1, "center");
+  g.radius = pointer<const float>(radius, 1, "radius");
+  g.from = pointer<const float>(from, 1, "from");
+  g.starts = pointer<const int64_t>(starts, 1, "starts");
+  g.order = reinterpret_cast<const int64_t*>(order);
+  g.to_a = pointer<float>(to_a, 1, "to_a");
+  g.to_center = reinterpret_cast<float*>(to_center);
+  g.to_radius = reinterpret_cast<float*>(to_radius);
+  without_gil(kReleaseGilAbove + 1, [&] { bounds().chain_grad(g); });
 }
 
 // sizes: (count, in_h, in_w, in_c, out_h, out_w, out_c, kernel_h, kernel_w, stride_y, stride_x, pad_y, pad_x)
@@ -275,8 +308,11 @@ void concretize_grad(const py::tuple& rows, uintptr_t center, uintptr_t radius, 
 }
 
 void relu_lines(int device, uintptr_t stream, uintptr_t lower, uintptr_t upper, uintptr_t slopes, uintptr_t intercepts,
-                int64_t count, double left, bool adaptive) {
+                int64_t count, double left, bool adaptive, uintptr_t bias, int64_t period) {
+  if (bias != 0 && (device >= 0 || period < 1)) throw std::invalid_argument("bias: is for the CPU, with a period");
   ReluLinesArgs g;
+  g.bias = reinterpret_cast<const float*>(bias);
+  g.period = period;
   g.lower = pointer<const float>(lower, count, "lower");
   g.upper = pointer<const float>(upper, count, "upper");
   g.slopes = pointer<float>(slopes, count, "slopes");
@@ -337,6 +373,7 @@ void bind_bounds(py::module_& m) {
   m.def("bounds_relu_lines", &relu_lines);
   m.def("bounds_interval_conv", &interval_conv);
   m.def("bounds_chain", &chain);
+  m.def("bounds_chain_grad", &chain_grad);
   m.def("bounds_interval_chain", &interval_chain);
   m.def("bounds_conv_grad", &conv_grad);
   m.def("bounds_relu_lines_grad", &relu_lines_grad);

@@ -116,6 +116,30 @@ struct ChainArgs {
   ConcretizeArgs end;        // box, ball and out; its rows and b are not used
 };
 
+// Gradients of ChainArgs over whole images and a box, from those of its result. Those of the maps are added to what is
+// there, and rows are visited example by example, as in BackGradArgs.
+constexpr int kMaxChain = 32;  // steps
+struct ChainGradStep {
+  ChainStep forward;
+  float* to_slopes = nullptr;  // [slope_sides, examples, map]
+  float* to_intercepts = nullptr;
+  float* to_weight = nullptr;  // [channels, lanes], or null: not wanted
+};
+struct ChainGradArgs {
+  Rows rows;
+  const ChainGradStep* steps = nullptr;
+  int count = 0;
+  int64_t examples = 0;
+  const float* center = nullptr;  // [examples, map]
+  const float* radius = nullptr;
+  const float* from = nullptr;      // [sides, count]
+  const int64_t* starts = nullptr;  // [examples + 1]
+  const int64_t* order = nullptr;   // [count] or null
+  float* to_a = nullptr;            // [matrices of rows, count, length]
+  float* to_center = nullptr;       // [examples, map], null: not wanted
+  float* to_radius = nullptr;
+};
+
 // The gradient of a convolution's weight, for at most 64 taps a position: out[o][taps] = sum of a[o] * patch of x.
 struct ConvGradArgs {
   const float* x = nullptr;  // [count, in_h, in_w, in_c]
@@ -143,7 +167,8 @@ struct IntervalConvArgs {
   const float* center = nullptr;  // [batch, in_h, in_w, in_c] at the strides below, in numbers
   const float* radius = nullptr;  // the same shape
   int64_t center_stride[4] = {};  // example, y, x, channel
-  int64_t radius_stride[4] = {};
+  int64_t radius_stride[4] = {};  // 0 for the example: one radius for all
+  const float* reach = nullptr;   // [out_h, out_w, out_c] instead of a radius: |w| * r, the same for every example
   const float* weight = nullptr;  // [out_c, in_c, kernel_h, kernel_w]
   const float* bias = nullptr;    // [out_c] or null
   float* work = nullptr;          // interval_conv_work(...) numbers
@@ -221,6 +246,8 @@ struct ReluLinesArgs {
   int64_t count = 0;
   float left = 0.f;  // the slope below 0
   bool adaptive = false;
+  const float* bias = nullptr;  // [period] or null: slope * bias[i % period] joins intercept i (CPU)
+  int64_t period = 1;
 };
 
 }  // namespace fastrobust

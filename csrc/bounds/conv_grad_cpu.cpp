@@ -5,19 +5,13 @@
 #include <memory>
 
 #include "bounds/entry_cpu.h"
-#include "bounds/fma.h"
+#include "bounds/taps.h"
 #include "runtime/parallel.h"
 
 FR_NS_BEGIN
 namespace {
 
 constexpr int64_t kExamples = 32;  // of one partial sum
-#if defined(__AVX512F__)
-constexpr int kChannels = 8;
-#else
-constexpr int kChannels = 2;
-#endif
-
 // The patch of every position of one example: [positions][kTaps * kLanes], zero outside the image and beyond the taps.
 void patches(const ConvGradArgs& g, const float* x, int64_t lanes, float* to) {
   std::memset(to, 0, static_cast<size_t>(g.out_h * g.out_w * lanes) * sizeof(float));
@@ -36,44 +30,15 @@ void patches(const ConvGradArgs& g, const float* x, int64_t lanes, float* to) {
     }
 }
 
-// sums[o][taps] += the sum over positions of a[position][o] * patch[position][taps]
-template <int kTaps, int kOut>
-FR_HD void add_products(const float* a, int64_t out_c, const float* patch, int64_t positions, float* sums) {
-  Vec acc[kOut][kTaps];
-#pragma GCC unroll 8
-  for (int o = 0; o < kOut; ++o)
-#pragma GCC unroll 4
-    for (int t = 0; t < kTaps; ++t) acc[o][t] = load(sums + (o * kTaps + t) * kLanes);
-  for (int64_t p = 0; p < positions; ++p) {
-    Vec v[kTaps];
-#pragma GCC unroll 4
-    for (int t = 0; t < kTaps; ++t) v[t] = load(patch + (p * kTaps + t) * kLanes);
-#pragma GCC unroll 8
-    for (int o = 0; o < kOut; ++o) {
-      const Vec w(a[p * out_c + o]);
-#pragma GCC unroll 4
-      for (int t = 0; t < kTaps; ++t) acc[o][t] = fmadd(w, v[t], acc[o][t]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int o = 0; o < kOut; ++o)
-#pragma GCC unroll 4
-    for (int t = 0; t < kTaps; ++t) store(sums + (o * kTaps + t) * kLanes, acc[o][t]);
-}
-
 template <int kTaps>
 void sum_examples(const ConvGradArgs& g, int64_t begin, int64_t end, float* patch, float* sums) {
-  constexpr int kOut = kTaps <= 2 ? kChannels : kChannels / 2;
   constexpr int64_t lanes = kTaps * kLanes;
   const int64_t positions = g.out_h * g.out_w;
   std::memset(sums, 0, static_cast<size_t>(g.out_c * lanes) * sizeof(float));
   for (int64_t i = begin; i < end; ++i) {
     patches(g, g.x + i * g.in_h * g.in_w * g.in_c, lanes, patch);
     const float* a = g.a + i * positions * g.out_c;
-    int64_t o = 0;
-    for (; o + kOut <= g.out_c; o += kOut)
-      add_products<kTaps, kOut>(a + o, g.out_c, patch, positions, sums + o * lanes);
-    for (; o < g.out_c; ++o) add_products<kTaps, 1>(a + o, g.out_c, patch, positions, sums + o * lanes);
+    add_sums_of_channels<kTaps>(a, g.out_c, patch, positions, lanes, sums);
   }
 }
 

@@ -99,10 +99,12 @@ FR_HD void tile(const IntervalConvArgs& g, const Padded& s, const float* weight,
       const int n = static_cast<int>(std::min<int64_t>(kLanes, g.out_c - o));
       Vec a = mid[p][v], b = reach[p][v];
       if (g.bias != nullptr) a = a + load_n(g.bias + o, n);
-      if (kReach && g.finish == Finish::ends) from_center(a, b);
-      if (kReach && g.finish == Finish::relu_center) relu_center(a, b);
+      const bool both = kReach || g.reach != nullptr;
+      if (!kReach && both) b = load_n(g.reach + (first + p) % (g.out_h * g.out_w) * g.out_c + o, n);
+      if (both && g.finish == Finish::ends) from_center(a, b);
+      if (both && g.finish == Finish::relu_center) relu_center(a, b);
       store_n(g.out_a + (first + p) * g.out_c + o, a, n);
-      if (kReach) store_n(g.out_b + (first + p) * g.out_c + o, b, n);
+      if (both) store_n(g.out_b + (first + p) * g.out_c + o, b, n);
     }
   }
 }
@@ -127,14 +129,7 @@ void groups(const IntervalConvArgs& g, const Padded& s, const float* weight, con
   }
 }
 
-}  // namespace
-
-int64_t interval_conv_work_cpu(const IntervalConvArgs& g) {
-  const Padded s(g);
-  return s.taps * s.lanes + g.batch * s.copies * s.image;
-}
-
-void interval_conv_cpu(const IntervalConvArgs& g) {
+void convolve(const IntervalConvArgs& g) {
   const int64_t total = g.batch * g.out_h * g.out_w;
   if (total * g.out_c == 0) return;
   const Padded s(g);
@@ -159,6 +154,30 @@ void interval_conv_cpu(const IntervalConvArgs& g) {
       wide ? groups<kWide, kMaxVectors, true>(g, s, weight, images, begin, end)
            : groups<kNarrow, 1, true>(g, s, weight, images, begin, end);
   });
+}
+
+}  // namespace
+
+int64_t interval_conv_work_cpu(const IntervalConvArgs& g) {
+  const Padded s(g);
+  const int64_t one = s.taps * s.lanes + 2 * s.image + 2 * g.out_h * g.out_w * g.out_c;  // of a shared radius
+  return s.taps * s.lanes + g.batch * s.copies * s.image + (g.radius != nullptr ? one : 0);
+}
+
+void interval_conv_cpu(const IntervalConvArgs& g) {
+  if (g.radius == nullptr || g.radius_stride[0] != 0 || g.batch < 2) return convolve(g);
+  // one radius for all examples: |w| * r once
+  IntervalConvArgs one = g, rest = g;
+  const int64_t size = g.out_h * g.out_w * g.out_c;
+  rest.radius = nullptr;
+  one.batch = 1, one.center = g.radius, one.bias = nullptr, one.finish = Finish::center;
+  std::copy_n(g.radius_stride, 4, one.center_stride);
+  one.out_a = g.work + interval_conv_work_cpu(rest);
+  one.out_b = one.out_a + size;
+  one.work = one.out_b + size;
+  convolve(one);
+  rest.reach = one.out_b;
+  convolve(rest);
 }
 
 FR_NS_END

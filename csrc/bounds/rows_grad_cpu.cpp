@@ -5,6 +5,7 @@
 
 #include "bounds/entry_cpu.h"
 #include "bounds/formulas.h"
+#include "bounds/serial_cpu.h"
 #include "bounds/window.h"
 #include "runtime/parallel.h"
 
@@ -130,6 +131,15 @@ void by_example(const Args& g, const F& row) {
 }
 
 }  // namespace
+
+void back_grad_rows(const BackGradArgs& g, int64_t begin, int64_t end) {
+  const auto f = g.slope_sides == 2 ? back_grad_row<true> : back_grad_row<false>;
+  for (int64_t row = begin; row < end; ++row) f(g, row);
+}
+
+void concretize_grad_rows(const ConcretizeGradArgs& g, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) concretize_grad_row(g, row);
+}
 
 void back_grad_cpu(const BackGradArgs& g) {
   by_example(g, g.slope_sides == 2 ? back_grad_row<true> : back_grad_row<false>);

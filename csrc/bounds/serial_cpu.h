@@ -8,4 +8,6 @@ FR_NS_BEGIN
 void back_rows(const BackArgs& g, int64_t begin, int64_t end);
 void concretize_rows(const ConcretizeArgs& g, int64_t begin, int64_t end);
 void spread_items(const SpreadArgs& g, int64_t begin, int64_t end);
+void back_grad_rows(const BackGradArgs& g, int64_t begin, int64_t end);
+void concretize_grad_rows(const ConcretizeGradArgs& g, int64_t begin, int64_t end);
 FR_NS_END

@@ -4,45 +4,14 @@
 #include <cstring>
 
 #include "bounds/entry_cpu.h"
-#include "bounds/fma.h"
 #include "bounds/serial_cpu.h"
+#include "bounds/taps.h"
 #include "runtime/parallel.h"
 
 FR_NS_BEGIN
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int positions_for(int taps) { return taps == 1 ? 12 : taps == 2 ? 12 : taps == 3 ? 8 : 6; }
-#else
-constexpr int positions_for(int taps) { return taps == 1 ? 4 : 2; }
-#endif
-
 constexpr int64_t kTarget = 6144;  // taps that stay in the first cache
-
-// taps[p][0, kTaps) = the sum over channels of a[p][c] * weight[c][0, kTaps), in vectors.
-template <int kTaps, int kPositions>
-FR_HD void products(const SpreadArgs& g, const float* a, const float* weight, float* taps) {
-  Vec acc[kPositions][kTaps];
-#pragma GCC unroll 12
-  for (int p = 0; p < kPositions; ++p)
-#pragma GCC unroll 4
-    for (int t = 0; t < kTaps; ++t) acc[p][t] = Vec(0.f);
-  for (int64_t c = 0; c < g.in_c; ++c) {
-    Vec w[kTaps];
-#pragma GCC unroll 4
-    for (int t = 0; t < kTaps; ++t) w[t] = load(weight + c * g.lanes + t * kLanes);
-#pragma GCC unroll 12
-    for (int p = 0; p < kPositions; ++p) {
-      const Vec v(a[p * g.in_c + c]);
-#pragma GCC unroll 4
-      for (int t = 0; t < kTaps; ++t) acc[p][t] = fmadd(v, w[t], acc[p][t]);
-    }
-  }
-#pragma GCC unroll 12
-  for (int p = 0; p < kPositions; ++p)
-#pragma GCC unroll 4
-    for (int t = 0; t < kTaps; ++t) store(taps + p * g.lanes + t * kLanes, acc[p][t]);
-}
 
 typedef float Quad __attribute__((vector_size(16), aligned(4), may_alias));
 
@@ -108,20 +77,6 @@ FR_HD void add_row(const SpreadArgs& g, int64_t row, const float* taps) {
     add_lines<false>(g, at, taps);
 }
 
-// Blocks of kTaps vectors of taps, the rest in one smaller block.
-template <int kTaps, int kPositions>
-FR_HD void all_products(const SpreadArgs& g, const float* a, float* taps) {
-  int64_t t = 0;
-  for (; t + kTaps * kLanes <= g.lanes; t += kTaps * kLanes) products<kTaps, kPositions>(g, a, g.weight + t, taps + t);
-  const int64_t rest = (g.lanes - t) / kLanes;
-  if constexpr (kTaps > 1)
-    if (rest == 1) products<1, kPositions>(g, a, g.weight + t, taps + t);
-  if constexpr (kTaps > 2)
-    if (rest == 2) products<2, kPositions>(g, a, g.weight + t, taps + t);
-  if constexpr (kTaps > 3)
-    if (rest == 3) products<3, kPositions>(g, a, g.weight + t, taps + t);
-}
-
 template <int kTaps>
 void spread_range(const SpreadArgs& g, int64_t begin, int64_t end) {
   constexpr int kPositions = positions_for(kTaps);
@@ -134,10 +89,10 @@ void spread_range(const SpreadArgs& g, int64_t begin, int64_t end) {
     while (filled < wanted) {
       const float* a = g.a + (base + filled) * g.in_c;
       if (base + filled + kPositions <= stop) {
-        all_products<kTaps, kPositions>(g, a, taps + filled * g.lanes);
+        all_products<kTaps, kPositions>(g.in_c, g.lanes, a, g.weight, taps + filled * g.lanes);
         filled += kPositions;
       } else {
-        all_products<kTaps, 1>(g, a, taps + filled * g.lanes);
+        all_products<kTaps, 1>(g.in_c, g.lanes, a, g.weight, taps + filled * g.lanes);
         ++filled;
       }
     }

@@ -302,6 +302,47 @@ def test_path_follows_the_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
         ops.path_of(dense, 16, 32, 32, g)
 
 
+@pytest.mark.parametrize("path", ["sparse", "auto", "dense"])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("shape, stride, groups, density", [((64, 3, 3, 3), 1, 1, 1.0), ((12, 3, 1, 1), 2, 2, 0.4)])
+def test_calls_that_are_known_by_heart(path, channels_last, shape, stride, groups, density, monkeypatch) -> None:
+    """The second call of a kind takes a shorter way: the same values, formats and gradients, whatever came before."""
+    monkeypatch.setenv("FASTROBUST_BINARY", path)
+    w = signs(shape, density)
+    packed = fr.ops.pack(w)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.randn(3, shape[1] * groups, 16, 16).contiguous(memory_format=layout)
+    exact = x.double().requires_grad_()
+    want = F.conv2d(exact, w.double(), None, stride, 1, 1, groups)
+    grad = torch.randn_like(want)
+    (want_grad,) = torch.autograd.grad(want, exact, grad)
+    with torch.inference_mode():
+        for _ in range(2):
+            close(fr.ops.masked_conv2d(x, packed, None, stride, 1, 1, groups), want, 27)
+    for _ in range(2):
+        given = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        y = fr.ops.masked_conv2d(given, packed, None, stride, 1, 1, groups)
+        close(y, want, 27)
+        assert y.is_contiguous(memory_format=layout)
+        close(torch.autograd.grad(y, given, grad.float())[0], want_grad, 9 * shape[0])
+        with torch.no_grad():
+            z = fr.ops.masked_conv2d(given, packed, None, stride, 1, 1, groups)
+        close(z, want, 27)
+        assert not z.requires_grad and z.is_contiguous(memory_format=layout)
+    with pytest.raises(TypeError, match="stride: expected an int or two"):
+        fr.ops.masked_conv2d(x, packed, None, True if stride == 1 else 2.0, 1, 1, groups)
+    monkeypatch.setenv("FASTROBUST_BINARY", "fast")
+    with pytest.raises(ValueError, match="FASTROBUST_BINARY.*'fast'"):
+        fr.ops.masked_conv2d(x, packed, None, stride, 1, 1, groups)
+
+
+def test_the_input_gradient_has_a_path_of_its_own() -> None:
+    """torch computes input gradients for multiples of sixteen channels, which the three of an image are not."""
+    first = fr.ops.pack(signs((64, 3, 3, 3), 1.0))
+    g = ops.ConvGeometry.of(1, 1)
+    assert [ops.path_of(first, 16, 32, 32, g, transposed).path for transposed in (False, True)] == ["dense", "sparse"]
+
+
 BAD = [
     ({"x": torch.zeros(2, 3, 5, 5)}, ValueError, r"x: expected \(N, 4, H, W\), got \(2, 3, 5, 5\)"),
     ({"x": torch.zeros(4, 5, 5)}, ValueError, "x: expected"),

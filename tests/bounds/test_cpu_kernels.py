@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastrobust.bounds import api, compute_bounds, intervals
 from fastrobust.bounds.backward import Backward
 from fastrobust.bounds.trace import trace
+from fastrobust.ops import _bounds_chain
 from fastrobust.ops import bounds as ops
 from fastrobust.ops import linear_bounds as rows_ops
 from fastrobust.reference import bounds as reference
@@ -97,6 +98,26 @@ def test_gradients_of_a_ball_and_of_a_box_alone() -> None:
         near(got, want)
 
 
+@pytest.mark.parametrize("channels", [1, 5, 16, 33])
+@pytest.mark.parametrize("act,params", [("relu", ()), ("leaky_relu", (0.2,)), ("tanh", ())])
+@pytest.mark.parametrize("kind", ["parallel", "crown"])
+def test_a_bias_joins_the_intercepts(channels: int, act: str, params: tuple[float, ...], kind: str) -> None:
+    """Flat, channels last, channels first (not in one pass), recorded."""
+    flat, image, bias = torch.randn(7, channels), torch.randn(3, channels, 4, 5), torch.randn(channels)
+    last = image.contiguous(memory_format=torch.channels_last)
+    for l, b in (
+        (flat, bias),
+        (image, bias.view(-1, 1, 1)),
+        (last, bias.view(-1, 1, 1)),
+        (flat.clone().requires_grad_(), bias),
+    ):
+        u = l.detach() + torch.rand_like(l)
+        got = ops.relax_behind(l, u, act, kind, params, b)
+        want = ops.relax(l.double(), u.double(), act, kind, params)
+        near(got.slopes, want.slopes)
+        near(got.intercepts, want.intercepts + want.slopes * b.double())
+
+
 # ---- interval products ----
 
 
@@ -127,6 +148,27 @@ def test_interval_convolution(
     if batch > 1 and not shared:  # values do not depend on what else is in the batch
         one = ops.center_conv2d(c[1:2], r[1:2], w, b, stride, padding, 1, 1, finish)
         assert torch.equal(one[0], got[0][1:2]) and torch.equal(one[1], got[1][1:2])
+
+
+@pytest.mark.parametrize("batch", [0, 1, 5])
+@pytest.mark.parametrize("finish", [ops.CENTER, ops.ENDS, ops.RELU])
+@pytest.mark.parametrize("channels,shared", [(2, False), (2, True), (9, False)])
+def test_gradients_of_interval_convolutions(batch: int, finish: int, channels: int, shared: bool) -> None:
+    c, r = torch.randn(batch, channels, 6, 5), torch.rand(1 if shared else batch, channels, 6, 5)
+    w, b = torch.randn(4, channels, 3, 3), torch.randn(4)
+    leaves = [v.requires_grad_(True) for v in (c, r, w, b)]
+    wide = [v.detach().double().requires_grad_(True) for v in leaves]
+    got = ops.center_conv2d(*leaves, 2, 1, 1, 1, finish)
+    mid, reach = F.conv2d(wide[0], wide[2], wide[3], 2, 1), F.conv2d(wide[1], wide[2].abs(), None, 2, 1)
+    want = (mid, reach.expand_as(mid)) if finish == ops.CENTER else (mid - reach, mid + reach)
+    if finish == ops.RELU:
+        want = reference.center_radius(want[0].relu(), want[1].relu())
+    for g, v in zip(grads(got, leaves, 2), grads(want, wide, 2), strict=True):
+        near(g, v)
+    if batch == 1 and not shared:
+        torch.library.opcheck(ops._interval_conv.op, (*leaves, [2, 2], [1, 1], finish))
+        f = lambda *t: ops.center_conv2d(*t, 2, 1, 1, 1, finish)  # noqa: E731
+        assert torch.autograd.gradcheck(f, [t.detach().requires_grad_(True) for t in wide], eps=1e-7, atol=1e-5)
 
 
 def test_interval_convolution_refuses_a_kernel_larger_than_the_image() -> None:
@@ -224,6 +266,56 @@ def test_convolutions_at_once_equal_one_by_one(
         near(got.upper, wide.upper)
 
 
+@pytest.mark.parametrize("chunk", [1, 1 << 20])
+@pytest.mark.parametrize("method", ["crown-ibp", "ibp-linear"])
+@pytest.mark.parametrize(
+    "norm,clip,sides", [(math.inf, (0.0, 1.0), "both"), (math.inf, None, "lower"), (2.0, (0.0, 1.0), "lower")]
+)
+@pytest.mark.parametrize("flat", [False, True])
+def test_gradients_through_convolutions_at_once(
+    method: str,
+    norm: float,
+    clip: tuple[float, float] | None,
+    sides: str,
+    flat: bool,
+    chunk: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Against float64, with and without a layer between the convolutions and the margins, in chunks of one example and at once."""
+    torch.manual_seed(5)
+    convs = [
+        nn.Conv2d(2, 5, 4, 2, 1),
+        nn.ReLU(),
+        nn.Conv2d(5, 18, (3, 2), 1, (1, 0)),
+        nn.ReLU(),
+        nn.Conv2d(18, 4, 3, (2, 1), 0),
+        nn.ReLU(),
+    ]
+    tail = [nn.Flatten(), nn.Linear(32, 4)] if flat else [nn.Flatten(), nn.Linear(32, 9), nn.ReLU(), nn.Linear(9, 4)]
+    net = nn.Sequential(*convs, *tail)
+    monkeypatch.setattr(_bounds_chain, "_CHUNK_NUMBERS", chunk)
+    calls = []
+    through = ops.concretize_through
+    monkeypatch.setattr(ops, "concretize_through", lambda *a: calls.append(1) or through(*a))
+
+    def grads(dtype: torch.dtype) -> list[torch.Tensor]:
+        net.to(dtype)
+        x = torch.linspace(0, 1, 3 * 2 * 12 * 14, dtype=dtype).sin().square().view(3, 2, 12, 14).requires_grad_(True)
+        eps = torch.tensor([0.02, 0.0, 0.05], dtype=dtype, requires_grad=True)
+        out = compute_bounds(
+            net, x, eps, norm=norm, clip=clip, method=method, labels=torch.tensor([1, 0, 3]), sides=sides
+        )
+        value = (out.lower * torch.arange(9, dtype=dtype).view(3, 3)).sum()
+        if sides == "both":
+            value = value + (out.upper.square()).sum()
+        return list(torch.autograd.grad(value, [x, eps, *net.parameters()]))
+
+    got, wide = grads(torch.float32), grads(torch.float64)
+    assert calls
+    for g, w in zip(got, wide, strict=True):
+        near(g, w, 1e-4)
+
+
 @pytest.mark.parametrize("clip", [None, (0.0, 1.0)])
 @pytest.mark.parametrize("eps", [0.05, "each"])
 @pytest.mark.parametrize("batch", [1, 3, 70])
@@ -301,8 +393,8 @@ def test_small_batches_leave_errors_to_the_longer_way() -> None:
 def test_products_and_their_gradients(rows: int, k: int, n: int) -> None:
     a, w, b = torch.randn(rows, k), torch.randn(k, n), torch.randn(n)
     for f, g, other in (
-        (rows_ops.product, lambda a, w: a @ w, [w]),
-        (rows_ops.product_with_transpose, F.linear, [w.t().contiguous(), b]),
+        (ops.product, lambda a, w: a @ w, [w]),
+        (ops.product_with_transpose, F.linear, [w.t().contiguous(), b]),
     ):
         narrow = [t.clone().requires_grad_(True) for t in (a, *other)]
         wide = [t.double().requires_grad_(True) for t in (a, *other)]

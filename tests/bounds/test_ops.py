@@ -180,7 +180,7 @@ def test_relax_is_valid_also_where_intervals_degenerate(act: str, kind: str, dty
         assert (low <= y + slack).all() and (up >= y - slack).all(), width
 
 
-@pytest.mark.parametrize("act", [a for a in relaxations.ACTIVATIONS if a not in ("sigmoid", "tanh", "arctan")])
+@pytest.mark.parametrize("act", relaxations.ACTIVATIONS)
 def test_adaptive_lines_leave_less_area_than_parallel_ones(act: str) -> None:
     l = torch.randn(4000, dtype=torch.float64) * 3
     u = l + torch.rand(4000, dtype=torch.float64) * 6
@@ -191,6 +191,24 @@ def test_adaptive_lines_leave_less_area_than_parallel_ones(act: str) -> None:
         area[kind] = (u - l) * (slopes[-1] * mid + intercepts[1] - slopes[0] * mid - intercepts[0])
     assert (area["crown"] <= area["parallel"] * (1 + 1e-9) + 1e-12).all()
     assert area["crown"].mean() < 0.99 * area["parallel"].mean()
+
+
+@pytest.mark.parametrize("act", ["sigmoid", "tanh", "arctan", "softplus"])
+def test_adaptive_lines_are_as_tight_at_the_midpoint_as_any_line(act: str) -> None:
+    """Brute force: for 400 slopes the lines that touch the function somewhere on a grid."""
+    l = torch.randn(150, dtype=torch.float64) * 2
+    u = l + 0.05 + torch.rand(150, dtype=torch.float64) * 6
+    mid = 0.5 * (l + u)
+    x = l + (u - l) * torch.linspace(0, 1, 801, dtype=torch.float64)[:, None]
+    y = relaxations.value(x, act)
+    low, up = torch.full_like(l, -math.inf), torch.full_like(l, math.inf)
+    for d in torch.linspace(0, 1.0, 401, dtype=torch.float64):
+        gap = y - d * (x - mid)
+        low, up = torch.maximum(low, gap.amin(0)), torch.minimum(up, gap.amax(0))
+    slopes, intercepts = fr.ops.relax(l, u, act, "crown")
+    steps = 1e-4 * (u - l)  # what the grids of slopes and points miss
+    assert (slopes[0] * mid + intercepts[0] >= low - steps).all()
+    assert (slopes[1] * mid + intercepts[1] <= up + steps).all()
 
 
 @pytest.mark.parametrize("act", ["relu", "leaky_relu"])
@@ -298,7 +316,13 @@ for p in (1, 2, math.inf):
     out += fr.ops.concretize(A[:1].view(3, 3, 37), b[0].view(3, 3), torch.rand(3, 37), 0.1, p, (0, 1))
 l = torch.randn(11, 37)
 out += fr.ops.interval_linear(l, l + 1, torch.randn(8, 37)) + tuple(fr.ops.relax(l, l + 1, "relu", "crown"))
+out += fr.ops.interval_conv2d(torch.zeros(4, 3, 7, 7), torch.ones(4, 3, 7, 7), torch.randn(18, 3, 3, 3), None, 2, 1)
 out.append(ops.spread(torch.randn(4, 6, 5, 5), torch.randn(6, 3, 3, 3), (2, 2), (1, 1), (9, 9)))
+net = torch.nn.Sequential(
+    torch.nn.Conv2d(2, 5, 4, 2, 1), torch.nn.ReLU(), torch.nn.Conv2d(5, 18, 3, 2, 1), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(162, 4)
+)
+low = fr.bounds.compute_bounds(net, torch.rand(5, 2, 12, 12), 0.01, labels=torch.arange(5) % 4).lower
+out += [g.abs() for g in torch.autograd.grad(low.sum(), list(net.parameters()))]
 print(fr._C.cpu_variant(), *[repr(t.double().sum().item()) for t in out])
 """
 
@@ -316,7 +340,7 @@ def test_every_instruction_set_agrees() -> None:
     assert results
     first = next(iter(results.values()))
     for other in results.values():
-        assert other == pytest.approx(first, rel=1e-5, abs=1e-5)
+        assert other == pytest.approx(first, rel=2e-5, abs=1e-5)
 
 
 # ---- bad input ----

@@ -373,14 +373,10 @@ class Backward:
     # -- convolutions at once ------------------------------------------------------------------------------------------
     def _convolutions(self, node: G.Node, r: Rows) -> list[ops.ConvStep]:
         """The activations and convolutions from ``node`` down to the input, where a kernel takes all of them; else nothing."""
-        if (
-            r.A is None
-            or r.A.dim() != 5
-            or self.slack
-            or not self.region.has_kernel
-            or not ops.direct(r.A, self.chunk.b)
-        ):
+        if r.A is None or r.A.dim() != 5 or self.slack or not self.region.has_kernel or not ops.direct():
             return []
+        maps = [t for pair in self.region.flattened(True) if pair is not None for t in pair]
+        recorded = not ops.direct(r.A, self.chunk.b, *maps)
         window = None if r.window is None else tuple(r.A.shape[3:])
         steps = []
         for act, conv in conv_chain(self.graph, node.index):
@@ -390,11 +386,13 @@ class Backward:
             slopes, intercepts = line.flattened(True)
             w, shape_in = conv.get_weight(), self.graph.input_shapes(conv)[0]
             step = ops.ConvStep(slopes, intercepts, act.shape, w, conv.stride, conv.padding, shape_in)
-            if not step.fits(window) or not ops.direct(w, slopes, intercepts):
+            if not step.fits(window):
                 return []
+            recorded = recorded or not ops.direct(w, slopes, intercepts)
             window = step.grown(window)
             steps.append(step)
-        return steps
+        # where gradients are recorded the kernel takes whole images only
+        return [] if recorded and (r.window is not None or not r.A.is_cpu or not len(self.chunk.example)) else steps
 
     def _through(self, node: G.Node, r: Rows, steps: list[ops.ConvStep]) -> Tensor:
         box, ball = self.region.flattened(True)

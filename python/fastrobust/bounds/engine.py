@@ -185,9 +185,9 @@ class Engine:
                 pad = O.RELATIVE * (top + lines.intercepts.abs().amax(0))
                 lines.intercepts = torch.stack([lines.intercepts[0] - pad, lines.intercepts[1] + pad])
             return lines
-        slopes, intercepts = ops.relax(l, u, node.activation, self.kind, node.params)
         before = self.graph.nodes[node.inputs[0]]
         if self.outward:
+            slopes, intercepts = ops.relax(l, u, node.activation, self.kind, node.params)
             box = self.boxes[node.inputs[0]]
             value = O.magnitude(Box(ops.interval_activation(l, u, node.activation, node.params)))
             error = O.activation_error(node, box, value)
@@ -195,8 +195,8 @@ class Engine:
         if isinstance(before, (G.Dense, G.Conv, G.ConvTranspose)) and before.consumers == [node.index]:
             bias = before.bias()
             if bias is not None:  # the bias of the layer before joins the intercepts: one pass over A less
-                return Lines(slopes, intercepts + slopes * bias, before.index)
-        return Lines(slopes, intercepts)
+                return Lines(*ops.relax_behind(l, u, node.activation, self.kind, node.params, bias), before.index)
+        return Lines(*ops.relax(l, u, node.activation, self.kind, node.params))
 
     def _tighten(self, j: int, node: G.Node) -> None:
         """Replaces the interval of node j by linear bounds wherever ``node`` is not linear on it."""

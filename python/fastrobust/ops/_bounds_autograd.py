@@ -14,6 +14,7 @@ from .. import _C
 from ..reference.bounds import room_of, row_maps, split_support
 from . import _bounds_conv as conv
 from . import _checks as ck
+from ._bounds_product import product
 from ._bounds_rows import address, by_example, dense, native, rows_args
 from ._library import below_autograd, nothing_intercepts
 
@@ -221,26 +222,53 @@ def interval(args: list[Any], need: Any, g_a: Tensor, g_b: Tensor) -> Grads:
         g_c, g_r = g_a + g_b, g_b - g_a
     if radius.shape[0] != center.shape[0]:  # one radius for all examples
         g_r = g_r.sum(0, keepdim=True)
-    g_w = g_c.t() @ center + weight.sign() * (g_r.t() @ radius) if need[2] else None
-    return g_c @ weight if need[0] else None, g_r @ weight.abs() if need[1] else None, g_w, g_c.sum(0), None
+    g_w = product(g_c.t(), center) + weight.sign() * product(g_r.t(), radius) if need[2] else None
+    to_c, to_r = product(g_c, weight) if need[0] else None, product(g_r, weight.abs()) if need[1] else None
+    return to_c, to_r, g_w, g_c.sum(0), None
+
+
+def _weight_gradient(x: Tensor, g: Tensor, weight: Tensor, stride: Any, padding: Any) -> Tensor:
+    """Of a convolution of x, from the gradient of its result."""
+    if _by_kernel(x) and len(x) and weight[0].numel() <= conv.MAX_TAPS:
+        return conv.weight_gradient(x, g, weight, stride, padding)
+    found: Tensor = torch.ops.aten.convolution_backward(
+        g, x, weight, None, stride, padding, [1, 1], False, [0, 0], 1, [False, True, False]
+    )[1]
+    return found
+
+
+def interval_conv(args: list[Any], need: Any, g_a: Tensor, g_b: Tensor) -> Grads:
+    center, radius, weight, bias, stride, padding, finish = args
+    if finish == 0:
+        g_c, g_r = g_a, g_b
+    else:
+        if finish == 2:  # as in ``interval``
+            c, r = (
+                F.conv2d(center, weight, bias, stride, padding),
+                F.conv2d(radius, weight.abs(), None, stride, padding),
+            )
+            g_a, g_b = 0.5 * (g_a - g_b) * (c - r > 0), 0.5 * (g_a + g_b) * (c + r > 0)
+        g_c, g_r = g_a + g_b, g_b - g_a
+    if radius.shape[0] != center.shape[0]:
+        g_r = g_r.sum(0, keepdim=True)
+    adjoint = conv.adjoint if _by_kernel(center) else conv.adjoint_definition
+    to_c = adjoint(g_c, weight, stride, padding, center.shape[2:]) if need[0] else None
+    to_r = adjoint(g_r, weight.abs(), stride, padding, radius.shape[2:]) if need[1] else None
+    to_w = None
+    if need[2]:
+        to_w = _weight_gradient(center, g_c, weight, stride, padding)
+        to_w = to_w + weight.sign() * _weight_gradient(radius, g_r, weight, stride, padding)
+    return to_c, to_r, to_w, g_c.sum((0, 2, 3)), None, None, None
 
 
 def spread(args: list[Any], need: Any, g: Tensor) -> Grads:
     a, weight, stride, padding, size = args
-    if _by_kernel(a) and a.shape[0] and weight[0].numel() <= conv.MAX_TAPS:  # too narrow for the vendor's engine
+    narrow = _by_kernel(a) and a.shape[0] and weight[0].numel() <= conv.MAX_TAPS  # too narrow for the vendor's engine
+    if narrow:
         g = g.contiguous(memory_format=torch.channels_last)
-        return (
-            conv.convolution(g, weight, stride, padding) if need[0] else None,
-            conv.weight_gradient(g, a, weight, stride, padding) if need[1] else None,
-            None, None, None,
-        )  # fmt: skip
-    g_a = F.conv2d(g, weight, None, stride, padding) if need[0] else None
-    g_w = None
-    if need[1]:
-        g_w = torch.ops.aten.convolution_backward(
-            a, g, weight, None, stride, padding, [1, 1], False, [0, 0], 1, [False, True, False]
-        )[1]
-    return g_a, g_w, None, None, None
+    forward = conv.convolution if narrow else F.conv2d
+    g_a = forward(g, weight, stride=stride, padding=padding) if need[0] else None
+    return g_a, _weight_gradient(g, a, weight, stride, padding) if need[1] else None, None, None, None
 
 
 def relu_lines(args: list[Any], need: Any, g_slopes: Tensor, g_intercepts: Tensor) -> Grads:

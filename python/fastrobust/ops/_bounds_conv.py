@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _C
-from ._bounds_rows import address, dense
+from ._bounds_rows import address, dense, native, spread_lanes, taps_of
 
 MAX_TAPS = 64  # of ``weight_gradient``
 
@@ -54,6 +55,30 @@ def convolution(x: Tensor, weight: Tensor, stride: Any, padding: Any) -> Tensor:
     _C.bounds_interval_conv(
         sizes, *strides, x.data_ptr(), 0, weight.data_ptr(), 0, work.data_ptr(), out.data_ptr(), 0, 0
     )
+    return out
+
+
+def adjoint_definition(a: Tensor, weight: Tensor, stride: Any, padding: Any, size: Any) -> Tensor:
+    """The adjoint of ``convolution`` in torch: a (N, O, h, w) to (N, C, *size), channels last."""
+    extra = [
+        n - ((m - 1) * s - 2 * p + k)
+        for n, m, s, p, k in zip(size, a.shape[2:], stride, padding, weight.shape[2:], strict=True)
+    ]
+    return F.conv_transpose2d(a, weight, None, stride, padding, extra).contiguous(memory_format=torch.channels_last)
+
+
+def adjoint(a: Tensor, weight: Tensor, stride: Any, padding: Any, size: Any) -> Tensor:
+    """``adjoint_definition`` by the kernel, where it serves."""
+    o, c, kh, kw = weight.shape
+    lanes = spread_lanes(weight, a.shape[3])
+    if not a.is_cpu or not native(a) or not lanes:
+        return adjoint_definition(a, weight, stride, padding, size)
+    a = a.resolve_neg().contiguous(memory_format=torch.channels_last)
+    w = taps_of(weight, lanes)
+    out = torch.empty((a.shape[0], c, *size), dtype=a.dtype, memory_format=torch.channels_last)
+    _C.bounds_spread(
+        a.data_ptr(), w.data_ptr(), out.data_ptr(), (a.shape[0], *a.shape[2:], o, *size, c, kh, kw, *stride, *padding, lanes)
+    )  # fmt: skip
     return out
 
 

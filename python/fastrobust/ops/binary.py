@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +20,9 @@ from ._feature_maps import ConvGeometry
 from ._library import below_autograd, define, nothing_intercepts, require_cuda_build, stream_of
 
 # Floats of the fast layout handled at a time: what is read and written again stays in cache.
-_CHUNK_FLOATS = fm.SCRATCH_FLOATS - fm.SLACK
+_CHUNK_FLOATS = 1 << 20
+# Largest output for which the order of a dense weight is worth keeping: the rest is the convolution's own time.
+_PREPACKED_FLOATS = 1 << 18
 # Kinds of calls of one weight that are known by heart.
 _REMEMBERED = 16
 
@@ -376,7 +379,7 @@ def masked_conv2d(
     if plain and ints and type(x) is Tensor and isinstance(packed, PackedWeight) and nothing_intercepts():
         key = (x.shape, x.dtype, x.device, x.is_contiguous(), stride, padding, dilation, groups, cost.variable())
         known: _KnownCall | None = fm.kept_with(packed, "calls").get(key)
-        out = None if known is None else _known_call(known, x, stride, padding, dilation, groups)
+        out = None if known is None else _known_call(known, x, (stride, padding, dilation, groups))
         if out is not None:
             return out
     g = ConvGeometry.of(stride, padding, dilation, groups)
@@ -388,7 +391,10 @@ def masked_conv2d(
         calls = fm.kept_with(packed, "calls")
         if len(calls) >= _REMEMBERED:
             calls.clear()
-        calls[key] = _KnownCall.of(x, packed, g)
+        known = calls[key] = _KnownCall.of(x, packed, g)
+        out = _known_call(known, x, (stride, padding, dilation, groups))
+        if out is not None:
+            return out
     return _masked_conv(x, packed, g, bias, scale, shift, residual, relu)
 
 
@@ -409,13 +415,14 @@ class _KnownCall(NamedTuple):
         if recipe.choice.path == "dense":
             contiguous = dense_weight(packed, x.dtype, torch.contiguous_format)
             dense = contiguous, dense_weight(packed, x.dtype, torch.channels_last)
-            if memory_format(x) == torch.channels_last:
+            small = math.prod((batch, packed.shape[0], *recipe.out_size)) <= _PREPACKED_FLOATS
+            if small and memory_format(x) == torch.channels_last:
                 prepacked = Prepacked.of(packed, tuple(x.shape), g)
         recorded = path_of(packed, batch, height, width, g, True).path == "dense"
         return _KnownCall(dense, prepacked, recorded, recipe, (batch, packed.shape[0], *recipe.out_size))
 
 
-def _known_call(known: _KnownCall, x: Tensor, stride: int, padding: int, dilation: int, groups: int) -> Tensor | None:
+def _known_call(known: _KnownCall, x: Tensor, geometry: tuple[Any, ...]) -> Tensor | None:
     """The result with as little around it as there can be, None where the long way has to be taken."""
     recorded = x.requires_grad and torch.is_grad_enabled()
     if known.dense is not None:
@@ -424,7 +431,7 @@ def _known_call(known: _KnownCall, x: Tensor, stride: int, padding: int, dilatio
         channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
         if channels_last and not recorded and known.prepacked is not None:
             return known.prepacked(x)
-        return torch.conv2d(x, known.dense[channels_last], None, stride, padding, dilation, groups)
+        return torch.conv2d(x, known.dense[channels_last], None, *geometry)
     if recorded or not known.recipe.parts:
         return None
     return _run_sparse(x, known.recipe, torch.empty(known.out_shape, memory_format=memory_format(x)))

@@ -18,31 +18,30 @@ from ..reference import relaxations
 from ..reference.bounds import Window, center_radius, dual_exponent, eps_like, interval_activation
 from . import _bounds_autograd as gradients
 from . import _checks as ck
-from ._bounds_conv import interval_convolution, pair
-from ._bounds_rows import address, dense, native, spread_lanes, taps_of
+from ._bounds_chain import ConvStep, concretize_through
+from ._bounds_conv import adjoint, interval_convolution, pair
+from ._bounds_product import product, product_with_transpose
+from ._bounds_rows import address, dense, native, spread_lanes
 from ._library import require_cuda_build, stream_of
 from .linear_bounds import (
     INF,
-    ConvStep,
     check_eps,
     check_norm,
     concretize,
     concretize_rows,
-    concretize_through,
     direct,
     linear_back_step,
-    product,
-    product_with_transpose,
     register,
 )
 
 __all__ = [
     "ConvStep", "Window", "concretize", "concretize_rows", "concretize_through", "direct", "interval_activation", "interval_ball_conv2d",
-    "interval_ball_linear", "interval_conv2d", "interval_linear", "linear_back_step", "product", "relax", "spread", "spread_lanes",
+    "interval_ball_linear", "interval_conv2d", "interval_linear", "linear_back_step", "product", "relax", "relax_behind", "spread", "spread_lanes",
 ]  # fmt: skip
 
 _TO_CENTER, _FROM_CENTER, _RELU_CENTER, _BOX, _BOX_ENDS = range(5)
 CENTER, ENDS, RELU = range(3)  # what center_linear returns
+_WIDE = _C.cpu_variant() == "v4"
 
 
 # ---- intervals ----
@@ -131,7 +130,8 @@ def _interval_kernel(
     center, radius, weight = dense(center), dense(radius), dense(weight)
     bias = None if bias is None else dense(bias)
     batch, n, m = center.shape[0], center.shape[1], weight.shape[0]
-    if batch > 16 and (device >= 0 or n >= 256):  # large dense products belong to the vendor's engine
+    faster = _WIDE and radius.shape[0] == batch  # both products in one read of W
+    if batch > 16 and (device >= 0 or (n >= 256 and not faster)):  # large dense products belong to the vendor's engine
         return _interval_by_products(center, radius, weight, bias, finish)
     out_a, out_b = center.new_empty(batch, m), center.new_empty(batch, m)
     _C.bounds_interval(
@@ -207,17 +207,45 @@ def interval_conv2d(lower: Tensor, upper: Tensor, weight: Tensor, bias: Tensor |
     )
 
 
+def _interval_conv_kernel(
+    center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, finish: int
+) -> tuple[Tensor, Tensor]:
+    if center.is_cpu and native(center):
+        return interval_convolution(center, radius, weight, bias, stride, padding, finish)
+    c, r = F.conv2d(center, weight, bias, stride, padding), F.conv2d(radius, weight.abs(), None, stride, padding)
+    if finish == CENTER:
+        return c, r.expand_as(c).contiguous()
+    return from_center(c, r.expand_as(c)) if finish == ENDS else relu_center(c, r.expand_as(c))
+
+
+def _interval_conv_fake(
+    center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, finish: int
+) -> tuple[Tensor, Tensor]:
+    c = F.conv2d(center, weight, bias, stride, padding)
+    if center.device.type == "cpu" and native(center):
+        c = c.contiguous(memory_format=torch.channels_last)
+    return torch.empty_like(c), torch.empty_like(c)
+
+
+_interval_conv = register(
+    "bounds_interval_conv2d",
+    "(Tensor center, Tensor radius, Tensor weight, Tensor? bias, int[] stride, int[] padding, int finish) -> (Tensor, Tensor)",
+    _interval_conv_kernel,
+    _interval_conv_fake,
+    gradients.interval_conv,
+)
+
+
 def center_conv2d(
     center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
     groups: int = 1, finish: int = CENTER,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The same for a convolution: centre (B, C, H, W), radius of this shape or (1, C, H, W)."""
-    plain = groups == 1 and dilation in (1, (1, 1)) and not isinstance(padding, str)
-    if plain and center.is_cpu and native(center) and direct(center, radius, weight, bias):
-        return interval_convolution(center, radius, weight, bias, pair(stride), pair(padding), finish)
-    conv = (stride, padding, dilation, groups)
-    c, r = F.conv2d(center, weight, bias, *conv), F.conv2d(radius, weight.abs(), None, *conv)
-    r = r.expand_as(c)
+    if groups == 1 and dilation in (1, (1, 1)) and not isinstance(padding, str):
+        f = _interval_conv_kernel if direct(center, radius, weight, bias) else _interval_conv
+        return f(center, radius, weight, bias, list(pair(stride)), list(pair(padding)), finish)
+    c, r = F.conv2d(center, weight, bias, stride, padding, dilation, groups), None
+    r = F.conv2d(radius, weight.abs(), None, stride, padding, dilation, groups).expand_as(c)
     if finish == CENTER:
         return c, r
     return from_center(c, r) if finish == ENDS else relu_center(c, r)
@@ -288,7 +316,9 @@ def _lines_definition(lower: Tensor, upper: Tensor, left: float, adaptive: bool)
     return relaxations.relax(lower, upper, "leaky_relu", "crown" if adaptive else "parallel", (left,))
 
 
-def _lines_kernel(lower: Tensor, upper: Tensor, left: float, adaptive: bool) -> tuple[Tensor, Tensor]:
+def _lines_kernel(
+    lower: Tensor, upper: Tensor, left: float, adaptive: bool, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     if not native(lower):
         return _lines_definition(lower, upper, left, adaptive)
     require_cuda_build(lower.device)
@@ -301,7 +331,8 @@ def _lines_kernel(lower: Tensor, upper: Tensor, left: float, adaptive: bool) -> 
         last = (shape[0], *shape[2:], shape[1])
         slopes, intercepts = (lower.new_empty(k, *last).movedim(-1, 2) for k in (2 if adaptive else 1, 2))
     _C.bounds_relu_lines(
-        device, stream, lower.data_ptr(), upper.data_ptr(), slopes.data_ptr(), intercepts.data_ptr(), lower.numel(), left, adaptive
+        device, stream, lower.data_ptr(), upper.data_ptr(), slopes.data_ptr(), intercepts.data_ptr(), lower.numel(), left, adaptive,
+        address(bias), 1 if bias is None else bias.numel(),
     )  # fmt: skip
     return slopes, intercepts
 
@@ -333,35 +364,26 @@ def relax(
     return relaxations.Lines(*f(lower, upper, params[0] if params else 0.0, kind == "crown"))
 
 
+def relax_behind(lower: Tensor, upper: Tensor, activation: str, kind: str, params: tuple[float, ...], bias: Tensor) -> relaxations.Lines:  # fmt: skip
+    """``relax`` in terms of the input less ``bias``, the bias of the layer before (of the first dimension after the batch, or
+    broadcast): slope * bias joins the intercepts, in the same pass where the kernel runs."""
+    flat = bias.reshape(-1)
+    innermost = lower.dim() == 2 or (lower.dim() == 4 and lower.is_contiguous(memory_format=torch.channels_last))
+    fits = innermost and len(flat) == lower.shape[1] and upper.shape == lower.shape and lower.is_cpu and native(lower)
+    if fits and activation in ("relu", "leaky_relu") and direct(lower, upper, bias):
+        left = relaxations.parameters_of(activation, params)[0] if activation == "leaky_relu" else 0.0
+        return relaxations.Lines(*_lines_kernel(lower, upper, left, kind == "crown", dense(flat)))
+    slopes, intercepts = relax(lower, upper, activation, kind, params)
+    return relaxations.Lines(slopes, intercepts + slopes * bias)
+
+
 # ---- the adjoint of a convolution ----
-
-
-def _spread_definition(a: Tensor, weight: Tensor, stride: Any, padding: Any, size: Any) -> Tensor:
-    extra = [
-        n - ((m - 1) * s - 2 * p + k)
-        for n, m, s, p, k in zip(size, a.shape[2:], stride, padding, weight.shape[2:], strict=True)
-    ]
-    return F.conv_transpose2d(a, weight, None, stride, padding, extra)
-
-
-def _spread_kernel(a: Tensor, weight: Tensor, stride: Any, padding: Any, size: Any) -> Tensor:
-    o, c, kh, kw = weight.shape
-    lanes = spread_lanes(weight, a.shape[3])
-    if not a.is_cpu or not native(a) or not lanes:
-        return _spread_definition(a, weight, stride, padding, size).contiguous(memory_format=torch.channels_last)
-    a = a.resolve_neg().contiguous(memory_format=torch.channels_last)
-    w = taps_of(weight, lanes)
-    out = torch.empty((a.shape[0], c, *size), dtype=a.dtype, memory_format=torch.channels_last)
-    _C.bounds_spread(
-        a.data_ptr(), w.data_ptr(), out.data_ptr(), (a.shape[0], *a.shape[2:], o, *size, c, kh, kw, *stride, *padding, lanes)
-    )  # fmt: skip
-    return out
 
 
 _spread = register(
     "bounds_spread",
     "(Tensor a, Tensor weight, int[] stride, int[] padding, int[] size) -> Tensor",
-    _spread_kernel,
+    adjoint,
     lambda a, weight, stride, padding, size: a.new_empty(a.shape[0], weight.shape[1], *size).contiguous(
         memory_format=torch.channels_last
     ),
@@ -373,5 +395,5 @@ def spread(
     a: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int], size: tuple[int, int]
 ) -> Tensor:
     """The adjoint of a convolution without groups and dilation: a (N, O, h, w) to (N, C, *size), channels last."""
-    f = _spread_kernel if direct(a, weight) else _spread
+    f = adjoint if direct(a, weight) else _spread
     return f(a, weight, list(stride), list(padding), list(size))

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _C
@@ -16,7 +15,7 @@ from ..reference import bounds as reference
 from ..reference.bounds import Window, dual_exponent
 from . import _bounds_autograd as gradients
 from . import _checks as ck
-from ._bounds_rows import address, dense, lanes_of, native, rows_args, spread_lanes, taps_of
+from ._bounds_rows import address, dense, native, rows_args
 from ._library import define, nothing_intercepts, require_cuda_build, stream_of
 
 INF = math.inf
@@ -197,87 +196,6 @@ def concretize_rows(A: Tensor, b: Tensor, example: Tensor | None, box: tuple[Ten
     y, x = (None, None) if corner is None else (dense(corner[0]), dense(corner[1]))
     f: Any = _concretize_kernel if direct(A, b, *maps.values()) else _concretize
     return f(A, b, example, rows, minus, *(box or (None, None)), *(ball or (None, None)), q, y, x, list(window or ()))
-
-
-def product(a: Tensor, weight: Tensor) -> Tensor:
-    """a @ weight for rows a (R, K) and weight (K, N), recorded. Large ones on the CPU run as the adjoint of a 1 x 1 convolution:
-    oneDNN uses AVX-512 on every processor that has it, the matrix library behind ``@`` only on some (twice as fast there)."""
-    count, k = a.shape
-    if not (a.is_cpu and native(a) and count >= 64 and k >= 32 and weight.shape[1] >= 32 and _mkldnn()):
-        return a @ weight
-    out = F.conv_transpose2d(_as_line(a), weight.view(k, weight.shape[1], 1, 1))
-    return out.permute(0, 2, 3, 1).reshape(count, weight.shape[1])
-
-
-def product_with_transpose(a: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a @ weight.t() + bias for rows a (R, K) and weight (N, K): ``product`` the other way."""
-    count, k = a.shape
-    if not (a.is_cpu and native(a) and count >= 64 and k >= 32 and weight.shape[0] >= 32 and _mkldnn()):
-        return F.linear(a, weight, bias)
-    out = F.conv2d(_as_line(a), weight.view(weight.shape[0], k, 1, 1), bias)
-    return out.permute(0, 2, 3, 1).reshape(count, weight.shape[0])
-
-
-def _as_line(a: Tensor) -> Tensor:
-    """Rows (R, K) as an image (1, K, R, 1), channels last."""
-    return a.contiguous().view(1, a.shape[0], 1, a.shape[1]).permute(0, 3, 1, 2)
-
-
-def _mkldnn() -> bool:
-    return bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
-
-
-class ConvStep(NamedTuple):
-    """An activation of an image and the convolution before it, whose bias is in the intercepts."""
-
-    slopes: Tensor  # (1 or 2, B, map) of ``linear_back_step``, channels last
-    intercepts: Tensor  # (2, B, map)
-    shape: tuple[int, ...]  # of the activation: channels, height, width
-    weight: Tensor
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    shape_in: tuple[int, ...]  # of the convolution's input
-
-    def grown(self, window: tuple[int, int] | None) -> tuple[int, int] | None:
-        """A window of the activation as one of the convolution's input; None: it covers the image, as None does."""
-        if window is None:
-            return None
-        h, w = ((n - 1) * s + k for n, s, k in zip(window, self.stride, self.weight.shape[2:], strict=True))
-        return (h, w) if h * w < self.shape_in[1] * self.shape_in[2] else None
-
-    def fits(self, window: tuple[int, int] | None) -> bool:
-        """Whether ``concretize_through`` takes rows of such windows here."""
-        width = self.shape[2] if window is None else window[1]
-        return self.weight.is_cpu and native(self.weight) and spread_lanes(self.weight, width) > 0
-
-
-def concretize_through(A: Tensor, b: Tensor, example: Tensor, steps: list[ConvStep], box: tuple[Tensor, Tensor] | None, ball: tuple[Tensor, Tensor] | None, q: float, rows: Tensor | None = None, corner: tuple[Tensor, Tensor] | None = None, window: Window | None = None, minus: Tensor | None = None) -> Tensor:  # fmt: skip
-    """``concretize_rows`` of rows that first pass through ``steps`` (``linear_back_step`` and the adjoint of a convolution each):
-    the coefficients between the layers never leave a core's cache. float32 on the CPU; not recorded.
-
-    Windows grow from step to step until they would be as large as the image.
-    """
-    A, b, example = dense(A), dense(b), dense(example)
-    rows, minus = (None if t is None else t.contiguous() for t in (rows, minus))
-    size, kept, told = None if window is None else window[:2], [], []
-    for step in steps:
-        size = step.grown(size)
-        slopes, intercepts = dense(step.slopes), dense(step.intercepts)
-        lanes, (kh, kw) = lanes_of(step.weight), step.weight.shape[2:]
-        taps = taps_of(step.weight, lanes)
-        kept += [slopes, intercepts, taps]
-        (c, mh, mw), (oc, oh, ow) = step.shape, step.shape_in
-        told.append(
-            (slopes.data_ptr(), slopes.shape[0], intercepts.data_ptr(), mh, mw, c, taps.data_ptr(), oh, ow, oc, kh, kw, *step.stride, *step.padding, lanes, size is not None)
-        )  # fmt: skip
-    y, x = (None, None) if corner is None else (dense(corner[0]), dense(corner[1]))
-    maps = [None if t is None else dense(t) for t in (*(box or (None, None)), *(ball or (None, None)))]
-    out = torch.empty_like(b)
-    _C.bounds_chain(
-        rows_args(A, b, example, rows, minus, y, x, window), told, steps[0].slopes.shape[1], *map(address, maps),
-        0 if ball is None else _DUAL[q], b.data_ptr(), out.data_ptr(),
-    )  # fmt: skip
-    return out
 
 
 def concretize(A: Tensor, b: Tensor, x: Tensor, eps: float | Tensor, norm: Any = INF, clip: tuple[float, float] | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip

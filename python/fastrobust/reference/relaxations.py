@@ -5,8 +5,9 @@ For an activation s and an interval [l, u], ``relax`` returns lines that bound s
     slopes[0] * x + intercepts[0] <= s(x) <= slopes[-1] * x + intercepts[1]        for l <= x <= u
 
 ``kind="parallel"``: both lines share one slope (thesis, equations 3.3 to 3.5 and table 3.1), so ``slopes`` has a leading
-dimension of 1. ``kind="crown"``: the adaptive lines of CROWN (Zhang et al. 2018), leading dimension 2: slope 0 or 1 below a ReLU,
-tangents through the far end for S-shaped functions, tangent and chord for convex ones; for SiLU, GELU (and ELU with alpha > 1),
+dimension of 1. ``kind="crown"``: adaptive lines in the manner of CROWN (Zhang et al. 2018), leading dimension 2: slope 0 or 1
+below a ReLU, for convex and for S-shaped functions the lines that leave the least area (CROWN itself takes the tangent through the
+far end of an interval around 0, wherever the tangent at the midpoint is tighter, too); for SiLU, GELU (and ELU with alpha > 1),
 which are neither, the better of the chord's slope and the derivative at the midpoint, side by side.
 
 For ANY slope d the tightest valid intercepts are the minimum and maximum of s(x) - d x over the ends of the interval and
@@ -282,38 +283,48 @@ def _relax_piecewise(l: Tensor, u: Tensor, kind: str, left: float, lo: float, hi
     )
 
 
+def _second_derivative(x: Tensor, activation: str) -> Tensor:
+    """s''(x) of the S-shaped ones."""
+    d = derivative(x, activation)
+    match activation:
+        case "sigmoid":
+            return -d * torch.tanh(0.5 * x)
+        case "tanh":
+            return -2.0 * torch.tanh(x) * d
+        case _:
+            return -2.0 * x * d * d
+
+
 def _tangent_from(end: Tensor, far: Tensor, activation: str) -> Tensor:
     """t between 0 and ``far`` (the other side of 0 than ``end``) whose tangent passes through (end, s(end)); s is odd up to a
     constant. Differentiable in ``end`` by one implicit step."""
     with torch.no_grad():
-        a, b = (
-            torch.zeros_like(far),
-            far.clone(),
-        )  # the tangent at a = 0 does not cross s before end, the one at far does
-        s_end = value(end, activation)
-        for _ in range(56 if end.dtype == torch.float64 else 34):
-            m = 0.5 * (a + b)
-            gap = (value(m, activation) + derivative(m, activation) * (end - m) - s_end) * torch.sign(end)
-            a, b = torch.where(gap > 0, m, a), torch.where(gap > 0, b, m)
-        t = b.clone()  # the outer end: the line stays on the right side of (end, s(end))
+        # the tangent at 0 does not cross s before end, those at far and at -end do
+        a, b = torch.zeros_like(far), torch.where(far.abs() < end.abs(), far, -end)
+        t, s_end = b, value(end, activation)
+        for _ in range(24 if end.dtype == torch.float64 else 20):  # Newton's steps while they stay inside, else halves
+            gap = value(t, activation) + derivative(t, activation) * (end - t) - s_end
+            inner = gap * torch.sign(end) > 0
+            a, b = torch.where(inner, t, a), torch.where(inner, b, t)
+            step = t - gap / (_second_derivative(t, activation) * (end - t))
+            t = torch.where((step - a) * (step - b) <= 0, step, 0.5 * (a + b))
     if not end.requires_grad:
         return t
-    with torch.enable_grad():
-        x = t.detach().requires_grad_(True)
-        (second,) = torch.autograd.grad(derivative(x, activation).sum(), x)
     rate = (derivative(end, activation) - derivative(t, activation)).detach()
-    denominator = (second * (end - t)).detach()
+    denominator = (_second_derivative(t, activation) * (end - t)).detach()
     rate = torch.where(denominator.abs() > 1e-12, rate / torch.where(denominator == 0, 1.0, denominator), 0.0)
     return t + rate * (end - end.detach())
 
 
 def _relax_s_shaped(l: Tensor, u: Tensor, activation: str) -> Lines:
-    """Adaptive lines of sigmoid, tanh and arctan: convex below 0, concave above."""
+    """Lines of sigmoid, tanh and arctan (convex below 0, concave above) that leave the least area.
+
+    The area below a line is its value at the midpoint m times the width, and no upper line lies below the concave envelope of s.
+    That envelope is the chord, or the tangent through (l, s(l)) up to its point of contact and s from there; the line that
+    touches it at m is the chord, that tangent (CROWN's), or the tangent at m. Below likewise.
+    """
     chord = _chord(l, u, activation, ())
-    ends = (l, u)
-    d_low, d_up = chord, chord
     mid = l + 0.5 * (u - l)
-    at_mid = derivative(mid, activation)
     narrow = (u - l) < _NARROW
     mixed = (l < 0) & (u > 0) & ~narrow
     bend_low = (chord > derivative(l, activation)) & ~narrow  # the chord cuts s near l
@@ -321,14 +332,12 @@ def _relax_s_shaped(l: Tensor, u: Tensor, activation: str) -> Lines:
     one, minus = torch.ones_like(l), -torch.ones_like(l)
     t_low = _tangent_from(torch.where(mixed & bend_low, u, one), torch.where(mixed & bend_low, l, minus), activation)
     t_up = _tangent_from(torch.where(mixed & bend_up, l, minus), torch.where(mixed & bend_up, u, one), activation)
-    d_low = torch.where(
-        bend_low, torch.where(u <= 0, at_mid, torch.where(mixed, derivative(t_low, activation), chord)), chord
-    )
-    d_up = torch.where(
-        bend_up, torch.where(l >= 0, at_mid, torch.where(mixed, derivative(t_up, activation), chord)), chord
-    )
-    b_low, _ = _intercepts(d_low, *ends, activation, ())
-    _, b_up = _intercepts(d_up, *ends, activation, ())
+    t_low = torch.where(mixed & (t_low < mid), t_low, mid)
+    t_up = torch.where(mixed & (t_up > mid), t_up, mid)
+    d_low = torch.where(bend_low, derivative(t_low, activation), chord)
+    d_up = torch.where(bend_up, derivative(t_up, activation), chord)
+    b_low, _ = _intercepts(d_low, l, u, activation, ())
+    _, b_up = _intercepts(d_up, l, u, activation, ())
     return Lines(torch.stack([d_low, d_up]), torch.stack([b_low, b_up]))
 
 

@@ -1,0 +1,266 @@
+// Gradients of rows through a chain of activations and convolutions: a few rows of one example go down the chain again,
+// and their gradients come back up, in a core's cache. Sums over examples are formed in blocks that do not depend on
+// the threads.
+#include <algorithm>
+#include <cstring>
+#include <memory>
+
+#include "bounds/entry_cpu.h"
+#include "bounds/serial_cpu.h"
+#include "bounds/taps.h"
+#include "runtime/parallel.h"
+
+FR_NS_BEGIN
+namespace {
+
+constexpr int64_t kRows = 16;  // at a time
+using Floats = std::unique_ptr<float[]>;
+Floats floats(int64_t n) { return Floats(new float[static_cast<size_t>(std::max<int64_t>(1, n))]); }
+
+int64_t positions_of(const ChainStep& s) { return s.map_height * s.map_width; }
+int64_t before(const ChainStep& s) { return positions_of(s) * s.channels; }
+int64_t after(const ChainStep& s) { return s.out_height * s.out_width * s.out_channels; }
+int64_t padded(int64_t channels) { return (channels + kLanes - 1) / kLanes * kLanes; }
+
+// Sizes of the buffers, and the transposed weights [lanes][channels, padded].
+struct Plan {
+  int64_t longest = 0, patch = 0, spare = 0, weights = 0;
+  int64_t weight_at[kMaxChain];  // of each step in a block's sums
+  Floats turned[kMaxChain];
+
+  explicit Plan(const ChainGradArgs& g) {
+    longest = g.rows.length;
+    for (int i = 0; i < g.count; ++i) {
+      const ChainStep& s = g.steps[i].forward;
+      const int64_t wide = padded(s.channels);
+      longest = std::max(longest, std::max(before(s), after(s)));
+      patch = std::max(patch, positions_of(s) * s.lanes);
+      spare = std::max(spare, positions_of(s) * wide);
+      weight_at[i] = weights;
+      if (g.steps[i].to_weight != nullptr) weights += s.channels * s.lanes;
+      turned[i] = floats(s.lanes * wide);
+      std::fill_n(turned[i].get(), s.lanes * wide, 0.f);
+      for (int64_t o = 0; o < s.channels; ++o)
+        for (int64_t t = 0; t < s.lanes; ++t) turned[i][static_cast<size_t>(t * wide + o)] = s.weight[o * s.lanes + t];
+    }
+  }
+};
+
+// An image with its border: what the taps touch.
+int64_t bordered_height(const ChainStep& s) { return (s.map_height - 1) * s.stride_y + s.kernel_h; }
+int64_t bordered_width(const ChainStep& s) { return (s.map_width - 1) * s.stride_x + s.kernel_w; }
+int64_t bordered(const ChainStep& s) { return bordered_height(s) * bordered_width(s) * s.out_channels; }
+
+// Into the middle of `to`, whose border stays as it is.
+void inside_border(const ChainStep& s, const float* image, float* to) {
+  const int64_t height = std::min(s.out_height, bordered_height(s) - s.pad_y), width = bordered_width(s);
+  const int64_t line = std::min(s.out_width, width - s.pad_x) * s.out_channels;
+  for (int64_t y = 0; y < height && line > 0; ++y)
+    std::copy_n(image + y * s.out_width * s.out_channels, line,
+                to + ((y + s.pad_y) * width + s.pad_x) * s.out_channels);
+}
+
+// The taps of every position of a bordered image, zero beyond them: [positions][lanes].
+template <class Copy>
+void patches_by(const ChainStep& s, const float* image, float* to, const Copy& copy) {
+  const int64_t line = s.kernel_w * s.out_channels, row = bordered_width(s) * s.out_channels;
+  const int64_t taps = s.kernel_h * line;
+  for (int64_t y = 0; y < s.map_height; ++y)
+    for (int64_t x = 0; x < s.map_width; ++x, to += s.lanes) {
+      const float* from = image + y * s.stride_y * row + x * s.stride_x * s.out_channels;
+      for (int64_t ky = 0; ky < s.kernel_h; ++ky) copy(from + ky * row, to + ky * line, line);
+      for (int64_t i = taps; i < s.lanes; ++i) to[i] = 0.f;
+    }
+}
+
+void patches(const ChainStep& s, const float* image, float* to) {
+  const int64_t line = s.kernel_w * s.out_channels;
+  if (line == 4)
+    patches_by(s, image, to, [](const float* from, float* out, int64_t) { std::memcpy(out, from, 16); });
+  else if (line % kLanes == 0)
+    patches_by(s, image, to, [](const float* from, float* out, int64_t n) {
+      for (int64_t i = 0; i < n; i += kLanes) store(out + i, load(from + i));
+    });
+  else
+    patches_by(s, image, to, [](const float* from, float* out, int64_t n) {
+      for (int64_t i = 0; i < n; ++i) out[i] = from[i];
+    });
+}
+
+template <int kTaps>
+void convolve_with(const float* patch, int64_t positions, int64_t lanes, const float* turned, int64_t wide,
+                   float* out) {
+  constexpr int kPositions = positions_for(kTaps);
+  int64_t p = 0;
+  for (; p + kPositions <= positions; p += kPositions)
+    all_products<kTaps, kPositions>(lanes, wide, patch + p * lanes, turned, out + p * wide);
+  for (; p < positions; ++p) all_products<kTaps, 1>(lanes, wide, patch + p * lanes, turned, out + p * wide);
+}
+
+// out[position][0, wide) = patch[position] * turned
+void convolve(const float* patch, int64_t positions, int64_t lanes, const float* turned, int64_t wide, float* out) {
+#if defined(__AVX512F__)
+  const int64_t vectors = wide / kLanes;
+  const auto f = vectors == 1   ? convolve_with<1>
+                 : vectors == 2 ? convolve_with<2>
+                 : vectors == 3 ? convolve_with<3>
+                                : convolve_with<4>;
+#else
+  const auto f = wide == kLanes ? convolve_with<1> : convolve_with<2>;
+#endif
+  f(patch, positions, lanes, turned, wide, out);
+}
+
+void add_to_weight(const ChainStep& s, const float* a, const float* patch, float* sums) {
+  int64_t t = 0;
+  const int64_t n = positions_of(s);
+  for (; t + 4 * kLanes <= s.lanes; t += 4 * kLanes)
+    add_sums_of_channels<4>(a, s.channels, patch + t, n, s.lanes, sums + t);
+  const int64_t rest = (s.lanes - t) / kLanes;
+  if (rest == 1) add_sums_of_channels<1>(a, s.channels, patch + t, n, s.lanes, sums + t);
+  if (rest == 2) add_sums_of_channels<2>(a, s.channels, patch + t, n, s.lanes, sums + t);
+  if (rest == 3) add_sums_of_channels<3>(a, s.channels, patch + t, n, s.lanes, sums + t);
+}
+
+class Worker {
+ public:
+  Worker(const ChainGradArgs& g, const Plan& plan)
+      : g_(g), plan_(plan), patch_(floats(plan.patch)), spare_(floats(plan.spare)) {
+    const int64_t rows = kRows * g.rows.sides;
+    for (Floats& f : grads_) f = floats(rows * plan.longest);
+    for (int i = 0; i < g.count; ++i) {
+      scaled_[i] = floats(rows * before(g.steps[i].forward));
+      spread_[i] = floats(rows * after(g.steps[i].forward));
+      bordered_[i] = floats(bordered(g.steps[i].forward));
+      std::fill_n(bordered_[i].get(), bordered(g.steps[i].forward), 0.f);
+    }
+  }
+
+  // Rows [begin, end) in the order of the examples; adds the gradients of the weights to `sums`.
+  void run(int64_t begin, int64_t end, float* sums) {
+    for (; begin < end; begin += kRows) some(begin, std::min(kRows, end - begin), sums);
+  }
+
+ private:
+  void some(int64_t begin, int64_t n, float* sums) {
+    const Rows& all = g_.rows;
+    for (int64_t k = 0; k < n; ++k) {
+      const int64_t id = g_.order != nullptr ? g_.order[begin + k] : begin + k;
+      id_[k] = id;
+      pick_[k] = all.pick != nullptr ? all.pick[id] : id;
+      if (all.minus != nullptr) minus_[k] = all.minus[id];
+      example_[k] = all.example[id];
+      for (int side = 0; side < all.sides; ++side) from_[side * n + k] = g_.from[side * all.count + id];
+    }
+    Rows r = all;
+    r.pick = pick_;
+    r.minus = all.minus != nullptr ? minus_ : nullptr;
+    r.example = example_;
+    r.count = n;
+    for (int i = 0; i < g_.count; ++i) r = down(i, r);
+    ConcretizeGradArgs c;
+    c.rows = r;
+    c.center = g_.center, c.radius = g_.radius;
+    c.from = from_;
+    c.to_a = grads_[0].get(), c.to_center = g_.to_center, c.to_radius = g_.to_radius;
+    concretize_grad_rows(c, 0, n);
+    for (int i = g_.count - 1; i >= 0; --i) up(i, n, sums);
+    const int64_t length = all.length, matrices = all.side_stride != 0 ? 2 : 1;
+    for (int64_t m = 0; m < matrices; ++m)
+      for (int64_t k = 0; k < n; ++k)
+        std::copy_n(grads_[0].get() + (m * n + k) * length, length, g_.to_a + (m * all.count + id_[k]) * length);
+  }
+
+  // Through the activation and the adjoint of the convolution; the rows that come out.
+  Rows down(int i, const Rows& r) {
+    const ChainStep& s = g_.steps[i].forward;
+    rows_[i] = r;
+    matrices_[i] = s.slope_sides == 2 ? r.sides : (r.side_stride != 0 ? 2 : 1);
+    const float zeros[2 * kRows] = {};
+    float unused[2 * kRows];
+    BackArgs back;
+    back.rows = r;
+    back.slopes = s.slopes, back.intercepts = s.intercepts;
+    back.examples = g_.examples;
+    back.slope_sides = s.slope_sides, back.sides_out = matrices_[i];
+    back.b = zeros, back.b_out = unused;
+    back.out = scaled_[i].get();
+    back_rows(back, 0, r.count);
+    SpreadArgs p;
+    p.a = scaled_[i].get(), p.weight = s.weight, p.out = spread_[i].get();
+    p.count = matrices_[i] * r.count;
+    p.in_h = s.map_height, p.in_w = s.map_width, p.in_c = s.channels;
+    p.out_h = s.out_height, p.out_w = s.out_width, p.out_c = s.out_channels;
+    p.kernel_h = s.kernel_h, p.kernel_w = s.kernel_w, p.stride_y = s.stride_y, p.stride_x = s.stride_x;
+    p.pad_y = s.pad_y, p.pad_x = s.pad_x, p.lanes = s.lanes;
+    spread_items(p, 0, p.count);
+    Rows next;
+    next.a = spread_[i].get();
+    next.length = after(s);
+    next.side_stride = matrices_[i] == 2 ? r.count * next.length : 0;
+    next.example = r.example;
+    next.count = r.count, next.sides = r.sides;
+    return next;
+  }
+
+  // The gradients of what step i returned, in grads_[0], become those of what it was given.
+  void up(int i, int64_t n, float* sums) {
+    const ChainGradStep& step = g_.steps[i];
+    const ChainStep& s = step.forward;
+    const int64_t wide = padded(s.channels), size = before(s), positions = positions_of(s);
+    for (int64_t image = 0; image < matrices_[i] * n; ++image) {
+      float* out = grads_[1].get() + image * size;
+      inside_border(s, grads_[0].get() + image * after(s), bordered_[i].get());
+      patches(s, bordered_[i].get(), patch_.get());
+      convolve(patch_.get(), positions, s.lanes, plan_.turned[i].get(), wide, wide == s.channels ? out : spare_.get());
+      if (wide != s.channels)
+        for (int64_t p = 0; p < positions; ++p) std::copy_n(spare_.get() + p * wide, s.channels, out + p * s.channels);
+      if (step.to_weight != nullptr)
+        add_to_weight(s, scaled_[i].get() + image * size, patch_.get(), sums + plan_.weight_at[i]);
+    }
+    BackGradArgs b;
+    b.rows = rows_[i];
+    b.slopes = s.slopes, b.intercepts = s.intercepts;
+    b.examples = g_.examples;
+    b.slope_sides = s.slope_sides, b.sides_out = matrices_[i];
+    b.from_out = grads_[1].get(), b.from_b = from_;
+    b.to_a = grads_[0].get(), b.to_slopes = step.to_slopes, b.to_intercepts = step.to_intercepts;
+    back_grad_rows(b, 0, n);
+  }
+
+  const ChainGradArgs& g_;
+  const Plan& plan_;
+  Floats patch_, spare_, grads_[2], scaled_[kMaxChain], spread_[kMaxChain], bordered_[kMaxChain];
+  Rows rows_[kMaxChain];
+  int matrices_[kMaxChain];
+  int64_t id_[kRows], pick_[kRows], minus_[kRows], example_[kRows];
+  float from_[2 * kRows];
+};
+
+}  // namespace
+
+void chain_grad_cpu(const ChainGradArgs& g) {
+  const Plan plan(g);
+  const int64_t per = std::max<int64_t>(4, (g.examples + 63) / 64), blocks = (g.examples + per - 1) / per;
+  const Floats sums = floats(blocks * plan.weights);
+  parallel_for(blocks, 1, [&](int64_t first, int64_t last) {
+    Worker worker(g, plan);
+    for (int64_t i = first; i < last; ++i) {
+      float* own = sums.get() + i * plan.weights;
+      std::fill_n(own, plan.weights, 0.f);
+      for (int64_t e = i * per; e < std::min(g.examples, (i + 1) * per); ++e)
+        worker.run(g.starts[e], g.starts[e + 1], own);
+    }
+  });
+  for (int i = 0; i < g.count; ++i) {
+    if (g.steps[i].to_weight == nullptr) continue;
+    const int64_t size = g.steps[i].forward.channels * g.steps[i].forward.lanes;
+    for (int64_t k = 0; k < size; ++k) {
+      float sum = 0.f;
+      for (int64_t b = 0; b < blocks; ++b) sum += sums[static_cast<size_t>(b * plan.weights + plan.weight_at[i] + k)];
+      g.steps[i].to_weight[k] = sum;
+    }
+  }
+}
+
+FR_NS_END

@@ -1,0 +1,209 @@
+"""Rows of linear bounds through a chain of activations and convolutions down to the input, in blocks that stay in the cache.
+
+Where gradients are recorded nothing between the layers is kept: the backward pass goes through the chain again, which costs less
+than writing and reading every coefficient; over a box in one kernel, over balls a few examples at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from ..reference.bounds import Window
+from . import _bounds_autograd as gradients
+from . import _bounds_conv as conv
+from . import linear_bounds as linear
+from ._bounds_rows import address, by_example, dense, lanes_of, native, rows_args, spread_lanes, taps_of
+
+_CHUNK_NUMBERS = 1 << 20  # of the largest coefficients of a chunk in the backward pass: 4 MB
+_MOST_STEPS = 32  # that the kernel of the gradients takes
+Pair = tuple[Tensor, Tensor]
+
+
+class ConvStep(NamedTuple):
+    """An activation of an image and the convolution before it, whose bias is in the intercepts."""
+
+    slopes: Tensor  # (1 or 2, B, map) of ``linear_back_step``, channels last
+    intercepts: Tensor  # (2, B, map)
+    shape: tuple[int, ...]  # of the activation: channels, height, width
+    weight: Tensor
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    shape_in: tuple[int, ...]  # of the convolution's input
+
+    def grown(self, window: tuple[int, int] | None) -> tuple[int, int] | None:
+        """A window of the activation as one of the convolution's input; None: it covers the image, as None does."""
+        if window is None:
+            return None
+        h, w = ((n - 1) * s + k for n, s, k in zip(window, self.stride, self.weight.shape[2:], strict=True))
+        return (h, w) if h * w < self.shape_in[1] * self.shape_in[2] else None
+
+    def fits(self, window: tuple[int, int] | None) -> bool:
+        """Whether ``concretize_through`` takes rows of such windows here."""
+        width = self.shape[2] if window is None else window[1]
+        return self.weight.is_cpu and native(self.weight) and spread_lanes(self.weight, width) > 0
+
+
+def concretize_through(A: Tensor, b: Tensor, example: Tensor, steps: list[ConvStep], box: Pair | None, ball: Pair | None, q: float, rows: Tensor | None = None, corner: Pair | None = None, window: Window | None = None, minus: Tensor | None = None) -> Tensor:  # fmt: skip
+    """``concretize_rows`` of rows that first pass through ``steps`` (``linear_back_step`` and the adjoint of a convolution each):
+    the coefficients between the layers never leave a core's cache. float32 on the CPU; recorded only without windows.
+
+    Windows grow from step to step until they would be as large as the image.
+    """
+    maps = (*(box or (None, None)), *(ball or (None, None)))
+    tensors = [t for step in steps for t in (step.slopes, step.intercepts, step.weight)]
+    if linear.direct(A, b, *maps, *tensors):
+        return _kernel(A, b, example, steps, box, ball, q, rows, corner, window, minus)
+    if corner is not None:
+        raise ValueError("corner: windows are not recorded")
+    plain = [s._replace(slopes=None, intercepts=None, weight=None) for s in steps]  # type: ignore[arg-type]
+    out: Tensor = _Through.apply(plain, q, example, rows, minus, A, b, *maps, *tensors)
+    return out
+
+
+def _kernel(A: Tensor, b: Tensor, example: Tensor, steps: list[ConvStep], box: Pair | None, ball: Pair | None, q: float, rows: Tensor | None, corner: Pair | None, window: Any, minus: Tensor | None) -> Tensor:  # fmt: skip
+    A, b, example = dense(A), dense(b), dense(example)
+    rows, minus = (None if t is None else t.contiguous() for t in (rows, minus))
+    told, kept = _told(steps, None if window is None else window[:2])
+    y, x = (None, None) if corner is None else (dense(corner[0]), dense(corner[1]))
+    maps = [None if t is None else dense(t) for t in (*(box or (None, None)), *(ball or (None, None)))]
+    out = torch.empty_like(b)
+    _C.bounds_chain(
+        rows_args(A, b, example, rows, minus, y, x, window), told, steps[0].slopes.shape[1], *map(address, maps),
+        0 if ball is None else linear._DUAL[q], b.data_ptr(), out.data_ptr(),
+    )  # fmt: skip
+    del kept
+    return out
+
+
+def _told(steps: list[ConvStep], size: tuple[int, int] | None) -> tuple[list[tuple[int, ...]], list[Tensor]]:
+    """The steps as the kernels are told of them, and the tensors that must stay alive meanwhile."""
+    told: list[tuple[int, ...]] = []
+    kept: list[Tensor] = []
+    for step in steps:
+        size = step.grown(size)
+        slopes, intercepts = dense(step.slopes), dense(step.intercepts)
+        lanes, (kh, kw) = lanes_of(step.weight), step.weight.shape[2:]
+        taps = taps_of(step.weight, lanes)
+        kept += [slopes, intercepts, taps]
+        (c, mh, mw), (oc, oh, ow) = step.shape, step.shape_in
+        told.append(
+            (slopes.data_ptr(), slopes.shape[0], intercepts.data_ptr(), mh, mw, c, taps.data_ptr(), oh, ow, oc, kh, kw, *step.stride, *step.padding, lanes, int(size is not None))
+        )  # fmt: skip
+    return told, kept
+
+
+def _filled(steps: list[ConvStep], tensors: Any) -> list[ConvStep]:
+    return [
+        s._replace(slopes=tensors[3 * i], intercepts=tensors[3 * i + 1], weight=tensors[3 * i + 2])
+        for i, s in enumerate(steps)
+    ]
+
+
+class _Through(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, steps: list[ConvStep], q: float, example: Tensor, rows: Any, minus: Any, A: Tensor, b: Tensor, c: Any, r: Any, x: Any, e: Any, *tensors: Tensor) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(example, rows, minus, A, c, r, x, e, *tensors)
+        ctx.steps, ctx.q = steps, q
+        box, ball = None if c is None else (c, r), None if x is None else (x, e)
+        return _kernel(A, b, example, _filled(steps, tensors), box, ball, q, rows, None, None, minus)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Any:
+        example, rows, minus, A, c, r, x, e, *tensors = ctx.saved_tensors
+        steps, need = _filled(ctx.steps, tensors), ctx.needs_input_grad
+        if x is None and len(steps) <= _MOST_STEPS:
+            return _kernel_gradient(A, example, rows, minus, c, r, steps, g, need)
+        if len(example) > 1 and bool((example[1:] < example[:-1]).any()):  # chunks are examples
+            order = example.argsort(stable=True)
+            example, g = example[order], g[:, order]
+            back = torch.empty_like(order)
+            back[order] = torch.arange(len(order))
+            if rows is None:
+                A = A[:, order]
+            else:
+                rows, minus = rows[order], None if minus is None else minus[order]
+        else:
+            back = None
+        batch = steps[0].slopes.shape[1]
+        largest = max(s.weight.shape[0] * s.shape[1] * s.shape[2] for s in steps)
+        per = max(1, batch * _CHUNK_NUMBERS // max(1, g.numel() * largest))
+        parts, weights = [], [torch.zeros_like(s.weight) if need[11 + 3 * i + 2] else None for i, s in enumerate(steps)]
+        ends = torch.searchsorted(example, torch.arange(0, batch + per, per)).tolist()
+        for first, begin, end in zip(range(0, batch, per), ends, ends[1:], strict=False):
+            at, own = slice(begin, end), slice(first, min(batch, first + per))
+            chosen = (None if rows is None else rows[at], None if minus is None else minus[at])
+            some = [s._replace(slopes=s.slopes[:, own], intercepts=s.intercepts[:, own]) for s in steps]
+            ends_of = [None if t is None else t[own] for t in (c, r, x, e)]
+            a = A[:, at] if rows is None else A
+            parts.append(_chunk(a, g[:, at], example[at] - first, *chosen, some, ends_of, ctx.q, need[7:11], weights))
+        to_a = [p[0] for p in parts]
+        g_a = torch.cat(to_a, 1) if rows is None else torch.stack(to_a).sum(0)
+        if back is not None and rows is None:
+            g_a = g_a[:, back]
+        g_b = g if back is None else g[:, back]
+        maps = [None if p is None else torch.cat([q[1][i] for q in parts]) for i, p in enumerate(parts[0][1])]
+        found: list[Any] = []
+        for i, w in enumerate(weights):
+            found += [torch.cat([p[2][i][j] for p in parts], 1) for j in (0, 1)] + [w]
+        return (None, None, None, None, None, g_a, g_b, *maps, *found)
+
+
+def _kernel_gradient(A: Tensor, example: Tensor, rows: Any, minus: Any, c: Tensor, r: Tensor, steps: list[ConvStep], g: Tensor, need: Any) -> Any:  # fmt: skip
+    """All gradients over a box in one call, a few rows of one example at a time."""
+    A, g, c, r, example = (dense(t) for t in (A, g, c, r, example))
+    rows, minus = (None if t is None else t.contiguous() for t in (rows, minus))
+    batch, count = steps[0].slopes.shape[1], g.shape[1]
+    told, kept = _told(steps, None)
+    starts, order = by_example(example, count, batch, A.device)
+    to_a = A.new_empty(A.shape[0], count, A.shape[2])
+    to_c, to_r = (torch.zeros_like(t) if n else None for t, n in ((c, need[7]), (r, need[8])))
+    lines = [(torch.zeros_like(s), torch.zeros_like(i)) for s, i, _ in zip(*[iter(kept)] * 3, strict=True)]
+    taps = [torch.zeros_like(t) if need[13 + 3 * i] else None for i, t in enumerate(kept[2::3])]
+    _C.bounds_chain_grad(
+        rows_args(A, g, example, rows, minus, None, None, None), told,
+        [(s.data_ptr(), i.data_ptr(), address(t)) for (s, i), t in zip(lines, taps, strict=True)], batch, c.data_ptr(), r.data_ptr(),
+        g.data_ptr(), starts.data_ptr(), address(order), to_a.data_ptr(), address(to_c), address(to_r),
+    )  # fmt: skip
+    found: list[Any] = []
+    for step, pair, t in zip(steps, lines, taps, strict=True):
+        o, channels, kh, kw = step.weight.shape
+        w = None if t is None else t[:, : kh * kw * channels].view(o, kh, kw, channels).permute(0, 3, 1, 2)
+        found += [*pair, w]
+    return (None, None, None, None, None, gradients._to_rows(to_a, A, rows, minus), g, to_c, to_r, None, None, *found)
+
+
+def _chunk(A: Tensor, g: Tensor, example: Tensor, rows: Any, minus: Any, steps: list[ConvStep], maps: list[Any], q: float, need: Any, weights: list[Any]) -> tuple[Tensor, list[Any], list[Any]]:  # fmt: skip
+    """Gradients of A, of the maps of the input set and of each step's lines; adds those of the weights."""
+    sides, count = g.shape
+    b = A.new_zeros(sides, count)
+    kept = []
+    for step in steps:
+        args = [A, b, step.slopes, step.intercepts, example, rows, minus, None, None, []]
+        scaled = linear._back_kernel(*args)[0]
+        k, (channels, height, width) = scaled.shape[0], step.shape
+        image = scaled.view(k * count, height, width, channels).permute(0, 3, 1, 2)
+        kept.append((step, args, image))
+        rows = minus = None
+        out = conv.adjoint(image, step.weight, step.stride, step.padding, step.shape_in[1:])
+        A = out.permute(0, 2, 3, 1).reshape(k, count, math.prod(step.shape_in))
+    last = gradients.concretize([A, b, example, None, None, *maps, q, None, None, []], (*[True] * 5, *need), g)
+    to_maps = [t if n else None for t, n in zip(last[5:9], need, strict=True)]
+    to_rows: Any = last[0]
+    lines: list[Any] = [None] * len(steps)
+    for i, (step, args, image) in reversed(list(enumerate(kept))):
+        channels, height, width = step.shape_in
+        to_out = to_rows.reshape(len(image), height, width, channels).permute(0, 3, 1, 2)
+        plain = [image, step.weight, step.stride, step.padding, (height, width)]
+        to_image, to_weight = gradients.spread(plain, (True, weights[i] is not None), to_out)[:2]
+        if to_weight is not None:
+            weights[i] += to_weight
+        to_scaled = to_image.permute(0, 2, 3, 1).reshape(len(image) // max(1, count), count, math.prod(step.shape))
+        found = gradients.back_step(args, None, to_scaled, g)
+        to_rows, lines[i] = found[0], found[2:4]
+    return to_rows, to_maps, lines
