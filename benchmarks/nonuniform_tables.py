@@ -14,6 +14,7 @@ import argparse
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,14 @@ def layers_of(units: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(units, 10))
 
 
-def train(x: Tensor, y: Tensor, units: int, kind: str, epochs: int, seed: int = 0) -> nn.Sequential:
-    """Adam; robust networks see PGD-5 examples in a ball that grows to 0.1 over the first two epochs."""
-    torch.manual_seed(seed)
+def train(
+    x: Tensor, y: Tensor, units: int, kind: str, epochs: int, keep: Callable[[int, nn.Module], None] | None = None
+) -> nn.Sequential:
+    """Adam; robust networks see PGD-5 examples in a ball that grows to 0.1 over the first two epochs.
+
+    ``keep`` is called with the number of epochs done: a network of fewer epochs is the beginning of one of more.
+    """
+    torch.manual_seed(0)
     model = layers_of(units)
     optimiser = torch.optim.Adam(model.parameters(), 2e-3 if kind == "robust" else 1e-3)
     for epoch in tqdm(range(epochs), leave=False, desc="training"):
@@ -62,6 +68,8 @@ def train(x: Tensor, y: Tensor, units: int, kind: str, epochs: int, seed: int = 
             optimiser.zero_grad()
             nn.functional.cross_entropy(model(images), labels).backward()
             optimiser.step()
+        if keep is not None:
+            keep(epoch + 1, model)
     return model.eval()
 
 
@@ -152,14 +160,20 @@ def main() -> None:
     for units in args.units:
         for kind in args.kind:
             epochs = args.epochs or EPOCHS[kind]
-            file = None if args.networks is None else args.networks / f"{units}_{kind}_{epochs}.pt"
+
+            def file_of(done: int, units: int = units, kind: str = kind) -> Path | None:
+                return None if args.networks is None else args.networks / f"{units}_{kind}_{done}.pt"
+
+            def keep(done: int, model: nn.Module, file_of: Callable[[int], Path | None] = file_of) -> None:
+                if (to := file_of(done)) is not None:
+                    torch.save(model.state_dict(), to)
+
+            file = file_of(epochs)
             if file is not None and file.is_file():
                 model = layers_of(units).eval()
                 model.load_state_dict(torch.load(file, weights_only=True))
             else:
-                model = train(x, y, units, kind, epochs)
-                if file is not None:
-                    torch.save(model.state_dict(), file)
+                model = train(x, y, units, kind, epochs, keep)
             model.requires_grad_(False)
             accuracy = 100 * (model(test).argmax(1) == labels).double().mean().item()
             attacked = fr.attacks.pgd(model, test, labels, eps=0.1, steps=20, step_size=0.02, clip=(-1.0, 1.0), seed=0)

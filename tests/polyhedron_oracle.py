@@ -137,6 +137,28 @@ def sorted_float64(a, b, lower, upper, p):
     return out
 
 
+def bisected_float64(a, b, lower, upper, p):
+    """Rows (R, M) at once, any p > 1: bisection of the common step in long double, for rows whose powers do not overflow."""
+    a, b = np.asarray(a, np.longdouble), np.asarray(b, np.longdouble)
+    w, c = np.abs(a), np.where(a > 0, -lower, upper).astype(np.longdouble)
+    v = w ** (1 / (np.longdouble(p) - 1))
+    out = np.full(b.shape, math.inf, np.longdouble)
+    for i in range(a.shape[0]):
+        if (w[i] * c[i]).sum() < b[i]:
+            continue
+        low, high = np.longdouble(0), np.longdouble(1)
+        while (w[i] * np.minimum(high * v[i], c[i])).sum() < b[i]:
+            high *= 4
+        for _ in range(140):
+            middle = (low + high) / 2
+            if (w[i] * np.minimum(middle * v[i], c[i])).sum() < b[i]:
+                low = middle
+            else:
+                high = middle
+        out[i] = (np.minimum(high * v[i], c[i]) ** np.longdouble(p)).sum() ** (1 / np.longdouble(p))
+    return out
+
+
 NORMS = (1, 1.5, 2, 3, math.inf)
 
 

@@ -15,7 +15,8 @@ struct BoxSide {
   int64_t inner = 1;  // 0 or 1
 };
 
-enum class Distance : int { l1, l2, linf, lp };
+// The last two are how the CPU names lp with p = 3 and p = 1.5, where powers are products and square roots.
+enum class Distance : int { l1, l2, linf, lp, l3, l3_2 };
 
 struct DistanceArgs {
   const float* a = nullptr;  // [rows, m]

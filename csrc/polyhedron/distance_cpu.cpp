@@ -59,7 +59,8 @@ bool solve_row(Row& row, double target, RowResult& result) {
     return true;
   } else {
     Start start = row.template guess<kKind>(target);
-    if (!row.flip && solve_quick<kKind>(row, target, start, row.m, result)) return true;
+    if (!row.flip && solve_quick<kKind>(row, target, row.p, start, row.spread, row.m, result)) return true;
+    if constexpr (kKind == Distance::l3 || kKind == Distance::l3_2) return solve_row<Distance::lp>(row, target, result);
     if (!solve_quadratic<kKind, true>(row, target, start, row.m, row.flip, result))
       solve_quadratic<kKind, false>(row, target, {0., 0.}, row.m, row.flip, result);
     return result.value == result.value;
@@ -68,10 +69,12 @@ bool solve_row(Row& row, double target, RowResult& result) {
 
 template <Distance kKind>
 void solve_rows(const DistanceArgs& args, int64_t first, int64_t last) {
+  constexpr bool kPower = kKind == Distance::lp || kKind == Distance::l3 || kKind == Distance::l3_2;
   // no containers: their code would be a weak symbol shared between the instruction sets
-  const int64_t room = (args.m + 2 * kLanes - 1) / kLanes * kLanes + kLanes,
-                wide = kKind == Distance::lp ? 2 * room : 0;
-  const Scratch memory(static_cast<size_t>(2 * room) * sizeof(float) + static_cast<size_t>(wide) * sizeof(double));
+  const int64_t room = (args.m + 2 * kLanes - 1) / kLanes * kLanes + kLanes, wide = kPower ? 2 * room : 0,
+                vectors = room / kLanes;
+  const Scratch memory(static_cast<size_t>(2 * room) * sizeof(float) + static_cast<size_t>(wide) * sizeof(double) +
+                       static_cast<size_t>(vectors) * sizeof(uint64_t));
   Row row;
   row.m = args.m;
   row.w = static_cast<float*>(memory.start);
@@ -79,6 +82,7 @@ void solve_rows(const DistanceArgs& args, int64_t first, int64_t last) {
   row.p = args.p;
   row.log_w = reinterpret_cast<double*>(row.w + 2 * room);
   row.log_c = row.log_w + room;
+  row.list = reinterpret_cast<uint64_t*>(row.log_w + wide);
   Walk walk(args, first);
   int64_t lower = 0, upper = 0;
   bool box = false;
@@ -102,7 +106,7 @@ void solve_rows(const DistanceArgs& args, int64_t first, int64_t last) {
     const float nan = static_cast<float>(kInf) * 0.f;
     args.distance[r] = valid ? round_down(row.flip ? -result.value : result.value) : nan;
     if (args.multiplier) args.multiplier[r] = valid ? static_cast<float>(result.multiplier) : nan;
-    if (args.point) row.template write_point<kKind>(result, valid, args.point + r * args.m);
+    if (args.point) row.template write_point<kPower ? Distance::lp : kKind>(result, valid, args.point + r * args.m);
   }
 }
 
@@ -118,6 +122,8 @@ void distance(const DistanceArgs& args) {
       case Distance::linf:
         return solve_rows<Distance::linf>(args, first, last);
       default:
+        if (args.p == 3.) return solve_rows<Distance::l3>(args, first, last);
+        if (args.p == 1.5) return solve_rows<Distance::l3_2>(args, first, last);
         return solve_rows<Distance::lp>(args, first, last);
     }
   });

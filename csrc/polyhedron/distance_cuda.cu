@@ -99,7 +99,7 @@ struct BlockRow {
     RowSums s;
     s.used = block_sum(used);
     s.slope = block_sum(slope);
-    s.squares = kKind == Distance::l2 ? block_sum(squares) : 0.;
+    s.powers = kKind == Distance::l2 ? block_sum(squares) : 0.;
     s.changed = block_max(changed) > 0.f;
     return s;
   }

@@ -1,9 +1,9 @@
 // One row of polyhedral_distance on the CPU and the passes over it that solve.h asks for.
 //
-// p = 2 and inf: a small sample of the row tells roughly where the root lies, so that in most rows one step of Newton's
-// method and one certified pass are enough; the second pass finds the row in the core's cache. p = 1 packs what lies
-// above a cut, taken from a sample too, into a buffer, and searches there. General p packs the whole row with its
-// logarithms.
+// p = 2, inf, 3 and 1.5: a small sample of the row tells roughly where the root lies. One pass then settles the
+// elements that surely meet the box before it and those that surely do not, and notes the few others, among which the
+// root is found. p = 1 packs what lies above a cut, taken from a sample too, into a buffer, and searches there. Other p
+// pack the whole row with its logarithms.
 #pragma once
 
 #include <algorithm>
@@ -39,13 +39,15 @@ struct Row {
   Side lower, upper;
   int64_t m;
   bool flip;
-  const float* next;  // the row that comes after this one
+  const float* next;   // the row that comes after this one
+  double spread = 0.;  // relative error of what a sample suggests, rarely more
   // elements packed together, and a vector of zeros behind them
   float* w;
   float* c;
   int64_t count;
-  float limit;  // p = 1: every element with w above it is there
-  bool finite;  // p = 1: no NaN and no infinity seen
+  uint64_t* list;  // vectors with elements in the band: the first element's index, and which ones by bits
+  float limit;     // p = 1: every element with w above it is there
+  bool finite;     // p = 1: no NaN and no infinity seen
   // general p
   double p;
   double* log_w;
@@ -67,40 +69,6 @@ struct Row {
       const int left = static_cast<int>(n - j);
       const Vec x = load_n(from + j, left);
       part(vabs(x), select(x * turn > zero, -lower.at_end(j, left), upper.at_end(j, left)));
-    }
-  }
-  // The same by fours, of a row that is not flipped: part(sizes, rooms), zeros behind the end.
-  // kFetch: brings the next row closer on the way. kFull: both sides have a value for every element.
-  template <bool kFetch, bool kFull, class Part>
-  FR_HD void each_four(const Part& part) const {
-    const Vec zero(0.f);
-    const float *const from = a, *const low = lower.data, *const high = upper.data, *const ahead = next;
-    const int64_t n = m, low_mask = lower.mask, high_mask = upper.mask;
-    Vec size[4], room[4];
-    int64_t j = 0;
-    for (; j + 4 * kLanes <= n; j += 4 * kLanes) {
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const int64_t k = j + i * kLanes;
-        if (kFetch) __builtin_prefetch(ahead + k);
-        const Vec x = load(from + k);
-        size[i] = vabs(x);
-        room[i] = select(x > zero, -load(low + (kFull ? k : k & low_mask)), load(high + (kFull ? k : k & high_mask)));
-      }
-      part(size, room);
-    }
-    if (j < n) {
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const int64_t k = j + i * kLanes;
-        size[i] = room[i] = zero;
-        if (k >= n) continue;
-        const int left = static_cast<int>(n - k < kLanes ? n - k : kLanes);
-        const Vec x = load_n(from + k, left);
-        size[i] = vabs(x);
-        room[i] = select(x > zero, -lower.at_end(k, left), upper.at_end(k, left));
-      }
-      part(size, room);
     }
   }
   void end_of_packed(int64_t n) {
@@ -129,11 +97,10 @@ struct Row {
     return !any(!valid);
   }
 
-  // Packs every few vectors of the row; returns the share of the row that they are, 0 for a short row.
   double sample() {
     const int64_t vectors = m / kLanes;
     if (vectors < kSampled) return 0.;
-    const int64_t take = std::min<int64_t>(std::max<int64_t>(vectors / 24, 8), 64), step = vectors / take;
+    const int64_t take = std::min<int64_t>(std::max<int64_t>(vectors / 12, 8), 64), step = vectors / take;
     const Vec zero(0.f), turn(flip ? -1.f : 1.f);
     for (int64_t i = 0; i < take; ++i) {
       const int64_t j = (i * step + step / 2) * kLanes;
@@ -142,6 +109,7 @@ struct Row {
       store(c + i * kLanes, select(x * turn > zero, -lower.at(j), upper.at(j)));
     }
     count = take * kLanes;
+    spread = 2. / std::sqrt(static_cast<double>(count));
     return static_cast<double>(count) / static_cast<double>(m);
   }
 
@@ -169,54 +137,103 @@ struct Row {
       used = used + select(fixed, x * y, zero);
       slope = slope + select(fixed, zero, slope_of<kKind>(x));
     }
-    return {lane_sum(widen(used)), lane_sum(widen(slope))};
+    return {sum(widen(used)), sum(widen(slope))};
   }
 
+  // The row is read by runs of eight vectors, and the next row brought closer on the way.
   template <Distance kKind>
-  FastSums fast(float t) const {
-    return lower.mask && upper.mask ? fast<kKind, true>(t) : fast<kKind, false>(t);
+  BandSums band(float from, float to) {
+    return lower.mask && upper.mask ? band<kKind, true>(from, to) : band<kKind, false>(from, to);
   }
   template <Distance kKind, bool kFull>
-  FastSums fast(float t) const {
-    const Vec level(t), zero(0.f);
-    Vec used[4] = {zero, zero, zero, zero}, slope[4] = {zero, zero, zero, zero};
-    each_four<false, kFull>([&](const Vec(&size)[4], const Vec(&room)[4]) FR_INLINE_LAMBDA {
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const Mask fixed = room[i] <= cap_at<kKind>(level, size[i]);
-        used[i] = used[i] + select(fixed, size[i] * room[i], zero);
-        slope[i] = slope[i] + select(fixed, zero, slope_of<kKind>(size[i]));
+  BandSums band(float from, float to) {
+    const Vec first(from), last(to), zero(0.f);
+    const float *const source = a, *const low = lower.data, *const high = upper.data, *const ahead = next;
+    const int64_t low_mask = kFull ? -1 : lower.mask, high_mask = kFull ? -1 : upper.mask;
+    uint64_t* const found = list;
+    int64_t n = 0;
+    DVec used(0.), slope(0.), powers(0.);
+    Vec spent[4], free[4], power[4];
+    const auto part = [&](int i, int64_t k, Vec x, Vec down, Vec up) FR_INLINE_LAMBDA {
+      const Vec size = vabs(x), room = select_by_sign(x, up, -down);
+      const Mask fixed = room <= cap_at<kKind>(first, size), reached = room <= cap_at<kKind>(last, size);
+      const Vec s = select(fixed, size * room, zero), f = select(reached, zero, slope_of<kKind>(size));
+      spent[i & 3] = i < 4 ? s : spent[i & 3] + s;
+      free[i & 3] = i < 4 ? f : free[i & 3] + f;
+      if (kKind != Distance::linf) {
+        const Vec q = select(fixed, power_of<kKind>(room), zero);
+        power[i & 3] = i < 4 ? q : power[i & 3] + q;
       }
-    });
-    return {lane_sum(widen((used[0] + used[1]) + (used[2] + used[3]))),
-            lane_sum(widen((slope[0] + slope[1]) + (slope[2] + slope[3])))};
-  }
-
-  template <Distance kKind>
-  QuickSums quick(double t, double high) const {
-    return lower.mask && upper.mask ? quick<kKind, true>(t, high) : quick<kKind, false>(t, high);
-  }
-  template <Distance kKind, bool kFull>
-  QuickSums quick(double t, double high) const {
-    const Vec level(round_down(t)), later(-round_down(-high)), zero(0.f);
-    DVec used(0.), slope(0.), squares(0.);
-    Vec crossed(0.f);  // its signs: an element meets the box between t and high, or at t
-    each_four<true, kFull>([&](const Vec(&size)[4], const Vec(&room)[4]) FR_INLINE_LAMBDA {
-      Vec spent[4], free[4], square[4];
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const Vec now = cap_at<kKind>(level, size[i]);
-        const Mask fixed = room[i] <= now;
-        crossed = mark_crossing(crossed, room[i] - now, room[i] - cap_at<kKind>(later, size[i]));
-        spent[i] = select(fixed, size[i] * room[i], zero);
-        free[i] = select(fixed, zero, slope_of<kKind>(size[i]));
-        if (kKind == Distance::l2) square[i] = select(fixed, room[i] * room[i], zero);
-      }
+      const uint64_t between = bits(reached & !fixed);  // few: noted without a branch
+      found[n] = static_cast<uint64_t>(k) << kLanes | between;
+      n += between != 0;
+    };
+    const auto add_up = [&]() FR_INLINE_LAMBDA {
       used = used + widen((spent[0] + spent[1]) + (spent[2] + spent[3]));
-      slope = slope + (widen(free[0] + free[1]) + widen(free[2] + free[3]));
-      if (kKind == Distance::l2) squares = squares + widen((square[0] + square[1]) + (square[2] + square[3]));
-    });
-    return {lane_sum(used), lane_sum(slope), kKind == Distance::l2 ? lane_sum(squares) : 0., any_sign(crossed)};
+      slope = slope + widen((free[0] + free[1]) + (free[2] + free[3]));
+      if (kKind != Distance::linf) powers = powers + widen((power[0] + power[1]) + (power[2] + power[3]));
+    };
+    int64_t j = 0;
+    for (; j + 8 * kLanes <= m; j += 8 * kLanes) {
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) {
+        const int64_t k = j + i * kLanes;
+        __builtin_prefetch(ahead + k);
+        part(i, k, load(source + k), load(low + (k & low_mask)), load(high + (k & high_mask)));
+      }
+      add_up();
+    }
+    if (j < m) {
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) {
+        const int64_t k = j + i * kLanes;
+        const int left = static_cast<int>(std::min<int64_t>(std::max<int64_t>(m - k, 0), kLanes));
+        if (left > 0)
+          part(i, k, load_n(source + k, left), lower.at_end(k, left), upper.at_end(k, left));
+        else if (i < 4)
+          spent[i] = free[i] = power[i] = zero;
+      }
+      add_up();
+    }
+    gather(n);
+    return {sum(used), sum(slope), kKind != Distance::linf ? sum(powers) : 0.};
+  }
+  // Packs the elements of the first n entries of the list.
+  void gather(int64_t entries) {
+    const Vec zero(0.f);
+    float *const pw = w, *const pc = c;
+    int64_t n = 0;
+    for (int64_t i = 0; i < entries; ++i) {
+      const int64_t k = static_cast<int64_t>(list[i] >> kLanes);
+      const int left = static_cast<int>(std::min<int64_t>(m - k, kLanes));
+      const Mask between = mask_of(static_cast<uint32_t>(list[i] & ((1u << kLanes) - 1)));
+      Vec x, down, up;
+      if (left == kLanes) {
+        x = load(a + k);
+        down = lower.at(k);
+        up = upper.at(k);
+      } else {
+        x = load_n(a + k, left);
+        down = lower.at_end(k, left);
+        up = upper.at_end(k, left);
+      }
+      n += pack(pw + n, pc + n, between, vabs(x), select(x > zero, -down, up));
+    }
+    end_of_packed(n);
+  }
+  // float64 sums over what is packed, S = {c <= t v}
+  template <Distance kKind>
+  RowSums within(double t) const {
+    DVec used(0.), slope(0.), powers(0.);
+    const DVec level(t);
+    for (int64_t j = 0; j < count; j += kLanes) {
+      const DVec x = widen(load(w + j)), y = widen(load(c + j));
+      const WideMask fixed = at_most(y, cap_at<kKind>(level, x));
+      used = used + keep(fixed, x * y);
+      slope = slope + drop(fixed, slope_of<kKind>(x));
+      if (kKind != Distance::linf) powers = powers + keep(fixed, power_of<kKind>(y));
+    }
+    return {sum(used), sum(slope), kKind != Distance::linf ? sum(powers) : 0., false};
   }
 
   template <Distance kKind, bool kNarrow>
@@ -248,7 +265,7 @@ struct Row {
       });
       late = any(changed);
     }
-    return {lane_sum(used), lane_sum(slope), kKind == Distance::l2 ? lane_sum(squares) : 0., late};
+    return {sum(used), sum(slope), kKind == Distance::l2 ? sum(squares) : 0., late};
   }
 
   // Compensated: exact up to about m 2^-106 of the sum.
@@ -338,9 +355,9 @@ struct Row {
       slope = slope + drop(fixed, part);
       powers = powers + keep(fixed, part);
     }
-    s.used = lane_sum(used);
-    s.slope = lane_sum(slope);
-    s.powers = lane_sum(powers);
+    s.used = sum(used);
+    s.slope = sum(slope);
+    s.powers = sum(powers);
     return s;
   }
   Pair exact_used_power(double at) const {
@@ -380,7 +397,7 @@ struct Row {
   float largest() const {
     Vec most(0.f);
     for (int64_t j = 0; j < count; j += kLanes) most = vmax(most, load(w + j));
-    return lane_max(most);
+    return max_lane(most);
   }
 
   FillStep above(float level) const {
@@ -394,7 +411,7 @@ struct Row {
       over = vmin(over, select(more, x, infinite));
       up_to = vmax(up_to, select(more, zero, x));
     }
-    return {lane_sum(widen(used)), -lane_max(-over), lane_max(up_to)};
+    return {sum(widen(used)), -max_lane(-over), max_lane(up_to)};
   }
   FillStep fill_start(double b) {
     FillStep s = above(limit);
@@ -426,7 +443,7 @@ struct Row {
       tie = tie + widen(select(same & !open, y, zero));
       infinite_ties = infinite_ties + widen(select(same & open, Vec(1.f), zero));
     }
-    return {lane_sum(used), lane_sum(cost), lane_sum(tie), lane_sum(infinite_ties)};
+    return {sum(used), sum(cost), sum(tie), sum(infinite_ties)};
   }
   Pair exact_above(float level) {
     if (level < limit) gather_rest();

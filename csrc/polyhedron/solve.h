@@ -23,14 +23,29 @@
 
 FR_NS_BEGIN
 
+FR_HD float root_of(float x) { return sqrtf(x); }
+FR_HD double root_of(double x) { return sqrt(x); }
+
 // ---- element formulas; V is Vec, DVec, float or double ----
 template <Distance kKind, class V>
 FR_HD V cap_at(V t, V w) {  // t v
-  return kKind == Distance::linf ? t : t * w;
+  if constexpr (kKind == Distance::linf) return t;
+  if constexpr (kKind == Distance::l3) return t * root_of(w);
+  if constexpr (kKind == Distance::l3_2) return t * (w * w);
+  return t * w;
 }
 template <Distance kKind, class V>
 FR_HD V slope_of(V w) {  // w v
-  return kKind == Distance::linf ? w : w * w;
+  if constexpr (kKind == Distance::linf) return w;
+  if constexpr (kKind == Distance::l3) return w * root_of(w);
+  if constexpr (kKind == Distance::l3_2) return w * (w * w);
+  return w * w;
+}
+template <Distance kKind, class V>
+FR_HD V power_of(V c) {  // c^p; not needed for inf
+  if constexpr (kKind == Distance::l3) return c * (c * c);
+  if constexpr (kKind == Distance::l3_2) return c * root_of(c);
+  return c * c;
 }
 
 // sums over a row
@@ -38,14 +53,13 @@ struct FastSums {  // float32 accuracy
   double used;     // sum_S w c
   double slope;    // sum_{not S} w v
 };
-struct QuickSums {  // float32 products, added up in short runs and then in float64: the errors below
-  double used, slope, squares;
-  bool changed;
+struct BandSums {  // of what lies outside a band of t: float32 products, added up in short runs and then in float64
+  double used, slope, powers;
 };
 struct RowSums {  // float64, every product of two float32 exact
   double used, slope;
-  double squares;  // sum_S c^2
-  bool changed;    // does S grow somewhere in (t, t_high]
+  double powers;  // sum_S c^p
+  bool changed;   // does S grow somewhere in (t, t_high]
 };
 struct PowerSums {  // general p
   double used;
@@ -194,7 +208,7 @@ FR_SOLVE bool solve_quadratic(Passes& passes, double b, Start start, int64_t m, 
     t = high = 0.;  // the start was far past the end
     proven = true;
   }
-  const double norm = norm_of<kKind>(t, s.squares, s.slope);
+  const double norm = norm_of<kKind>(t, s.powers, s.slope);
   if (kNarrow && !(norm > 0x1p-60 && norm < 0x1p60)) return false;
   result.level = t;
   result.value = norm * (kBelow - slack);
@@ -209,7 +223,7 @@ FR_SOLVE bool solve_quadratic(Passes& passes, double b, Start start, int64_t m, 
     const Rest rest = rest_of(b, u.used, m, 0., exact);
     const double missing = rest.value + rest.error;
     if (missing <= 0. || missing <= up * u.slope * (kBelow - slack)) {
-      result.value = norm_of<kKind>(up, u.squares, u.slope) * (kAbove + slack);
+      result.value = norm_of<kKind>(up, u.powers, u.slope) * (kAbove + slack);
       return true;
     }
     if (!(u.slope > 0.)) {
@@ -221,47 +235,78 @@ FR_SOLVE bool solve_quadratic(Passes& passes, double b, Start start, int64_t m, 
   }
 }
 
-// The same with float32 arithmetic whose error is known, for rows where that error does not show: most. Returns false
-// for the others, and then says in `start` what it knows.
+// ---- one pass: p = 2, inf, 3 and 1.5 ----
+// What a band of t leaves out is settled: sum_S w c of what meets the box before it, sum w v of what does not before
+// its end. What lies within is packed, and Newton's method goes on there alone, in float64. Most rows take one pass.
 //
-// Relative errors: a product or a square is rounded once; `slope` adds pairs in float32, `used` and `squares` fours.
-constexpr double kQuickUsed = 0x1p-22, kQuickSquares = 0x1p-22;
+// Relative errors of the settled sums: the roundings of a term, and three for its run of eight.
 template <Distance kKind>
-constexpr double kQuickSlope = kKind == Distance::linf ? 0x1p-24 : 0x1p-23;
+struct Roundings {
+  static constexpr int slope = kKind == Distance::linf ? 3 : kKind == Distance::l2 ? 4 : 5;
+  static constexpr int powers = kKind == Distance::l2 ? 4 : 5;
+};
+constexpr int kUsedRoundings = 4;
+FR_HD double error_of(int roundings) { return roundings * 0x1.00001p-24; }
+constexpr double kApart = 0x1p-20;  // the root lies this far inside the band: more than float32 comparisons err by
 
-template <Distance kKind, class Passes>
-FR_SOLVE bool solve_quick(Passes& passes, double b, Start& start, int64_t m, RowResult& result) {
-  if (!(b > 0x1p-80 && b < 0x1p80)) return false;
-  const double slack = sum_error(m) + kSecondOrder + 0x1p-40;  // the last for products that underflow
-  double t = start.t, step = 1.;
-  for (int i = 0; fabs(step) > 0.25; ++i) {
-    if (!(t > 0x1p-60 && t < 0x1p60) || i == 40) return false;
-    const FastSums s = passes.template fast<kKind>(static_cast<float>(t));
-    const double next = (b - s.used) / s.slope;
-    step = (next - t) / next;
-    t = next;
+template <Distance kKind>
+FR_HD double quick_norm(double t, double powers, double slope) {
+  if constexpr (kKind == Distance::linf) return t;
+  if constexpr (kKind == Distance::l3) return cbrt(powers + t * t * t * slope);
+  if constexpr (kKind == Distance::l3_2) {
+    const double root = cbrt(powers + t * sqrt(t) * slope);
+    return root * root;
   }
-  for (int i = 0; i < 4; ++i) {
-    if (!(t > 0x1p-60 && t < 0x1p60)) return false;
-    // The last step ended on the left of the root, up to rounding, and its error is of second order.
+  return sqrt(powers + t * t * slope);
+}
+
+// For rows where the error of float32 does not show: most. Returns false for the others, with a better start. spread:
+// how far, relatively, the start may be from the root. Without a start the whole row is the band. The limits on t, norm
+// and slope keep every product that matters away from under- and overflow.
+template <Distance kKind, class Passes>
+FR_SOLVE bool solve_quick(Passes& passes, double b, double p, Start& start, double spread, int64_t m,
+                          RowResult& result) {
+  if (!(b > 0x1p-80 && b < 0x1p80)) return false;
+  double low = start.t * (1. - spread), high = start.t > 0. ? start.t * (1. + spread) : 0x1p60;
+  for (int tries = 0; tries < 8; ++tries) {
+    const float from = round_down(low), to = round_down(high);
+    const BandSums out = passes.template band<kKind>(from, to);
+    // Newton's method from the left: S is what is settled, and grows
+    RowSums in = passes.template within<kKind>(0.);
+    double t = (b - out.used) / (out.slope + in.slope);
+    while (true) {
+      if (!(t > 0x1p-60 && t < 0x1p60)) return false;
+      if (t > to) break;
+      in = passes.template within<kKind>(t);
+      const double next = (b - (out.used + in.used)) / (out.slope + in.slope);
+      if (!(next > t)) break;
+      t = next;
+    }
     start.t = t * (1. - 0x1p-19);
-    start.high = t * (1. + 0x1p-19 + step * step * 0x1p-4);
-    const QuickSums s = passes.template quick<kKind>(start.t, start.high);
-    const double rest = b - s.used * (1. + kQuickUsed), root = (b - s.used) / s.slope;
-    if (!(s.used * kQuickUsed <= rest * 0x1p-23)) return false;
-    if (root >= start.t && root <= start.high && !s.changed) {
-      const double least = 1. - kQuickSlope<kKind>;
-      t = rest / s.slope * (least * kBelow - slack);
-      const double norm = norm_of<kKind>(t, s.squares * (1. - kQuickSquares), s.slope * least);
-      if (!(norm > 0x1p-60 && norm < 0x1p60)) return false;
+    start.high = t * (1. + 0x1p-19);
+    if (t >= from * (1. + kApart) && t <= to * (1. - kApart)) {
+      const double used = out.used + in.used;
+      const double rest = (b - used) - (out.used * error_of(kUsedRoundings) + 2. * sum_error(m) * (b + used));
+      if (!((b - used) - rest <= rest * 0x1p-23)) return false;
+      const double error = error_of(Roundings<kKind>::slope), slack = sum_error(m) + 0x1p-40;
+      t = rest / (out.slope * (1. + error) + in.slope) * (kBelow - slack);
+      if (kKind != Distance::linf) in = passes.template within<kKind>(t);
+      const double slope = out.slope * (1. - error) + in.slope;
+      const double powers = out.powers * (1. - error_of(Roundings<kKind>::powers)) + in.powers;
+      const double norm = quick_norm<kKind>(t, powers, slope);
+      if (!(norm > 0x1p-30 && norm < 0x1p60 && slope > 0x1p-80)) return false;
       result = RowResult();
       result.level = t;
       result.value = norm * (kBelow - slack);
-      result.multiplier = kKind == Distance::linf ? 1. / s.slope : t / norm;
+      result.multiplier = kKind == Distance::linf ? 1. / slope
+                          : kKind == Distance::l2 ? t / norm
+                                                  : pow(t / norm, p - 1.);
       return true;
     }
-    step = (root - t) / root;
-    t = root;
+    // t is on the left of the root, by an error of second order
+    const double step = t > to ? (t - to) / t : t < from ? (from - t) / t : 0.;
+    low = start.t;
+    high = t * (1. + 0x1p-10 + (step < 0.5 ? step * step : 0.5));
   }
   return false;
 }

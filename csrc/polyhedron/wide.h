@@ -1,5 +1,5 @@
-// Sixteen float64 lanes compared and added up, and sixteen float lanes packed: what the solver's passes need beyond
-// core/simd.h.
+// Sixteen float64 lanes compared and added up, square roots, and sixteen float lanes packed: what the solver's passes
+// need beyond core/simd.h.
 #pragma once
 
 #include "core/simd.h"
@@ -29,20 +29,16 @@ FR_HD DVec drop(WideMask m, DVec a) {
   return {_mm512_maskz_mov_pd(static_cast<__mmask8>(~m.lo), a.lo),
           _mm512_maskz_mov_pd(static_cast<__mmask8>(~m.hi), a.hi)};
 }
-// The sum over the lanes, in the order of sum() in core/simd.h.
-FR_HD double lane_sum(DVec a) {
-  const __m512d s = _mm512_add_pd(a.lo, a.hi);
-  const __m256d q = _mm256_add_pd(_mm512_castpd512_pd256(s), _mm512_extractf64x4_pd(s, 1));
-  const __m128d d = _mm_add_pd(_mm256_castpd256_pd128(q), _mm256_extractf128_pd(q, 1));
-  return _mm_cvtsd_f64(_mm_add_sd(d, _mm_unpackhi_pd(d, d)));
+// where the sign of x is set a, else b
+FR_HD Vec select_by_sign(Vec x, Vec a, Vec b) {
+  const __m512i sign = _mm512_srai_epi32(_mm512_castps_si512(x.v), 31);
+  const __m512i chosen = _mm512_ternarylogic_epi32(sign, _mm512_castps_si512(a.v), _mm512_castps_si512(b.v), 0xca);
+  return _mm512_castsi512_ps(chosen);
 }
-FR_HD float lane_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
-// Sign bits: set where they were set in `marks` or where a and b have different ones.
-FR_HD Vec mark_crossing(Vec marks, Vec a, Vec b) {
-  const __m512i differ = _mm512_xor_si512(_mm512_castps_si512(a.v), _mm512_castps_si512(b.v));
-  return _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(marks.v), differ));
-}
-FR_HD bool any_sign(Vec a) { return _mm512_movepi32_mask(_mm512_castps_si512(a.v)) != 0; }
+// Lane i from bit i.
+FR_HD Mask mask_of(uint32_t bits) { return {static_cast<__mmask16>(bits)}; }
+FR_HD Vec root_of(Vec a) { return _mm512_sqrt_ps(a.v); }
+FR_HD DVec root_of(DVec a) { return {_mm512_sqrt_pd(a.lo), _mm512_sqrt_pd(a.hi)}; }
 // The nearest floats.
 FR_HD Vec narrow(DVec a) {
   return _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(a.lo)), _mm512_cvtpd_ps(a.hi), 1);
@@ -104,18 +100,45 @@ FR_HD DVec drop(WideMask m, DVec a) {
   return a;
 }
 
-FR_HD double lane_sum(DVec a) { return sum(a); }
-FR_HD float lane_max(Vec a) { return max_lane(a); }
-FR_HD Vec mark_crossing(Vec marks, Vec a, Vec b) {
+FR_HD Vec select_by_sign(Vec x, Vec a, Vec b) {
 #pragma GCC unroll 4
-  for (int i = 0; i < kRegs; ++i) marks.r[i] = (NativeF)((NativeU)marks.r[i] | ((NativeU)a.r[i] ^ (NativeU)b.r[i]));
-  return marks;
+  for (int i = 0; i < kRegs; ++i) {
+    const NativeI sign = (NativeI)x.r[i] >> 31;
+    a.r[i] = (NativeF)(((NativeI)a.r[i] & sign) | ((NativeI)b.r[i] & ~sign));
+  }
+  return a;
 }
-FR_HD bool any_sign(Vec a) {
-  uint32_t bits = 0;
+FR_HD Mask mask_of(uint32_t bits) {
+  Mask m;
+#pragma GCC unroll 4
   for (int i = 0; i < kRegs; ++i)
-    for (int k = 0; k < kWidth / 4; ++k) bits |= ((NativeU)a.r[i])[k];
-  return (bits >> 31) != 0;
+    for (int k = 0; k < kWidth / 4; ++k) m.r[i][k] = -static_cast<int32_t>(bits >> (i * (kWidth / 4) + k) & 1);
+  return m;
+}
+FR_HD Vec root_of(Vec a) {
+#pragma GCC unroll 4
+  for (int i = 0; i < kRegs; ++i) {
+#if defined(__AVX__)
+    a.r[i] = (NativeF)_mm256_sqrt_ps((__m256)a.r[i]);
+#elif defined(__x86_64__)
+    a.r[i] = (NativeF)_mm_sqrt_ps((__m128)a.r[i]);
+#else
+    for (int k = 0; k < kWidth / 4; ++k) a.r[i][k] = sqrtf(a.r[i][k]);
+#endif
+  }
+  return a;
+}
+FR_HD DVec root_of(DVec a) {
+  FR_EACH_WIDE {
+#if defined(__AVX__)
+    a.r[i] = (NativeD)_mm256_sqrt_pd((__m256d)a.r[i]);
+#elif defined(__x86_64__)
+    a.r[i] = (NativeD)_mm_sqrt_pd((__m128d)a.r[i]);
+#else
+    for (int k = 0; k < kWidth / 8; ++k) a.r[i][k] = sqrt(a.r[i][k]);
+#endif
+  }
+  return a;
 }
 FR_HD Vec narrow(DVec a) {
   Vec x;

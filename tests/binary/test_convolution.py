@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
+import pickle
 import subprocess
 import sys
 
@@ -334,6 +336,16 @@ def test_calls_that_are_known_by_heart(path, channels_last, shape, stride, group
     monkeypatch.setenv("FASTROBUST_BINARY", "fast")
     with pytest.raises(ValueError, match="FASTROBUST_BINARY.*'fast'"):
         fr.ops.masked_conv2d(x, packed, None, stride, 1, 1, groups)
+
+
+@pytest.mark.parametrize("path", ["sparse", "dense"])
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda packed: pickle.loads(pickle.dumps(packed))])
+def test_lists_that_were_used_can_be_copied(path: str, again, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTROBUST_BINARY", path)
+    packed = fr.ops.pack(signs((6, 4, 3, 3), 0.4))
+    x = torch.randn(2, 4, 7, 7).contiguous(memory_format=torch.channels_last)
+    want = fr.ops.masked_conv2d(x, packed)
+    assert torch.equal(fr.ops.masked_conv2d(x, again(packed)), want)
 
 
 def test_the_input_gradient_has_a_path_of_its_own() -> None:

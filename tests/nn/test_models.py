@@ -216,6 +216,13 @@ def test_what_an_earlier_run_left_in_memory_does_not_matter(name: str, batch: in
     assert all(torch.equal(a, b) for a, b in zip(both(x), first, strict=True))
 
 
+def test_a_frozen_model_that_has_run_can_be_copied() -> None:
+    model, size = make("small")
+    frozen, x = fnn.freeze(model), torch.rand(3, *size)
+    want = frozen(x)
+    assert torch.equal(copy.deepcopy(frozen)(x), want)
+
+
 VARIANT_SCRIPT = """
 import hashlib, torch, fastrobust as fr
 digest = hashlib.sha256()

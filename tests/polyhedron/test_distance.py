@@ -18,7 +18,7 @@ import fastrobust as fr
 from fastrobust.ops import polyhedral_distance
 from fastrobust.reference import polyhedron as reference
 from polyhedron_cases import KINDS, check_signed, rows, short_rows, staircase
-from polyhedron_oracle import NORMS, close_and_never_above, exact, exact_signed, sorted_float64
+from polyhedron_oracle import NORMS, bisected_float64, close_and_never_above, exact, exact_signed, sorted_float64
 
 
 @pytest.mark.parametrize("p", NORMS)
@@ -39,6 +39,35 @@ def test_equals_sorting_on_long_rows(kind, p):
         a, b, lower, upper = rows(kind, 16, size, seed=1)
         got = polyhedral_distance(*map(torch.tensor, (a, b, lower, upper)), p)
         close_and_never_above(got, sorted_float64(a, b, lower, upper, p))
+
+
+@pytest.mark.parametrize("p", (1.5, 3, 4))
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("tiny", "huge", "heavy", "geometric")])
+def test_equals_bisection_on_long_rows(kind, p):
+    for size in (100, 785, 3072):
+        a, b, lower, upper = rows(kind, 8, size, seed=2)
+        got = polyhedral_distance(*map(torch.tensor, (a, b, lower, upper)), p)
+        close_and_never_above(got, bisected_float64(a, b, lower, upper, p))
+
+
+@given(
+    p=st.sampled_from((1.5, 2, 3, math.inf)),
+    kind=st.sampled_from([kind for kind in KINDS if kind not in ("tiny", "huge", "heavy", "geometric")]),
+    size=st.integers(250, 1100),
+    share=st.floats(1e-6, 0.999),
+    room=st.floats(1e-3, 1e3),
+    seed=st.integers(0, 1000),
+)
+def test_one_pass_over_a_band_of_the_row(p, kind, size, share, room, seed):
+    """Rows long enough for a sample, whose root the first band may miss; boxes of any size, budgets of any share."""
+    a, _, lower, upper = rows(kind, 1, size, seed=seed)
+    lower, upper = lower * np.float32(room), upper * np.float32(room)
+    b = ((np.abs(a) * np.where(a > 0, -lower, upper)).sum(1, dtype=np.float64) * share).astype(np.float32)
+    if not b[0] > 0:
+        return
+    got = polyhedral_distance(*map(torch.tensor, (a, b, lower, upper)), p)
+    oracle = sorted_float64 if p in (2, math.inf) else bisected_float64
+    close_and_never_above(got, oracle(a, b, lower, upper, p))
 
 
 @pytest.mark.parametrize("p", (1, 2, math.inf))
@@ -277,7 +306,7 @@ def test_variants_give_the_same_bits(tmp_path: pathlib.Path):
         "import sys, torch, numpy as np; sys.path.insert(0, sys.argv[1]); from polyhedron_cases import KINDS, rows\n"
         "from fastrobust.ops import polyhedral_distance as f\n"
         "out = [f(*map(torch.tensor, rows(kind, 7, n)), p, signed=True, return_point=True)\n"
-        "       for kind in KINDS for n in (1, 40, 785) for p in (1, 2, 3, float('inf'))]\n"
+        "       for kind in KINDS for n in (1, 40, 785) for p in (1, 1.5, 2, 3, 4, float('inf'))]\n"
         "torch.save(out, sys.argv[2])\n"
     )
     results = {}

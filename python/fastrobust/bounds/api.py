@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastrobust._heap import keep_pages
 from fastrobust.bounds import graph as G
 from fastrobust.bounds import outward as O
-from fastrobust.bounds.checks import check_inputs, check_spec, explain_not_finite
+from fastrobust.bounds.checks import check_inputs, check_options, check_spec, explain_not_finite
 from fastrobust.bounds.engine import METHODS, Engine
 from fastrobust.bounds.intervals import margins_of_chain, small_margins
 from fastrobust.bounds.region import Region
@@ -95,12 +95,7 @@ def compute_bounds(
         raise ValueError(f"method: got {method!r}, expected one of {', '.join(METHODS)}")
     if sides not in ("both", "lower"):
         raise ValueError(f"sides: got {sides!r}, expected 'both' or 'lower'")
-    if rounding not in ("nearest", "outward"):
-        raise ValueError(f"rounding: got {rounding!r}, expected 'nearest' or 'outward'")
-    if refine not in ("unstable", "all"):
-        raise ValueError(f"refine: got {refine!r}, expected 'unstable' or 'all'")
-    if isinstance(max_memory, bool) or not isinstance(max_memory, int) or max_memory < 1:
-        raise ValueError(f"max_memory: got {max_memory!r}, expected a number of bytes >= 1")
+    check_options(rounding, refine, exact_input, max_memory)
     norm = check_norm(norm)
     usual = spec is None and rounding == "nearest" and norm == math.inf and not (return_linear or return_intermediate)
     if method == "ibp" and labels is not None and usual and sides in ("both", "lower"):

@@ -29,6 +29,18 @@ def check_inputs(x: Tensor, eps: float | Tensor, norm: float | str, clip: Any) -
     return x, eps, check_norm(norm), clip
 
 
+def check_options(rounding: str, refine: str, exact_input: bool, max_memory: int) -> None:
+    """The options of the engine that the certificates pass on."""
+    if rounding not in ("nearest", "outward"):
+        raise ValueError(f"rounding: got {rounding!r}, expected 'nearest' or 'outward'")
+    if refine not in ("unstable", "all"):
+        raise ValueError(f"refine: got {refine!r}, expected 'unstable' or 'all'")
+    if not isinstance(exact_input, bool):
+        raise TypeError(f"exact_input: got {exact_input!r}, expected True or False")
+    if isinstance(max_memory, bool) or not isinstance(max_memory, int) or max_memory < 1:
+        raise ValueError(f"max_memory: got {max_memory!r}, expected a number of bytes >= 1")
+
+
 def check_clip(clip: Any) -> tuple[float, float]:
     try:
         low, high = (float(v) for v in clip)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrobust.bounds import METHODS, LinearBounds, compute_bounds
-from fastrobust.bounds.checks import check_clip
+from fastrobust.bounds.checks import check_clip, check_options
 from fastrobust.ops import polyhedral_distance
 from fastrobust.ops.linear_bounds import check_norm
 from fastrobust.reference.polyhedron import round_down
@@ -99,6 +99,7 @@ def polyhedral_envelope(
     method: str = "fast-lin",
     signed: bool = False,
     rounding: str = "nearest",
+    exact_input: bool = False,
     refine: str = "unstable",
     max_memory: int = 1 << 30,
 ) -> Envelope:
@@ -123,6 +124,8 @@ def polyhedral_envelope(
             (the regulariser of section 3.3.3 needs them).
         rounding: "nearest", or "outward" for a certificate that holds in real arithmetic and for every float32 evaluation
             order of the network (x and the parameters as they are; see ``docs/bounds.md`` for what that covers).
+        exact_input, refine, max_memory: as for :func:`fastrobust.bounds.compute_bounds`; ``refine="all"`` is what the
+            thesis' tables were made with.
 
     Returns:
         :class:`Envelope`. Differentiable with respect to the parameters, x and eps.
@@ -133,6 +136,7 @@ def polyhedral_envelope(
     p = check_norm(norm)
     clip = None if clip is None else check_clip(clip)
     check_method(method)
+    check_options(rounding, refine, exact_input, max_memory)
     if isinstance(eps, Tensor) and eps.dim() > 1:
         raise ValueError(f"eps: got shape {tuple(eps.shape)}, expected a number or ({x.shape[0]},)")
     if isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == 0:
@@ -149,6 +153,7 @@ def polyhedral_envelope(
         return_linear=True,
         sides="lower",
         rounding=rounding,
+        exact_input=exact_input,
         refine=refine,
         max_memory=max_memory,
     )

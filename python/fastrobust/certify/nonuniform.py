@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastrobust.bounds import METHODS, compute_bounds
-from fastrobust.bounds.checks import check_clip
+from fastrobust.bounds.checks import check_clip, check_options
 from fastrobust.ops.linear_bounds import check_norm
 
 _LOG_RANGE = (-20.0, 6.0)  # log2 of the scales that the line search covers
@@ -37,21 +38,16 @@ def _margin_function(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
-    norm: float,
-    clip: tuple[float, float] | None,
-    method: str,
     elision: bool,
-    rounding: str,
+    options: dict[str, Any],
 ) -> Margins:
     """Lower bounds of z_y - z_j; without elision lower z_y minus upper z_j, as (3.9) is written."""
 
     def margins(index: Tensor, eps: Tensor) -> Tensor:
         part, labels = x[index], y[index]
         if elision:
-            return compute_bounds(
-                model, part, eps, norm=norm, clip=clip, method=method, labels=labels, sides="lower", rounding=rounding
-            ).lower
-        bounds = compute_bounds(model, part, eps, norm=norm, clip=clip, method=method, rounding=rounding)
+            return compute_bounds(model, part, eps, labels=labels, sides="lower", **options).lower
+        bounds = compute_bounds(model, part, eps, **options)
         assert bounds.upper is not None
         own = bounds.lower.gather(1, labels[:, None])
         others = torch.ones_like(bounds.lower, dtype=torch.bool).scatter(1, labels[:, None], False)
@@ -93,6 +89,9 @@ def nonuniform_radius(
     delta: float = 1e-4,
     elision: bool = True,
     rounding: str = "nearest",
+    exact_input: bool = False,
+    refine: str = "unstable",
+    max_memory: int = 1 << 30,
     iterations: int = 200,
     step_size: float = 0.05,
     penalty: float = 1.0,
@@ -119,6 +118,7 @@ def nonuniform_radius(
         elision: bound the differences z_y - z_i; False bounds the outputs one by one, as (3.9) is written.
         rounding: "outward" certifies the regions, the uniform ones too, in real arithmetic and for every float32
             evaluation order (the optimisation on the way there rounds to nearest).
+        exact_input, refine, max_memory: as for :func:`fastrobust.bounds.compute_bounds`.
         progress: called with the number of iterations done.
 
     Returns:
@@ -143,8 +143,17 @@ def nonuniform_radius(
             )
         if not bool((direction > 0).all() & direction.isfinite().all()):
             raise ValueError("direction: got values that are not positive and finite, expected positive ones")
-    margins = _margin_function(model, x, y, p, clip, method, elision, rounding)
-    smooth = _margin_function(model, x, y, p, clip, method, elision, "nearest")
+    check_options(rounding, refine, exact_input, max_memory)
+    options = {
+        "norm": p,
+        "clip": clip,
+        "method": method,
+        "exact_input": exact_input,
+        "refine": refine,
+        "max_memory": max_memory,
+    }
+    margins = _margin_function(model, x, y, elision, {**options, "rounding": rounding})
+    smooth = _margin_function(model, x, y, elision, {**options, "rounding": "nearest"})
     everyone = torch.arange(x.shape[0], device=x.device)
     ones = (-1,) + (1,) * (x.dim() - 1)
     with torch.no_grad():

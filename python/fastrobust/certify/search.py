@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastrobust.bounds import METHODS, compute_bounds
+from fastrobust.bounds.checks import check_options
 from fastrobust.certify.envelope import check_method, polyhedral_envelope
 
 STRATEGIES = ("pec", "bisection")
@@ -41,6 +43,9 @@ def search_radius(
     method: str = "fast-lin",
     strategy: str = "pec",
     rounding: str = "nearest",
+    exact_input: bool = False,
+    refine: str = "unstable",
+    max_memory: int = 1 << 30,
     batch_size: int = 500,
     progress: Callable[[int], None] | None = None,
 ) -> RadiusSearch:
@@ -51,7 +56,7 @@ def search_radius(
     serves method "ibp", which has no linear bounds.
 
     Args:
-        model, x, y, norm, clip, method, rounding: as for :func:`polyhedral_envelope`.
+        model, x, y, norm, clip, method, rounding, exact_input, refine, max_memory: as for :func:`polyhedral_envelope`.
         low, high: first bracket; ``low`` is taken as certified, so leave it 0 unless you know better.
         tol: stop when the bracket is at most this wide.
         batch_size: examples per call of the bounds.
@@ -73,16 +78,23 @@ def search_radius(
     elif method not in METHODS:
         raise ValueError(f"method: got {method!r}, expected one of {', '.join(METHODS)}")
 
+    check_options(rounding, refine, exact_input, max_memory)
+    options: dict[str, Any] = {
+        "norm": norm,
+        "clip": clip,
+        "method": method,
+        "rounding": rounding,
+        "exact_input": exact_input,
+        "refine": refine,
+        "max_memory": max_memory,
+    }
+
     def certify(index: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
         """Certified radius, and whether all of eps is."""
         if strategy == "pec":
-            found = polyhedral_envelope(
-                model, x[index], y[index], eps, norm=norm, clip=clip, method=method, rounding=rounding
-            )
+            found = polyhedral_envelope(model, x[index], y[index], eps, **options)
             return found.radius, found.radius >= eps
-        bounds = compute_bounds(
-            model, x[index], eps, norm=norm, clip=clip, method=method, labels=y[index], sides="lower", rounding=rounding
-        )
+        bounds = compute_bounds(model, x[index], eps, labels=y[index], sides="lower", **options)
         whole = bounds.lower.amin(1) > 0
         return torch.where(whole, eps, torch.zeros_like(eps)), whole
 

@@ -53,6 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-clip", action="store_true", help="no box")
     add("--method", default="fast-lin", choices=LINEAR_METHODS, help="linear bounds (default: fast-lin)")
     add("--rounding", default="nearest", choices=("nearest", "outward"), help="of the bounds (default: nearest)")
+    add(
+        "--refine",
+        default="unstable",
+        choices=("unstable", "all"),
+        help='hidden neurons bounded linearly; the thesis\' tables are of "all" (default: unstable)',
+    )
+    add("--exact-input", action="store_true", help="norms below inf in a box: the first layer's exact bounds")
     add("--batch-size", type=common.count, default=500, help="examples per call of the bounds (default: 500)")
     add("--device", type=common.device, default="cpu", help="cpu, cuda or auto (default: cpu)")
     add("--out", type=common.output, help="per-example results, .csv or .npz")
@@ -92,22 +99,18 @@ def certify_batch(model: nn.Module, x: Tensor, y: Tensor, options: argparse.Name
     """The columns of one batch. What a batch holds does not depend on the number of workers, so neither does a result."""
     clip = None if options.no_clip else tuple(options.clip)
     norm = parse_norm(float(options.norm) if options.norm in ("1", "2", "inf") else options.norm)
+    shared: dict[str, Any] = {"norm": norm, "clip": clip, "rounding": options.rounding}
+    linear = {**shared, "method": options.method, "refine": options.refine, "exact_input": options.exact_input}
     with torch.no_grad():
         columns: dict[str, Any] = {"label": y, "prediction": model(x).argmax(1)}
         if options.high is not None:
             found = search_radius(
-                model, x, y, high=options.high, tol=options.tol, norm=norm, clip=clip, method=options.method,
-                strategy=options.strategy, rounding=options.rounding, batch_size=len(x),
-            )  # fmt: skip
+                model, x, y, high=options.high, tol=options.tol, strategy=options.strategy, batch_size=len(x), **linear
+            )
             columns |= {"radius": found.radius, "midpoint": found.midpoint, "evaluations": found.evaluations}
         else:
-            envelope = polyhedral_envelope(
-                model, x, y, options.eps, norm=norm, clip=clip, method=options.method, rounding=options.rounding
-            )
-            ibp = compute_bounds(
-                model, x, options.eps, norm=norm, clip=clip, method="ibp", labels=y, sides="lower",
-                rounding=options.rounding,
-            )  # fmt: skip
+            envelope = polyhedral_envelope(model, x, y, options.eps, **linear)
+            ibp = compute_bounds(model, x, options.eps, method="ibp", labels=y, sides="lower", **shared)
             columns |= {
                 "radius": envelope.radius,
                 "distance": envelope.distance,

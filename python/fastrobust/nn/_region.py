@@ -100,6 +100,10 @@ class Region:
         self.resolved: collections.OrderedDict[Any, Resolved] = collections.OrderedDict()
         self.latest: Group | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Programs and memory belong to this process; copies and pickles make their own.
+        return {**self.__dict__, "resolved": collections.OrderedDict(), "latest": None}
+
     def set_units(self, units: list[Unit]) -> None:
         """Other weights and constants for the same graph."""
         self.units = units

@@ -268,9 +268,19 @@ class Plan:
         return found[2]
 
 
+class _Derived(dict[Any, Any]):
+    """Copies and pickles make it anew: programs and addresses belong to this process."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Derived, ()
+
+
 def kept_with(packed: PackedWeight, name: str) -> dict[Any, Any]:
     """A dictionary that lives as long as the index lists, for what is derived from them."""
-    return packed.index.__dict__.setdefault(f"_fastrobust_{name}", {})
+    found: dict[Any, Any] | None = packed.index.__dict__.get(f"_fastrobust_{name}")
+    if found is None:
+        found = packed.index.__dict__[f"_fastrobust_{name}"] = _Derived()
+    return found
 
 
 def plan(packed: PackedWeight, geometry: ConvGeometry, source: Maps, transposed: bool) -> Plan:

@@ -392,7 +392,7 @@ def masked_conv2d(
         if len(calls) >= _REMEMBERED:
             calls.clear()
         known = calls[key] = _KnownCall.of(x, packed, g)
-        out = _known_call(known, x, (stride, padding, dilation, groups))  # type: ignore[arg-type]  # all are ints
+        out = _known_call(known, x, (stride, padding, dilation, groups))
         if out is not None:
             return out
     return _masked_conv(x, packed, g, bias, scale, shift, residual, relu)
@@ -422,7 +422,7 @@ class _KnownCall(NamedTuple):
         return _KnownCall(dense, prepacked, recorded, recipe, (batch, packed.shape[0], *recipe.out_size))
 
 
-def _known_call(known: _KnownCall, x: Tensor, geometry: tuple[int, int, int, int]) -> Tensor | None:
+def _known_call(known: _KnownCall, x: Tensor, geometry: tuple[Any, ...]) -> Tensor | None:
     """The result with as little around it as there can be, None where the long way has to be taken."""
     recorded = x.requires_grad and torch.is_grad_enabled()
     if known.dense is not None:
