@@ -18,6 +18,7 @@ from torch import Tensor
 
 import fastrobust as fr
 from fastrobust.ops import binary as ops
+from fastrobust.ops import masks
 from fastrobust.reference import binary as reference
 
 KERNELS = [(1, 1), (3, 3), (5, 5), (7, 7), (1, 3), (5, 2)]
@@ -275,12 +276,12 @@ def test_pack_equals_the_reference() -> None:
 
 def test_packing_where_the_weight_is_equals_packing_on_the_host() -> None:
     w = signs((5, 4, 3, 3), 0.3)
-    there, here = ops._pack_there(w), fr.ops.pack(w)
+    there, here = masks._pack_there(w), fr.ops.pack(w)
     assert there.shape == here.shape and torch.equal(there.ptr, here.ptr) and torch.equal(there.index, here.index)
     for bad in (0.5, float("nan")):
         w[1, 2, 0, 0] = bad
         with pytest.raises(ValueError, match=r"weight: expected entries in \{-1, 0, \+1\}, got " + str(bad)):
-            ops._pack_there(w)
+            masks._pack_there(w)
 
 
 def test_an_empty_layer_gives_zeros_and_zero_gradients() -> None:

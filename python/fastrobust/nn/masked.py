@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import binary as ops
+from ..ops import masks
 from ..ops._feature_maps import LINEAR_GEOMETRY, ConvGeometry, pair
 from ..reference.binary import PackedWeight, straight_through
 
@@ -132,7 +133,7 @@ class MaskedLayer(nn.Module):
 
     def mask(self) -> Tensor:
         """Bool mask of the `keep` highest ranked weights."""
-        return ops.topk_mask(self.ranking(), self.keep)
+        return masks.topk_mask(self.ranking(), self.keep)
 
     def packed(self) -> PackedWeight:
         """Index lists of the masked signs, computed once per version of the scores.
@@ -142,12 +143,12 @@ class MaskedLayer(nn.Module):
         """
         key = self._cache_key()
         if self._cache is None or self._cache[0] != key:
-            self._cache = (key, ops.pack(self.signs * self.mask()))
+            self._cache = (key, masks.pack(self.signs * self.mask()))
         return self._cache[1]
 
     def set_mask(self, mask: Tensor) -> None:
         """Store the index lists of a mask that was selected together with other layers' masks."""
-        self._cache = (self._cache_key(), ops.pack(self.signs * mask))
+        self._cache = (self._cache_key(), masks.pack(self.signs * mask))
 
     def stale(self) -> bool:
         return self._cache is None or self._cache[0] != self._cache_key()
@@ -296,6 +297,6 @@ def masked_layers(model: nn.Module) -> dict[str, MaskedLayer]:
 def update_masks(model: nn.Module) -> None:
     """Recompute the masks of all layers whose scores changed, in one selection call."""
     stale = [layer for layer in masked_layers(model).values() if layer.stale()]
-    masks = ops.topk_masks([layer.ranking() for layer in stale], [layer.keep for layer in stale])
-    for layer, mask in zip(stale, masks, strict=True):
+    found = masks.topk_masks([layer.ranking() for layer in stale], [layer.keep for layer in stale])
+    for layer, mask in zip(stale, found, strict=True):
         layer.set_mask(mask)

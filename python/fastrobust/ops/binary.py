@@ -1,4 +1,4 @@
-"""Top-k masks, index lists of +-1 weights, and masked convolutions (thesis, section 5.1)."""
+"""Masked convolutions (thesis, section 5.1); masks and index lists are in masks.py."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-from .. import _C
 from ..reference import binary as reference
 from ..reference.binary import PackedWeight
 from . import _conv_cost as cost
 from . import _feature_maps as fm
 from ._dense_conv import Prepacked, dense_conv, dense_input_grad, dense_weight, memory_format
 from ._feature_maps import ConvGeometry
-from ._library import below_autograd, define, nothing_intercepts, require_cuda_build, stream_of
+from ._library import below_autograd, define, nothing_intercepts
 
 # Floats of the fast layout handled at a time: what is read and written again stays in cache.
 _CHUNK_FLOATS = 1 << 20
@@ -25,113 +24,6 @@ _CHUNK_FLOATS = 1 << 20
 _PREPACKED_FLOATS = 1 << 18
 # Kinds of calls of one weight that are known by heart.
 _REMEMBERED = 16
-
-
-# ---- top-k masks ----
-
-
-def _topk_kernel(scores: Tensor, keep: int) -> Tensor:
-    if scores.dtype == torch.float64:
-        _require_finite(scores)
-        return reference.topk_mask(scores, keep)
-    require_cuda_build(scores.device)
-    flat = scores.contiguous()
-    mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
-    device, stream = stream_of(scores.device)
-    workspace = None
-    if device >= 0:
-        workspace = torch.zeros(_C.binary_topk_workspace(flat.numel()), dtype=torch.int32, device=scores.device)
-    address = 0 if workspace is None else workspace.data_ptr()
-    finite = _C.binary_topk(device, stream, flat.data_ptr(), mask.data_ptr(), flat.numel(), keep, address)
-    if not finite:
-        _require_finite(scores)
-    return mask
-
-
-def _require_finite(scores: Tensor) -> None:
-    bad = int((~torch.isfinite(scores)).sum())
-    if bad:
-        raise ValueError(f"scores: expected finite values, got {bad} infinite or NaN of {scores.numel()}")
-
-
-_topk_op = define(
-    "topk_mask",
-    "(Tensor scores, int keep) -> Tensor",
-    _topk_kernel,
-    lambda scores, keep: torch.empty(scores.shape, dtype=torch.bool, device=scores.device),
-)
-
-
-def topk_mask(scores: Tensor, keep: int) -> Tensor:
-    """Mask of the ``keep`` largest scores as given (take ``abs()`` yourself for a mask by magnitude).
-
-    Of equal scores the larger flat index is kept, so that exactly ``keep`` entries are True; off ties this is the rule
-    of the authors' code. -0 equals 0. Radix selection, no sort.
-
-    scores: any shape, float32 (float64 through the reference), finite. keep: 0 to the number of scores.
-    Returns a bool tensor of the shape of scores. Not differentiable.
-    Raises ValueError for a keep out of range and, on the CPU, for scores that are not finite; on CUDA, where looking
-    would synchronise, infinities rank as usual and NaN above them.
-    """
-    _check_scores("scores", scores, keep)
-    return _topk_op(scores, keep)
-
-
-def topk_masks(scores: Sequence[Tensor], keeps: Sequence[int]) -> list[Tensor]:
-    """`topk_mask` of several layers; everything is checked before the first mask is computed."""
-    if len(scores) != len(keeps):
-        raise ValueError(f"keeps: expected one count per layer, got {len(keeps)} for {len(scores)} layers")
-    for i, (s, k) in enumerate(zip(scores, keeps, strict=True)):
-        _check_scores(f"scores[{i}]", s, k)
-    return [_topk_op(s, k) for s, k in zip(scores, keeps, strict=True)]
-
-
-def _check_scores(name: str, scores: Tensor, keep: int) -> None:
-    if not isinstance(scores, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(scores).__name__}")
-    if scores.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{name}: expected float32 or float64, got {scores.dtype}")
-    if isinstance(keep, bool) or not isinstance(keep, int):
-        raise TypeError(f"keep: expected an int, got {type(keep).__name__}")
-    if not 0 <= keep <= scores.numel():
-        raise ValueError(f"keep: expected 0 to {scores.numel()}, the number of scores, got {keep}")
-
-
-# ---- index lists ----
-
-
-def pack(weight: Tensor) -> PackedWeight:
-    """Index lists of a weight with entries in {-1, 0, +1}, for `masked_conv2d` and `masked_linear`.
-
-    weight: (K, C / groups, kh, kw) or (K, C), any real dtype. The length of the lists is data, so on CUDA this
-    waits for the device. Raises ValueError for other entries or ranks.
-    """
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight: expected a tensor, got {type(weight).__name__}")
-    if weight.dim() not in (2, 4):
-        raise ValueError(f"weight: expected (K, C / groups, kh, kw) or (K, C), got {tuple(weight.shape)}")
-    if weight.is_complex():
-        raise TypeError(f"weight: expected real entries, got {weight.dtype}")
-    if weight.device.type != "cpu" and weight.numel():
-        return _pack_there(weight.detach())
-    host = weight.detach().to(dtype=torch.float32).contiguous()
-    rows = host.shape[0]
-    size = host.numel() // rows if rows else 0
-    ptr = torch.zeros(2 * rows + 1, dtype=torch.int32)
-    if not _C.binary_pack(host.data_ptr(), rows, size, ptr.data_ptr(), 0, True):
-        bad = host[(host != 0) & (host.abs() != 1)].flatten()[0].item()
-        raise ValueError(f"weight: expected entries in {{-1, 0, +1}}, got {bad}")
-    index = torch.empty(int(ptr[-1]), dtype=torch.int32)
-    _C.binary_pack(host.data_ptr(), rows, size, ptr.data_ptr(), index.data_ptr(), False)
-    return PackedWeight(tuple(weight.shape), ptr, index)
-
-
-def _pack_there(weight: Tensor) -> PackedWeight:
-    """On the weight's own device: no copy of it leaves, only the number of kept entries does."""
-    bad = weight[(weight != 0) & (weight.abs() != 1)]
-    if bad.numel():
-        raise ValueError(f"weight: expected entries in {{-1, 0, +1}}, got {bad[0].item()}")
-    return reference.pack(weight)
 
 
 # ---- convolutions: kernels ----
