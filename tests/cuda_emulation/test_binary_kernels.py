@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fastrobust as fr
-from fastrobust.ops import _feature_maps, binary
+from fastrobust.ops import _feature_maps, masks
 from fastrobust.reference import binary as reference
 
 
@@ -21,8 +21,8 @@ def binary_on_device(emulated_module: ModuleType, monkeypatch: pytest.MonkeyPatc
 
     def run(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with monkeypatch.context() as m:
-            m.setattr(binary, "_C", emulated_module)
-            m.setattr(binary, "stream_of", lambda device: (0, 0))
+            m.setattr(masks, "_C", emulated_module)
+            m.setattr(masks, "stream_of", lambda device: (0, 0))
             m.setattr(_feature_maps, "_C", emulated_module)
             m.setattr(_feature_maps, "device_of", lambda x: (0, 0))
             return op(*args, **kwargs)
