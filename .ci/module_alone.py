@@ -12,7 +12,7 @@ address = lambda a: a.buffer_info()[0]
 _C.pgd_simple_step(address(x), address(x), address(grad), address(out), 16, 1, 0, 0.25, 0.125, 0.0, 1.0)
 assert list(out) == [0.625, 0.375, 0.5, 0.5] * 4, list(out)
 try:
-    _C.pgd_linf_step(0, address(x), address(grad), address(out), 16, 0.25, 0.125, 0.0, 1.0)
+    _C.pgd_simple_step(0, address(x), address(grad), address(out), 16, 1, 0, 0.25, 0.125, 0.0, 1.0)
 except ValueError as error:
     assert "x" in str(error)
 else:
