@@ -171,7 +171,7 @@ int64_t interval_conv(const std::array<int64_t, 13>& sizes, const std::array<int
 }
 
 // (slopes, slope_sides, intercepts, map_height, map_width, channels, weight, out_height, out_width, out_channels,
-// kernel_h, kernel_w, stride_y, stride_x, pad_y, pad_x, lanes, stays)
+// kernel_h, kernel_w, stride_y, stride_x, pad_y, pad_x, lanes, 1: stays, 2: turned)
 ChainStep chain_step(const std::array<int64_t, 18>& t) {
   ChainStep s;
   s.slopes = pointer<const float>(static_cast<uintptr_t>(t[0]), 1, "slopes");
@@ -183,12 +183,14 @@ ChainStep chain_step(const std::array<int64_t, 18>& t) {
                          &s.stride_x,   &s.pad_y,        &s.pad_x,    &s.lanes};
   for (size_t i = 0; i < 14; ++i)
     if (to[i] != nullptr) *to[i] = t[i + 3];
-  s.stays = t[17] != 0;
+  s.stays = t[17] == 1;
+  s.turned = t[17] == 2;
   return s;
 }
 
 void chain(const py::tuple& rows, const std::vector<std::array<int64_t, 18>>& steps, int64_t examples, uintptr_t center,
-           uintptr_t radius, uintptr_t x, uintptr_t eps, int dual, uintptr_t b, uintptr_t out) {
+           uintptr_t radius, uintptr_t x, uintptr_t eps, int dual, uintptr_t b, uintptr_t out, uintptr_t starts,
+           uintptr_t order) {
   ChainArgs g;
   g.rows = rows_from(rows);
   if (g.rows.count == 0) return;
@@ -205,7 +207,23 @@ void chain(const py::tuple& rows, const std::vector<std::array<int64_t, 18>>& st
   g.end.eps = reinterpret_cast<const float*>(eps);
   g.end.dual = static_cast<Dual>(dual);
   g.end.out = pointer<float>(out, g.rows.count, "out");
-  without_gil(kReleaseGilAbove + 1, [&] { bounds().chain(g); });
+  g.starts = reinterpret_cast<const int64_t*>(starts);
+  g.order = reinterpret_cast<const int64_t*>(order);
+  const bool live = g.starts != nullptr;
+  for (const ChainStep& s : list)
+    if (live && (s.stays || s.turned == (&s == &list.back()) || std::min(s.kernel_h, s.map_height) > 64 || (g.end.center != nullptr && g.end.dual != Dual::none)))
+      throw std::invalid_argument("starts: is for whole maps, a box or a ball, kernels of 64 lines at most, and turned weights but the last");
+  const ChainStep& s = list[0];  // few outputs a vector of rows: a dense layer alone is taken with them in the lanes
+  const bool dense = list.size() == 1 && s.map_height == 1 && s.map_width == 1 && s.kernel_h == s.out_height &&
+                     s.kernel_w == s.out_width && s.pad_y == 0 && s.pad_x == 0 && s.channels <= kMostLiveDense;
+  without_gil(kReleaseGilAbove + 1, [&] {
+    if (!live)
+      bounds().chain(g);
+    else if (dense)
+      bounds().live_dense(g);
+    else
+      bounds().live_chain(g);
+  });
 }
 
 // grads: (to_slopes, to_intercepts, to_weight or 0) of each step

@@ -106,7 +106,9 @@ struct ChainStep {
   int64_t out_height = 0, out_width = 0, out_channels = 0;
   int64_t kernel_h = 1, kernel_w = 1, stride_y = 1, stride_x = 1, pad_y = 0, pad_x = 0, lanes = 16;
   bool stays = false;  // a window is one on the other side too, not the whole image
+  bool turned = false;  // the weight is [taps, channels] and lanes = channels, for all but the last step of a live chain
 };
+constexpr int64_t kMostLiveDense = 4096;  // neurons of the kernel of one dense layer
 struct ChainArgs {
   Rows rows;
   const ChainStep* steps = nullptr;
@@ -114,6 +116,10 @@ struct ChainArgs {
   int64_t examples = 0;
   const float* b = nullptr;  // [sides, count]
   ConcretizeArgs end;        // box, ball and out; its rows and b are not used
+  // With the first, example by example as in BackGradArgs: whole maps, box or ball, and kernels of 64 lines at most.
+  // A dense layer is the convolution of a map of one position whose kernel is the whole image.
+  const int64_t* starts = nullptr;  // [examples + 1]
+  const int64_t* order = nullptr;   // [count] or null
 };
 
 // Gradients of ChainArgs over whole images and a box, from those of its result. Those of the maps are added to what is

@@ -11,22 +11,6 @@
 FR_NS_BEGIN
 namespace {
 
-float norm_of(Vec sums, Dual dual) {
-  if (dual == Dual::linf) {  // max_lane passes over NaN
-    const float top = max_lane(sums), nan = lane_sum(sums - sums);
-    return nan == nan ? top : nan;
-  }
-  const float total = lane_sum(sums);
-  return dual == Dual::l2 ? std::sqrt(total) : total;
-}
-
-template <Dual kDual>
-Vec norm_term(Vec w, Vec sums) {
-  if (kDual == Dual::l2) return fmadd(w, w, sums);
-  if (kDual == Dual::l1) return sums + w;
-  return select(sums < w, w, select(w == w, sums, w));
-}
-
 // One side of one row: its coefficients, and the maps it sees.
 struct Row {
   const Rows& r;

@@ -1,6 +1,7 @@
-// a * b + c with one rounding where the processor has it (v2 rounds twice), and lane sums.
+// a * b + c with one rounding where the processor has it (v2 rounds twice), lane sums and the terms of norms.
 #pragma once
 
+#include "bounds/args.h"
 #include "core/simd.h"
 
 FR_NS_BEGIN
@@ -32,6 +33,25 @@ FR_HD float lane_sum(Vec a) {
   return s[0];
 }
 #endif
+
+// NaN wins.
+FR_HD Vec vmax_nan(Vec a, Vec b) { return select(a < b, b, select(b == b, a, b)); }
+// The sum of a norm with one coordinate's size more.
+template <Dual kDual>
+FR_HD Vec norm_term(Vec w, Vec sums) {
+  if (kDual == Dual::l2) return fmadd(w, w, sums);
+  if (kDual == Dual::l1) return sums + w;
+  return vmax_nan(sums, w);
+}
+// The norm from its lanes' sums.
+FR_HD float norm_of(Vec sums, Dual dual) {
+  if (dual == Dual::linf) {  // max_lane passes over NaN
+    const float top = max_lane(sums), nan = lane_sum(sums - sums);
+    return nan == nan ? top : nan;
+  }
+  const float total = lane_sum(sums);
+  return dual == Dual::l2 ? std::sqrt(total) : total;
+}
 
 #endif  // !__CUDACC__
 

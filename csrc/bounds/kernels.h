@@ -16,6 +16,8 @@ struct BoundsTable {
   void (*interval_conv)(const IntervalConvArgs&);
   int64_t (*interval_conv_work)(const IntervalConvArgs&);  // numbers that `work` must hold
   void (*chain)(const ChainArgs&);
+  void (*live_chain)(const ChainArgs&);  // leaves out neurons without lines
+  void (*live_dense)(const ChainArgs&);  // one step, a dense layer
   void (*chain_grad)(const ChainGradArgs&);
   int64_t (*interval_chain_work)(const IntervalChainArgs&);
   ChainResult (*interval_chain)(const IntervalChainArgs&);

@@ -110,6 +110,33 @@ def conv_chain(graph: G.Graph, start: int) -> list[tuple[G.Activation, G.Conv]]:
     return found if isinstance(act, G.Input) else []
 
 
+def live_chain(graph: G.Graph, start: int) -> list[tuple[G.Activation, Any, tuple[int, int, int]]]:
+    """The activations, the dense layers or convolutions before them and the images before those (a vector has one position), one
+    after the other, from the activation ``start`` to the input; empty where anything else comes between."""
+    found: list[tuple[G.Activation, Any, tuple[int, int, int]]] = []
+    act = graph.nodes[start]
+    while isinstance(act, G.Activation):
+        layer = graph.nodes[act.inputs[0]]
+        if layer.consumers != [act.index] or not isinstance(layer, (G.Conv, G.Dense)):
+            return []
+        before = graph.nodes[layer.inputs[0]]
+        if isinstance(layer, G.Conv):
+            if layer.groups != 1 or layer.dilation != (1, 1):
+                return []
+        elif len(layer.shape) != 1:
+            return []
+        elif isinstance(before, G.Reshape):
+            if before.consumers != [layer.index]:
+                return []
+            before = graph.nodes[before.inputs[0]]
+        shape = before.shape
+        if len(shape) not in (1, 3):
+            return []
+        found.append((act, layer, (shape[0], shape[1], shape[2]) if len(shape) == 3 else (shape[0], 1, 1)))
+        act = before
+    return found if isinstance(act, G.Input) else []
+
+
 class Backward:
     """One backward pass for the rows of a chunk."""
 
@@ -149,6 +176,9 @@ class Backward:
             if not isinstance(node, G.LinearNode) and i not in self.lines:
                 self._concretize_node(node, r)
                 continue
+            if not pending and not self.keep_input and (live := self._live(node, r)):
+                total = self._through_live(r, live)
+                break
             if not pending and not self.keep_input and (steps := self._convolutions(node, r)):
                 total = self._through(node, r, steps)
                 break
@@ -369,6 +399,44 @@ class Backward:
         index = line.source[chunk.example].expand(a.shape)
         out = torch.zeros(*a.shape[:3], h * w, dtype=a.dtype, device=a.device).scatter_add(3, index, a)
         return Rows(out.unflatten(3, (h, w)))
+
+    # -- layers at once, without the neurons that have no lines --------------------------------------------------------
+    def _live(self, node: G.Node, r: Rows) -> list[ops.LiveStep]:
+        """The activations and layers from ``node`` down to the input, where leaving out neurons pays; else nothing."""
+        box, ball = self.region.flattened(True)
+        if r.A is None or r.window is not None or self.slack or not self.region.has_kernel or (box and ball):
+            return []
+        if not r.A.is_cpu or r.A.dtype != torch.float32:
+            return []
+        if not ops.direct(r.A, self.chunk.b, *(box or ()), *(ball or ())):
+            return []
+        steps: list[ops.LiveStep] = []
+        chain = live_chain(self.graph, node.index)
+        for at, (act, layer, image) in enumerate(chain):
+            line = self.lines.get(act.index)
+            if line is None or line.source is not None or (layer.bias() is not None and line.folded != layer.index):
+                return []
+            slopes, intercepts = line.flattened(len(act.shape) == 3)
+            w = layer.get_weight()
+            if not ops.direct(w, slopes, intercepts):
+                return []
+            if isinstance(layer, G.Conv):
+                kernel, stride, padding, shape = w.shape[2:], layer.stride, layer.padding, act.shape
+            else:
+                w = w.unflatten(1, image)
+                kernel, stride, padding, shape = image[1:], (1, 1), (0, 0), (act.shape[0], 1, 1)
+            taps = w.permute(0, 2, 3, 1).flatten(1) if at == len(chain) - 1 else w.permute(2, 3, 1, 0).flatten(0, 2)
+            steps.append(ops.LiveStep(slopes, intercepts, shape, taps, kernel, stride, padding, image))
+        items = self.chunk.b.shape[1] * (len(self.chunk.b) if len(r.A) == 2 or any(len(s.slopes) == 2 for s in steps) else 1)
+        if not steps or not ops.leaving_out_pays(steps, items / max(1, len(self.region.x))):
+            return []
+        return steps
+
+    def _through_live(self, r: Rows, steps: list[ops.LiveStep]) -> Tensor:
+        box, ball = self.region.flattened(True)
+        chunk = self.chunk
+        A = _flatten(r.A, r.A.dim() == 5)
+        return ops.concretize_live(A, chunk.b, chunk.example, steps, box, ball, self.region.q, r.pick, r.minus)
 
     # -- convolutions at once ------------------------------------------------------------------------------------------
     def _convolutions(self, node: G.Node, r: Rows) -> list[ops.ConvStep]:

@@ -74,7 +74,7 @@ def _kernel(A: Tensor, b: Tensor, example: Tensor, steps: list[ConvStep], box: P
     out = torch.empty_like(b)
     _C.bounds_chain(
         rows_args(A, b, example, rows, minus, y, x, window), told, steps[0].slopes.shape[1], *map(address, maps),
-        0 if ball is None else linear._DUAL[q], b.data_ptr(), out.data_ptr(),
+        0 if ball is None else linear._DUAL[q], b.data_ptr(), out.data_ptr(), 0, 0,
     )  # fmt: skip
     del kept
     return out

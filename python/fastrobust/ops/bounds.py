@@ -20,6 +20,7 @@ from . import _bounds_autograd as gradients
 from . import _checks as ck
 from ._bounds_chain import ConvStep, concretize_through
 from ._bounds_conv import adjoint, interval_convolution, pair
+from ._bounds_live import LiveStep, concretize_live, leaving_out_pays
 from ._bounds_product import product, product_with_transpose
 from ._bounds_rows import address, dense, native, spread_lanes
 from ._library import require_cuda_build, stream_of
@@ -35,8 +36,8 @@ from .linear_bounds import (
 )
 
 __all__ = [
-    "ConvStep", "Window", "concretize", "concretize_rows", "concretize_through", "direct", "interval_activation", "interval_ball_conv2d",
-    "interval_ball_linear", "interval_conv2d", "interval_linear", "linear_back_step", "product", "relax", "relax_behind", "spread", "spread_lanes",
+    "ConvStep", "LiveStep", "Window", "concretize", "concretize_live", "concretize_rows", "concretize_through", "direct", "interval_activation", "interval_ball_conv2d",
+    "interval_ball_linear", "interval_conv2d", "interval_linear", "leaving_out_pays", "linear_back_step", "product", "relax", "relax_behind", "spread", "spread_lanes",
 ]  # fmt: skip
 
 _TO_CENTER, _FROM_CENTER, _RELU_CENTER, _BOX, _BOX_ENDS = range(5)

@@ -1,0 +1,420 @@
+// Rows of coefficients through a chain of activations and linear layers down to the input, example by example with the
+// rows in the lanes: neurons whose lines are zero are left out on both sides of every product.
+#include <algorithm>
+#include <memory>
+
+#include "bounds/entry_cpu.h"
+#include "bounds/fma.h"
+#include "bounds/formulas.h"
+#include "bounds/live_cpu.h"
+#include "runtime/parallel.h"
+
+FR_NS_BEGIN
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kMostOut = 8, kMostVectors = 3;  // of a product in registers: outputs, vectors of rows
+#elif defined(__AVX__) || defined(__aarch64__)
+constexpr int kMostOut = 4, kMostVectors = 1;
+#else
+constexpr int kMostOut = 2, kMostVectors = 1;
+#endif
+
+struct Run {
+  int64_t begin, end;  // of a list
+};
+// What a product of kOut outputs reads: the weight of input i and output j is base[weight[i] + column(j)].
+struct Product {
+  const Run* runs;
+  int count;
+  const float* values;  // [inputs][kM vectors]
+  const int32_t* weight;
+  const float* base;
+  int64_t tap;  // numbers from one column to the next
+};
+
+// Adds to acc; `column(j)` must not depend on the input.
+template <int kOut, int kM, class Column>
+FR_HD void add_products(const Product& p, const Column& column, Vec (&total)[kOut][kM]) {
+  constexpr int kWays = kOut * kM >= 6 ? 1 : kOut * kM >= 3 ? 2 : 4;  // sums at a time hide the latency
+  Vec acc[kWays][kOut][kM];
+#pragma GCC unroll 8
+  for (int u = 0; u < kWays; ++u)
+#pragma GCC unroll 8
+    for (int j = 0; j < kOut; ++j)
+#pragma GCC unroll 4
+      for (int m = 0; m < kM; ++m) acc[u][j][m] = u == 0 ? total[j][m] : Vec(0.f);
+  const auto one = [&](int64_t i, Vec(&sums)[kOut][kM]) FR_INLINE_LAMBDA {
+    const float *v = p.values + i * kM * kLanes, *w = p.base + p.weight[i];
+    Vec s[kM];
+#pragma GCC unroll 4
+    for (int m = 0; m < kM; ++m) s[m] = load(v + m * kLanes);
+#pragma GCC unroll 8
+    for (int j = 0; j < kOut; ++j) {
+      const Vec b(w[column(j)]);
+#pragma GCC unroll 4
+      for (int m = 0; m < kM; ++m) sums[j][m] = fmadd(b, s[m], sums[j][m]);
+    }
+  };
+  for (int r = 0; r < p.count; ++r) {
+    int64_t i = p.runs[r].begin;
+    for (const int64_t end = p.runs[r].end; i < end; i += kWays) {
+      if (i + kWays <= end) {
+#pragma GCC unroll 4
+        for (int u = 0; u < kWays; ++u) one(i + u, acc[u]);
+      } else {
+        for (; i < end; ++i) one(i, acc[0]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < kOut; ++j)
+#pragma GCC unroll 4
+    for (int m = 0; m < kM; ++m) {
+      Vec sum = acc[0][j][m];
+#pragma GCC unroll 4
+      for (int u = 1; u < kWays; ++u) sum = sum + acc[u][j][m];
+      total[j][m] = sum;
+    }
+}
+
+// out[j] = the products with the weights in column channel[j].
+template <int kOut, int kM>
+void gathered(const Product& p, const int32_t* channel, float* out) {
+  int64_t column[kOut];
+  Vec acc[kOut][kM];
+#pragma GCC unroll 8
+  for (int j = 0; j < kOut; ++j) {
+    column[j] = channel[j] * p.tap;
+#pragma GCC unroll 4
+    for (int m = 0; m < kM; ++m) acc[j][m] = Vec(0.f);
+  }
+  add_products<kOut, kM>(p, [&](int j) FR_INLINE_LAMBDA { return column[j]; }, acc);
+#pragma GCC unroll 8
+  for (int j = 0; j < kOut; ++j)
+#pragma GCC unroll 4
+    for (int m = 0; m < kM; ++m) store(out + (j * kM + m) * kLanes, acc[j][m]);
+}
+
+// out[place[j]] += the products with the weights in column j.
+template <int kOut, int kM>
+void scattered(const Product& p, const int32_t* place, float* out) {
+  Vec acc[kOut][kM];
+#pragma GCC unroll 8
+  for (int j = 0; j < kOut; ++j)
+#pragma GCC unroll 4
+    for (int m = 0; m < kM; ++m) acc[j][m] = load(out + (place[j] * kM + m) * kLanes);
+  add_products<kOut, kM>(p, [](int j) FR_INLINE_LAMBDA { return j; }, acc);
+#pragma GCC unroll 8
+  for (int j = 0; j < kOut; ++j)
+#pragma GCC unroll 4
+    for (int m = 0; m < kM; ++m) store(out + (place[j] * kM + m) * kLanes, acc[j][m]);
+}
+
+using ProductFn = void (*)(const Product&, const int32_t*, float*);
+template <int kM, bool kScatter, int kOut = kMostOut>
+ProductFn product_of(int64_t outs) {
+  if constexpr (kOut > 1)
+    if (outs < kOut) return product_of<kM, kScatter, kOut - 1>(outs);
+  return kScatter ? scattered<kOut, kM> : gathered<kOut, kM>;
+}
+// Pieces of nearly the same size, as few as there must be: calls f(first, size).
+template <class F>
+FR_HD void pieces(int64_t n, const F& f) {
+  for (int64_t left = (n + kMostOut - 1) / kMostOut, at = 0; left > 0; --left) {
+    const int64_t size = (n - at + left - 1) / left;
+    f(at, size);
+    at += size;
+  }
+}
+
+constexpr int kLongestRuns = 64;  // kernel heights
+
+// What a thread works on.
+struct Work {
+  const ChainArgs& g;
+  std::unique_ptr<LiveList[]> lists;
+  std::unique_ptr<int32_t[]> inside, place;  // of the last step's taps: relative to position (0, 0); of one position
+  std::unique_ptr<float[]> from, to;
+  int64_t taps = 0;
+  bool apart = false;  // the sides have coefficients of their own
+
+  explicit Work(const ChainArgs& args) : g(args), lists(new LiveList[static_cast<size_t>(args.count)]) {
+    const ChainStep& last = g.steps[g.count - 1];
+    int64_t most = last.out_height * last.out_width * last.out_channels + 1;
+    apart = g.rows.side_stride != 0;
+    for (int i = 0; i < g.count; ++i) {
+      const ChainStep& s = g.steps[i];
+      lists[static_cast<size_t>(i)].reserve(s);
+      most = std::max(most, s.map_height * s.map_width * s.channels);
+      apart = apart || s.slope_sides == 2;
+    }
+    apart = apart && g.rows.sides == 2;
+    from.reset(new float[static_cast<size_t>(most * kMostVectors * kLanes)]);
+    to.reset(new float[static_cast<size_t>(most * kMostVectors * kLanes)]);
+    taps = last.kernel_h * last.kernel_w * last.out_channels;
+    inside.reset(new int32_t[static_cast<size_t>(taps)]);
+    place.reset(new int32_t[static_cast<size_t>(taps)]);
+    for (int64_t t = 0; t < taps; ++t) {
+      const int64_t line = last.kernel_w * last.out_channels;
+      inside[static_cast<size_t>(t)] = static_cast<int32_t>(t / line * last.out_width * last.out_channels + t % line);
+    }
+  }
+};
+
+// A block of rows of one example in kM vectors. Where the sides have coefficients of their own the upper side's rows
+// come after the lower one's.
+template <int kM>
+class Block {
+ public:
+  Block(Work& work, int64_t example) : g_(work.g), work_(work), example_(example) {}
+
+  // Rows [first, first + n), n <= kM kLanes, of both sides one after the other where they are apart.
+  void run(int64_t first, int64_t n) {
+    const int64_t own = g_.starts[example_ + 1] - g_.starts[example_];
+    float flips[kM * kLanes];
+    n_ = n;
+    for (int64_t i = 0; i < kM * kLanes; ++i) {
+      const int64_t item = first + std::min(i, n - 1), row = g_.starts[example_] + item % own;
+      row_[i] = g_.order != nullptr ? g_.order[row] : row;
+      side_[i] = static_cast<int>(item / own);
+      flips[i] = side_[i] == 1 ? -1.f : 1.f;
+      lost_[i] = 0.f;
+    }
+    each([&](int m) { flip_[m] = load(flips + m * kLanes), low_[m] = up_[m] = Vec(0.f); });
+    shared_ = g_.rows.sides == 2 && !work_.apart;
+    enter();
+    for (int i = 0; i + 1 < g_.count; ++i) {
+      gather(i);
+      std::swap(work_.from, work_.to);
+    }
+    scatter();
+    leave();
+  }
+
+ private:
+  template <class F>
+  FR_HD static void each(const F& f) {
+#pragma GCC unroll 4
+    for (int m = 0; m < kM; ++m) f(m);
+  }
+  struct Sums {
+    Vec low[kM], up[kM];
+  };
+  // What is summed by itself first: fewer roundings than one long sum has.
+  template <class F>
+  FR_HD void summed(const F& f) {
+    Sums sums;
+    each([&](int m) { sums.low[m] = sums.up[m] = Vec(0.f); });
+    f(sums);
+    each([&](int m) { low_[m] = low_[m] + sums.low[m], up_[m] = up_[m] + sums.up[m]; });
+  }
+
+  // The coefficients of a neuron, at `v`, times its lines.
+  FR_HD void line(const LineMaps& map, int64_t neuron, float* v, Sums& sums) {
+    const Vec il(map.low[neuron]), iu(map.up[neuron]), sl(map.slope_low[neuron]), su(map.slope_up[neuron]);
+    each([&](int m) FR_INLINE_LAMBDA {
+      const Vec a = load(v + m * kLanes);
+      const auto positive = a * flip_[m] >= Vec(0.f);
+      sums.low[m] = fmadd(a, select(positive, il, iu), sums.low[m]);
+      if (shared_) sums.up[m] = fmadd(a, select(positive, iu, il), sums.up[m]);
+      store(v + m * kLanes, a * select(positive, sl, su));
+    });
+  }
+
+  // The rows as they are given, at the first activation.
+  void enter() {
+    const Rows& r = g_.rows;
+    const LiveList& live = work_.lists[0];
+    const LineMaps map(g_.steps[0], g_.examples, example_);
+    const float *plus[kM * kLanes], *minus[kM * kLanes];
+    for (int64_t i = 0; i < n_; ++i) {
+      const float* a = r.a + side_[i] * r.side_stride;
+      plus[i] = a + (r.pick != nullptr ? r.pick[row_[i]] : row_[i]) * r.length;
+      minus[i] = r.minus != nullptr ? a + r.minus[row_[i]] * r.length : nullptr;
+    }
+    alignas(64) float tile[kM * kLanes * kLanes] = {};
+    int64_t k = 0;
+    for (int64_t at = 0; at < r.length; at += kLanes) {
+      const int width = static_cast<int>(std::min<int64_t>(kLanes, r.length - at));
+      for (int64_t i = 0; i < n_; ++i) {
+        Vec v = width == kLanes ? load(plus[i] + at) : load_n(plus[i] + at, width);
+        if (minus[i] != nullptr) v = v - (width == kLanes ? load(minus[i] + at) : load_n(minus[i] + at, width));
+        store(tile + i * kLanes, v);
+        const auto fine = v * Vec(0.f) == Vec(0.f);  // what is no number shows where the neuron has no lines, too
+        if (any(!fine)) lost_[i] = NAN;
+      }
+      summed([&](Sums& sums) {
+        for (; k < live.count && live.neuron[static_cast<size_t>(k)] < at + width; ++k) {
+          const int64_t neuron = live.neuron[static_cast<size_t>(k)];
+          float* v = work_.from.get() + k * kM * kLanes;
+          for (int64_t i = 0; i < kM * kLanes; ++i) v[i] = tile[i * kLanes + neuron - at];
+          line(map, neuron, v, sums);
+        }
+      });
+    }
+  }
+
+  // Through the layer of step i to the activation of the next one.
+  void gather(int step) {
+    const ChainStep& s = g_.steps[step];
+    const LiveList &in = work_.lists[static_cast<size_t>(step)], &out = work_.lists[static_cast<size_t>(step) + 1];
+    const LineMaps map(g_.steps[step + 1], g_.examples, example_);
+    Run runs[kLongestRuns];
+    for (int64_t y = 0, position = 0; y < s.out_height; ++y) {
+      const int64_t first_y = first(y + s.pad_y, s.kernel_h, s.stride_y);
+      const int64_t last_y = std::min((y + s.pad_y) / s.stride_y, s.map_height - 1);
+      for (int64_t x = 0; x < s.out_width; ++x, ++position) {
+        const int64_t begin = out.start[static_cast<size_t>(position)];
+        const int64_t n = out.start[static_cast<size_t>(position) + 1] - begin;
+        if (n == 0) continue;
+        const int64_t first_x = first(x + s.pad_x, s.kernel_w, s.stride_x);
+        const int64_t last_x = std::min((x + s.pad_x) / s.stride_x, s.map_width - 1);
+        int count = 0;
+        for (int64_t py = first_y; py <= last_y && first_x <= last_x; ++py) {
+          const int64_t* start = in.start.get() + py * s.map_width;
+          runs[count++] = {start[first_x], start[last_x + 1]};
+        }
+        const int64_t tap = s.turned ? s.lanes : 1;
+        const float* base = s.weight + ((y + s.pad_y) * s.kernel_w + x + s.pad_x) * s.out_channels * tap;
+        const Product p{runs, count, work_.from.get(), in.weight.get(), base, tap};
+        const int32_t* channel = out.channel.get() + begin;
+        float* to = work_.to.get() + begin * kM * kLanes;
+        pieces(n, [&](int64_t at, int64_t size) {
+          product_of<kM, false>(size)(p, channel + at, to + at * kM * kLanes);
+        });
+        summed([&](Sums& sums) {
+          for (int64_t k = 0; k < n; ++k)
+            line(map, out.neuron[static_cast<size_t>(begin + k)], to + k * kM * kLanes, sums);
+        });
+      }
+    }
+  }
+  static int64_t first(int64_t reach, int64_t kernel, int64_t stride) {
+    return reach < kernel ? 0 : (reach - kernel + stride) / stride;
+  }
+
+  // Through the last layer to the input, all of whose numbers count.
+  void scatter() {
+    const ChainStep& s = g_.steps[g_.count - 1];
+    const LiveList& in = work_.lists[static_cast<size_t>(g_.count) - 1];
+    const int64_t inputs = s.out_height * s.out_width * s.out_channels;
+    std::fill_n(work_.to.get(), inputs * kM * kLanes, 0.f);
+    for (int64_t py = 0, position = 0; py < s.map_height; ++py)
+      for (int64_t px = 0; px < s.map_width; ++px, ++position) {
+        const Run run{in.start[static_cast<size_t>(position)], in.start[static_cast<size_t>(position) + 1]};
+        if (run.begin == run.end) continue;
+        const int64_t top = py * s.stride_y - s.pad_y, left = px * s.stride_x - s.pad_x;
+        float* to = work_.to.get();
+        const int32_t* place = work_.inside.get();
+        if (top >= 0 && left >= 0 && top + s.kernel_h <= s.out_height && left + s.kernel_w <= s.out_width) {
+          to += (top * s.out_width + left) * s.out_channels * kM * kLanes;
+        } else {  // taps beyond the border go to one place behind the image
+          int32_t* at = work_.place.get();
+          place = at;
+          for (int64_t y = top; y < top + s.kernel_h; ++y)
+            for (int64_t x = left; x < left + s.kernel_w; ++x)
+              for (int64_t c = 0; c < s.out_channels; ++c) {
+                const bool on = y >= 0 && x >= 0 && y < s.out_height && x < s.out_width;
+                *at++ = static_cast<int32_t>(on ? (y * s.out_width + x) * s.out_channels + c : inputs);
+              }
+        }
+        const float* base = s.weight + (py * s.stride_y * s.kernel_w + px * s.stride_x) * s.out_channels;
+        pieces(work_.taps, [&](int64_t at, int64_t size) {
+          const Product p{&run, 1, work_.from.get(), in.weight.get(), base + at, 1};
+          product_of<kM, true>(size)(p, place + at, to);
+        });
+      }
+  }
+
+  // The extremes over the input set.
+  void leave() {
+    const ConcretizeArgs& e = g_.end;
+    const ChainStep& s = g_.steps[g_.count - 1];
+    const int64_t inputs = s.out_height * s.out_width * s.out_channels, base = example_ * inputs;
+    const bool box = e.center != nullptr;
+    const float *middle = (box ? e.center : e.x) + base, *reach = (box ? e.radius : e.eps) + base;
+    const auto end = [&](const auto& term) FR_INLINE_LAMBDA {
+      each([&](int m) FR_INLINE_LAMBDA {
+        constexpr int kWays = 4;
+        Vec mid[kWays], size[kWays];
+        for (int u = 0; u < kWays; ++u) mid[u] = size[u] = Vec(0.f);
+        const auto one = [&](int64_t i, int u) FR_INLINE_LAMBDA {
+          const Vec v = load(work_.to.get() + (i * kM + m) * kLanes);
+          mid[u] = fmadd(v, Vec(middle[i]), mid[u]);
+          size[u] = term(v, Vec(reach[i]), size[u]);
+        };
+        int64_t i = 0;
+        for (; i + kWays <= inputs; i += kWays)
+#pragma GCC unroll 4
+          for (int u = 0; u < kWays; ++u) one(i + u, u);
+        for (; i < inputs; ++i) one(i, 0);
+        store(middle_ + m * kLanes, (mid[0] + mid[1]) + (mid[2] + mid[3]));
+        store(size_ + m * kLanes, e.dual == Dual::linf ? vmax_nan(vmax_nan(size[0], size[1]), vmax_nan(size[2], size[3]))
+                                                       : (size[0] + size[1]) + (size[2] + size[3]));
+      });
+    };
+    if (box)
+      end([](Vec v, Vec r, Vec sum) FR_INLINE_LAMBDA { return fmadd(vabs(v), r, sum); });
+    else if (e.dual == Dual::l1)
+      end([](Vec v, Vec r, Vec sum) FR_INLINE_LAMBDA { return norm_term<Dual::l1>(vabs(v * r), sum); });
+    else if (e.dual == Dual::l2)
+      end([](Vec v, Vec r, Vec sum) FR_INLINE_LAMBDA { return norm_term<Dual::l2>(vabs(v * r), sum); });
+    else
+      end([](Vec v, Vec r, Vec sum) FR_INLINE_LAMBDA { return norm_term<Dual::linf>(vabs(v * r), sum); });
+    float low[kM * kLanes], up[kM * kLanes];
+    each([&](int m) { store(low + m * kLanes, low_[m]), store(up + m * kLanes, up_[m]); });
+    for (int64_t i = 0; i < n_; ++i) {
+      const float size = e.dual == Dual::l2 ? std::sqrt(size_[i]) : size_[i];
+      const auto put = [&](int side, float offset) {
+        const int64_t at = side * g_.rows.count + row_[i];
+        e.out[at] = g_.b[at] + (offset + lost_[i]) + (side == 1 ? middle_[i] + size : middle_[i] - size);
+      };
+      put(side_[i], low[i]);
+      if (shared_) put(1, up[i]);
+    }
+  }
+
+  const ChainArgs& g_;
+  Work& work_;
+  int64_t example_, n_ = 0;
+  int64_t row_[kM * kLanes];
+  int side_[kM * kLanes];
+  float lost_[kM * kLanes], middle_[kM * kLanes], size_[kM * kLanes];
+  Vec flip_[kM], low_[kM], up_[kM];
+  bool shared_ = false;
+};
+
+void run_example(Work& work, int64_t example) {
+  const ChainArgs& g = work.g;
+  const int64_t own = g.starts[example + 1] - g.starts[example], items = work.apart ? 2 * own : own;
+  if (own == 0) return;
+  for (int i = 0; i < g.count; ++i)
+    work.lists[static_cast<size_t>(i)].find(g.steps[i], LineMaps(g.steps[i], g.examples, example));
+  for (int64_t first = 0; first < items;) {
+    const int64_t left = items - first;
+#if defined(__AVX512F__)
+    if (left > 2 * kLanes)
+      Block<3>(work, example).run(first, std::min<int64_t>(left, 3 * kLanes));
+    else if (left > kLanes)
+      Block<2>(work, example).run(first, left);
+    else
+      Block<1>(work, example).run(first, left);
+    first += kMostVectors * kLanes;
+#else
+    Block<1>(work, example).run(first, std::min<int64_t>(left, kLanes));
+    first += kLanes;
+#endif
+  }
+}
+
+}  // namespace
+
+void live_chain_cpu(const ChainArgs& g) {
+  parallel_for(g.examples, 1, [&](int64_t begin, int64_t end) {
+    Work work(g);
+    for (int64_t i = begin; i < end; ++i) run_example(work, i);
+  });
+}
+
+FR_NS_END

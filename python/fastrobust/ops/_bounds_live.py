@@ -1,0 +1,73 @@
+"""Rows of linear bounds through chains of activations and linear layers in which neurons without lines are left out."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from . import linear_bounds as linear
+from ._bounds_rows import address, by_example, dense, rows_args
+
+_MOST_LINES = 64  # of a kernel that meet one output (csrc/bounds/live_chain_cpu.cpp)
+Pair = tuple[Tensor, Tensor]
+
+
+class LiveStep(NamedTuple):
+    """An activation and the linear layer before it, whose bias is in the intercepts. A dense layer is the convolution of a map of
+    one position whose kernel is the whole image."""
+
+    slopes: Tensor  # (1 or 2, B, map) of ``linear_back_step``, channels last
+    intercepts: Tensor  # (2, B, map)
+    shape: tuple[int, int, int]  # of the activation: channels, height, width
+    # (ky kx channels before, channels); of the last step (channels, ky kx channels before), or more columns
+    taps: Tensor
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    shape_in: tuple[int, int, int]  # of the layer's input
+
+
+def leaving_out_pays(steps: list[LiveStep], rows: float) -> bool:
+    """Whether ``concretize_live`` is the faster way for so many rows an example: products with all neurons take less time each, and
+    rows that do not fill a vector cost as if they did. The constants were fitted on the certification papers' networks."""
+    if any(min(s.kernel[0], s.shape[1]) > _MOST_LINES for s in steps):
+        return False
+    every = max(1, steps[0].slopes.shape[1] // 16)
+    shares = [_share(s.slopes[-1, ::every]) for s in steps] + [1.0]
+    work = [s.taps.numel() * s.shape[1] * s.shape[2] for s in steps]
+    living = sum(w * a * b for w, a, b in zip(work, shares, shares[1:], strict=False))
+    neurons = sum(math.prod(s.shape) for s in steps) + math.prod(steps[-1].shape_in)
+    return -(-rows // 16) * (18 * living + 450 * neurons) < rows * sum(work)
+
+
+def _share(slopes: Tensor) -> float:
+    return float(torch.count_nonzero(slopes)) / max(1, slopes.numel())
+
+
+def concretize_live(A: Tensor, b: Tensor, example: Tensor, steps: list[LiveStep], box: Pair | None, ball: Pair | None, q: float, rows: Tensor | None = None, minus: Tensor | None = None) -> Tensor:  # fmt: skip
+    """``concretize_through`` over whole maps and a box or a ball, leaving out neurons whose lines are zero: what a product takes from
+    them or gives to them changes nothing. float32 on the CPU, not recorded."""
+    A, b, example = dense(A), dense(b), dense(example)
+    rows, minus = (None if t is None else t.contiguous() for t in (rows, minus))
+    told, kept = [], []
+    for s in steps:
+        slopes, intercepts, taps = dense(s.slopes), dense(s.intercepts), dense(s.taps)
+        kept += [slopes, intercepts, taps]
+        (c, h, w), (oc, oh, ow) = s.shape, s.shape_in
+        told.append(
+            (slopes.data_ptr(), slopes.shape[0], intercepts.data_ptr(), h, w, c, taps.data_ptr(), oh, ow, oc, *s.kernel, *s.stride, *s.padding, taps.shape[1], 2 * (s is not steps[-1]))
+        )  # fmt: skip
+    batch = steps[0].slopes.shape[1]
+    starts, order = by_example(example, b.shape[1], batch, A.device)
+    maps = [None if t is None else dense(t) for t in (*(box or (None, None)), *(ball or (None, None)))]
+    out = torch.empty_like(b)
+    _C.bounds_chain(
+        rows_args(A, b, example, rows, minus, None, None, None), told, batch, *map(address, maps),
+        0 if ball is None else linear._DUAL[q], b.data_ptr(), out.data_ptr(), starts.data_ptr(), address(order),
+    )  # fmt: skip
+    del kept
+    return out
