@@ -211,8 +211,10 @@ void chain(const py::tuple& rows, const std::vector<std::array<int64_t, 18>>& st
   g.order = reinterpret_cast<const int64_t*>(order);
   const bool live = g.starts != nullptr;
   for (const ChainStep& s : list)
-    if (live && (s.stays || s.turned == (&s == &list.back()) || std::min(s.kernel_h, s.map_height) > 64 || (g.end.center != nullptr && g.end.dual != Dual::none)))
-      throw std::invalid_argument("starts: is for whole maps, a box or a ball, kernels of 64 lines at most, and turned weights but the last");
+    if (live && (s.stays || s.turned == (&s == &list.back()) || std::min(s.kernel_h, s.map_height) > 64 ||
+                 (g.end.center != nullptr && g.end.dual != Dual::none)))
+      throw std::invalid_argument(
+          "starts: is for whole maps, a box or a ball, kernels of 64 lines at most, and turned weights but the last");
   const ChainStep& s = list[0];  // few outputs a vector of rows: a dense layer alone is taken with them in the lanes
   const bool dense = list.size() == 1 && s.map_height == 1 && s.map_width == 1 && s.kernel_h == s.out_height &&
                      s.kernel_w == s.out_width && s.pad_y == 0 && s.pad_x == 0 && s.channels <= kMostLiveDense;

@@ -106,7 +106,8 @@ struct ChainStep {
   int64_t out_height = 0, out_width = 0, out_channels = 0;
   int64_t kernel_h = 1, kernel_w = 1, stride_y = 1, stride_x = 1, pad_y = 0, pad_x = 0, lanes = 16;
   bool stays = false;  // a window is one on the other side too, not the whole image
-  bool turned = false;  // the weight is [taps, channels] and lanes = channels, for all but the last step of a live chain
+  bool turned =
+      false;  // the weight is [taps, channels] and lanes = channels, for all but the last step of a live chain
 };
 constexpr int64_t kMostLiveDense = 4096;  // neurons of the kernel of one dense layer
 struct ChainArgs {

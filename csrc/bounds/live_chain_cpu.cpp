@@ -280,9 +280,8 @@ class Block {
         const Product p{runs, count, work_.from.get(), in.weight.get(), base, tap};
         const int32_t* channel = out.channel.get() + begin;
         float* to = work_.to.get() + begin * kM * kLanes;
-        pieces(n, [&](int64_t at, int64_t size) {
-          product_of<kM, false>(size)(p, channel + at, to + at * kM * kLanes);
-        });
+        pieces(n,
+               [&](int64_t at, int64_t size) { product_of<kM, false>(size)(p, channel + at, to + at * kM * kLanes); });
         summed([&](Sums& sums) {
           for (int64_t k = 0; k < n; ++k)
             line(map, out.neuron[static_cast<size_t>(begin + k)], to + k * kM * kLanes, sums);
@@ -350,8 +349,9 @@ class Block {
           for (int u = 0; u < kWays; ++u) one(i + u, u);
         for (; i < inputs; ++i) one(i, 0);
         store(middle_ + m * kLanes, (mid[0] + mid[1]) + (mid[2] + mid[3]));
-        store(size_ + m * kLanes, e.dual == Dual::linf ? vmax_nan(vmax_nan(size[0], size[1]), vmax_nan(size[2], size[3]))
-                                                       : (size[0] + size[1]) + (size[2] + size[3]));
+        store(size_ + m * kLanes, e.dual == Dual::linf
+                                      ? vmax_nan(vmax_nan(size[0], size[1]), vmax_nan(size[2], size[3]))
+                                      : (size[0] + size[1]) + (size[2] + size[3]));
       });
     };
     if (box)

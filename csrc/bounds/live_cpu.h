@@ -68,7 +68,8 @@ struct LiveList {
     start[static_cast<size_t>(s.map_height * s.map_width)] = count;
   }
 
-  // The lanes of v that are in `live`, written to `to` one after the other (a whole vector may be overwritten); their end.
+  // The lanes of v that are in `live`, written to `to` one after the other (a whole vector may be overwritten); their
+  // end.
   FR_HD static float* compress(uint32_t live, Vec v, float* to) {
 #if defined(__AVX512F__)
     store(to, _mm512_maskz_compress_ps(static_cast<__mmask16>(live), v.v));

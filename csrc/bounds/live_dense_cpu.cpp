@@ -20,19 +20,19 @@ constexpr int kRows = 3, kVectors = 2;
 #else
 constexpr int kRows = 3, kVectors = 1;
 #endif
-constexpr int64_t kStride = kMostLiveDense + 32;         // numbers between rows: not a multiple of the cache's ways
-constexpr int64_t kGroupNumbers = int64_t{160} << 10;    // of the coefficients that are kept at a time: 640 KB
+constexpr int64_t kStride = kMostLiveDense + 32;       // numbers between rows: not a multiple of the cache's ways
+constexpr int64_t kGroupNumbers = int64_t{160} << 10;  // of the coefficients that are kept at a time: 640 KB
 constexpr int64_t kPanel = int64_t{kVectors} * kLanes;
 
 // Some rows of one side of an example, scaled by their lines.
 struct Tile {
   int64_t example = 0, rows = 0, count = 0;  // neurons with lines
   int side = 0;
-  int64_t row[kRows];                        // in the results
-  float low[kRows], up[kRows];               // what the intercepts add
+  int64_t row[kRows];           // in the results
+  float low[kRows], up[kRows];  // what the intercepts add
   Vec mid[kRows], size[kRows];
-  std::unique_ptr<float[]> values;           // [kRows][kStride]
-  std::unique_ptr<int32_t[]> place;          // of a neuron's weights in a panel
+  std::unique_ptr<float[]> values;   // [kRows][kStride]
+  std::unique_ptr<int32_t[]> place;  // of a neuron's weights in a panel
 };
 
 template <Dual kDual>
@@ -90,7 +90,8 @@ PanelFn pick(int64_t rows, int64_t vectors) {
 
 class Worker {
  public:
-  explicit Worker(const ChainArgs& g) : g_(g), s_(g.steps[0]), panel_(new float[static_cast<size_t>(s_.channels * kPanel)]) {
+  explicit Worker(const ChainArgs& g)
+      : g_(g), s_(g.steps[0]), panel_(new float[static_cast<size_t>(s_.channels * kPanel)]) {
     live_.reserve(s_);
     apart_ = g.rows.sides == 2 && (g.rows.side_stride != 0 || s_.slope_sides == 2);
     shared_ = g.rows.sides == 2 && !apart_;
@@ -138,7 +139,8 @@ class Worker {
       Vec low(0.f), up(0.f);
       for (int64_t at = 0; at < g.length; at += kLanes) {
         const int n = static_cast<int>(std::min<int64_t>(kLanes, g.length - at));
-        const auto get = [&](const float* p) FR_INLINE_LAMBDA { return n == kLanes ? load(p + at) : load_n(p + at, n); };
+        const auto get = [&](const float* p)
+                             FR_INLINE_LAMBDA { return n == kLanes ? load(p + at) : load_n(p + at, n); };
         Vec v = get(a);
         if (less != nullptr) v = v - get(less);
         const Vec lower = get(il), upper = get(iu), slope_low = get(sl), slope_up = get(su);

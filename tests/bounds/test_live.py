@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from variant_runs import outputs_by_variant
 
 from fastrobust.bounds import compute_bounds
 from fastrobust.bounds.backward import Backward
 from fastrobust.ops import bounds as ops
 from fastrobust.reference import bounds as reference
+from variant_runs import outputs_by_variant
 
 INPUT = (2, 9, 8)
 # (channels out, kernel, stride, padding) from the input up; a number: a dense layer
@@ -90,7 +90,10 @@ def test_rows_through_live_neurons(
     if shuffled:
         example = example[torch.randperm(count)]
     k = 2 if apart and sides == 2 else 1
-    rows, minus = (None if form == "own" else torch.randint(0, 5, (count,)), torch.randint(0, 5, (count,)) if form == "less" else None)
+    rows, minus = (
+        None if form == "own" else torch.randint(0, 5, (count,)),
+        torch.randint(0, 5, (count,)) if form == "less" else None,
+    )
     A, b = torch.randn(k, count if rows is None else 5, n), torch.randn(sides, count)
     maps = (torch.randn(batch, math.prod(INPUT)), torch.rand(batch, math.prod(INPUT)))
     box, ball = (maps, None) if q is None else (None, maps)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrobust.bounds import graph as G
+from fastrobust.bounds.chains import conv_chain, live_steps
 from fastrobust.bounds.outward import RELATIVE
 from fastrobust.bounds.region import Region, flat
 from fastrobust.ops import bounds as ops
@@ -92,49 +93,6 @@ def _unflatten(t: Tensor, shape: tuple[int, ...], image: bool) -> Tensor:
 def _join(f: Callable[..., Tensor], a: Tensor, *args: Any) -> Tensor:
     """Applies f to (k * R, ...) and splits again."""
     return f(a.flatten(0, 1), *args).unflatten(0, a.shape[:2])
-
-
-def conv_chain(graph: G.Graph, start: int) -> list[tuple[G.Activation, G.Conv]]:
-    """The activations and convolutions, one after the other, from the activation ``start`` to the input; empty where
-    anything else comes between."""
-    found: list[tuple[G.Activation, G.Conv]] = []
-    act = graph.nodes[start]
-    while isinstance(act, G.Activation):
-        conv = graph.nodes[act.inputs[0]]
-        if not isinstance(conv, G.Conv) or conv.groups != 1 or conv.dilation != (1, 1) or conv.consumers != [act.index]:
-            return []
-        if not ops.spread_lanes(conv.get_weight(), 2 * conv.shape[2]):
-            return []
-        found.append((act, conv))
-        act = graph.nodes[conv.inputs[0]]
-    return found if isinstance(act, G.Input) else []
-
-
-def live_chain(graph: G.Graph, start: int) -> list[tuple[G.Activation, Any, tuple[int, int, int]]]:
-    """The activations, the dense layers or convolutions before them and the images before those (a vector has one position), one
-    after the other, from the activation ``start`` to the input; empty where anything else comes between."""
-    found: list[tuple[G.Activation, Any, tuple[int, int, int]]] = []
-    act = graph.nodes[start]
-    while isinstance(act, G.Activation):
-        layer = graph.nodes[act.inputs[0]]
-        if layer.consumers != [act.index] or not isinstance(layer, (G.Conv, G.Dense)):
-            return []
-        before = graph.nodes[layer.inputs[0]]
-        if isinstance(layer, G.Conv):
-            if layer.groups != 1 or layer.dilation != (1, 1):
-                return []
-        elif len(layer.shape) != 1:
-            return []
-        elif isinstance(before, G.Reshape):
-            if before.consumers != [layer.index]:
-                return []
-            before = graph.nodes[before.inputs[0]]
-        shape = before.shape
-        if len(shape) not in (1, 3):
-            return []
-        found.append((act, layer, (shape[0], shape[1], shape[2]) if len(shape) == 3 else (shape[0], 1, 1)))
-        act = before
-    return found if isinstance(act, G.Input) else []
 
 
 class Backward:
@@ -400,45 +358,25 @@ class Backward:
         out = torch.zeros(*a.shape[:3], h * w, dtype=a.dtype, device=a.device).scatter_add(3, index, a)
         return Rows(out.unflatten(3, (h, w)))
 
-    # -- layers at once, without the neurons that have no lines --------------------------------------------------------
+    # -- layers at once ------------------------------------------------------------------------------------------------
     def _live(self, node: G.Node, r: Rows) -> list[ops.LiveStep]:
-        """The activations and layers from ``node`` down to the input, where leaving out neurons pays; else nothing."""
+        """The activations and layers from ``node`` down to the input, where leaving out neurons without lines pays."""
         box, ball = self.region.flattened(True)
         if r.A is None or r.window is not None or self.slack or not self.region.has_kernel or (box and ball):
             return []
-        if not r.A.is_cpu or r.A.dtype != torch.float32:
+        maps = (*(box or ()), *(ball or ()))
+        if not r.A.is_cpu or r.A.dtype != torch.float32 or not ops.direct(r.A, self.chunk.b, *maps):
             return []
-        if not ops.direct(r.A, self.chunk.b, *(box or ()), *(ball or ())):
-            return []
-        steps: list[ops.LiveStep] = []
-        chain = live_chain(self.graph, node.index)
-        for at, (act, layer, image) in enumerate(chain):
-            line = self.lines.get(act.index)
-            if line is None or line.source is not None or (layer.bias() is not None and line.folded != layer.index):
-                return []
-            slopes, intercepts = line.flattened(len(act.shape) == 3)
-            w = layer.get_weight()
-            if not ops.direct(w, slopes, intercepts):
-                return []
-            if isinstance(layer, G.Conv):
-                kernel, stride, padding, shape = w.shape[2:], layer.stride, layer.padding, act.shape
-            else:
-                w = w.unflatten(1, image)
-                kernel, stride, padding, shape = image[1:], (1, 1), (0, 0), (act.shape[0], 1, 1)
-            taps = w.permute(0, 2, 3, 1).flatten(1) if at == len(chain) - 1 else w.permute(2, 3, 1, 0).flatten(0, 2)
-            steps.append(ops.LiveStep(slopes, intercepts, shape, taps, kernel, stride, padding, image))
-        items = self.chunk.b.shape[1] * (len(self.chunk.b) if len(r.A) == 2 or any(len(s.slopes) == 2 for s in steps) else 1)
-        if not steps or not ops.leaving_out_pays(steps, items / max(1, len(self.region.x))):
-            return []
-        return steps
+        steps = live_steps(self.graph, node.index, self.lines)
+        apart = len(self.chunk.b) == 2 and (len(r.A) == 2 or any(len(s.slopes) == 2 for s in steps))
+        rows = self.chunk.b.shape[1] * (2 if apart else 1) / max(1, len(self.region.x))
+        return steps if steps and ops.leaving_out_pays(steps, rows) else []
 
     def _through_live(self, r: Rows, steps: list[ops.LiveStep]) -> Tensor:
         box, ball = self.region.flattened(True)
-        chunk = self.chunk
-        A = _flatten(r.A, r.A.dim() == 5)
+        A, chunk = _flatten(r.A, r.A.dim() == 5), self.chunk
         return ops.concretize_live(A, chunk.b, chunk.example, steps, box, ball, self.region.q, r.pick, r.minus)
 
-    # -- convolutions at once ------------------------------------------------------------------------------------------
     def _convolutions(self, node: G.Node, r: Rows) -> list[ops.ConvStep]:
         """The activations and convolutions from ``node`` down to the input, where a kernel takes all of them; else nothing."""
         if r.A is None or r.A.dim() != 5 or self.slack or not self.region.has_kernel or not ops.direct():

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fastrobust.bounds import graph as G
 from fastrobust.bounds import outward as O
-from fastrobust.bounds.backward import Backward, Chunk, Lines, Rows, conv_chain
+from fastrobust.bounds.backward import Backward, Chunk, Lines, Rows
+from fastrobust.bounds.chains import conv_chain
 from fastrobust.bounds.region import Box, Region
 from fastrobust.ops import bounds as ops
 from fastrobust.reference.bounds import dual_norm, eps_like

@@ -13,6 +13,7 @@ from . import linear_bounds as linear
 from ._bounds_rows import address, by_example, dense, rows_args
 
 _MOST_LINES = 64  # of a kernel that meet one output (csrc/bounds/live_chain_cpu.cpp)
+_WIDE = _C.cpu_variant() == "v4"  # our products are as fast as the vendor's there
 Pair = tuple[Tensor, Tensor]
 
 
@@ -40,6 +41,11 @@ def leaving_out_pays(steps: list[LiveStep], rows: float) -> bool:
     shares = [_share(s.slopes[-1, ::every]) for s in steps] + [1.0]
     work = [s.taps.numel() * s.shape[1] * s.shape[2] for s in steps]
     living = sum(w * a * b for w, a, b in zip(work, shares, shares[1:], strict=False))
+    if len(steps) == 1 and steps[0].shape[1:] == (
+        1,
+        1,
+    ):  # a kernel of its own, which at best is as fast as the vendor's product
+        return shares[0] < (0.95 if _WIDE else 0.5)
     neurons = sum(math.prod(s.shape) for s in steps) + math.prod(steps[-1].shape_in)
     return -(-rows // 16) * (18 * living + 450 * neurons) < rows * sum(work)
 

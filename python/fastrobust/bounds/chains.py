@@ -1,0 +1,76 @@
+"""Chains of layers that one kernel takes from an activation down to the input."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from fastrobust.bounds import graph as G
+from fastrobust.ops import bounds as ops
+
+Image = tuple[int, int, int]
+
+
+def conv_chain(graph: G.Graph, start: int) -> list[tuple[G.Activation, G.Conv]]:
+    """The activations and convolutions, one after the other, from the activation ``start`` to the input; empty where
+    anything else comes between."""
+    found: list[tuple[G.Activation, G.Conv]] = []
+    act = graph.nodes[start]
+    while isinstance(act, G.Activation):
+        conv = graph.nodes[act.inputs[0]]
+        if not isinstance(conv, G.Conv) or conv.groups != 1 or conv.dilation != (1, 1) or conv.consumers != [act.index]:
+            return []
+        if not ops.spread_lanes(conv.get_weight(), 2 * conv.shape[2]):
+            return []
+        found.append((act, conv))
+        act = graph.nodes[conv.inputs[0]]
+    return found if isinstance(act, G.Input) else []
+
+
+def live_chain(graph: G.Graph, start: int) -> list[tuple[G.Activation, Any, Image]]:
+    """The activations, the dense layers or convolutions before them and the images before those (a vector has one position), one
+    after the other, from the activation ``start`` to the input; empty where anything else comes between."""
+    found: list[tuple[G.Activation, Any, Image]] = []
+    act = graph.nodes[start]
+    while isinstance(act, G.Activation):
+        layer = graph.nodes[act.inputs[0]]
+        if layer.consumers != [act.index] or not isinstance(layer, (G.Conv, G.Dense)):
+            return []
+        before = graph.nodes[layer.inputs[0]]
+        if isinstance(layer, G.Conv):
+            if layer.groups != 1 or layer.dilation != (1, 1):
+                return []
+        elif len(layer.shape) != 1:
+            return []
+        elif isinstance(before, G.Reshape):
+            if before.consumers != [layer.index]:
+                return []
+            before = graph.nodes[before.inputs[0]]
+        shape = before.shape
+        if len(shape) not in (1, 3):
+            return []
+        found.append((act, layer, (shape[0], shape[1], shape[2]) if len(shape) == 3 else (shape[0], 1, 1)))
+        act = before
+    return found if isinstance(act, G.Input) else []
+
+
+def live_steps(graph: G.Graph, start: int, lines: dict[int, Any]) -> list[ops.LiveStep]:
+    """``live_chain`` with its lines and weights, for ``ops.concretize_live``; empty where something is recorded or has no such form."""
+    chain = live_chain(graph, start)
+    steps: list[ops.LiveStep] = []
+    for at, (act, layer, image) in enumerate(chain):
+        line = lines.get(act.index)
+        if line is None or line.source is not None or (layer.bias() is not None and line.folded != layer.index):
+            return []
+        slopes, intercepts = line.flattened(len(act.shape) == 3)
+        w = layer.get_weight()
+        if not ops.direct(w, slopes, intercepts):
+            return []
+        if isinstance(layer, G.Conv):
+            kernel, stride, padding, shape = w.shape[2:], layer.stride, layer.padding, cast(Image, act.shape)
+        else:
+            w = w.unflatten(1, image)
+            kernel, stride, padding, shape = image[1:], (1, 1), (0, 0), (act.shape[0], 1, 1)
+        turned = at < len(chain) - 1
+        taps = w.permute(2, 3, 1, 0).flatten(0, 2) if turned else w.permute(0, 2, 3, 1).flatten(1)
+        steps.append(ops.LiveStep(slopes, intercepts, shape, taps, kernel, stride, padding, image))
+    return steps
