@@ -225,7 +225,9 @@ class Worker {
     b.slope_sides = s.slope_sides, b.sides_out = matrices_[i];
     b.from_out = grads_[1].get(), b.from_b = from_;
     b.to_a = grads_[0].get(), b.to_slopes = step.to_slopes, b.to_intercepts = step.to_intercepts;
-    back_grad_rows(b, 0, n);
+    int64_t rows[kRows];
+    for (int64_t k = 0; k < n; ++k) rows[k] = k;
+    back_grad_rows(b, rows, n);
   }
 
   const ChainGradArgs& g_;

@@ -12,39 +12,49 @@
 FR_NS_BEGIN
 namespace {
 
-// kSides bounds; kOut matrices written (1: shared or lower only); kTwo: a slope per side.
-template <int kSides, int kOut, bool kTwo>
+constexpr int kTogether = 3;  // rows of one example that share a read of its lines
+
+// kSides bounds; kOut matrices written (1: shared or lower only); kTwo: a slope per side. kN rows of one example, one
+// alone if they are windows.
+template <int kSides, int kOut, bool kTwo, int kN>
 void back_row(const BackArgs& g, int64_t row) {
   const Rows& r = g.rows;
   const int64_t maps = map_size(r), ex = example_of(r, row);
-  const float* a0 = r.a + source_row(r, row) * r.length;
-  const float* a1 = kOut == 2 || kSides == 2 ? a0 + r.side_stride : a0;
-  const float* less = r.minus != nullptr ? r.a + r.minus[row] * r.length : nullptr;
+  const float *a0[kN], *less[kN];
+  for (int k = 0; k < kN; ++k) {
+    a0[k] = r.a + source_row(r, row + k) * r.length;
+    less[k] = r.minus != nullptr ? r.a + r.minus[row + k] * r.length : nullptr;
+  }
   const float* s0 = g.slopes + ex * maps;
   const float* s1 = kTwo ? s0 + g.examples * maps : s0;
   const float* i0 = g.intercepts + ex * maps;
   const float* i1 = i0 + g.examples * maps;
   float* o0 = g.out + row * r.length;
   float* o1 = kOut == 2 ? o0 + r.count * r.length : nullptr;
-  Vec low(0.f), up(0.f);
+  Vec low[kN], up[kN];
+  for (int k = 0; k < kN; ++k) low[k] = up[k] = Vec(0.f);
   const auto one = [&](int64_t at, int64_t map, int n) FR_INLINE_LAMBDA {
     const bool full = n == kLanes;
     const auto get = [&](const float* p) FR_INLINE_LAMBDA { return full ? load(p) : load_n(p, n); };
     const auto put = [&](float* p, Vec v) FR_INLINE_LAMBDA { full ? store(p, v) : store_n(p, v, n); };
-    Vec a = get(a0 + at);
-    if (less != nullptr) a = a - get(less + at);
     const Vec sl = get(s0 + map), il = get(i0 + map), iu = get(i1 + map);
     const Vec su = kTwo ? get(s1 + map) : sl;
-    low = fmadd(a, by_sign(a, il, iu), low);
-    put(o0 + at, a * (kTwo ? by_sign(a, sl, su) : sl));
-    if (kSides == 2) {
-      Vec c = a;
-      if (r.side_stride != 0) {
-        c = get(a1 + at);
-        if (less != nullptr) c = c - get(less + r.side_stride + at);
+#pragma GCC unroll 4
+    for (int k = 0; k < kN; ++k) {
+      const int64_t to = k * r.length + at;
+      Vec a = get(a0[k] + at);
+      if (less[k] != nullptr) a = a - get(less[k] + at);
+      low[k] = fmadd(a, by_sign(a, il, iu), low[k]);
+      put(o0 + to, a * (kTwo ? by_sign(a, sl, su) : sl));
+      if (kSides == 2) {
+        Vec c = a;
+        if (r.side_stride != 0) {
+          c = get(a0[k] + r.side_stride + at);
+          if (less[k] != nullptr) c = c - get(less[k] + r.side_stride + at);
+        }
+        up[k] = fmadd(c, by_sign(c, iu, il), up[k]);
+        if (kOut == 2) put(o1 + to, c * (kTwo ? by_sign(c, su, sl) : sl));
       }
-      up = fmadd(c, by_sign(c, iu, il), up);
-      if (kOut == 2) put(o1 + at, c * (kTwo ? by_sign(c, su, sl) : sl));
     }
   };
   for (int64_t line = 0; line < lines_of(r); ++line) {
@@ -59,24 +69,35 @@ void back_row(const BackArgs& g, int64_t row) {
     for (; i + kLanes <= s.end; i += kLanes, map += kLanes) one(i, map, kLanes);
     if (i < s.end) one(i, map, static_cast<int>(s.end - i));
   }
-  g.b_out[row] = g.b[row] + lane_sum(low);
-  if (kSides == 2) g.b_out[r.count + row] = g.b[r.count + row] + lane_sum(up);
+  for (int k = 0; k < kN; ++k) {
+    g.b_out[row + k] = g.b[row + k] + lane_sum(low[k]);
+    if (kSides == 2) g.b_out[r.count + row + k] = g.b[r.count + row + k] + lane_sum(up[k]);
+  }
 }
 
-using BackFn = void (*)(const BackArgs&, int64_t);
+template <int kSides, int kOut, bool kTwo>
+void back_range(const BackArgs& g, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end;) {
+    if (row + kTogether <= end && together(g.rows, row, kTogether)) {
+      back_row<kSides, kOut, kTwo, kTogether>(g, row);
+      row += kTogether;
+    } else {
+      back_row<kSides, kOut, kTwo, 1>(g, row++);
+    }
+  }
+}
+
+using BackFn = void (*)(const BackArgs&, int64_t, int64_t);
 BackFn pick_back(const BackArgs& g) {
   const bool two = g.slope_sides == 2;
-  if (g.rows.sides == 1) return two ? back_row<1, 1, true> : back_row<1, 1, false>;
-  if (g.sides_out == 1) return back_row<2, 1, false>;
-  return two ? back_row<2, 2, true> : back_row<2, 2, false>;
+  if (g.rows.sides == 1) return two ? back_range<1, 1, true> : back_range<1, 1, false>;
+  if (g.sides_out == 1) return back_range<2, 1, false>;
+  return two ? back_range<2, 2, true> : back_range<2, 2, false>;
 }
 
 }  // namespace
 
-void back_rows(const BackArgs& g, int64_t begin, int64_t end) {
-  const BackFn f = pick_back(g);
-  for (int64_t row = begin; row < end; ++row) f(g, row);
-}
+void back_rows(const BackArgs& g, int64_t begin, int64_t end) { pick_back(g)(g, begin, end); }
 
 void back_cpu(const BackArgs& g) {
   parallel_for(g.rows.count, grain_of(g.rows), [&](int64_t begin, int64_t end) { back_rows(g, begin, end); });

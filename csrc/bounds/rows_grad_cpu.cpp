@@ -39,15 +39,19 @@ FR_HD Vec coefficients(const float* a, const float* less, int64_t at, int n) {
   return less != nullptr ? v - get(less + at, n) : v;
 }
 
-template <bool kTwo>
-void back_grad_row(const BackGradArgs& g, int64_t row) {
+constexpr int kTogether = 3;  // rows of one example that share a read of its lines and of their gradients
+
+// Rows id[0, kN) of one example, one alone if they are windows.
+template <bool kTwo, int kN>
+void back_grad_row(const BackGradArgs& g, const int64_t* id) {
   const Rows& r = g.rows;
-  const int64_t maps = map_size(r), ex = example_of(r, row);
+  const int64_t maps = map_size(r), ex = example_of(r, id[0]);
   const bool apart = r.side_stride != 0;  // a matrix for each side
-  const float* a[2] = {r.a + source_row(r, row) * r.length, nullptr};
-  const float* less[2] = {r.minus != nullptr ? r.a + r.minus[row] * r.length : nullptr, nullptr};
-  a[1] = a[0] + r.side_stride;
-  if (less[0] != nullptr) less[1] = less[0] + r.side_stride;
+  const float *a[kN], *less[kN];
+  for (int k = 0; k < kN; ++k) {
+    a[k] = r.a + source_row(r, id[k]) * r.length;
+    less[k] = r.minus != nullptr ? r.a + r.minus[id[k]] * r.length : nullptr;
+  }
   const float* s[2] = {g.slopes + ex * maps, nullptr};
   const float* b[2] = {g.intercepts + ex * maps, nullptr};
   s[1] = kTwo ? s[0] + g.examples * maps : s[0];
@@ -56,43 +60,54 @@ void back_grad_row(const BackGradArgs& g, int64_t row) {
   float* to_b[2] = {g.to_intercepts + ex * maps, nullptr};
   to_s[1] = kTwo ? to_s[0] + g.examples * maps : to_s[0];
   to_b[1] = to_b[0] + g.examples * maps;
-  float* to_a[2] = {g.to_a + row * r.length, nullptr};
-  if (apart) to_a[1] = to_a[0] + r.count * r.length;
-  const float* from[2] = {g.from_out + row * r.length, nullptr};
-  from[1] = g.sides_out == 2 ? from[0] + r.count * r.length : from[0];
-  each_vector(r, row, to_a[0], to_a[1], [&](int64_t at, int64_t map, int n) FR_INLINE_LAMBDA {
+  const int64_t other_from = g.sides_out == 2 ? r.count * r.length : 0;
+  float* first = g.to_a + id[0] * r.length;
+  each_vector(r, id[0], first, apart ? first + r.count * r.length : nullptr, [&](int64_t at, int64_t map, int n) FR_INLINE_LAMBDA {
     const Vec zero(0.f), sl = get(s[0] + map, n), su = get(s[1] + map, n), bl = get(b[0] + map, n),
                          bu = get(b[1] + map, n);
-    Vec add_s[2] = {zero, zero}, add_b[2] = {zero, zero}, out[2] = {zero, zero};
-    Vec v = zero;
-    for (int side = 0; side < r.sides; ++side) {
-      const int k = apart ? side : 0;
-      if (side == k) v = coefficients(a[k], less[k], at, n);
-      const auto positive = v >= zero;
-      const Vec t(g.from_b[side * r.count + row]), moved = t * v;
-      // the line of this side serves positive coefficients, the other one negative
-      const Vec own = select(positive, moved, zero), other = select(positive, zero, moved);
-      add_b[side] = add_b[side] + own;
-      add_b[1 - side] = add_b[1 - side] + other;
-      out[k] = out[k] + t * (side == 0 ? by_sign(v, bl, bu) : by_sign(v, bu, bl));
-      if (kTwo) {
-        const Vec f = get(from[side] + at, n), scaled = f * v;
-        add_s[side] = add_s[side] + select(positive, scaled, zero);
-        add_s[1 - side] = add_s[1 - side] + select(positive, zero, scaled);
-        out[k] = out[k] + f * (side == 0 ? by_sign(v, sl, su) : by_sign(v, su, sl));
-      } else if (side == k) {
-        const Vec f = get(from[k] + at, n);
-        add_s[0] = add_s[0] + f * v;
-        out[k] = out[k] + f * sl;
+    Vec add_s[2] = {zero, zero}, add_b[2] = {zero, zero};
+#pragma GCC unroll 4
+    for (int i = 0; i < kN; ++i) {
+      Vec out[2] = {zero, zero}, v = zero;
+      const float* from = g.from_out + id[i] * r.length + at;
+      for (int side = 0; side < r.sides; ++side) {
+        const int k = apart ? side : 0;
+        if (side == k)
+          v = coefficients(a[i] + k * r.side_stride, less[i] == nullptr ? less[i] : less[i] + k * r.side_stride, at, n);
+        const auto positive = v >= zero;
+        const Vec t(g.from_b[side * r.count + id[i]]), moved = t * v;
+        // the line of this side serves positive coefficients, the other one negative
+        const Vec own = select(positive, moved, zero), other = select(positive, zero, moved);
+        add_b[side] = add_b[side] + own;
+        add_b[1 - side] = add_b[1 - side] + other;
+        out[k] = out[k] + t * (side == 0 ? by_sign(v, bl, bu) : by_sign(v, bu, bl));
+        if (kTwo) {
+          const Vec f = get(from + side * other_from, n), scaled = f * v;
+          add_s[side] = add_s[side] + select(positive, scaled, zero);
+          add_s[1 - side] = add_s[1 - side] + select(positive, zero, scaled);
+          out[k] = out[k] + f * (side == 0 ? by_sign(v, sl, su) : by_sign(v, su, sl));
+        } else if (side == k) {
+          const Vec f = get(from + k * other_from, n);
+          add_s[0] = add_s[0] + f * v;
+          out[k] = out[k] + f * sl;
+        }
       }
+      float* to = g.to_a + id[i] * r.length + at;
+      put(to, out[0], n);
+      if (apart) put(to + r.count * r.length, out[1], n);
     }
-    put(to_a[0] + at, out[0], n);
-    if (apart) put(to_a[1] + at, out[1], n);
     add(to_s[0] + map, add_s[0], n);
     if (kTwo) add(to_s[1] + map, add_s[1], n);
     add(to_b[0] + map, add_b[0], n);
     add(to_b[1] + map, add_b[1], n);
   });
+}
+
+template <bool kTwo>
+void back_grad_some(const BackGradArgs& g, const int64_t* id, int64_t count) {
+  int64_t k = 0;
+  for (; k + kTogether <= count && g.rows.corner_y == nullptr; k += kTogether) back_grad_row<kTwo, kTogether>(g, id + k);
+  for (; k < count; ++k) back_grad_row<kTwo, 1>(g, id + k);
 }
 
 void concretize_grad_row(const ConcretizeGradArgs& g, int64_t row) {
@@ -122,30 +137,40 @@ void concretize_grad_row(const ConcretizeGradArgs& g, int64_t row) {
   });
 }
 
+// Calls some(g, rows, count) for pieces of the rows of each example.
 template <class Args, class F>
-void by_example(const Args& g, const F& row) {
+void by_example(const Args& g, const F& some) {
   const int64_t mean = g.rows.count * g.rows.length / std::max<int64_t>(1, g.examples);
   parallel_for(g.examples, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, mean)), [&](int64_t begin, int64_t end) {
-    for (int64_t i = g.starts[begin]; i < g.starts[end]; ++i) row(g, g.order != nullptr ? g.order[i] : i);
+    constexpr int64_t kPiece = 16 * kTogether;
+    int64_t id[kPiece];
+    for (int64_t example = begin; example < end; ++example)
+      for (int64_t i = g.starts[example]; i < g.starts[example + 1]; i += kPiece) {
+        const int64_t n = std::min(kPiece, g.starts[example + 1] - i);
+        for (int64_t k = 0; k < n; ++k) id[k] = g.order != nullptr ? g.order[i + k] : i + k;
+        some(g, id, n);
+      }
   });
 }
 
+using BackSome = void (*)(const BackGradArgs&, const int64_t*, int64_t);
+BackSome pick_back(const BackGradArgs& g) { return g.slope_sides == 2 ? back_grad_some<true> : back_grad_some<false>; }
+
 }  // namespace
 
-void back_grad_rows(const BackGradArgs& g, int64_t begin, int64_t end) {
-  const auto f = g.slope_sides == 2 ? back_grad_row<true> : back_grad_row<false>;
-  for (int64_t row = begin; row < end; ++row) f(g, row);
-}
+void back_grad_rows(const BackGradArgs& g, const int64_t* rows, int64_t count) { pick_back(g)(g, rows, count); }
 
 void concretize_grad_rows(const ConcretizeGradArgs& g, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) concretize_grad_row(g, row);
 }
 
-void back_grad_cpu(const BackGradArgs& g) {
-  by_example(g, g.slope_sides == 2 ? back_grad_row<true> : back_grad_row<false>);
-}
+void back_grad_cpu(const BackGradArgs& g) { by_example(g, pick_back(g)); }
 
-void concretize_grad_cpu(const ConcretizeGradArgs& g) { by_example(g, concretize_grad_row); }
+void concretize_grad_cpu(const ConcretizeGradArgs& g) {
+  by_example(g, [](const ConcretizeGradArgs& args, const int64_t* rows, int64_t count) {
+    for (int64_t k = 0; k < count; ++k) concretize_grad_row(args, rows[k]);
+  });
+}
 
 void relu_lines_grad_cpu(const ReluLinesGradArgs& g) {
   parallel_for(g.count, 16384, [&](int64_t begin, int64_t end) {
