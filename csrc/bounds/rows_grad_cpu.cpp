@@ -62,51 +62,54 @@ void back_grad_row(const BackGradArgs& g, const int64_t* id) {
   to_b[1] = to_b[0] + g.examples * maps;
   const int64_t other_from = g.sides_out == 2 ? r.count * r.length : 0;
   float* first = g.to_a + id[0] * r.length;
-  each_vector(r, id[0], first, apart ? first + r.count * r.length : nullptr, [&](int64_t at, int64_t map, int n) FR_INLINE_LAMBDA {
-    const Vec zero(0.f), sl = get(s[0] + map, n), su = get(s[1] + map, n), bl = get(b[0] + map, n),
-                         bu = get(b[1] + map, n);
-    Vec add_s[2] = {zero, zero}, add_b[2] = {zero, zero};
+  each_vector(r, id[0], first, apart ? first + r.count * r.length : nullptr,
+              [&](int64_t at, int64_t map, int n) FR_INLINE_LAMBDA {
+                const Vec zero(0.f), sl = get(s[0] + map, n), su = get(s[1] + map, n), bl = get(b[0] + map, n),
+                                     bu = get(b[1] + map, n);
+                Vec add_s[2] = {zero, zero}, add_b[2] = {zero, zero};
 #pragma GCC unroll 4
-    for (int i = 0; i < kN; ++i) {
-      Vec out[2] = {zero, zero}, v = zero;
-      const float* from = g.from_out + id[i] * r.length + at;
-      for (int side = 0; side < r.sides; ++side) {
-        const int k = apart ? side : 0;
-        if (side == k)
-          v = coefficients(a[i] + k * r.side_stride, less[i] == nullptr ? less[i] : less[i] + k * r.side_stride, at, n);
-        const auto positive = v >= zero;
-        const Vec t(g.from_b[side * r.count + id[i]]), moved = t * v;
-        // the line of this side serves positive coefficients, the other one negative
-        const Vec own = select(positive, moved, zero), other = select(positive, zero, moved);
-        add_b[side] = add_b[side] + own;
-        add_b[1 - side] = add_b[1 - side] + other;
-        out[k] = out[k] + t * (side == 0 ? by_sign(v, bl, bu) : by_sign(v, bu, bl));
-        if (kTwo) {
-          const Vec f = get(from + side * other_from, n), scaled = f * v;
-          add_s[side] = add_s[side] + select(positive, scaled, zero);
-          add_s[1 - side] = add_s[1 - side] + select(positive, zero, scaled);
-          out[k] = out[k] + f * (side == 0 ? by_sign(v, sl, su) : by_sign(v, su, sl));
-        } else if (side == k) {
-          const Vec f = get(from + k * other_from, n);
-          add_s[0] = add_s[0] + f * v;
-          out[k] = out[k] + f * sl;
-        }
-      }
-      float* to = g.to_a + id[i] * r.length + at;
-      put(to, out[0], n);
-      if (apart) put(to + r.count * r.length, out[1], n);
-    }
-    add(to_s[0] + map, add_s[0], n);
-    if (kTwo) add(to_s[1] + map, add_s[1], n);
-    add(to_b[0] + map, add_b[0], n);
-    add(to_b[1] + map, add_b[1], n);
-  });
+                for (int i = 0; i < kN; ++i) {
+                  Vec out[2] = {zero, zero}, v = zero;
+                  const float* from = g.from_out + id[i] * r.length + at;
+                  for (int side = 0; side < r.sides; ++side) {
+                    const int k = apart ? side : 0;
+                    if (side == k)
+                      v = coefficients(a[i] + k * r.side_stride,
+                                       less[i] == nullptr ? less[i] : less[i] + k * r.side_stride, at, n);
+                    const auto positive = v >= zero;
+                    const Vec t(g.from_b[side * r.count + id[i]]), moved = t * v;
+                    // the line of this side serves positive coefficients, the other one negative
+                    const Vec own = select(positive, moved, zero), other = select(positive, zero, moved);
+                    add_b[side] = add_b[side] + own;
+                    add_b[1 - side] = add_b[1 - side] + other;
+                    out[k] = out[k] + t * (side == 0 ? by_sign(v, bl, bu) : by_sign(v, bu, bl));
+                    if (kTwo) {
+                      const Vec f = get(from + side * other_from, n), scaled = f * v;
+                      add_s[side] = add_s[side] + select(positive, scaled, zero);
+                      add_s[1 - side] = add_s[1 - side] + select(positive, zero, scaled);
+                      out[k] = out[k] + f * (side == 0 ? by_sign(v, sl, su) : by_sign(v, su, sl));
+                    } else if (side == k) {
+                      const Vec f = get(from + k * other_from, n);
+                      add_s[0] = add_s[0] + f * v;
+                      out[k] = out[k] + f * sl;
+                    }
+                  }
+                  float* to = g.to_a + id[i] * r.length + at;
+                  put(to, out[0], n);
+                  if (apart) put(to + r.count * r.length, out[1], n);
+                }
+                add(to_s[0] + map, add_s[0], n);
+                if (kTwo) add(to_s[1] + map, add_s[1], n);
+                add(to_b[0] + map, add_b[0], n);
+                add(to_b[1] + map, add_b[1], n);
+              });
 }
 
 template <bool kTwo>
 void back_grad_some(const BackGradArgs& g, const int64_t* id, int64_t count) {
   int64_t k = 0;
-  for (; k + kTogether <= count && g.rows.corner_y == nullptr; k += kTogether) back_grad_row<kTwo, kTogether>(g, id + k);
+  for (; k + kTogether <= count && g.rows.corner_y == nullptr; k += kTogether)
+    back_grad_row<kTwo, kTogether>(g, id + k);
   for (; k < count; ++k) back_grad_row<kTwo, 1>(g, id + k);
 }
 

@@ -28,11 +28,11 @@ CHAINS = {
 }
 
 
-def chain(name: str, batch: int, dead: str, sides: int) -> tuple[list[ops.LiveStep], list[Tensor]]:
-    """The steps from the top down, and their weights (O, C, kh, kw)."""
-    steps, weights = [], []
+def chain(name: str, batch: int, dead: str, sides: int) -> list[ops.LiveStep]:
+    """The steps from the top down."""
+    steps = []
     before = INPUT
-    for n, layer in enumerate(CHAINS[name]):
+    for layer in CHAINS[name]:
         if isinstance(layer, int):
             c, kernel, stride, padding = layer, before[1:], (1, 1), (0, 0)
         else:
@@ -50,25 +50,23 @@ def chain(name: str, batch: int, dead: str, sides: int) -> tuple[list[ops.LiveSt
         }[dead]
         slopes, intercepts = slopes * alive, intercepts * alive
         slopes[-1] *= torch.rand(batch, numbers) < 0.8  # lines of one kind alone
-        taps = w.permute(0, 2, 3, 1).flatten(1) if n == 0 else w.permute(2, 3, 1, 0).flatten(0, 2)
-        steps.append(ops.LiveStep(slopes, intercepts, shape, taps, kernel, stride, padding, before))
-        weights.append(w)
+        steps.append(ops.LiveStep(slopes, intercepts, shape, w, stride, padding, before))
         before = shape
-    return steps[::-1], weights[::-1]
+    return steps[::-1]
 
 
-def definition(A: Tensor, b: Tensor, example: Tensor, steps: list[ops.LiveStep], weights: list[Tensor], maps: tuple[Tensor, Tensor], q: float | None, rows: Tensor | None, minus: Tensor | None) -> Tensor:  # fmt: skip
+def definition(A: Tensor, b: Tensor, example: Tensor, steps: list[ops.LiveStep], maps: tuple[Tensor, Tensor], q: float | None, rows: Tensor | None, minus: Tensor | None) -> Tensor:  # fmt: skip
     A, b = A.double(), b.double()
-    for s, w in zip(steps, weights, strict=True):
+    for s in steps:
         A, b = reference.linear_back_step(A, b, s.slopes.double(), s.intercepts.double(), example, rows, minus=minus)
         rows = minus = None
         c, h, wide = s.shape
         image = A.reshape(-1, h, wide, c).permute(0, 3, 1, 2)
         extra = [
             n - ((m - 1) * t - 2 * p + k)
-            for n, m, t, p, k in zip(s.shape_in[1:], (h, wide), s.stride, s.padding, s.kernel, strict=True)
+            for n, m, t, p, k in zip(s.shape_in[1:], (h, wide), s.stride, s.padding, s.weight.shape[2:], strict=True)
         ]
-        out = F.conv_transpose2d(F.pad(image, (0, 0)), w.double(), None, s.stride, s.padding, extra)
+        out = F.conv_transpose2d(image, s.weight.double(), None, s.stride, s.padding, extra)
         A = out.permute(0, 2, 3, 1).reshape(*A.shape[:2], math.prod(s.shape_in))
     pair = (maps[0].double(), maps[1].double())
     box, ball = (pair, None) if q is None else (None, pair)
@@ -84,7 +82,7 @@ def test_rows_through_live_neurons(
     name: str, batch: int, dead: str, lines: int, sides: int, apart: bool, per: int, form: str, q: float | None, shuffled: bool, seed: int
 ) -> None:  # fmt: skip
     torch.manual_seed(seed)
-    steps, weights = chain(name, batch, dead, lines)
+    steps = chain(name, batch, dead, lines)
     count, n = batch * per, math.prod(steps[0].shape)
     example = torch.arange(batch).repeat_interleave(per)
     if shuffled:
@@ -98,7 +96,7 @@ def test_rows_through_live_neurons(
     maps = (torch.randn(batch, math.prod(INPUT)), torch.rand(batch, math.prod(INPUT)))
     box, ball = (maps, None) if q is None else (None, maps)
     got = ops.concretize_live(A, b, example, steps, box, ball, 1.0 if q is None else q, rows, minus)
-    want = definition(A, b, example, steps, weights, maps, q, rows, minus)
+    want = definition(A, b, example, steps, maps, q, rows, minus)
     assert got.shape == want.shape
     if count:
         assert (got.double() - want).abs().max() <= 2e-5 * (1.0 + want.abs().max())
@@ -107,7 +105,7 @@ def test_rows_through_live_neurons(
 def test_coefficients_that_are_no_numbers_reach_their_row() -> None:
     """Of a neuron without lines too, as they would by a product with zero; lines that are no numbers count as lines."""
     torch.manual_seed(0)
-    steps, _ = chain("convs", 2, "one", 1)
+    steps = chain("convs", 2, "one", 1)
     A, b, example = torch.randn(1, 6, 33), torch.zeros(1, 6), torch.tensor([0, 0, 0, 1, 1, 1])
     box = (torch.randn(2, 144), torch.rand(2, 144))
     A[0, 1, 2], A[0, 4, 16] = math.nan, math.inf  # neuron 16 has lines

@@ -55,9 +55,8 @@ def live_chain(graph: G.Graph, start: int) -> list[tuple[G.Activation, Any, Imag
 
 def live_steps(graph: G.Graph, start: int, lines: dict[int, Any]) -> list[ops.LiveStep]:
     """``live_chain`` with its lines and weights, for ``ops.concretize_live``; empty where something is recorded or has no such form."""
-    chain = live_chain(graph, start)
     steps: list[ops.LiveStep] = []
-    for at, (act, layer, image) in enumerate(chain):
+    for act, layer, image in live_chain(graph, start):
         line = lines.get(act.index)
         if line is None or line.source is not None or (layer.bias() is not None and line.folded != layer.index):
             return []
@@ -66,11 +65,10 @@ def live_steps(graph: G.Graph, start: int, lines: dict[int, Any]) -> list[ops.Li
         if not ops.direct(w, slopes, intercepts):
             return []
         if isinstance(layer, G.Conv):
-            kernel, stride, padding, shape = w.shape[2:], layer.stride, layer.padding, cast(Image, act.shape)
+            steps.append(
+                ops.LiveStep(slopes, intercepts, cast(Image, act.shape), w, layer.stride, layer.padding, image)
+            )
         else:
-            w = w.unflatten(1, image)
-            kernel, stride, padding, shape = image[1:], (1, 1), (0, 0), (act.shape[0], 1, 1)
-        turned = at < len(chain) - 1
-        taps = w.permute(2, 3, 1, 0).flatten(0, 2) if turned else w.permute(0, 2, 3, 1).flatten(1)
-        steps.append(ops.LiveStep(slopes, intercepts, shape, taps, kernel, stride, padding, image))
+            shape = (act.shape[0], 1, 1)
+            steps.append(ops.LiveStep(slopes, intercepts, shape, w.unflatten(1, image), (1, 1), (0, 0), image))
     return steps

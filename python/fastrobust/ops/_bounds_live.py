@@ -24,9 +24,7 @@ class LiveStep(NamedTuple):
     slopes: Tensor  # (1 or 2, B, map) of ``linear_back_step``, channels last
     intercepts: Tensor  # (2, B, map)
     shape: tuple[int, int, int]  # of the activation: channels, height, width
-    # (ky kx channels before, channels); of the last step (channels, ky kx channels before), or more columns
-    taps: Tensor
-    kernel: tuple[int, int]
+    weight: Tensor  # (channels, channels before, kernel height, kernel width)
     stride: tuple[int, int]
     padding: tuple[int, int]
     shape_in: tuple[int, int, int]  # of the layer's input
@@ -35,11 +33,11 @@ class LiveStep(NamedTuple):
 def leaving_out_pays(steps: list[LiveStep], rows: float) -> bool:
     """Whether ``concretize_live`` is the faster way for so many rows an example: products with all neurons take less time each, and
     rows that do not fill a vector cost as if they did. The constants were fitted on the certification papers' networks."""
-    if any(min(s.kernel[0], s.shape[1]) > _MOST_LINES for s in steps):
+    if any(min(s.weight.shape[2], s.shape[1]) > _MOST_LINES for s in steps):
         return False
     every = max(1, steps[0].slopes.shape[1] // 16)
     shares = [_share(s.slopes[-1, ::every]) for s in steps] + [1.0]
-    work = [s.taps.numel() * s.shape[1] * s.shape[2] for s in steps]
+    work = [s.weight.numel() * s.shape[1] * s.shape[2] for s in steps]
     living = sum(w * a * b for w, a, b in zip(work, shares, shares[1:], strict=False))
     if len(steps) == 1 and steps[0].shape[1:] == (
         1,
@@ -61,11 +59,12 @@ def concretize_live(A: Tensor, b: Tensor, example: Tensor, steps: list[LiveStep]
     rows, minus = (None if t is None else t.contiguous() for t in (rows, minus))
     told, kept = [], []
     for s in steps:
-        slopes, intercepts, taps = dense(s.slopes), dense(s.intercepts), dense(s.taps)
+        (c, h, w), (oc, oh, ow), turned = s.shape, s.shape_in, s is not steps[-1]
+        taps = s.weight.permute(2, 3, 1, 0).flatten(0, 2) if turned else s.weight.permute(0, 2, 3, 1).flatten(1)
+        slopes, intercepts, taps = dense(s.slopes), dense(s.intercepts), dense(taps)
         kept += [slopes, intercepts, taps]
-        (c, h, w), (oc, oh, ow) = s.shape, s.shape_in
         told.append(
-            (slopes.data_ptr(), slopes.shape[0], intercepts.data_ptr(), h, w, c, taps.data_ptr(), oh, ow, oc, *s.kernel, *s.stride, *s.padding, taps.shape[1], 2 * (s is not steps[-1]))
+            (slopes.data_ptr(), slopes.shape[0], intercepts.data_ptr(), h, w, c, taps.data_ptr(), oh, ow, oc, *s.weight.shape[2:], *s.stride, *s.padding, taps.shape[1], 2 * turned)
         )  # fmt: skip
     batch = steps[0].slopes.shape[1]
     starts, order = by_example(example, b.shape[1], batch, A.device)
