@@ -30,7 +30,6 @@ struct Product {
   const float* values;  // [inputs][kM vectors]
   const int32_t* weight;
   const float* base;
-  int64_t tap;  // numbers from one column to the next
 };
 
 // Adds to acc; `column(j)` must not depend on the input.
@@ -78,14 +77,14 @@ FR_HD void add_products(const Product& p, const Column& column, Vec (&total)[kOu
     }
 }
 
-// out[j] = the products with the weights in column channel[j].
+// out[place[j]] = the products with the weights in column given[j].
 template <int kOut, int kM>
-void gathered(const Product& p, const int32_t* channel, float* out) {
+void gathered(const Product& p, const int32_t* given, const int32_t* place, float* out) {
   int64_t column[kOut];
   Vec acc[kOut][kM];
 #pragma GCC unroll 8
   for (int j = 0; j < kOut; ++j) {
-    column[j] = channel[j] * p.tap;
+    column[j] = given[j];
 #pragma GCC unroll 4
     for (int m = 0; m < kM; ++m) acc[j][m] = Vec(0.f);
   }
@@ -93,12 +92,12 @@ void gathered(const Product& p, const int32_t* channel, float* out) {
 #pragma GCC unroll 8
   for (int j = 0; j < kOut; ++j)
 #pragma GCC unroll 4
-    for (int m = 0; m < kM; ++m) store(out + (j * kM + m) * kLanes, acc[j][m]);
+    for (int m = 0; m < kM; ++m) store(out + (place[j] * kM + m) * kLanes, acc[j][m]);
 }
 
-// out[place[j]] += the products with the weights in column j.
+// out[place[j]] += the products with the weights in column j; the columns are not given.
 template <int kOut, int kM>
-void scattered(const Product& p, const int32_t* place, float* out) {
+void scattered(const Product& p, const int32_t* /*given*/, const int32_t* place, float* out) {
   Vec acc[kOut][kM];
 #pragma GCC unroll 8
   for (int j = 0; j < kOut; ++j)
@@ -111,7 +110,7 @@ void scattered(const Product& p, const int32_t* place, float* out) {
     for (int m = 0; m < kM; ++m) store(out + (place[j] * kM + m) * kLanes, acc[j][m]);
 }
 
-using ProductFn = void (*)(const Product&, const int32_t*, float*);
+using ProductFn = void (*)(const Product&, const int32_t*, const int32_t*, float*);
 template <int kM, bool kScatter, int kOut = kMostOut>
 ProductFn product_of(int64_t outs) {
   if constexpr (kOut > 1)
@@ -134,7 +133,8 @@ constexpr int kLongestRuns = 64;  // kernel heights
 struct Work {
   const ChainArgs& g;
   std::unique_ptr<LiveList[]> lists;
-  std::unique_ptr<int32_t[]> inside, place;  // of the last step's taps: relative to position (0, 0); of one position
+  std::unique_ptr<int32_t[]> inside;         // the last step's taps, relative to position (0, 0)
+  std::unique_ptr<int32_t[]> column, place;  // of the outputs that are computed together
   std::unique_ptr<float[]> from, to;
   int64_t taps = 0;
   bool apart = false;  // the sides have coefficients of their own
@@ -154,7 +154,8 @@ struct Work {
     to.reset(new float[static_cast<size_t>(most * kMostVectors * kLanes)]);
     taps = last.kernel_h * last.kernel_w * last.out_channels;
     inside.reset(new int32_t[static_cast<size_t>(taps)]);
-    place.reset(new int32_t[static_cast<size_t>(taps)]);
+    column.reset(new int32_t[static_cast<size_t>(most)]);
+    place.reset(new int32_t[static_cast<size_t>(std::max(taps, most))]);
     for (int64_t t = 0; t < taps; ++t) {
       const int64_t line = last.kernel_w * last.out_channels;
       inside[static_cast<size_t>(t)] = static_cast<int32_t>(t / line * last.out_width * last.out_channels + t % line);
@@ -255,39 +256,55 @@ class Block {
     }
   }
 
-  // Through the layer of step i to the activation of the next one.
+  // Through the layer of step i to the activation of the next one: outputs that meet the same inputs together.
   void gather(int step) {
     const ChainStep& s = g_.steps[step];
     const LiveList &in = work_.lists[static_cast<size_t>(step)], &out = work_.lists[static_cast<size_t>(step) + 1];
     const LineMaps map(g_.steps[step + 1], g_.examples, example_);
+    const int64_t tap = s.turned ? s.lanes : 1;
+    const bool one = s.map_height == 1 && s.map_width == 1 && s.pad_y == 0 && s.pad_x == 0 &&
+                     s.kernel_h == s.out_height && s.kernel_w == s.out_width;  // a dense layer
+    int32_t *column = work_.column.get(), *place = work_.place.get();
     Run runs[kLongestRuns];
-    for (int64_t y = 0, position = 0; y < s.out_height; ++y) {
-      const int64_t first_y = first(y + s.pad_y, s.kernel_h, s.stride_y);
-      const int64_t last_y = std::min((y + s.pad_y) / s.stride_y, s.map_height - 1);
-      for (int64_t x = 0; x < s.out_width; ++x, ++position) {
-        const int64_t begin = out.start[static_cast<size_t>(position)];
-        const int64_t n = out.start[static_cast<size_t>(position) + 1] - begin;
+    for (int64_t top = 0, bottom; top < s.out_height; top = bottom) {
+      bottom = one ? s.out_height : cell_end(top, s.pad_y, s.kernel_h, s.stride_y, s.out_height);
+      const int64_t first_y = one ? 0 : first(top + s.pad_y, s.kernel_h, s.stride_y);
+      const int64_t last_y = std::min((top + s.pad_y) / s.stride_y, s.map_height - 1);
+      for (int64_t left = 0, right; left < s.out_width; left = right) {
+        right = one ? s.out_width : cell_end(left, s.pad_x, s.kernel_w, s.stride_x, s.out_width);
+        int64_t n = 0;
+        for (int64_t y = top; y < bottom; ++y)
+          for (int64_t x = left; x < right; ++x) {
+            const int64_t* start = out.start.get() + y * s.out_width + x;
+            const int64_t away = ((y - top) * s.kernel_w + x - left) * s.out_channels;
+            for (int64_t k = start[0]; k < start[1]; ++k, ++n) {
+              column[n] = static_cast<int32_t>((away + out.channel[static_cast<size_t>(k)]) * tap);
+              place[n] = static_cast<int32_t>(k);
+            }
+          }
         if (n == 0) continue;
-        const int64_t first_x = first(x + s.pad_x, s.kernel_w, s.stride_x);
-        const int64_t last_x = std::min((x + s.pad_x) / s.stride_x, s.map_width - 1);
+        const int64_t first_x = one ? 0 : first(left + s.pad_x, s.kernel_w, s.stride_x);
+        const int64_t last_x = std::min((left + s.pad_x) / s.stride_x, s.map_width - 1);
         int count = 0;
         for (int64_t py = first_y; py <= last_y && first_x <= last_x; ++py) {
           const int64_t* start = in.start.get() + py * s.map_width;
           runs[count++] = {start[first_x], start[last_x + 1]};
         }
-        const int64_t tap = s.turned ? s.lanes : 1;
-        const float* base = s.weight + ((y + s.pad_y) * s.kernel_w + x + s.pad_x) * s.out_channels * tap;
-        const Product p{runs, count, work_.from.get(), in.weight.get(), base, tap};
-        const int32_t* channel = out.channel.get() + begin;
-        float* to = work_.to.get() + begin * kM * kLanes;
-        pieces(n,
-               [&](int64_t at, int64_t size) { product_of<kM, false>(size)(p, channel + at, to + at * kM * kLanes); });
+        const float* base = s.weight + ((top + s.pad_y) * s.kernel_w + left + s.pad_x) * s.out_channels * tap;
+        const Product p{runs, count, work_.from.get(), in.weight.get(), base};
+        pieces(n, [&](int64_t at, int64_t size) {
+          product_of<kM, false>(size)(p, column + at, place + at, work_.to.get());
+        });
         summed([&](Sums& sums) {
           for (int64_t k = 0; k < n; ++k)
-            line(map, out.neuron[static_cast<size_t>(begin + k)], to + k * kM * kLanes, sums);
+            line(map, out.neuron[static_cast<size_t>(place[k])], work_.to.get() + place[k] * kM * kLanes, sums);
         });
       }
     }
+  }
+  // Where the outputs end that meet the same inputs as `at`.
+  static int64_t cell_end(int64_t at, int64_t pad, int64_t kernel, int64_t stride, int64_t size) {
+    return kernel % stride != 0 ? at + 1 : std::min(size, ((at + pad) / stride + 1) * stride - pad);
   }
   static int64_t first(int64_t reach, int64_t kernel, int64_t stride) {
     return reach < kernel ? 0 : (reach - kernel + stride) / stride;
@@ -320,8 +337,8 @@ class Block {
         }
         const float* base = s.weight + (py * s.stride_y * s.kernel_w + px * s.stride_x) * s.out_channels;
         pieces(work_.taps, [&](int64_t at, int64_t size) {
-          const Product p{&run, 1, work_.from.get(), in.weight.get(), base + at, 1};
-          product_of<kM, true>(size)(p, place + at, to);
+          const Product p{&run, 1, work_.from.get(), in.weight.get(), base + at};
+          product_of<kM, true>(size)(p, nullptr, place + at, to);
         });
       }
   }

@@ -45,7 +45,9 @@ def leaving_out_pays(steps: list[LiveStep], rows: float) -> bool:
     ):  # a kernel of its own, which at best is as fast as the vendor's product
         return shares[0] < (0.95 if _WIDE else 0.5)
     neurons = sum(math.prod(s.shape) for s in steps) + math.prod(steps[-1].shape_in)
-    return -(-rows // 16) * (18 * living + 450 * neurons) < rows * sum(work)
+    vectors = -(-rows // 16)
+    rate = 17.0 if vectors == 1 else 13.0 if vectors == 2 else 10.0  # of 16 products, in units of one of the dense way
+    return vectors * rate * living + (140 + 60 * vectors) * neurons < rows * sum(work)
 
 
 def _share(slopes: Tensor) -> float:
