@@ -123,8 +123,8 @@ struct ChainArgs {
   const int64_t* order = nullptr;   // [count] or null
 };
 
-// Gradients of ChainArgs over whole images and a box, from those of its result. Those of the maps are added to what is
-// there, and rows are visited example by example, as in BackGradArgs.
+// Gradients of ChainArgs over whole images and a box, from those of its result. Rows are visited example by example, as
+// in BackGradArgs.
 constexpr int kMaxChain = 32;  // steps
 struct ChainGradStep {
   ChainStep forward;

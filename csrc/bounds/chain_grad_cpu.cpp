@@ -239,6 +239,22 @@ class Worker {
   float from_[2 * kRows];
 };
 
+// The gradients of an example's maps are sums over its rows.
+void clear(const ChainGradArgs& g, int64_t example) {
+  const auto zero = [&](float* p, int sides, int64_t map) {
+    for (int side = 0; side < sides && p != nullptr; ++side)
+      std::fill_n(p + (side * g.examples + example) * map, map, 0.f);
+  };
+  for (int i = 0; i < g.count; ++i) {
+    const ChainStep& s = g.steps[i].forward;
+    zero(g.steps[i].to_slopes, s.slope_sides, before(s));
+    zero(g.steps[i].to_intercepts, 2, before(s));
+  }
+  const int64_t input = after(g.steps[g.count - 1].forward);
+  zero(g.to_center, 1, input);
+  zero(g.to_radius, 1, input);
+}
+
 }  // namespace
 
 void chain_grad_cpu(const ChainGradArgs& g) {
@@ -250,8 +266,10 @@ void chain_grad_cpu(const ChainGradArgs& g) {
     for (int64_t i = first; i < last; ++i) {
       float* own = sums.get() + i * plan.weights;
       std::fill_n(own, plan.weights, 0.f);
-      for (int64_t e = i * per; e < std::min(g.examples, (i + 1) * per); ++e)
+      for (int64_t e = i * per; e < std::min(g.examples, (i + 1) * per); ++e) {
+        clear(g, e);
         worker.run(g.starts[e], g.starts[e + 1], own);
+      }
     }
   });
   for (int i = 0; i < g.count; ++i) {

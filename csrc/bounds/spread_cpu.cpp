@@ -33,6 +33,23 @@ struct Place {
   int64_t left;                  // of position 0
 };
 
+#if defined(__AVX512F__)
+// 4 x 4 taps of one number of four positions that lie side by side on the output, without overlap: line by line.
+FR_HD void add_quads(const SpreadArgs& g, const Place& at, int64_t left, const float* t, int64_t apart) {
+  const __m512 a = load(t).v, b = load(t + apart).v, c = load(t + 2 * apart).v, d = load(t + 3 * apart).v;
+  const __m512 ab = _mm512_shuffle_f32x4(a, b, 0x44), cd = _mm512_shuffle_f32x4(c, d, 0x44);  // lines 0 and 1
+  const __m512 AB = _mm512_shuffle_f32x4(a, b, 0xEE), CD = _mm512_shuffle_f32x4(c, d, 0xEE);
+  const Vec line[4] = {_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xDD),
+                       _mm512_shuffle_f32x4(AB, CD, 0x88), _mm512_shuffle_f32x4(AB, CD, 0xDD)};
+#pragma GCC unroll 4
+  for (int ky = 0; ky < 4; ++ky) {
+    if (ky < at.first_y || ky >= at.last_y) continue;
+    float* o = at.out + (at.top + ky) * g.out_w + left;
+    store(o, load(o) + line[ky]);
+  }
+}
+#endif
+
 // One line of taps of every position. Neighbours overlap, so they are visited in turns in which they do not: a load
 // would otherwise wait for the stores before it. The order is the same for every row of positions of this geometry.
 template <bool kQuad>
@@ -42,6 +59,14 @@ void add_lines(const SpreadArgs& g, const Place& at, const float* taps) {
     for (int64_t x = turn; x < g.in_w; x += turns) {
       const int64_t left = at.left + x * g.stride_x;
       const float* t = taps + x * g.lanes;
+#if defined(__AVX512F__)
+      if (kQuad && g.kernel_h == 4 && turns * g.stride_x == 4 && g.kernel_w == 4 && left >= 0 && left + 16 <= g.out_w &&
+          x + 3 * turns < g.in_w) {
+        add_quads(g, at, left, t, turns * g.lanes);
+        x += 3 * turns;
+        continue;
+      }
+#endif
       if (left >= 0 && left + g.kernel_w <= g.out_w) {
         for (int64_t ky = at.first_y; ky < at.last_y; ++ky) {
           float* o = at.out + ((at.top + ky) * g.out_w + left) * g.out_c;

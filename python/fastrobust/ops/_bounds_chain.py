@@ -162,9 +162,10 @@ def _kernel_gradient(A: Tensor, example: Tensor, rows: Any, minus: Any, c: Tenso
     told, kept = _told(steps, None)
     starts, order = by_example(example, count, batch, A.device)
     to_a = A.new_empty(A.shape[0], count, A.shape[2])
-    to_c, to_r = (torch.zeros_like(t) if n else None for t, n in ((c, need[7]), (r, need[8])))
-    lines = [(torch.zeros_like(s), torch.zeros_like(i)) for s, i, _ in zip(*[iter(kept)] * 3, strict=True)]
-    taps = [torch.zeros_like(t) if need[13 + 3 * i] else None for i, t in enumerate(kept[2::3])]
+    fresh = torch.empty_like if count else torch.zeros_like  # the kernel sets all of them, when there are rows
+    to_c, to_r = (fresh(t) if n else None for t, n in ((c, need[7]), (r, need[8])))
+    lines = [(fresh(s), fresh(i)) for s, i, _ in zip(*[iter(kept)] * 3, strict=True)]
+    taps = [fresh(t) if need[13 + 3 * i] else None for i, t in enumerate(kept[2::3])]
     _C.bounds_chain_grad(
         rows_args(A, g, example, rows, minus, None, None, None), told,
         [(s.data_ptr(), i.data_ptr(), address(t)) for (s, i), t in zip(lines, taps, strict=True)], batch, c.data_ptr(), r.data_ptr(),

@@ -51,7 +51,8 @@ class _Product(torch.autograd.Function):
 
 
 def _large(a: Tensor) -> bool:
-    return bool(a.is_cpu and native(a) and a.shape[0] >= 64 and a.shape[1] >= 32 and _mkldnn())
+    """torch takes smaller inputs of a transposed convolution by a way of its own, which is slower than ``@``."""
+    return bool(a.is_cpu and native(a) and a.shape[0] >= 64 and a.shape[1] >= 32 and a.numel() > 20480 and _mkldnn())
 
 
 def _as_line(a: Tensor) -> Tensor:
