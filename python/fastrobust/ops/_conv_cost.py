@@ -38,7 +38,7 @@ _COPY_CHANNELS_LAST = 0.25e-3  # a float, which lies in as many lines of cache a
 # torch: `mac` a multiplication of a dense convolution (of a kernel of one pixel), `weight` a float of the weight, which is
 # reordered in every call, `map` a float read or written. Input gradients are computed for multiples of sixteen channels.
 DENSE = {"start": 20.0, "mac": 4.7e-6, "mac 1x1": 4.9e-6, "weight": 0.175e-3, "map": 0.06e-3}
-_CALL = 14.0  # a sparse call from Python by itself, beyond its three kernels
+_CALL = 20.0  # a sparse call from Python by itself, beyond its three kernels
 _STEP = 2.0  # a kernel among others in one call
 _PASS = 0.02e-3  # one float of an elementwise pass of torch
 # The sparse path is taken where it is expected to win by more than the estimates err: copies of maps that are not in cache
