@@ -137,7 +137,7 @@ def cases(context: Context) -> Iterator[Case]:
         return
     full = context.at_least("full")
     for activation in SMOOTH if full else ("tanh", "gelu"):
-        yield lines_case(context, activation, "crown", 1_000_000 if full else 100_000)
+        yield lines_case(context, activation, "crown", 1_000_000 if full else 20_000)
     if full:
         for activation in ("sigmoid", "gelu"):
             yield lines_case(context, activation, "parallel", 1_000_000)

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from .. import _C
 from ..reference import bounds as reference
-from ..reference.bounds import Window, center_radius, dual_exponent, eps_like, interval_activation
+from ..reference.bounds import Window, center_radius, dual_exponent, eps_like
 from . import _bounds_autograd as gradients
 from . import _checks as ck
 from ._bounds_chain import ConvStep, concretize_through
 from ._bounds_conv import adjoint, interval_convolution, pair
-from ._bounds_lines import relax, relax_behind
+from ._bounds_lines import interval_activation, relax, relax_behind
 from ._bounds_product import product, product_with_transpose
 from ._bounds_rows import address, dense, native, spread_lanes
 from ._library import require_cuda_build, stream_of
