@@ -157,11 +157,14 @@ def test_lines_and_their_gradients(bounds_on_device, activation, params, kind):
             (*got, *found), (*want, *gradients_of(lower, upper, activation, kind, params, ops.relax)), strict=True
         ):
             torch.testing.assert_close(g, w, rtol=0, atol=0, equal_nan=True)  # the same operations: the same bits
+        ranges = bounds_on_device(ops.interval_activation, lower, upper, activation, params)
+        for g, w in zip(ranges, ops.interval_activation(lower, upper, activation, params), strict=True):
+            torch.testing.assert_close(g, w, rtol=0, atol=0, equal_nan=True)
     bias = torch.randn(7)
     lower, upper = torch.randn(5, 7), torch.randn(5, 7).abs() + 3
     got = bounds_on_device(ops.relax_behind, lower, upper, activation, kind, params, bias)
-    want = ops.relax(lower.double(), upper.double(), activation, kind, params)
-    near(got.intercepts, want.intercepts + want.slopes * bias, 1e-5)
+    want = wide(tuple(ops.relax(lower, upper, activation, kind, params)))
+    near(got.intercepts, want[1] + want[0] * bias)
 
 
 @pytest.mark.parametrize("name", ("mlp-relu", "mlp-tanh", "cnn", "residual", "mixed"))
