@@ -5,6 +5,7 @@
 // the rows that a tile reads in the first cache level when the lists are long.
 #include <algorithm>
 #include <array>
+#include <cstdint>
 #include <cstring>
 #include <type_traits>
 #include <utility>
@@ -36,10 +37,23 @@ struct Tile {
   int64_t out;     // the same in the output, without the row
   int64_t step;    // floats from one line of the tile to the next
   int64_t sides;   // of the bits of a ReLU, in groups of sixteen floats, without the row
+  float* sums;     // of the segments so far, tile by tile of a row
 };
 
 FR_HD float channel_value(const float* p, int64_t channel, float missing) {
   return p == nullptr ? missing : p[channel];
+}
+
+// f(vector, its place) over R lines of C vectors. One pointer that moves from line to line: with an address per vector
+// the compiler runs out of registers.
+template <int R, int C, class P, class F>
+FR_HD void over_tile(Vec* acc, P p, int64_t step, int64_t each, const F& f) {
+#pragma GCC unroll 32
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 32
+    for (int c = 0; c < C; ++c) f(acc[r * C + c], p + c * each);
+    p += step;
+  }
 }
 
 // One row of one tile and one segment. A tile is R lines of C vectors: a stretch of the run (R = 1), or a patch.
@@ -48,74 +62,63 @@ void tile_row(const Tile& t, int64_t row, int64_t segment) {
   constexpr int T = R * C;
   const GatherArgs& a = t.a;
   const int64_t step = t.step;
-  const auto at = [step](int i) FR_INLINE_LAMBDA { return i / C * step + i % C * kLanes; };
   const int32_t* ptr = a.ptr + 2 * (segment * a.rows + row);
   const int32_t* p = a.offsets + ptr[0];
   const int32_t* const minus = a.offsets + ptr[1];
   const int32_t* const end = a.offsets + ptr[2];
   const bool last = segment + 1 == a.segments;
   if (segment > 0 && p == end && !last) return;
-  float* const out = a.out + t.out + row * a.out_plane;
+  float* const sums = t.sums + row * T * kLanes;
   Vec acc[T];
   if (segment > 0) {
 #pragma GCC unroll 32
-    for (int i = 0; i < T; ++i) acc[i] = load(out + at(i));
+    for (int i = 0; i < T; ++i) acc[i] = load(sums + i * kLanes);
   } else {
 #pragma GCC unroll 32
     for (int i = 0; i < T; ++i) acc[i] = Vec(0.f);
   }
   const float* const x = t.x;
-  for (; p < minus; ++p) {
-    const float* const s = x + *p;
+  for (; p < minus; ++p)
+    over_tile<R, C>(acc, x + *p, step, kLanes, [](Vec& v, const float* s) FR_INLINE_LAMBDA { v = v + load(s); });
+  for (; p < end; ++p)
+    over_tile<R, C>(acc, x + *p, step, kLanes, [](Vec& v, const float* s) FR_INLINE_LAMBDA { v = v - load(s); });
+  if (!last) {
 #pragma GCC unroll 32
-    for (int i = 0; i < T; ++i) acc[i] = acc[i] + load(s + at(i));
+    for (int i = 0; i < T; ++i) store(sums + i * kLanes, acc[i]);
+    return;
   }
-  for (; p < end; ++p) {
-    const float* const s = x + *p;
+  const Epilogue& e = a.epilogue;
+  const int64_t channel = row % e.channels, base = t.out + row * a.out_plane;
+  if (e.scale != nullptr || e.shift != nullptr) {
+    const Vec scale(channel_value(e.scale, channel, 1.f)), shift(channel_value(e.shift, channel, 0.f));
 #pragma GCC unroll 32
-    for (int i = 0; i < T; ++i) acc[i] = acc[i] - load(s + at(i));
+    for (int i = 0; i < T; ++i) acc[i] = affine(acc[i], scale, shift);
   }
-  if (last) {
-    const Epilogue& e = a.epilogue;
-    const int64_t channel = row % e.channels, base = t.out + row * a.out_plane;
-    if (e.scale != nullptr || e.shift != nullptr) {
-      const Vec scale(channel_value(e.scale, channel, 1.f)), shift(channel_value(e.shift, channel, 0.f));
+  if (e.residual != nullptr)
+    over_tile<R, C>(acc, e.residual + base, step, kLanes,
+                    [](Vec& v, const float* s) FR_INLINE_LAMBDA { v = v + load(s); });
+  if (e.relu) {
 #pragma GCC unroll 32
-      for (int i = 0; i < T; ++i) acc[i] = affine(acc[i], scale, shift);
-    }
-    if (e.residual != nullptr) {
-#pragma GCC unroll 32
-      for (int i = 0; i < T; ++i) acc[i] = acc[i] + load(e.residual + base + at(i));
-    }
-    if (e.relu) {
-#pragma GCC unroll 32
-      for (int i = 0; i < T; ++i) acc[i] = relu(acc[i]);
-    }
-    if (e.gate != nullptr) {
-#pragma GCC unroll 32
-      for (int i = 0; i < T; ++i) acc[i] = through(acc[i], load(e.gate + base + at(i)));
-    }
-    const int64_t sides = t.sides + row * (a.out_plane / kLanes);
-    if (e.open != nullptr) {
-#pragma GCC unroll 32
-      for (int i = 0; i < T; ++i) acc[i] = through(acc[i], e.open[sides + at(i) / kLanes]);
-    }
-    if (e.passed != nullptr) {
-#pragma GCC unroll 32
-      for (int i = 0; i < T; ++i) e.passed[sides + at(i) / kLanes] = static_cast<uint16_t>(bits(acc[i] > Vec(0.f)));
-    }
-    if (e.pre != nullptr) {
-#pragma GCC unroll 32
-      for (int i = 0; i < T; ++i) store(e.pre + base + at(i), acc[i]);
-    }
-    if (e.post != nullptr) {
-      const Vec post(e.post[channel]);
-#pragma GCC unroll 32
-      for (int i = 0; i < T; ++i) acc[i] = acc[i] * post;
-    }
+    for (int i = 0; i < T; ++i) acc[i] = relu(acc[i]);
   }
+  if (e.gate != nullptr)
+    over_tile<R, C>(acc, e.gate + base, step, kLanes,
+                    [](Vec& v, const float* s) FR_INLINE_LAMBDA { v = through(v, load(s)); });
+  const int64_t sides = t.sides + row * (a.out_plane / kLanes);
+  if (e.open != nullptr)
+    over_tile<R, C>(acc, e.open + sides, step / kLanes, 1,
+                    [](Vec& v, const uint16_t* s) FR_INLINE_LAMBDA { v = through(v, *s); });
+  if (e.passed != nullptr)
+    over_tile<R, C>(acc, e.passed + sides, step / kLanes, 1,
+                    [](const Vec& v, uint16_t* s) FR_INLINE_LAMBDA { *s = static_cast<uint16_t>(bits(v > Vec(0.f))); });
+  const auto put = [](const Vec& v, float* d) FR_INLINE_LAMBDA { store(d, v); };
+  if (e.pre != nullptr) over_tile<R, C>(acc, e.pre + base, step, kLanes, put);
+  if (e.post != nullptr) {
+    const Vec post(e.post[channel]);
 #pragma GCC unroll 32
-  for (int i = 0; i < T; ++i) store(out + at(i), acc[i]);
+    for (int i = 0; i < T; ++i) acc[i] = acc[i] * post;
+  }
+  over_tile<R, C>(acc, a.out + base, step, kLanes, put);
 }
 
 using RowFn = void (*)(const Tile&, int64_t, int64_t);
@@ -130,7 +133,7 @@ RowFn run_fn(int64_t tile) {
 
 #if defined(__AVX512F__)
 constexpr int kMaxLines = 7, kMaxColumns = 8;
-constexpr int64_t kFirstLevelLines = 640;  // of 64 bytes, with room for the lists and the output
+constexpr int64_t kFirstLevelLines = 1000;  // of 64 bytes: what a tile may read of a segment (measured)
 
 template <int... I>
 constexpr auto patch_fns(std::integer_sequence<int, I...>) {
@@ -166,13 +169,16 @@ Patches patches_for([[maybe_unused]] const GatherArgs& a) {
 #if defined(__AVX512F__)
   if (a.lanes != kLanes) return best;
   int64_t least = INT64_MAX;
+  const int64_t threads = num_threads();
   for (int64_t lines = 1; lines <= kMaxLines; ++lines)
     for (int64_t columns = 1; columns <= kMaxColumns && lines * columns <= kMaxTile; ++columns) {
       const int64_t down = (a.height + lines - 1) / lines, across = (a.width + columns - 1) / columns;
-      // What a 3x3 kernel reads, and what a tile costs by itself.
-      const int64_t touched = (lines + 2) * (columns + 2);
+      // What a 3x3 kernel reads, in how many stretches, and what a tile costs by itself.
+      const int64_t touched = (lines + 2) * (columns + 2), tiles = down * across * a.blocks;
       const bool fits = a.segments == 1 || touched * a.depth <= kFirstLevelLines;
-      const int64_t cost = down * across * (touched + 14) * (fits ? 2 : 3);
+      // Few tiles that threads cannot share evenly are read by all of them.
+      const bool even = tiles % threads == 0 || tiles > 4 * threads;
+      const int64_t cost = tiles * (touched + 5 * (lines + 2) + 14) * (fits ? 2 : 3) * (even ? 5 : 6);
       if (cost < least) {
         least = cost;
         best = {down, across};
@@ -181,6 +187,27 @@ Patches patches_for([[maybe_unused]] const GatherArgs& a) {
 #endif
   return best;
 }
+
+// Sums of the segments so far for all rows of a tile, together so that they stay near: kept by the thread.
+class Sums {
+ public:
+  ~Sums() { delete[] all_; }
+  float* room(int64_t floats) {
+    if (floats > size_) {
+      delete[] all_;
+      size_ = 0;
+      all_ = new float[static_cast<size_t>(floats) + kLanes];
+      size_ = floats;
+    }
+    return all_ + (kLine - reinterpret_cast<uintptr_t>(all_) % kLine) / sizeof(float);
+  }
+
+ private:
+  static constexpr size_t kLine = kLanes * sizeof(float);
+  float* all_ = nullptr;
+  int64_t size_ = 0;
+};
+thread_local Sums thread_sums;
 
 // Floats of an output plane, from its first pixel, that are no pixels and must be zero.
 struct Gap {
@@ -241,6 +268,7 @@ void gather_cpu(const GatherArgs& a) {
   const int64_t grain = std::max<int64_t>(1, kGrainWork / work);
   parallel_for(items, grain, [&](int64_t first, int64_t last) {
     std::vector<Gap> gaps;
+    float* const sums = a.segments > 1 ? thread_sums.room(a.rows * kMaxTile * kLanes) : nullptr;
     for (int64_t item = first; item < last; ++item) {
       const int64_t part = item % parts, tile = item / parts % tiles, block = item / parts / tiles;
       int64_t begin;
@@ -260,8 +288,12 @@ void gather_cpu(const GatherArgs& a) {
         fn = run_fn<kMaxTile>((end - begin) / kLanes);
         find_gaps(a, begin, end, true, gaps);
       }
-      const Tile t{a, a.x + block * a.x_block + a.x_origin + begin, block * a.out_block + a.out_origin + begin, line,
-                   block * a.rows * (a.out_plane / kLanes) + begin / kLanes};
+      const Tile t{a,
+                   a.x + block * a.x_block + a.x_origin + begin,
+                   block * a.out_block + a.out_origin + begin,
+                   line,
+                   block * a.rows * (a.out_plane / kLanes) + begin / kLanes,
+                   sums};
       const int64_t row0 = row_boundary(a, part, parts), row1 = row_boundary(a, part + 1, parts);
       for (int64_t segment = 0; segment < a.segments; ++segment)
         for (int64_t row = row0; row < row1; ++row) {

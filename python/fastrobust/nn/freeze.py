@@ -13,6 +13,8 @@ from torch import Tensor, fx, nn
 
 from ..ops import _conv_cost as cost
 from ..ops import binary as ops
+from ..ops._dense_conv import dense_weight
+from ..ops._library import nothing_intercepts
 from ._region import Region, Unit
 from .masked import BinaryMaskedConv2d, BinaryMaskedLinear, MaskedLayer, update_masks
 
@@ -75,6 +77,7 @@ class FrozenModel(nn.Module):
             ) from error
         self.modules_by_name = dict(model.named_modules())
         self._drop_identities()
+        self.norms = self._fold_norms()
         self.unit_nodes = self._find_units()
         self.steps = self._schedule()
         self.update()
@@ -90,6 +93,25 @@ class FrozenModel(nn.Module):
             if isinstance(self._module(node), (nn.Identity, nn.Dropout, nn.Dropout2d)) and len(node.args) == 1:
                 node.replace_all_uses_with(node.args[0])
                 self.graph.erase_node(node)
+
+    def _fold_norms(self) -> dict[str, nn.Module]:
+        """Batch normalisations that follow a masked linear layer, by its name: part of its scale and shift."""
+        folded: dict[str, nn.Module] = {}
+        for node in list(self.graph.nodes):
+            layer = self._module(node)
+            if not isinstance(layer, BinaryMaskedLinear) or len(node.users) != 1:
+                continue
+            user = next(iter(node.users))
+            norm = self._module(user)
+            # A layer that is called twice may be normalised once.
+            calls = sum(n.op == "call_module" and n.target == node.target for n in self.graph.nodes)
+            if not isinstance(norm, nn.BatchNorm1d) or norm.running_mean is None or calls != 1:
+                continue
+            if norm.num_features == layer.scores.shape[0]:
+                folded[str(node.target)] = norm
+                user.replace_all_uses_with(node)
+                self.graph.erase_node(user)
+        return folded
 
     def _find_units(self) -> dict[fx.Node, _UnitNodes]:
         """Units by their last node: convolution, then batch normalisation, addition and ReLU where they follow."""
@@ -173,7 +195,7 @@ class FrozenModel(nn.Module):
             if kind == "plain":
                 module = self._module(step)
                 if module is not None:
-                    self.plain[str(step.target)] = _frozen_module(module)
+                    self.plain[str(step.target)] = _frozen_module(module, self.norms.get(str(step.target)))
                 continue
             nodes, inputs, outputs = step
             number = {n: -1 - i for i, n in enumerate(inputs)} | {u.last: i for i, u in enumerate(nodes)}
@@ -211,7 +233,11 @@ class FrozenModel(nn.Module):
             if kind == "region":
                 _, sources, outputs = step
                 region = self.regions[at]
-                outs = _RunRegion.apply(region, *[self._checked(region, i, values[n]) for i, n in enumerate(sources)])
+                xs = [self._checked(region, i, values[n]) for i, n in enumerate(sources)]
+                if nothing_intercepts() and not (torch.is_grad_enabled() and any(x.requires_grad for x in xs)):
+                    outs, _ = region.forward([x.resolve_neg() for x in xs], False)
+                else:
+                    outs = _RunRegion.apply(region, *xs)
                 values.update(zip(outputs, outs, strict=True))
                 continue
             node: fx.Node = step
@@ -297,12 +323,39 @@ def norm_affine(module: nn.Module | None) -> tuple[Tensor, Tensor]:
     return alpha.detach(), beta.detach()
 
 
-def _frozen_module(module: nn.Module) -> Callable[..., Any]:
-    """A module of the plain part as it is in eval mode, its parameters fixed."""
+class _FrozenLinear:
+    """A masked linear layer with the batch normalisation that follows it, if any."""
+
+    def __init__(self, layer: BinaryMaskedLinear, norm: nn.Module | None) -> None:
+        self.packed, self.geometry = layer.packed(), layer.geometry()
+        self.scale, self.shift = layer.channel_scale(), None if layer.bias is None else layer.bias.detach().clone()
+        # Of rows of images the normalisation is that of the outputs; of anything else it is its own affair.
+        self.norm = None if norm is None else copy.deepcopy(norm).eval().requires_grad_(False)
+        self.folded = self.scale, self.shift
+        if norm is not None:
+            alpha, beta = norm_affine(norm)
+            self.folded = (
+                alpha if self.scale is None else self.scale * alpha,
+                beta if self.shift is None else self.shift * alpha + beta,
+            )
+        weight = dense_weight(self.packed, torch.float32, torch.contiguous_format).flatten(1)
+        self.weight = weight if self.folded[0] is None else weight * self.folded[0][:, None]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.dim() != 2:
+            y = ops.masked_linear(x, self.packed, None, scale=self.scale, shift=self.shift)
+            return y if self.norm is None else self.norm(y)
+        scale, shift = self.folded
+        fits = x.dtype == torch.float32 and x.shape[1] == self.packed.shape[1] and x.device == self.weight.device
+        if fits and ops.path_of(self.packed, x.shape[0], 1, 1, self.geometry).path == "dense":
+            return F.linear(x, self.weight, shift)
+        return ops.masked_linear(x, self.packed, None, scale=scale, shift=shift)
+
+
+def _frozen_module(module: nn.Module, norm: nn.Module | None = None) -> Callable[..., Any]:
+    """A module of the plain part as it is in eval mode, its parameters fixed; `norm` follows it."""
     if isinstance(module, BinaryMaskedLinear):
-        packed, scale = module.packed(), module.channel_scale()
-        bias = None if module.bias is None else module.bias.detach().clone()
-        return lambda x: ops.masked_linear(x, packed, None, scale=scale, shift=bias)
+        return _FrozenLinear(module, norm)
     if isinstance(module, MaskedLayer) or any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
         return copy.deepcopy(module).eval().requires_grad_(False)
     return module if not module.training else copy.copy(module).eval()

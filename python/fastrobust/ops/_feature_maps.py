@@ -332,13 +332,13 @@ def segment_channels(kept: int, rows: int, channels: int) -> int:
     """Channels read per segment, 0 for one segment.
 
     Long lists are cut so that what a tile reads stays in the first cache level; a segment keeps
-    about sixteen entries per row, below which its own cost shows. Depends on the weight alone, and
+    about twenty-four entries per row, below which its own cost shows. Depends on the weight alone, and
     so does the order of summation.
     """
     per_channel = kept / max(1, rows * channels)
     if per_channel == 0:
         return 0
-    segment = max(8, 8 * math.ceil(16 / per_channel / 8))
+    segment = max(8, 8 * math.ceil(24 / per_channel / 8))
     return segment if 2 * segment <= channels else 0
 
 
