@@ -2,11 +2,23 @@
 #include "bounds/entry_cpu.h"
 
 FR_NS_BEGIN
-extern const BoundsTable bounds_table;
-const BoundsTable bounds_table = {back_cpu,           concretize_cpu,          spread_cpu,
-                                  interval_cpu,       interval_step_cpu,       relu_lines_cpu,
-                                  interval_conv_cpu,  interval_conv_work_cpu,  chain_cpu,
-                                  chain_grad_cpu,     interval_chain_work_cpu, interval_chain_cpu,
-                                  conv_grad_cpu,      relu_lines_grad_cpu,     back_grad_cpu,
-                                  concretize_grad_cpu};
+extern const BoundsTable bounds_table = {back_cpu,
+                                         concretize_cpu,
+                                         spread_cpu,
+                                         interval_cpu,
+                                         interval_step_cpu,
+                                         interval_conv_cpu,
+                                         interval_conv_work_cpu,
+                                         chain_cpu,
+                                         chain_grad_cpu,
+                                         interval_chain_work_cpu,
+                                         interval_chain_cpu,
+                                         conv_grad_cpu,
+                                         back_grad_cpu,
+                                         concretize_grad_cpu,
+                                         lines_cpu,
+                                         lines_double_cpu,
+                                         lines_grad_cpu,
+                                         lines_grad_double_cpu,
+                                         range_cpu};
 FR_NS_END
