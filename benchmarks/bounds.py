@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from fastrobust.bounds import compute_bounds
 
-from . import models
+from . import lines, models
 from .case import FLOOR, OURS, Call, Candidate, Case, Context, Floor, Suite, Target, once, relative_difference
 from .peers import auto_lirpa
 
@@ -248,6 +248,7 @@ def cases(context: Context) -> Iterator[Case]:
     if smoke or context.at_least("default"):
         for name in ("FC1", "CNN", *trained):
             yield training_case(context, name, 2 if smoke else 100)
+    yield from lines.cases(context)
 
 
 SUITE = Suite("bounds", cases, "interval and linear bounds of margins, and certified training steps")

@@ -273,20 +273,6 @@ void conv_grad(const std::array<int64_t, 13>& sizes, uintptr_t x, uintptr_t a, u
   without_gil(g.count * g.out_h * g.out_w * taps * g.out_c, [&] { bounds().conv_grad(g); });
 }
 
-void relu_lines_grad(uintptr_t lower, uintptr_t upper, uintptr_t from_slope, uintptr_t from_intercept,
-                     uintptr_t to_lower, uintptr_t to_upper, int64_t count, double left) {
-  ReluLinesGradArgs g;
-  g.lower = pointer<const float>(lower, count, "lower");
-  g.upper = pointer<const float>(upper, count, "upper");
-  g.from_slope = pointer<const float>(from_slope, count, "slopes");
-  g.from_intercept = pointer<const float>(from_intercept, count, "intercepts");
-  g.to_lower = pointer<float>(to_lower, count, "to_lower");
-  g.to_upper = pointer<float>(to_upper, count, "to_upper");
-  g.count = count;
-  g.left = static_cast<float>(left);
-  without_gil(count, [&] { bounds().relu_lines_grad(g); });
-}
-
 void back_grad(const py::tuple& rows, uintptr_t slopes, int slope_sides, uintptr_t intercepts, int64_t examples,
                uintptr_t from_out, int sides_out, uintptr_t from_b, uintptr_t starts, uintptr_t order, uintptr_t to_a,
                uintptr_t to_slopes, uintptr_t to_intercepts) {
@@ -327,20 +313,87 @@ void concretize_grad(const py::tuple& rows, uintptr_t center, uintptr_t radius, 
   without_gil(work, [&] { bounds().concretize_grad(g); });
 }
 
-void relu_lines(int device, uintptr_t stream, uintptr_t lower, uintptr_t upper, uintptr_t slopes, uintptr_t intercepts,
-                int64_t count, double left, bool adaptive, uintptr_t bias, int64_t period) {
-  if (bias != 0 && (device >= 0 || period < 1)) throw std::invalid_argument("bias: is for the CPU, with a period");
-  ReluLinesArgs g;
-  g.bias = reinterpret_cast<const float*>(bias);
+Activation activation_from(int number) {
+  if (number < 0 || number >= kActivations) throw std::invalid_argument("activation: unknown number");
+  return static_cast<Activation>(number);
+}
+
+#if defined(FASTROBUST_HAS_CUDA)
+template <class T>
+constexpr auto lines_gpu = &lines_cuda<T>;
+template <class T>
+constexpr auto lines_grad_gpu = &lines_grad_cuda<T>;
+#else
+template <class T>
+constexpr auto lines_gpu = nullptr;
+template <class T>
+constexpr auto lines_grad_gpu = nullptr;
+#endif
+
+template <class T>
+void lines_as(int device, uintptr_t stream, uintptr_t lower, uintptr_t upper, uintptr_t slopes, uintptr_t intercepts,
+              int64_t count, int activation, double p0, double p1, bool adaptive, uintptr_t bias, int64_t period,
+              void (*cpu)(const LinesArgs<T>&)) {
+  LinesArgs<T> g;
+  if (bias != 0 && period < 1) throw std::invalid_argument("bias: got no period");
+  g.lower = pointer<const T>(lower, count, "lower");
+  g.upper = pointer<const T>(upper, count, "upper");
+  g.slopes = pointer<T>(slopes, count, "slopes");
+  g.intercepts = pointer<T>(intercepts, count, "intercepts");
+  g.count = count;
+  g.activation = activation_from(activation);
+  g.p0 = p0, g.p1 = p1, g.adaptive = adaptive;
+  g.bias = reinterpret_cast<const T*>(bias);
   g.period = period;
+  run(device, stream, 8 * count, g, cpu, lines_gpu<T>);
+}
+// bias: [period] or 0
+void lines(int device, uintptr_t stream, bool wide, uintptr_t lower, uintptr_t upper, uintptr_t slopes,
+           uintptr_t intercepts, int64_t count, int activation, double p0, double p1, bool adaptive, uintptr_t bias,
+           int64_t period) {
+  if (wide)
+    lines_as<double>(device, stream, lower, upper, slopes, intercepts, count, activation, p0, p1, adaptive, bias,
+                     period, bounds().lines_double);
+  else
+    lines_as<float>(device, stream, lower, upper, slopes, intercepts, count, activation, p0, p1, adaptive, bias, period,
+                    bounds().lines);
+}
+
+template <class T>
+void lines_grad_as(int device, uintptr_t stream, const std::array<uintptr_t, 6>& tensors, int64_t count, int activation,
+                   double p0, double p1, bool adaptive, void (*cpu)(const LinesGradArgs<T>&)) {
+  LinesGradArgs<T> g;
+  g.lower = pointer<const T>(tensors[0], count, "lower");
+  g.upper = pointer<const T>(tensors[1], count, "upper");
+  g.from_slopes = pointer<const T>(tensors[2], count, "slopes");
+  g.from_intercepts = pointer<const T>(tensors[3], count, "intercepts");
+  g.to_lower = pointer<T>(tensors[4], count, "to_lower");
+  g.to_upper = pointer<T>(tensors[5], count, "to_upper");
+  g.count = count;
+  g.activation = activation_from(activation);
+  g.p0 = p0, g.p1 = p1, g.adaptive = adaptive;
+  run(device, stream, 8 * count, g, cpu, lines_grad_gpu<T>);
+}
+// tensors: lower, upper, the gradients of slopes and intercepts, those of lower and upper
+void lines_grad(int device, uintptr_t stream, bool wide, const std::array<uintptr_t, 6>& tensors, int64_t count,
+                int activation, double p0, double p1, bool adaptive) {
+  if (wide)
+    lines_grad_as<double>(device, stream, tensors, count, activation, p0, p1, adaptive, bounds().lines_grad_double);
+  else
+    lines_grad_as<float>(device, stream, tensors, count, activation, p0, p1, adaptive, bounds().lines_grad);
+}
+
+void range(int device, uintptr_t stream, uintptr_t lower, uintptr_t upper, uintptr_t out_lower, uintptr_t out_upper,
+           int64_t count, int activation, double p0, double p1) {
+  RangeArgs<float> g;
   g.lower = pointer<const float>(lower, count, "lower");
   g.upper = pointer<const float>(upper, count, "upper");
-  g.slopes = pointer<float>(slopes, count, "slopes");
-  g.intercepts = pointer<float>(intercepts, count, "intercepts");
+  g.out_lower = pointer<float>(out_lower, count, "out_lower");
+  g.out_upper = pointer<float>(out_upper, count, "out_upper");
   g.count = count;
-  g.left = static_cast<float>(left);
-  g.adaptive = adaptive;
-  run(device, stream, count, g, bounds().relu_lines, FR_BOUNDS_CUDA(relu_lines_cuda));
+  g.activation = activation_from(activation);
+  g.p0 = p0, g.p1 = p1;
+  run(device, stream, 4 * count, g, bounds().range, FR_BOUNDS_CUDA(range_cuda));
 }
 
 // layers: (kind, finish, n, m, in_h, in_w, in_c, out_h, out_w, out_c, kernel_h, kernel_w, stride_y, stride_x, pad_y,
@@ -390,15 +443,16 @@ void bind_bounds(py::module_& m) {
   m.def("bounds_spread", &spread);
   m.def("bounds_interval", &interval);
   m.def("bounds_interval_step", &interval_step);
-  m.def("bounds_relu_lines", &relu_lines);
   m.def("bounds_interval_conv", &interval_conv);
   m.def("bounds_chain", &chain);
   m.def("bounds_chain_grad", &chain_grad);
   m.def("bounds_interval_chain", &interval_chain);
   m.def("bounds_conv_grad", &conv_grad);
-  m.def("bounds_relu_lines_grad", &relu_lines_grad);
   m.def("bounds_back_grad", &back_grad);
   m.def("bounds_concretize_grad", &concretize_grad);
+  m.def("bounds_lines", &lines);
+  m.def("bounds_lines_grad", &lines_grad);
+  m.def("bounds_range", &range);
 }
 
 }  // namespace fastrobust

@@ -156,18 +156,6 @@ struct ConvGradArgs {
   int64_t kernel_h = 1, kernel_w = 1, stride_y = 1, stride_x = 1, pad_y = 0, pad_x = 0;
 };
 
-// Gradients of a (leaky) ReLU's lines.
-struct ReluLinesGradArgs {
-  const float* lower = nullptr;  // [count]
-  const float* upper = nullptr;
-  const float* from_slope = nullptr;      // [count] of the upper (or only) slope
-  const float* from_intercept = nullptr;  // [count] of the upper intercept
-  float* to_lower = nullptr;
-  float* to_upper = nullptr;
-  int64_t count = 0;
-  float left = 0.f;
-};
-
 // c' = w * c + b and r' = |w| * r for a convolution without groups and dilation; c' alone without radius. Values in
 // channels-last order.
 struct IntervalConvArgs {
@@ -244,17 +232,48 @@ struct IntervalStepArgs {
   IntervalStep step = IntervalStep::to_center;
 };
 
-// Lines of a (leaky) ReLU on [lower, upper].
-struct ReluLinesArgs {
-  const float* lower = nullptr;  // [count]
-  const float* upper = nullptr;
-  float* slopes = nullptr;      // [1 or 2, count]
-  float* intercepts = nullptr;  // [2, count]
+// relu: p0 is the slope below 0; hardtanh: p0 and p1 are the kinks; softplus: beta and threshold; elu: alpha.
+enum class Activation : int { relu, hardtanh, sigmoid, tanh, arctan, softplus, elu, silu, gelu, gelu_tanh };
+constexpr int kActivations = 10;
+
+// Lines of an activation on [lower, upper], float or double.
+template <class T>
+struct LinesArgs {
+  const T* lower = nullptr;  // [count]
+  const T* upper = nullptr;
+  T* slopes = nullptr;      // [1 or 2, count]
+  T* intercepts = nullptr;  // [2, count]
   int64_t count = 0;
-  float left = 0.f;  // the slope below 0
+  Activation activation = Activation::relu;
+  double p0 = 0., p1 = 0.;
   bool adaptive = false;
-  const float* bias = nullptr;  // [period] or null: slope * bias[i % period] joins intercept i (CPU)
+  const T* bias = nullptr;  // [period] or null: slope * bias[i % period] joins intercept i
   int64_t period = 1;
+};
+// Their gradients (without bias).
+template <class T>
+struct LinesGradArgs {
+  const T* lower = nullptr;  // [count]
+  const T* upper = nullptr;
+  const T* from_slopes = nullptr;      // [1 or 2, count]
+  const T* from_intercepts = nullptr;  // [2, count]
+  T* to_lower = nullptr;
+  T* to_upper = nullptr;
+  int64_t count = 0;
+  Activation activation = Activation::relu;
+  double p0 = 0., p1 = 0.;
+  bool adaptive = false;
+};
+// The range of an activation over [lower, upper].
+template <class T>
+struct RangeArgs {
+  const T* lower = nullptr;  // [count]
+  const T* upper = nullptr;
+  T* out_lower = nullptr;
+  T* out_upper = nullptr;
+  int64_t count = 0;
+  Activation activation = Activation::relu;
+  double p0 = 0., p1 = 0.;
 };
 
 }  // namespace fastrobust

@@ -134,33 +134,4 @@ void interval_step_cpu(const IntervalStepArgs& g) {
   });
 }
 
-namespace {
-// n numbers from `at` on of a line that repeats
-Vec periodic(const float* line, int64_t at, int64_t period, int n) {
-  if (at + n <= period) return load_n(line + at, n);
-  float some[kLanes] = {};
-  for (int k = 0; k < n; ++k) some[k] = line[(at + k) % period];
-  return load(some);
-}
-}  // namespace
-
-void relu_lines_cpu(const ReluLinesArgs& g) {
-  parallel_for(g.count, 16384, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i += kLanes) {
-      const int n = static_cast<int>(std::min<int64_t>(kLanes, end - i));
-      Vec sl, su, low, up;
-      relu_lines(load_n(g.lower + i, n), load_n(g.upper + i, n), Vec(g.left), g.adaptive, sl, su, low, up);
-      if (g.bias != nullptr) {
-        const Vec bias = periodic(g.bias, i % g.period, g.period, n);
-        low = fmadd(sl, bias, low);
-        up = fmadd(su, bias, up);
-      }
-      store_n(g.slopes + i, sl, n);
-      if (g.adaptive) store_n(g.slopes + g.count + i, su, n);
-      store_n(g.intercepts + i, low, n);
-      store_n(g.intercepts + g.count + i, up, n);
-    }
-  });
-}
-
 FR_NS_END

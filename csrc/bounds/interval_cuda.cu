@@ -49,18 +49,6 @@ __global__ void __launch_bounds__(kThreads) interval_step_kernel(IntervalStepArg
   }
 }
 
-__global__ void __launch_bounds__(kThreads) relu_lines_kernel(ReluLinesArgs g) {
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < g.count;
-       i += static_cast<int64_t>(gridDim.x) * kThreads) {
-    float sl, su, low, up;
-    relu_lines(g.lower[i], g.upper[i], g.left, g.adaptive, sl, su, low, up);
-    g.slopes[i] = sl;
-    if (g.adaptive) g.slopes[g.count + i] = su;
-    g.intercepts[i] = low;
-    g.intercepts[g.count + i] = up;
-  }
-}
-
 dim3 grid_of(int64_t count) {
   const int64_t blocks = (count + kThreads - 1) / kThreads;
   return dim3(static_cast<unsigned>(blocks < 65535 * 16 ? blocks : 65535 * 16));
@@ -79,9 +67,6 @@ void interval_cuda(const IntervalArgs& g, void* stream) {
 }
 void interval_step_cuda(const IntervalStepArgs& g, void* stream) {
   if (g.count > 0) FR_LAUNCH(interval_step_kernel, grid_of(g.count), dim3(kThreads), 0, stream, g);
-}
-void relu_lines_cuda(const ReluLinesArgs& g, void* stream) {
-  if (g.count > 0) FR_LAUNCH(relu_lines_kernel, grid_of(g.count), dim3(kThreads), 0, stream, g);
 }
 
 }  // namespace fastrobust

@@ -12,7 +12,6 @@ struct BoundsTable {
   void (*spread)(const SpreadArgs&);
   void (*interval)(const IntervalArgs&);
   void (*interval_step)(const IntervalStepArgs&);
-  void (*relu_lines)(const ReluLinesArgs&);
   void (*interval_conv)(const IntervalConvArgs&);
   int64_t (*interval_conv_work)(const IntervalConvArgs&);  // numbers that `work` must hold
   void (*chain)(const ChainArgs&);
@@ -22,9 +21,13 @@ struct BoundsTable {
   int64_t (*interval_chain_work)(const IntervalChainArgs&);
   ChainResult (*interval_chain)(const IntervalChainArgs&);
   void (*conv_grad)(const ConvGradArgs&);
-  void (*relu_lines_grad)(const ReluLinesGradArgs&);
   void (*back_grad)(const BackGradArgs&);
   void (*concretize_grad)(const ConcretizeGradArgs&);
+  void (*lines)(const LinesArgs<float>&);
+  void (*lines_double)(const LinesArgs<double>&);
+  void (*lines_grad)(const LinesGradArgs<float>&);
+  void (*lines_grad_double)(const LinesGradArgs<double>&);
+  void (*range)(const RangeArgs<float>&);
 };
 
 FR_CPU_TABLE(BoundsTable, bounds)
@@ -34,6 +37,10 @@ void back_cuda(const BackArgs& a, void* stream);
 void concretize_cuda(const ConcretizeArgs& a, void* stream);
 void interval_cuda(const IntervalArgs& a, void* stream);
 void interval_step_cuda(const IntervalStepArgs& a, void* stream);
-void relu_lines_cuda(const ReluLinesArgs& a, void* stream);
+template <class T>
+void lines_cuda(const LinesArgs<T>& a, void* stream);
+template <class T>
+void lines_grad_cuda(const LinesGradArgs<T>& a, void* stream);
+void range_cuda(const RangeArgs<float>& a, void* stream);
 
 }  // namespace fastrobust

@@ -175,17 +175,4 @@ void concretize_grad_cpu(const ConcretizeGradArgs& g) {
   });
 }
 
-void relu_lines_grad_cpu(const ReluLinesGradArgs& g) {
-  parallel_for(g.count, 16384, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i += kLanes) {
-      const int n = static_cast<int>(std::min<int64_t>(kLanes, end - i));
-      Vec l, u;
-      relu_lines_grad(get(g.lower + i, n), get(g.upper + i, n), Vec(g.left), get(g.from_slope + i, n),
-                      get(g.from_intercept + i, n), l, u);
-      put(g.to_lower + i, l, n);
-      put(g.to_upper + i, u, n);
-    }
-  });
-}
-
 FR_NS_END

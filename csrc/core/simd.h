@@ -25,6 +25,11 @@ FR_HD float select(bool m, float a, float b) { return m ? a : b; }
 FR_HD float vmin(float a, float b) { return a < b ? a : b; }
 FR_HD float vmax(float a, float b) { return a > b ? a : b; }
 FR_HD float vabs(float a) { return fabsf(a); }
+FR_HD double select(bool m, double a, double b) { return m ? a : b; }
+FR_HD double vmin(double a, double b) { return a < b ? a : b; }
+FR_HD double vmax(double a, double b) { return a > b ? a : b; }
+FR_HD double vabs(double a) { return fabs(a); }
+FR_HD bool any(bool m) { return m; }
 // p * 2^k, where k sits in the low bits of t = k + 1.5 * 2^23 (the sum with the magic number rounds to an integer).
 FR_HD float scale_exponent(float p, float t) { return float_from_bits(bits_of(p) + (bits_of(t) << 23)); }
 

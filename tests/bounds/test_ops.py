@@ -246,9 +246,6 @@ def test_opcheck(dtype: torch.dtype) -> None:
     bias = torch.randn(5, dtype=dtype, requires_grad=True)
     for finish in (0, 1, 2):
         torch.library.opcheck(ops._interval.op, (c, r, w, bias, finish))
-    l = torch.randn(3, 6, dtype=dtype, requires_grad=True)
-    for adaptive in (False, True):
-        torch.library.opcheck(ops._lines.op, (l, l.detach() + 1, 0.1, adaptive))
 
 
 def test_gradcheck_of_the_ops() -> None:

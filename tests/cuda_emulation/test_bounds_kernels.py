@@ -14,9 +14,9 @@ from torch import Tensor
 
 import fastrobust.ops.bounds as ops
 from bounds.nets import make
+from bounds.test_lines import CASES, gradients_of, intervals
 from fastrobust.bounds import METHODS, compute_bounds
 from fastrobust.reference import bounds as reference
-from fastrobust.reference import relaxations
 
 
 @pytest.fixture
@@ -143,19 +143,28 @@ def test_interval_passes(bounds_on_device):
             assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("activation", ("relu", "leaky_relu"))
+@pytest.mark.parametrize("activation,params", CASES)
 @pytest.mark.parametrize("kind", ("parallel", "crown"))
-def test_lines(bounds_on_device, activation, kind):
-    lower = torch.randn(1000) * 3
-    upper = lower + torch.rand(1000) * 4
-    lower[:8] = torch.tensor([0.0, -1.0, 1.0, -math.inf, -math.inf, 1.0, -2.0, math.nan])
-    upper[:8] = torch.tensor([0.0, 0.0, 1.0, math.inf, 2.0, math.inf, math.inf, 1.0])
-    got = bounds_on_device(ops.relax, lower, upper, activation, kind)
-    plain = ops.relax(lower, upper, activation, kind)
-    want = relaxations.relax(lower[8:].double(), upper[8:].double(), activation, kind)
-    for g, p, w in zip(got, plain, want, strict=True):
-        assert torch.equal(g.nan_to_num(7e30), p.nan_to_num(7e30))
-        near(g[:, 8:], w)
+def test_lines_and_their_gradients(bounds_on_device, activation, params, kind):
+    for dtype in (torch.float32, torch.float64):
+        lower, upper = intervals(5, dtype, 8)
+        lower[:4] = torch.tensor([-math.inf, 1.0, math.nan, -math.inf])
+        upper[:4] = torch.tensor([math.inf, math.inf, 1.0, 2.0])
+        got = bounds_on_device(ops.relax, lower, upper, activation, kind, params)
+        found = bounds_on_device(gradients_of, lower, upper, activation, kind, params, ops.relax)
+        want = ops.relax(lower, upper, activation, kind, params)
+        for g, w in zip(
+            (*got, *found), (*want, *gradients_of(lower, upper, activation, kind, params, ops.relax)), strict=True
+        ):
+            torch.testing.assert_close(g, w, rtol=0, atol=0, equal_nan=True)  # the same operations: the same bits
+        ranges = bounds_on_device(ops.interval_activation, lower, upper, activation, params)
+        for g, w in zip(ranges, ops.interval_activation(lower, upper, activation, params), strict=True):
+            torch.testing.assert_close(g, w, rtol=0, atol=0, equal_nan=True)
+    bias = torch.randn(7)
+    lower, upper = torch.randn(5, 7), torch.randn(5, 7).abs() + 3
+    got = bounds_on_device(ops.relax_behind, lower, upper, activation, kind, params, bias)
+    want = wide(tuple(ops.relax(lower, upper, activation, kind, params)))
+    near(got.intercepts, want[1] + want[0] * bias)
 
 
 @pytest.mark.parametrize("name", ("mlp-relu", "mlp-tanh", "cnn", "residual", "mixed"))

@@ -13,7 +13,6 @@ from torch import Tensor
 from .. import _C
 from ..reference.bounds import room_of, row_maps, split_support
 from . import _bounds_conv as conv
-from . import _checks as ck
 from ._bounds_product import product
 from ._bounds_rows import address, by_example, dense, native, rows_args
 from ._library import below_autograd, nothing_intercepts
@@ -269,21 +268,3 @@ def spread(args: list[Any], need: Any, g: Tensor) -> Grads:
     forward = conv.convolution if narrow else F.conv2d
     g_a = forward(g, weight, stride=stride, padding=padding) if need[0] else None
     return g_a, _weight_gradient(g, a, weight, stride, padding) if need[1] else None, None, None, None
-
-
-def relu_lines(args: list[Any], need: Any, g_slopes: Tensor, g_intercepts: Tensor) -> Grads:
-    l, u, left, adaptive = args
-    if _by_kernel(l):
-        form = ck.dense_format(l) or torch.contiguous_format
-        l, u, slope, top = (ck.lay_out(t, form) for t in (l, u, g_slopes[-1], g_intercepts[1]))
-        to_l, to_u = torch.empty_like(l), torch.empty_like(u)
-        _C.bounds_relu_lines_grad(*map(address, (l, u, slope, top, to_l, to_u)), l.numel(), left)
-        return to_l, to_u, None, None
-    width = u - l
-    between = (l < 0) & (u > 0) & torch.isfinite(width)
-    w = torch.where(between, width, 1.0)
-    d = (u - left * l) / w
-    chord, top = g_slopes[-1], g_intercepts[1]
-    g_d = torch.where(between, chord - top * l, 0.0)
-    g_l = g_d * (d - left) / w + torch.where(between, top * (left - d), 0.0)
-    return g_l, g_d * (1 - d) / w, None, None

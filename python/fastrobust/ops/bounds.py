@@ -14,12 +14,12 @@ from torch import Tensor
 
 from .. import _C
 from ..reference import bounds as reference
-from ..reference import relaxations
-from ..reference.bounds import Window, center_radius, dual_exponent, eps_like, interval_activation
+from ..reference.bounds import Window, center_radius, dual_exponent, eps_like
 from . import _bounds_autograd as gradients
 from . import _checks as ck
 from ._bounds_chain import ConvStep, concretize_through
 from ._bounds_conv import adjoint, interval_convolution, pair
+from ._bounds_lines import interval_activation, relax, relax_behind
 from ._bounds_live import LiveStep, concretize_live, leaving_out_pays
 from ._bounds_product import product, product_with_transpose
 from ._bounds_rows import address, dense, native, spread_lanes
@@ -308,74 +308,6 @@ def interval_ball_conv2d(x: Tensor, eps: float | Tensor, norm: Any, clip: tuple[
         box = ball if box is None else _tighter(box, ball)
     assert box is not None
     return _finish(*box, activation, params)
-
-
-# ---- relaxations ----
-
-
-def _lines_definition(lower: Tensor, upper: Tensor, left: float, adaptive: bool) -> tuple[Tensor, Tensor]:
-    return relaxations.relax(lower, upper, "leaky_relu", "crown" if adaptive else "parallel", (left,))
-
-
-def _lines_kernel(
-    lower: Tensor, upper: Tensor, left: float, adaptive: bool, bias: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    if not native(lower):
-        return _lines_definition(lower, upper, left, adaptive)
-    require_cuda_build(lower.device)
-    device, stream = stream_of(lower.device)
-    lower, upper = _pair_dense(lower, upper)
-    shape = lower.shape
-    if lower.is_contiguous():
-        slopes, intercepts = lower.new_empty(2 if adaptive else 1, *shape), lower.new_empty(2, *shape)
-    else:  # channels last: the outputs keep the order
-        last = (shape[0], *shape[2:], shape[1])
-        slopes, intercepts = (lower.new_empty(k, *last).movedim(-1, 2) for k in (2 if adaptive else 1, 2))
-    _C.bounds_relu_lines(
-        device, stream, lower.data_ptr(), upper.data_ptr(), slopes.data_ptr(), intercepts.data_ptr(), lower.numel(), left, adaptive,
-        address(bias), 1 if bias is None else bias.numel(),
-    )  # fmt: skip
-    return slopes, intercepts
-
-
-_lines = register(
-    "bounds_relu_lines",
-    "(Tensor lower, Tensor upper, float left, bool adaptive) -> (Tensor, Tensor)",
-    _lines_kernel,
-    lambda l, u, left, adaptive: (l.new_empty(2 if adaptive else 1, *l.shape), l.new_empty(2, *l.shape)),
-    gradients.relu_lines,
-)
-
-
-def relax(
-    lower: Tensor, upper: Tensor, activation: str, kind: str = "parallel", params: tuple[float, ...] = ()
-) -> relaxations.Lines:
-    """Lines around an activation on [lower, upper]: slopes (1 or 2, *shape), intercepts (2, *shape), lower first, so that
-    slopes[0] x + intercepts[0] <= s(x) <= slopes[-1] x + intercepts[1]; see ``reference.relaxations``.
-
-    activation: one of ``reference.relaxations.ACTIVATIONS``; kind: "parallel" (one slope: thesis, equations 3.3 to 3.5) or
-    "crown" (adaptive).
-    """
-    lower = ck.check_state(lower, "lower")
-    ck.check_like(upper, "upper", lower, "lower")
-    params = relaxations.parameters_of(activation, params)
-    if activation not in ("relu", "leaky_relu") or kind not in ("parallel", "crown"):
-        return relaxations.relax(lower, upper, activation, kind, params)
-    f = _lines_kernel if direct(lower, upper) else _lines
-    return relaxations.Lines(*f(lower, upper, params[0] if params else 0.0, kind == "crown"))
-
-
-def relax_behind(lower: Tensor, upper: Tensor, activation: str, kind: str, params: tuple[float, ...], bias: Tensor) -> relaxations.Lines:  # fmt: skip
-    """``relax`` in terms of the input less ``bias``, the bias of the layer before (of the first dimension after the batch, or
-    broadcast): slope * bias joins the intercepts, in the same pass where the kernel runs."""
-    flat = bias.reshape(-1)
-    innermost = lower.dim() == 2 or (lower.dim() == 4 and lower.is_contiguous(memory_format=torch.channels_last))
-    fits = innermost and len(flat) == lower.shape[1] and upper.shape == lower.shape and native(lower)
-    if fits and activation in ("relu", "leaky_relu") and direct(lower, upper, bias) and stream_of(lower.device)[0] < 0:
-        left = relaxations.parameters_of(activation, params)[0] if activation == "leaky_relu" else 0.0
-        return relaxations.Lines(*_lines_kernel(lower, upper, left, kind == "crown", dense(flat)))
-    slopes, intercepts = relax(lower, upper, activation, kind, params)
-    return relaxations.Lines(slopes, intercepts + slopes * bias)
 
 
 # ---- the adjoint of a convolution ----

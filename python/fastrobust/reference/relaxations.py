@@ -111,7 +111,8 @@ def derivative(x: Tensor, activation: str, params: tuple[float, ...] = ()) -> Te
         case "arctan":
             return 1.0 / (1.0 + x * x)
         case "softplus":
-            return torch.sigmoid(params[0] * x)
+            y = params[0] * x
+            return torch.where(y > params[1], torch.ones_like(x), torch.sigmoid(y))
         case "elu":
             return torch.where(x > 0, torch.ones_like(x), params[0] * torch.exp(x.clamp(max=0)))
         case "silu":
@@ -255,7 +256,8 @@ def _relax_piecewise(l: Tensor, u: Tensor, kind: str, left: float, lo: float, hi
     base = [value(torch.full_like(l, k), activation, params) for k in (lo, hi) if math.isfinite(k)]
     knots = [torch.full_like(l, k) for k in (lo, hi) if math.isfinite(k)]
     # the exact line of a stable neuron passes through its kink: no cancellation, valid for l = u
-    exact = torch.where(above, base[-1] - right * knots[-1], base[0] - torch.where(below, one * left, 1.0) * knots[0])
+    flat = torch.where(above, base[-1] - right * knots[-1], base[0] - left * knots[0])
+    exact = torch.where(linear, base[0] - knots[0], flat)  # also where l = u is a kink: the slope there is 1
     if kind == "parallel":
         ends = [s_l - chord * l, s_u - chord * u] + [
             torch.where((l < k) & (k < u), v - chord * k, s_l - chord * l) for k, v in zip(knots, base, strict=False)
