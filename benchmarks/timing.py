@@ -113,7 +113,7 @@ EFFORT = {
 }
 
 
-# Calls shorter than this are made a few times before their cost is believed.
+# Calls shorter than this are made a few times before their cost is believed, and once before each sample.
 WARM_SECONDS = 0.05
 
 
@@ -148,8 +148,9 @@ def interleave(
     for name, call in calls.items():
         found[name] = calibrate(clock, call, effort.sample_seconds)
         tick()
-    # Where one candidate repeats its call, a warm-up call goes before the samples of all.
-    warm = any(repeats > 1 for repeats, _ in found.values())
+    # Where one candidate is short, a warm-up call goes before the samples of all: behind another candidate that ran for
+    # 0.1 s it would find nothing of its own in the caches, which is not how a loop runs.
+    warm = any(repeats > 1 or cost < WARM_SECONDS for repeats, cost in found.values())
     for name, (repeats, cost) in found.items():
         share = effort.seconds / len(calls)
         calls_a_round = repeats + warm

@@ -188,8 +188,8 @@ class Schedule:
         # Constants must live as long as the program that has their addresses.
         emit.constants = (lists, scale, shift, post)  # type: ignore[attr-defined]
         reads = [b for b in (x, residual, gate) if b is not None]
-        # Every value of the residual is read where the result is written; partial sums of segments would come before it.
-        over = residual if lists.segments == 1 and residual not in (x, gate) else None
+        # Every value of the residual is read where the result is written.
+        over = residual if residual not in (x, gate) else None
         self.steps.append(_Step(emit, None, reads, [b for b in (out, before, passed) if b is not None], over))
         return out, before
 

@@ -16,26 +16,29 @@ from collections.abc import Mapping
 from ._feature_maps import VECTOR, ConvGeometry, grad_maps, input_maps, segment_channels
 
 LANES = (1, 4, 8, 16)
+# Floats of the fast layout handled at a time: what is read and written again stays in cache.
+CHUNK_FLOATS = 1 << 20
 
 # The kernel: `add` a vector of sixteen sums (of lists cut to the first cache level, or in unaligned groups), `entry` a
 # list entry of a tile, `row` a row of a tile and segment, `store` a vector of the output.
 SPARSE = {
-    "start": 3.1,
-    "add": 0.176e-3,
-    "add segmented": 0.133e-3,
-    "add unaligned": 0.151e-3,
-    "entry": 0.029e-3,
-    "row": 3.4e-3,
-    "store": 0.29e-3,
+    "start": 3.3,
+    "add": 0.172e-3,
+    "add segmented": 0.138e-3,
+    "add unaligned": 0.169e-3,
+    "entry": 0.1e-3,
+    "row": 2.2e-3,
+    "store": 0.33e-3,
 }
-# Into and out of the fast layout: `copy` a float in groups of images; without groups `copy single` a float, `copy row` a row,
+# Into and out of the fast layout: `copy` a float in groups of images, `copy far` the same where a group is larger than what
+# is done at a time (not fitted: 16 images against 8 of 64 channels on 32x32); without groups `copy single` a float, `copy row` a row,
 # `copy phases` a float that goes to the phases of a stride.
-COPY = {"copy": 0.106e-3, "copy single": 0.0, "copy row": 4.8e-3, "copy phases": 0.75e-3}
+COPY = {"copy": 0.12e-3, "copy far": 0.1e-3, "copy single": 0.0, "copy row": 5.4e-3, "copy phases": 1.0e-3}
 _COPY_CHANNELS_LAST = 0.25e-3  # a float, which lies in as many lines of cache as there are images
 # torch: `mac` a multiplication of a dense convolution (of a kernel of one pixel), `weight` a float of the weight, which is
 # reordered in every call, `map` a float read or written. Input gradients are computed for multiples of sixteen channels.
-DENSE = {"start": 18.6, "mac": 4.41e-6, "mac 1x1": 4.57e-6, "weight": 0.162e-3, "map": 0.035e-3}
-_CALL = 14.0  # a sparse call from Python by itself, beyond its three kernels
+DENSE = {"start": 20.0, "mac": 4.7e-6, "mac 1x1": 4.9e-6, "weight": 0.175e-3, "map": 0.06e-3}
+_CALL = 20.0  # a sparse call from Python by itself, beyond its three kernels
 _STEP = 2.0  # a kernel among others in one call
 _PASS = 0.02e-3  # one float of an elementwise pass of torch
 # The sparse path is taken where it is expected to win by more than the estimates err: copies of maps that are not in cache
@@ -144,7 +147,8 @@ def copy_terms(
         return {
             "copy single": float(batch * floats), "copy row": float(batch * rows), "copy phases": float(batch * phased)
         }  # fmt: skip
-    return {"copy": float(images * floats)}
+    group = lanes * max(shape[1] * geometry.groups * height * width, shape[0] * out_h * out_w)
+    return {"copy": float(images * floats), "copy far": float(images * floats) if group >= CHUNK_FLOATS else 0.0}
 
 
 def sparse_terms(

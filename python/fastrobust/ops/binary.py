@@ -18,8 +18,6 @@ from ._dense_conv import Prepacked, dense_conv, dense_input_grad, dense_weight, 
 from ._feature_maps import ConvGeometry
 from ._library import below_autograd, define, nothing_intercepts
 
-# Floats of the fast layout handled at a time: what is read and written again stays in cache.
-_CHUNK_FLOATS = 1 << 20
 # Largest output for which the order of a dense weight is worth keeping: the rest is the convolution's own time.
 _PREPACKED_FLOATS = 1 << 18
 # Kinds of calls of one weight that are known by heart.
@@ -76,7 +74,7 @@ def _new_recipe(
 
     whole = layouts(batch)
     # Whole groups of lanes that fit the cache.
-    step = max(1, _CHUNK_FLOATS // max(whole[0].block, whole[1].block)) * choice.lanes
+    step = max(1, cost.CHUNK_FLOATS // max(whole[0].block, whole[1].block)) * choice.lanes
     parts = [(n, *layouts(min(batch, n + step) - n)) for n in range(0, batch, step)]
     return _Recipe(choice, out_size, fm.plan(packed, g, whole[0], transposed), parts, {})
 
