@@ -111,6 +111,18 @@ def test_kernel_equals_the_definition(seed: int, n: int, p: float) -> None:
             assert ((g.double() - w).abs() <= 1e-6 * size).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("p", P)
+def test_one_pixel_uses_up_the_ball_and_others_cannot_move(p: float, dtype: torch.dtype) -> None:
+    A = torch.tensor([18.7, -0.5, 8.2, 0.01, -0.02], dtype=dtype).view(1, 1, 5)
+    x, eps = torch.tensor([[1.0, 0.0, 0.0, 0.5, 1.0]], dtype=dtype), 0.073412992
+    low, up = fr.ops.concretize(A, torch.zeros(1, 1, dtype=dtype), x, eps, p, (0.0, 1.0))
+    alone = (A[0, 0] * x[0]).sum() + eps * A[0, 0, 2]  # the first two meet the box where they are
+    most = alone if p == 1 else alone + eps * (0.01 + 0.02)
+    assert alone - 1e-5 <= up <= most + 1e-5
+    assert low.isfinite()
+
+
 @pytest.mark.parametrize("p", P)
 def test_at_least_as_tight_as_ball_and_box(p: float) -> None:
     A, b, x, eps = problem(3, 50)

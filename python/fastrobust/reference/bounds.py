@@ -208,11 +208,12 @@ def split_support(w: Tensor, room: Tensor, q: float) -> tuple[Tensor, Tensor, Te
     fixed = torch.cat([zero, room.gather(-1, order).pow(p).cumsum(-1)], -1)  # sums over the first 0, 1, ... coordinates
     free = torch.cat([u.gather(-1, order).pow(q).flip(-1).cumsum(-1).flip(-1), zero], -1)  # and over the others
     count = (fixed[..., :-1] + meets.pow(p) * free[..., :-1] < 1).sum(-1, keepdim=True)
-    left, rest = 1 - fixed.gather(-1, count), free.gather(-1, count)
+    left, rest = (1 - fixed.gather(-1, count)).clamp(min=0), free.gather(-1, count)
     t = torch.where(rest > 0, (left / torch.where(rest > 0, rest, 1.0)).pow(1 / p), math.inf)
     rank = torch.empty_like(order).scatter(-1, order, torch.arange(w.shape[-1], device=w.device).expand_as(order))
     full = (rank < count) & (w > 0)
-    ball = torch.where(full, torch.minimum(w, top * (room / t).pow(p - 1)), w)
+    level = torch.where(room > 0, room / t, 0.0)  # where one coordinate uses up the ball t is 0, and so may room be
+    ball = torch.where(full, torch.minimum(w, top * level.pow(p - 1)), w)
     return ball, torch.where(full, room, torch.where(s > 0, t * s, 0.0)), full
 
 
