@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -14,9 +13,9 @@ from torch.nn import functional as F
 
 from fastrobust.bounds import compute_bounds
 
-from . import lines, models
+from . import lines, margins, models
 from .case import FLOOR, OURS, Call, Candidate, Case, Context, Floor, Suite, Target, once, relative_difference
-from .peers import auto_lirpa
+from .margins import Problem
 
 # Random weights, and the published KW-trained ones with MNIST's test images where the data is given.
 PUBLISHED = {"FC1 trained": "mnist_fc1_l1_kw.ckpt", "CNN trained": "mnist_cnn_l1_kw.ckpt"}
@@ -24,7 +23,6 @@ MNIST = ("FC1", "CNN", *PUBLISHED)
 EPS = {**dict.fromkeys(MNIST, 0.1), "CIFAR 5-conv": 2 / 255, "residual": 2 / 255}
 SHAPES = {**dict.fromkeys(MNIST, (1, 28, 28)), "CIFAR 5-conv": (3, 32, 32), "residual": (3, 32, 32)}
 TOLERANCE = 1e-4
-Problem = tuple[nn.Module, Tensor, Tensor]
 
 
 class Residual(nn.Module):
@@ -87,26 +85,6 @@ def has_published(context: Context) -> bool:
     folder = Path(context.data or "")
     files = [folder / "polyenvelope" / "relu_linf" / file for file in PUBLISHED.values()]
     return context.data is not None and all(file.exists() for file in (*files, folder / "mnist.npz"))
-
-
-def ours(given: Callable[[], Problem], name: str, method: str, norm: float, backward: bool) -> Call:
-    net, x, y = given()
-
-    def call() -> Tensor:
-        with torch.set_grad_enabled(backward):
-            low = compute_bounds(net, x, EPS[name], norm=norm, method=method, labels=y, sides="lower").lower
-            if backward:
-                for p in net.parameters():
-                    p.grad = None
-                low.sum().backward()
-        return low.detach()
-
-    return call
-
-
-def peer(given: Callable[[], Problem], name: str, method: str, norm: float, backward: bool) -> Call:
-    net, x, y = given()
-    return auto_lirpa.margins(net, x, y, 10, eps=EPS[name], norm=norm, method=method, backward=backward)
 
 
 def two_products(given: Callable[[], Problem], name: str) -> Call:
@@ -183,10 +161,10 @@ def interval_cases(context: Context, names: Iterable[str]) -> Iterator[Case]:
             yield Case(
                 "IBP margins",
                 {"model": name, "batch": batch},
-                Candidate(OURS, partial(ours, given, name, "ibp", math.inf, False)),
+                Candidate(OURS, partial(margins.ours, given, EPS[name], "ibp", False)),
                 (
                     Candidate("two products in torch", partial(two_products, given, name)),
-                    Candidate("auto_LiRPA", partial(peer, given, name, "ibp", math.inf, False)),
+                    Candidate("auto_LiRPA", partial(margins.peer, given, EPS[name], "ibp", False)),
                 ),
                 Floor(part=partial(forward_alone, given), part_name="forward"),
                 TOLERANCE,
@@ -209,8 +187,8 @@ def linear_case(context: Context, name: str, method: str, batch: int) -> Case:
     return Case(
         f"{method} margins",
         {"model": name, "batch": batch},
-        Candidate(OURS, partial(ours, given, name, method, math.inf, False)),
-        (Candidate("auto_LiRPA", partial(peer, given, name, method, math.inf, False)),),
+        Candidate(OURS, partial(margins.ours, given, EPS[name], method, False)),
+        (Candidate("auto_LiRPA", partial(margins.peer, given, EPS[name], method, False)),),
         floor,
         TOLERANCE,
         relative_difference,
@@ -224,8 +202,8 @@ def training_case(context: Context, name: str, batch: int) -> Case:
     return Case(
         "crown-ibp bounds and backward",
         {"model": name, "batch": batch},
-        Candidate(OURS, partial(ours, given, name, "crown-ibp", math.inf, True)),
-        (Candidate("auto_LiRPA", partial(peer, given, name, "crown-ibp", math.inf, True)),),
+        Candidate(OURS, partial(margins.ours, given, EPS[name], "crown-ibp", True)),
+        (Candidate("auto_LiRPA", partial(margins.peer, given, EPS[name], "crown-ibp", True)),),
         Floor(flops=3 * flops),
         TOLERANCE,
         relative_difference,

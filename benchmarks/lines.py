@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -10,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import fastrobust as fr
-from fastrobust.bounds import compute_bounds
 from fastrobust.reference import relaxations
 
+from . import margins
 from .case import OURS, Agreement, Call, Candidate, Case, Context, Floor, Target, once
-from .peers import auto_lirpa
 
 SMOOTH = ("hardtanh", "sigmoid", "tanh", "arctan", "softplus", "elu", "silu", "gelu", "gelu_tanh")
 TOLERANCE = 1e-5
@@ -102,29 +100,11 @@ def whole_case(
 
     given = once(make)
 
-    def ours() -> Call:
-        net, x, y = given()
-
-        def call() -> Tensor:
-            with torch.set_grad_enabled(backward):
-                low = compute_bounds(net, x, 0.1, norm=math.inf, method=method, labels=y, sides="lower").lower
-                if backward:
-                    for p in net.parameters():
-                        p.grad = None
-                    low.sum().backward()
-            return low.detach()
-
-        return call
-
-    def peer() -> Call:
-        net, x, y = given()
-        return auto_lirpa.margins(net, x, y, 10, eps=0.1, norm=math.inf, method=method, backward=backward)
-
     return Case(
         f"{method} bounds and backward" if backward else f"{method} margins",
         {"model": f"CNN {name}", "batch": batch},
-        Candidate(OURS, ours),
-        (Candidate("auto_LiRPA", peer),),
+        Candidate(OURS, partial(margins.ours, given, 0.1, method, backward)),
+        (Candidate("auto_LiRPA", partial(margins.peer, given, 0.1, method, backward)),),
         Floor(),
         1e-3,
         never_looser,

@@ -104,9 +104,9 @@ FR_CALLED V opposite_tangent(V e) {
   const V s = point<kAct>(end, one, one).s;
   V t;
   if constexpr (kAct == Activation::tanh)
-    t = half * log_of(end + select(end > V(1e9f), end, sqrt_of(one + end * end)));  // asinh
+    t = half * log_of(end + select(end > V(1e9f), end, root_of(one + end * end)));  // asinh
   else
-    t = half * end / sqrt_of(one + V(0.785f) * (end * (end / (end + V(1.5f)))));
+    t = half * end / root_of(one + V(0.785f) * (end * (end / (end + V(1.5f)))));
   FR_NO_UNROLL
   for (int k = 0; k < Precision<V>::kTangent; ++k) {
     const Point<V> q = point<kAct>(t, one, one);
@@ -126,14 +126,14 @@ template <Activation kAct, class V>
 FR_CALLED V s_shaped_root(V d) {
   const V one(1.f), tiny(FLT_MIN);
   if constexpr (kAct == Activation::sigmoid) {
-    const V p = vmin(vmax(d, tiny), V(0.25f)), r = sqrt_of(one - V(4.f) * p);
+    const V p = vmin(vmax(d, tiny), V(0.25f)), r = root_of(one - V(4.f) * p);
     return V(2.f) * log1p_of(r) - (V(1.3862943611198906) + log_of(p));
   } else if constexpr (kAct == Activation::tanh) {
-    const V p = vmin(vmax(d, tiny), one), r = sqrt_of(one - p);
+    const V p = vmin(vmax(d, tiny), one), r = root_of(one - p);
     return log1p_of(r) - V(0.5f) * log_of(p);
   } else {
     const V p = vmin(vmax(d, tiny), one);
-    return sqrt_of((one - p) / p);
+    return root_of((one - p) / p);
   }
 }
 
@@ -189,14 +189,14 @@ FR_CALLED void valley_roots(V d, V& middle, V& outer) {
   const V zero(0.f), one(1.f), half(0.5f), steepest(c.steepest), w(c.w);
   const auto upper = d > half;
   const V e = vmax(select(upper, one - d, d), steepest);
-  const V r = sqrt_of((e - steepest) * V(1. / (0.5 - c.steepest)));
+  const V r = root_of((e - steepest) * V(1. / (0.5 - c.steepest)));
   V t = r * polynomial(r, c.middle[0], c.middle[1], c.middle[2], c.middle[3], c.middle[4], c.middle[5]) - w;
   t = newton<kAct>(t, e, Precision<V>::kMiddle);
   middle = select(upper, -t, t);
   outer = middle;
   const auto beyond = e < zero;
   if (!any(beyond)) return;
-  const V f = select(beyond, vmin(e, V(-1e-30f)), steepest), q = sqrt_of(vmax(log_of(steepest / f), zero));
+  const V f = select(beyond, vmin(e, V(-1e-30f)), steepest), q = root_of(vmax(log_of(steepest / f), zero));
   t = -(q * polynomial(q, c.outer[0], c.outer[1], c.outer[2], c.outer[3], c.outer[4], c.outer[5]) + w);
   t = vmin(newton<kAct>(t, f, Precision<V>::kOuter), -w);
   outer = select(beyond, select(upper, -t, t), middle);

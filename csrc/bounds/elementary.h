@@ -26,10 +26,6 @@ FR_NS_BEGIN
 #define FR_NO_UNROLL
 #endif
 
-// ---- operations that core/simd.h does not have ----
-FR_HD float sqrt_of(float a) { return sqrtf(a); }
-FR_HD double sqrt_of(double a) { return sqrt(a); }
-
 // a = m 2^k with m in [sqrt(1/2), sqrt(2)), for positive normal a; returns k.
 FR_HD float split_exponent(float a, float& m) {
   const uint32_t bits = bits_of(a), shifted = bits - 0x3f3504f3u;
@@ -40,7 +36,6 @@ FR_HD float split_exponent(float a, float& m) {
 
 #if !defined(__CUDACC__)
 #if defined(__AVX512F__)
-FR_HD Vec sqrt_of(Vec a) { return _mm512_sqrt_ps(a.v); }
 FR_HD Vec split_exponent(Vec a, Vec& m) {
   const __m512i bits = _mm512_castps_si512(a.v);
   const __m512i k = _mm512_srai_epi32(_mm512_sub_epi32(bits, _mm512_set1_epi32(0x3f3504f3)), 23);
@@ -48,18 +43,6 @@ FR_HD Vec split_exponent(Vec a, Vec& m) {
   return _mm512_cvtepi32_ps(k);
 }
 #else
-FR_HD Vec sqrt_of(Vec a) {
-  for (int i = 0; i < kRegs; ++i) {
-#if defined(__AVX__)
-    a.r[i] = (NativeF)_mm256_sqrt_ps((__m256)a.r[i]);
-#elif defined(__x86_64__)
-    a.r[i] = (NativeF)_mm_sqrt_ps((__m128)a.r[i]);
-#else
-    for (int j = 0; j < kWidth / 4; ++j) a.r[i][j] = sqrtf(a.r[i][j]);
-#endif
-  }
-  return a;
-}
 FR_HD Vec split_exponent(Vec a, Vec& m) {
   Vec k;
   for (int i = 0; i < kRegs; ++i) {

@@ -25,10 +25,12 @@ FR_HD float select(bool m, float a, float b) { return m ? a : b; }
 FR_HD float vmin(float a, float b) { return a < b ? a : b; }
 FR_HD float vmax(float a, float b) { return a > b ? a : b; }
 FR_HD float vabs(float a) { return fabsf(a); }
+FR_HD float root_of(float a) { return sqrtf(a); }
 FR_HD double select(bool m, double a, double b) { return m ? a : b; }
 FR_HD double vmin(double a, double b) { return a < b ? a : b; }
 FR_HD double vmax(double a, double b) { return a > b ? a : b; }
 FR_HD double vabs(double a) { return fabs(a); }
+FR_HD double root_of(double a) { return sqrt(a); }
 FR_HD bool any(bool m) { return m; }
 // p * 2^k, where k sits in the low bits of t = k + 1.5 * 2^23 (the sum with the magic number rounds to an integer).
 FR_HD float scale_exponent(float p, float t) { return float_from_bits(bits_of(p) + (bits_of(t) << 23)); }
@@ -67,6 +69,7 @@ FR_HD Vec select(Mask m, Vec a, Vec b) { return _mm512_mask_blend_ps(m.m, b.v, a
 FR_HD Vec vmin(Vec a, Vec b) { return _mm512_min_ps(a.v, b.v); }
 FR_HD Vec vmax(Vec a, Vec b) { return _mm512_max_ps(a.v, b.v); }
 FR_HD Vec vabs(Vec a) { return _mm512_abs_ps(a.v); }
+FR_HD Vec root_of(Vec a) { return _mm512_sqrt_ps(a.v); }
 FR_HD Vec load(const float* p) { return _mm512_loadu_ps(p); }
 FR_HD Vec load_n(const float* p, int n) { return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p); }
 FR_HD void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
@@ -211,6 +214,18 @@ FR_HD Vec vmax(Vec a, Vec b) {
 }
 FR_HD Vec vabs(Vec a) {
   FR_EACH a.r[i] = (NativeF)((NativeI)a.r[i] & 0x7fffffff);
+  return a;
+}
+FR_HD Vec root_of(Vec a) {
+  FR_EACH {
+#if defined(__AVX__)
+    a.r[i] = (NativeF)_mm256_sqrt_ps((__m256)a.r[i]);
+#elif defined(__x86_64__)
+    a.r[i] = (NativeF)_mm_sqrt_ps((__m128)a.r[i]);
+#else
+    for (int k = 0; k < kWidth / 4; ++k) a.r[i][k] = sqrtf(a.r[i][k]);
+#endif
+  }
   return a;
 }
 // Register by register: a memcpy of the whole struct would keep it on the stack.

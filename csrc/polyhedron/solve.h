@@ -12,6 +12,7 @@
 #include <cmath>
 
 #include "core/rounding.h"
+#include "core/simd.h"
 #include "polyhedron/args.h"
 
 // The solver calls passes that are device code under nvcc.
@@ -22,9 +23,6 @@
 #endif
 
 FR_NS_BEGIN
-
-FR_HD float root_of(float x) { return sqrtf(x); }
-FR_HD double root_of(double x) { return sqrt(x); }
 
 // ---- element formulas; V is Vec, DVec, float or double ----
 template <Distance kKind, class V>

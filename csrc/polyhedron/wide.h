@@ -37,7 +37,6 @@ FR_HD Vec select_by_sign(Vec x, Vec a, Vec b) {
 }
 // Lane i from bit i.
 FR_HD Mask mask_of(uint32_t bits) { return {static_cast<__mmask16>(bits)}; }
-FR_HD Vec root_of(Vec a) { return _mm512_sqrt_ps(a.v); }
 FR_HD DVec root_of(DVec a) { return {_mm512_sqrt_pd(a.lo), _mm512_sqrt_pd(a.hi)}; }
 // The nearest floats.
 FR_HD Vec narrow(DVec a) {
@@ -114,19 +113,6 @@ FR_HD Mask mask_of(uint32_t bits) {
   for (int i = 0; i < kRegs; ++i)
     for (int k = 0; k < kWidth / 4; ++k) m.r[i][k] = -static_cast<int32_t>(bits >> (i * (kWidth / 4) + k) & 1);
   return m;
-}
-FR_HD Vec root_of(Vec a) {
-#pragma GCC unroll 4
-  for (int i = 0; i < kRegs; ++i) {
-#if defined(__AVX__)
-    a.r[i] = (NativeF)_mm256_sqrt_ps((__m256)a.r[i]);
-#elif defined(__x86_64__)
-    a.r[i] = (NativeF)_mm_sqrt_ps((__m128)a.r[i]);
-#else
-    for (int k = 0; k < kWidth / 4; ++k) a.r[i][k] = sqrtf(a.r[i][k]);
-#endif
-  }
-  return a;
 }
 FR_HD DVec root_of(DVec a) {
   FR_EACH_WIDE {
