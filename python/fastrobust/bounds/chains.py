@@ -10,22 +10,6 @@ from fastrobust.ops import bounds as ops
 Image = tuple[int, int, int]
 
 
-def conv_chain(graph: G.Graph, start: int) -> list[tuple[G.Activation, G.Conv]]:
-    """The activations and convolutions, one after the other, from the activation ``start`` to the input; empty where
-    anything else comes between."""
-    found: list[tuple[G.Activation, G.Conv]] = []
-    act = graph.nodes[start]
-    while isinstance(act, G.Activation):
-        conv = graph.nodes[act.inputs[0]]
-        if not isinstance(conv, G.Conv) or conv.groups != 1 or conv.dilation != (1, 1) or conv.consumers != [act.index]:
-            return []
-        if not ops.spread_lanes(conv.get_weight(), 2 * conv.shape[2]):
-            return []
-        found.append((act, conv))
-        act = graph.nodes[conv.inputs[0]]
-    return found if isinstance(act, G.Input) else []
-
-
 def live_chain(graph: G.Graph, start: int) -> list[tuple[G.Activation, Any, Image]]:
     """The activations, the dense layers or convolutions before them and the images before those (a vector has one position), one
     after the other, from the activation ``start`` to the input; empty where anything else comes between."""
@@ -51,6 +35,13 @@ def live_chain(graph: G.Graph, start: int) -> list[tuple[G.Activation, Any, Imag
         found.append((act, layer, (shape[0], shape[1], shape[2]) if len(shape) == 3 else (shape[0], 1, 1)))
         act = before
     return found if isinstance(act, G.Input) else []
+
+
+def conv_chain(graph: G.Graph, start: int) -> list[tuple[G.Activation, G.Conv]]:
+    """``live_chain`` where all of its layers are convolutions that the kernel of ``ops.spread`` takes; else empty."""
+    found = [(act, layer) for act, layer, _ in live_chain(graph, start)]
+    fit = all(isinstance(c, G.Conv) and ops.spread_lanes(c.get_weight(), 2 * c.shape[2]) for _, c in found)
+    return found if fit else []
 
 
 def live_steps(graph: G.Graph, start: int, lines: dict[int, Any]) -> list[ops.LiveStep]:
