@@ -119,7 +119,9 @@ void tile_row(const Tile& t, int64_t row) {
 using RowFn = void (*)(const Tile&, int64_t);
 
 // By the logarithm of the images, the vectors of each, and whether loads are masked.
-constexpr int kPowers = kMaxTile == 16 ? 5 : kMaxTile == 4 ? 3 : 2;
+constexpr int kPowers = kMaxTile == 16 ? 4 : kMaxTile == 4 ? 3 : 2;
+// Images often lie a power of two apart, in the same sets of the first cache level, which hold eight to twelve lines.
+constexpr int64_t kMaxImages = int64_t{1} << (kPowers - 1);
 template <int... I>
 constexpr auto row_fns(std::integer_sequence<int, I...>) {
   constexpr auto fn = [](auto i) -> RowFn {
@@ -148,7 +150,7 @@ FR_HD void put_even(float* dst, const float* src, I even) {
 }
 
 // dst[i] = src[i * stride] for all of `length` floats.
-void every(float* dst, const float* src, int64_t stride, int64_t length) {
+FR_HD void every(float* dst, const float* src, int64_t stride, int64_t length) {
   if (stride == 1) {
     std::memcpy(dst, src, static_cast<size_t>(length) * sizeof(float));
     return;
@@ -218,11 +220,14 @@ void direct_cpu(const DirectArgs& a) {
   const int64_t vectors = (pixels + kLanes - 1) / kLanes, cut = (vectors + kMaxTile - 1) / kMaxTile;
   const int64_t per_tile = (vectors + cut - 1) / cut, tiles = (vectors + per_tile - 1) / per_tile;
   int64_t together = 1;
-  while (2 * together * per_tile <= kMaxTile && 2 * together <= a.batch) together *= 2;
+  while (together < kMaxImages && 2 * together * per_tile <= kMaxTile && 2 * together <= a.batch) together *= 2;
   const bool phased = a.stride_h * a.stride_w > 1;
   const int64_t phase_floats =
       ((a.in_height + a.stride_h - 1) / a.stride_h) * ((a.in_width + a.stride_w - 1) / a.stride_w);
-  const int64_t image = phased ? a.stride_h * a.stride_w * a.channels * phase_floats : 0;
+  // A line more, so that images do not lie a power of two apart, where they would share few cache sets.
+  const int64_t image = phased ? (a.stride_h * a.stride_w * a.channels * phase_floats / kLanes + 2) * kLanes : 0;
+  // Each thread has phases of its own to split.
+  while (together > 1 && group_count(a, together) * tiles < num_threads()) together /= 2;
   const int64_t groups = group_count(a, together);
   const int64_t parts = std::max<int64_t>(1, std::min(a.rows / 4, (8 + groups * tiles - 1) / (groups * tiles)));
   const int64_t items = groups * tiles * parts;

@@ -45,17 +45,18 @@ _COPY_CHANNELS_LAST = 0.25e-3  # a float, which lies in as many lines of cache a
 DENSE = {"start": 20.0, "mac": 4.7e-6, "mac 1x1": 4.9e-6, "weight": 0.175e-3, "map": 0.06e-3}
 # From plain maps to plain maps: as SPARSE, `add masked` where borders are masks, `phase` a float of the phases of a stride.
 DIRECT = {
-    "start": 1.0,
+    "start": 1.5,
     "add": 0.15e-3,
-    "add masked": 0.27e-3,
-    "entry": 0.1e-3,
-    "row": 1.0e-3,
-    "store": 0.3e-3,
-    "phase": 0.1e-3,
+    "add masked": 0.29e-3,
+    "entry": 0.2e-3,
+    "row": 5.8e-3,
+    "store": 0.1e-3,
+    "phase": 0.13e-3,
 }
-_DIRECT_CALL = 5.0  # a call from Python by itself
-_DIRECT_MARGIN = 0.85
-_CALL = 20.0  # a sparse call from Python by itself, beyond its three kernels
+_DIRECT_CALL = 4.0  # a call from Python by itself
+_DIRECT_MARGIN = 0.85  # see _MARGIN
+_COPIED = 1.15  # the factor by which copies that are not in cache lengthen calls on lanes in the mean
+_CALL = 6.0  # a sparse call from Python by itself, beyond its three kernels
 _STEP = 2.0  # a kernel among others in one call
 _PASS = 0.02e-3  # one float of an elementwise pass of torch
 # The sparse path is taken where it is expected to win by more than the estimates err: copies of maps that are not in cache
@@ -122,8 +123,7 @@ def choose(
         direct = _sum(DIRECT, direct_terms(batch, height, width, shape, geometry, kept, transposed)) + _DIRECT_CALL
     sparse, lanes = min((through_lanes(lanes), lanes) for lanes in LANES)
     dense = _sum(DENSE, dense_terms(batch, height, width, shape, geometry, transposed))
-    # Margins are part of the comparison: the two sparse kernels err by different factors.
-    if direct / _DIRECT_MARGIN < sparse / _MARGIN or forced == "plain" and direct < math.inf:
+    if direct < _COPIED * sparse or forced == "plain" and direct < math.inf:
         sparse, lanes, margin = direct, PLAIN, _DIRECT_MARGIN
     else:
         margin = _MARGIN
@@ -199,8 +199,10 @@ def direct_terms(
     rows = shape[1] * geometry.groups if transposed else shape[0]
     pixels = height * width if transposed else math.prod(geometry.out_size(shape, height, width))
     vectors = -(-pixels // VECTOR)
-    cuts = -(-vectors // VECTOR)  # tiles of a map, or maps of a tile
-    tiles = batch * cuts if 2 * vectors > VECTOR else -(-batch * vectors // VECTOR)
+    together = 1  # maps of a tile, where one does not fill it
+    while together < 8 and 2 * together * vectors <= VECTOR and 2 * together <= batch:
+        together *= 2
+    tiles = (batch // together + (batch % together).bit_count()) * -(-vectors // VECTOR)
     masked = shape[2] * shape[3] > 1 or geometry.padding != (0, 0) or pixels % VECTOR > 0
     phases = min(math.prod(geometry.stride), shape[2] * shape[3]) if geometry.stride != (1, 1) else 0
     phase = -(-height // geometry.stride[0]) * -(-width // geometry.stride[1])
