@@ -14,9 +14,11 @@ from fastrobust.bounds import outward as O
 from fastrobust.bounds.checks import check_inputs, check_options, check_spec, explain_not_finite
 from fastrobust.bounds.engine import METHODS, Engine
 from fastrobust.bounds.intervals import margins_of_chain, small_margins
+from fastrobust.bounds.margins import margins_of_plan
 from fastrobust.bounds.region import Region
 from fastrobust.bounds.trace import first_parameter, trace
 from fastrobust.ops.linear_bounds import check_norm
+from fastrobust.ops.margin_bounds import Rows
 
 
 @dataclass
@@ -117,8 +119,14 @@ def compute_bounds(
     example, plus, minus, matrix = check_spec(labels, spec, x, graph.nodes[graph.output].shape)
     output = graph.nodes[graph.output]
     count = 1 if sides == "lower" else 2
-    if method == "ibp" and usual and plus is not None and minus is not None:
-        quick = margins_of_chain(graph, x, eps, clip, plus, minus, example, count)
+    if x.is_cpu:
+        keep_pages()
+    if usual and plus is not None and (method == "ibp" or not intersect):
+        quick = None
+        if method != "ibp":
+            quick = margins_of_plan(graph, x, eps, clip, method, Rows(example, plus, minus, count), max_memory)
+        elif minus is not None:
+            quick = margins_of_chain(graph, x, eps, clip, plus, minus, example, count)
         if quick is not None:
             low = quick[0].view(x.shape[0], -1)
             up = quick[1].view(x.shape[0], -1) if count == 2 else None
@@ -130,8 +138,6 @@ def compute_bounds(
         matrix = None if matrix is None else matrix.double()
     else:
         region = Region(x, eps.to(x.dtype) if isinstance(eps, Tensor) else eps, p, clip)
-    if x.is_cpu:
-        keep_pages()
     engine = Engine(graph, region, method, max_memory, intersect, return_intermediate, outward, exact_input, refine)
     kept = None
     with _full_precision(x):

@@ -66,7 +66,7 @@ def concretize_live(A: Tensor, b: Tensor, example: Tensor, steps: list[LiveStep]
         slopes, intercepts, taps = dense(s.slopes), dense(s.intercepts), dense(taps)
         kept += [slopes, intercepts, taps]
         told.append(
-            (slopes.data_ptr(), slopes.shape[0], intercepts.data_ptr(), h, w, c, taps.data_ptr(), oh, ow, oc, *s.weight.shape[2:], *s.stride, *s.padding, taps.shape[1], 2 * turned)
+            (slopes.data_ptr(), slopes.shape[0], intercepts.data_ptr(), h, w, c, taps.data_ptr(), oh, ow, oc, *s.weight.shape[2:], *s.stride, *s.padding, taps.shape[1], 2 * turned, 0)
         )  # fmt: skip
     batch = steps[0].slopes.shape[1]
     starts, order = by_example(example, b.shape[1], batch, A.device)
