@@ -1,5 +1,7 @@
 // Layers of intervals and their gradients, on the CPU.
 #include <array>
+#include <numeric>
+#include <vector>
 
 #include "bindings/bindings.h"
 #include "bounds/kernels.h"
@@ -69,14 +71,19 @@ ReluBoxArgs relu_box_from(uintptr_t center, uintptr_t radius, bool shared, uintp
   return g;
 }
 
-void relu_box(uintptr_t center, uintptr_t radius, bool shared, uintptr_t bias, int64_t period, int64_t batch, int64_t n,
-              bool adaptive, uintptr_t slopes, uintptr_t intercepts, uintptr_t next_center, uintptr_t next_radius) {
+// Returns how many neurons have lines.
+int64_t relu_box(uintptr_t center, uintptr_t radius, bool shared, uintptr_t bias, int64_t period, int64_t batch,
+                 int64_t n, bool adaptive, uintptr_t slopes, uintptr_t intercepts, uintptr_t next_center,
+                 uintptr_t next_radius) {
   ReluBoxArgs g = relu_box_from(center, radius, shared, bias, period, batch, n, adaptive);
   g.slopes = pointer<float>(slopes, batch * n, "slopes");
   g.intercepts = pointer<float>(intercepts, batch * n, "intercepts");
   g.next_center = reinterpret_cast<float*>(next_center);
   g.next_radius = reinterpret_cast<float*>(next_radius);
+  std::vector<int64_t> living(static_cast<size_t>(batch));
+  g.living = living.data();
   without_gil(8 * batch * n, [&] { bounds().relu_box(g); });
+  return std::accumulate(living.begin(), living.end(), int64_t{0});
 }
 
 void relu_box_grad(uintptr_t center, uintptr_t radius, bool shared, uintptr_t bias, int64_t period, int64_t batch,
@@ -89,7 +96,7 @@ void relu_box_grad(uintptr_t center, uintptr_t radius, bool shared, uintptr_t bi
   g.from_center = reinterpret_cast<const float*>(from[2]);
   g.from_radius = reinterpret_cast<const float*>(from[3]);
   g.to_center = pointer<float>(to_center, batch * n, "to_center");
-  g.to_radius = pointer<float>(to_radius, n, "to_radius");
+  g.to_radius = pointer<float>(to_radius, shared ? n : batch * n, "to_radius");
   g.to_bias = reinterpret_cast<float*>(to_bias);
   without_gil(16 * batch * n, [&] { bounds().relu_box_grad(g); });
 }

@@ -204,14 +204,14 @@ struct ProductArgs {
 
 // Gradients of c' = W c and r' = |W| r from those of c' and r'.
 struct IntervalGradArgs {
-  const float* center = nullptr;  // [batch, n]
-  const float* radius = nullptr;  // [radius_batch, n]
-  const float* weight = nullptr;  // [m, n]
-  const float* from_center = nullptr;  // [batch, m]
-  const float* from_radius = nullptr;  // [radius_batch, m]
-  float* to_weight = nullptr;          // [m, n]; added to what is there
-  float* to_center = nullptr;          // [batch, n], null: not wanted
-  float* to_radius = nullptr;          // [radius_batch, n]
+  const float* center = nullptr;                      // [batch, n]
+  const float* radius = nullptr;                      // [radius_batch, n]
+  const float* weight = nullptr;                      // [m, n]
+  const float* from_center = nullptr;                 // [batch, m]
+  const float* from_radius = nullptr;                 // [radius_batch, m]
+  float* to_weight = nullptr;                         // [m, n]; added to what is there
+  float* to_center = nullptr;                         // [batch, n], null: not wanted
+  float* to_radius = nullptr;                         // [radius_batch, n]
   int64_t batch = 0, radius_batch = 0, n = 0, m = 0;  // radius_batch: batch, or 1 where one radius serves all examples
 };
 
@@ -220,11 +220,12 @@ struct IntervalGradArgs {
 struct ReluBoxArgs {
   const float* center = nullptr;  // [batch, n]
   const float* radius = nullptr;
-  const float* bias = nullptr;  // [period] or null
-  float* slopes = nullptr;      // [1 or 2, batch, n]
-  float* intercepts = nullptr;  // [2, batch, n]
+  const float* bias = nullptr;   // [period] or null
+  float* slopes = nullptr;       // [1 or 2, batch, n]
+  float* intercepts = nullptr;   // [2, batch, n]
   float* next_center = nullptr;  // [batch, n], null: not wanted
   float* next_radius = nullptr;
+  int64_t* living = nullptr;  // [batch] neurons that have lines
   int64_t batch = 0, n = 0, period = 1;
   bool adaptive = true;
   bool shared = false;  // radius is [n]

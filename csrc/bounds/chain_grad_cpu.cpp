@@ -1,6 +1,6 @@
 // Gradients of rows through a chain of activations and convolutions: a few rows of one example go down the chain again
-// (where the way down did not keep them), and their gradients come back up, in a core's cache. Sums over examples are formed in blocks that do not depend on
-// the threads.
+// (where the way down did not keep them), and their gradients come back up, in a core's cache. Sums over examples are
+// formed in blocks that do not depend on the threads.
 #include <algorithm>
 #include <cstring>
 #include <memory>

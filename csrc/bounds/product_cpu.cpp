@@ -1,5 +1,5 @@
-// Products of rows of coefficients with weights, and their gradients: panels of b's columns, packed, times a few rows of
-// a from registers. Each number has its own sum over all of `count`, in order.
+// Products of rows of coefficients with weights, and their gradients: panels of b's columns, packed, times a few rows
+// of a from registers. Each number has its own sum over all of `count`, in order.
 #include <algorithm>
 #include <memory>
 
@@ -91,8 +91,7 @@ void product_cpu(const ProductArgs& g) {
       if (packed != at) pack(g, at, width, panel.get());
       packed = at;
       const int64_t begin = task % groups * kGroup, end = std::min(g.rows, begin + kGroup);
-      for (int64_t row = begin; row < end; row += kRows)
-        tile_of(end - row)(g, panel.get(), row, at, width);
+      for (int64_t row = begin; row < end; row += kRows) tile_of(end - row)(g, panel.get(), row, at, width);
     }
   });
 }

@@ -38,7 +38,8 @@ void relu_box_cpu(const ReluBoxArgs& g) {
   const Floats bias = repeated(g);
   const int64_t all = g.batch * g.n;
   parallel_for(g.batch, std::max<int64_t>(1, 8192 / std::max<int64_t>(1, g.n)), [&](int64_t begin, int64_t end) {
-    for (int64_t example = begin; example < end; ++example)
+    for (int64_t example = begin; example < end; ++example) {
+      int64_t living = 0;
       each(g, example, [&](int64_t at, int64_t i, int n) FR_INLINE_LAMBDA {
         const Vec c = get(g.center + at, n), r = get(g.radius + (g.shared ? i : at), n), b = get(bias.get() + i, n);
         const Vec l = c - r, u = c + r;
@@ -48,12 +49,15 @@ void relu_box_cpu(const ReluBoxArgs& g) {
         if (g.adaptive) put(g.slopes + all + at, slope_up, n);
         put(g.intercepts + at, fmadd(slope_low, b, low), n);
         put(g.intercepts + all + at, fmadd(slope_up, b, up), n);
+        living += __builtin_popcount(~bits(slope_up == Vec(0.f)) & ((1u << n) - 1));
         if (g.next_center == nullptr) return;
         Vec x = c, y = r;
         relu_center(x, y);
         put(g.next_center + at, x, n);
         put(g.next_radius + at, y, n);
       });
+      g.living[example] = living;
+    }
   });
 }
 
@@ -63,14 +67,15 @@ void relu_box_grad_cpu(const ReluBoxGradArgs& a) {
   const int64_t all = g.batch * g.n;
   const int64_t per = std::max<int64_t>(1, (g.batch + 15) / 16), blocks = (g.batch + per - 1) / per;
   // sums over the examples of a block: of what reaches the biases, and of the radius' gradient where one serves all
-  const Floats to_bias = zeros(blocks * g.n), to_radius = zeros(g.shared ? blocks * g.n : 1);
+  const int64_t sums = std::max<int64_t>(1, blocks) * g.n;
+  const Floats to_bias = zeros(sums), to_radius = zeros(g.shared ? sums : 1);
   parallel_for(blocks, 1, [&](int64_t first, int64_t last) {
     for (int64_t example = first * per; example < std::min(g.batch, last * per); ++example) {
       float* const bias_sums = to_bias.get() + example / per * g.n;
       float* const radius_sums = g.shared ? to_radius.get() + example / per * g.n : nullptr;
       each(g, example, [&](int64_t at, int64_t i, int n) FR_INLINE_LAMBDA {
         const Vec zero(0.f), half(0.5f), c = get(g.center + at, n), r = get(g.radius + (g.shared ? i : at), n),
-                             b = get(bias.get() + i, n), l = c - r, u = c + r;
+                                         b = get(bias.get() + i, n), l = c - r, u = c + r;
         const Vec to_low = get(a.from_intercepts + at, n), to_up = get(a.from_intercepts + all + at, n);
         Vec slope_low, slope_up, low, up, to_l, to_u;
         relu_lines(l, u, zero, g.adaptive, slope_low, slope_up, low, up);

@@ -52,7 +52,11 @@ def _find(graph: G.Graph) -> Plan | None:
                 return None
             layers.append(Layer(False, image, (c, h, w), node.stride, node.padding))
         nodes.append(node)
-    if not layers or not graph.nodes[0].size or any(a.dense > b.dense for a, b in zip(layers, layers[1:], strict=False)):
+    if (
+        not layers
+        or not graph.nodes[0].size
+        or any(a.dense > b.dense for a, b in zip(layers, layers[1:], strict=False))
+    ):
         return None
     return Plan(layers, nodes, last)
 
@@ -72,9 +76,9 @@ def margins_of_plan(
     if not ops.direct() or any(t is not None and (not t.is_cpu or not ops.native(t)) for t in (*weights, *biases)):
         return None
     c, r = ops.box_center(x, eps, clip)
-    flat = [_flat(t, plan.layers[0].shape_in) for t in (c, r)]
-    shared = clip is None and not isinstance(eps, Tensor) and not ops.needs_grad(*flat)
-    return relu_margins(plan.layers, weights, biases, *flat, shared, rows, _KINDS[method])
+    c, r = _flat(c, plan.layers[0].shape_in), _flat(r, plan.layers[0].shape_in)
+    shared = clip is None and not isinstance(eps, Tensor) and not ops.needs_grad(c, r)
+    return relu_margins(plan.layers, weights, biases, c, r, shared, rows, _KINDS[method])
 
 
 def _flat(t: Tensor, image: tuple[int, int, int]) -> Tensor:

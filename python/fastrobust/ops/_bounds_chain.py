@@ -132,9 +132,9 @@ class _Through(torch.autograd.Function):
         steps, need = _filled(ctx.steps, tensors), ctx.needs_input_grad
         if x is None and len(steps) <= MOST_STEPS:
             wanted = (*need[7:9], [need[11 + 3 * i + 2] for i in range(len(steps))])
-            to_a, to_c, to_r, found = chain_gradient(A, example, rows, minus, c, r, steps, g, wanted, ctx.between)
-            to_a = gradients._to_rows(to_a, A, rows, minus)
-            return (None, None, None, None, None, to_a, g, to_c, to_r, None, None, *[t for s in found for t in s])
+            own, to_c, to_r, of_steps = chain_gradient(A, example, rows, minus, c, r, steps, g, wanted, ctx.between)
+            own = gradients._to_rows(own, A, rows, minus)
+            return (None, None, None, None, None, own, g, to_c, to_r, None, None, *[t for s in of_steps for t in s])
         if len(example) > 1 and bool((example[1:] < example[:-1]).any()):  # chunks are examples
             order = example.argsort(stable=True)
             example, g = example[order], g[:, order]
@@ -152,10 +152,10 @@ class _Through(torch.autograd.Function):
         parts, weights = [], [torch.zeros_like(s.weight) if need[11 + 3 * i + 2] else None for i, s in enumerate(steps)]
         ends = torch.searchsorted(example, torch.arange(0, batch + per, per)).tolist()
         for first, begin, end in zip(range(0, batch, per), ends, ends[1:], strict=False):
-            at, own = slice(begin, end), slice(first, min(batch, first + per))
+            at, part = slice(begin, end), slice(first, min(batch, first + per))
             chosen = (None if rows is None else rows[at], None if minus is None else minus[at])
-            some = [s._replace(slopes=s.slopes[:, own], intercepts=s.intercepts[:, own]) for s in steps]
-            ends_of = [None if t is None else t[own] for t in (c, r, x, e)]
+            some = [s._replace(slopes=s.slopes[:, part], intercepts=s.intercepts[:, part]) for s in steps]
+            ends_of = [None if t is None else t[part] for t in (c, r, x, e)]
             a = A[:, at] if rows is None else A
             parts.append(_chunk(a, g[:, at], example[at] - first, *chosen, some, ends_of, ctx.q, need[7:11], weights))
         to_a = [p[0] for p in parts]

@@ -53,6 +53,7 @@ class _Lines(NamedTuple):
     slopes: Tensor
     intercepts: Tensor
     next: tuple[Tensor, Tensor] | None
+    living: float  # the share of neurons that have lines
 
 
 def relu_margins(
@@ -102,11 +103,11 @@ def _lines(layer: Layer, w: Tensor, bias: Tensor | None, c: Tensor, r: Tensor, a
     one = r.stride(0) == 0
     slopes, intercepts = c.new_empty(1 + adaptive, batch, n), c.new_empty(2, batch, n)
     after = None if last else (torch.empty_like(c), torch.empty_like(c))
-    _C.bounds_relu_box(
+    living = _C.bounds_relu_box(
         c.data_ptr(), r.data_ptr(), one, address(bias), layer.shape[0], batch, n, adaptive, slopes.data_ptr(), intercepts.data_ptr(),
         *((0, 0) if after is None else map(address, after)),
     )  # fmt: skip
-    return _Lines(c, r, slopes, intercepts, after)
+    return _Lines(c, r, slopes, intercepts, after, living / max(1, c.numel()))
 
 
 def _forward(
@@ -114,7 +115,10 @@ def _forward(
     kept: dict[str, Any] | None,
 ) -> Tensor:  # fmt: skip
     """The bounds; what the gradients need is put into ``kept``."""
-    ws = [_channels_last(w, layer.shape_in) if layer.dense else dense(w) for layer, w in zip(layers, weights, strict=False)]
+    ws = [
+        _channels_last(w, layer.shape_in) if layer.dense else dense(w)
+        for layer, w in zip(layers, weights, strict=False)
+    ]
     bs = [None if b is None else dense(b) for b in biases]
     lines: list[_Lines] = []
     c, r = center, (radius[:1] if shared else radius)
@@ -136,7 +140,7 @@ def _forward(
         if kept is None:
             live = _live_steps(layers[: i + 1], ws, lines)
             per = b.shape[1] * (2 if rows.sides == 2 and adaptive else 1) / max(1, len(center))
-            if leaving_out_pays(live, per):
+            if leaving_out_pays(live, per, [known.living for known in reversed(lines[: i + 1])]):
                 return concretize_live(A, b, rows.example, live, box, None, 1.0, *pick)
         if not layers[i].dense:
             steps = _steps(layers[: i + 1], ws, lines)
@@ -145,13 +149,15 @@ def _forward(
                 kept["given"].append((A, pick))
                 kept["between"] = between = chain.between_of(steps, A.shape[0], b)
             return chain.through(A, b, rows.example, steps, box, None, 1.0, pick[0], None, None, pick[1], between)
-        scaled, b = linear._back_kernel(A, b, s, t, rows.example, *pick, None, None, [])
+        scaled, b = linear._back_kernel(A, b, s, t, rows.example, pick[0], pick[1], None, None, [])
         if kept is not None:
             kept["given"].append((A, pick, scaled))
         A, pick = matrix_product(scaled.flatten(0, 1), ws[i]).unflatten(0, scaled.shape[:2]), (None, None)
     if kept is not None:
         kept["given"].append((A, pick))
-    return linear._concretize_kernel(A, b, rows.example, *pick, *box, None, None, 1.0, None, None, [])
+    return linear._concretize_kernel(
+        A, b, rows.example, pick[0], pick[1], center, radius, None, None, 1.0, None, None, []
+    )
 
 
 def _steps(layers: list[Layer], ws: list[Tensor], lines: list[_Lines]) -> list[chain.ConvStep]:
@@ -188,7 +194,10 @@ class _Margins(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Any:
         center, radius, *parameters = ctx.saved_tensors
         need = ctx.needs_input_grad[4:]
-        to_c, to_r, to_w, to_b = _gradients(*ctx.told, center, radius, parameters, ctx.kept, dense(g), need[0] or need[1])
+        layers, shared, rows, adaptive = ctx.told
+        to_c, to_r, to_w, to_b = _gradients(
+            layers, shared, rows, adaptive, center, radius, parameters, ctx.kept, dense(g), need[0] or need[1]
+        )
         found = [t if n else None for t, n in zip([to_c, to_r, *to_w, *to_b], need, strict=True)]
         return (None, None, None, None, *found)
 
@@ -211,7 +220,9 @@ def _gradients(
     if first:
         steps = _steps(layers[:first], ws, lines)
         need = (input_too, input_too, [True] * first)
-        to_a, to_c, to_r, found = chain.chain_gradient(A, example, *pick, center, radius, steps, g, need, kept["between"])
+        to_a, to_c, to_r, found = chain.chain_gradient(
+            A, example, pick[0], pick[1], center, radius, steps, g, need, kept["between"]
+        )
         for i, (s, t, w) in zip(range(first - 1, -1, -1), found, strict=True):
             to_lines[i], to_w[i] = (s, t), w
     else:
@@ -262,9 +273,10 @@ def _layer_gradients(
             c.shape[1], n,
         )  # fmt: skip
         return to_bias, _channels_first(to_w, layer.shape_in), (to_c, to_r)
-    maps = [_image(t, layer.shape_in) for t in (c, r)]
-    grads = [_image(t, layer.shape) for t in (g_c, g_r)]
-    to_w = to_w + conv.interval_weight_gradient(*maps, w, *grads, layer.stride, layer.padding)
+    grads = _image(g_c, layer.shape), _image(g_r, layer.shape)
+    to_w = to_w + conv.interval_weight_gradient(
+        _image(c, layer.shape_in), _image(r, layer.shape_in), w, grads[0], grads[1], layer.stride, layer.padding
+    )
     if through:
         size = layer.shape_in[1:]
         to_c, to_r = (
