@@ -75,7 +75,7 @@ def margins_of_plan(
     weights, biases = [n.get_weight() for n in nodes], [n.get_bias() for n in nodes]
     if not ops.direct() or any(t is not None and (not t.is_cpu or not ops.native(t)) for t in (*weights, *biases)):
         return None
-    c, r = ops.box_center(x, eps, clip)
+    c, r = ops.box_center(x, eps.to(x.dtype) if isinstance(eps, Tensor) else eps, clip)
     c, r = _flat(c, plan.layers[0].shape_in), _flat(r, plan.layers[0].shape_in)
     shared = clip is None and not isinstance(eps, Tensor) and not ops.needs_grad(c, r)
     return relu_margins(plan.layers, weights, biases, c, r, shared, rows, _KINDS[method])
