@@ -140,7 +140,7 @@ def with_nan(where: str) -> nn.Module:
         ({"max_memory": 0}, ValueError, "max_memory"),
         ({"max_memory": -1, "method": "ibp"}, ValueError, "max_memory"),
         ({"max_memory": 1e9}, ValueError, "max_memory"),
-        ({"sides": "upper"}, ValueError, "sides"),
+        ({"sides": "left"}, ValueError, "sides"),
         ({"labels": torch.tensor([0, 5])}, ValueError, "labels"),
         ({"labels": torch.tensor([0])}, ValueError, "labels"),
         ({"labels": torch.tensor([0.0, 1.0])}, TypeError, "labels"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,21 +15,23 @@ from fastrobust.bounds import outward as O
 from fastrobust.bounds.checks import check_inputs, check_options, check_spec, explain_not_finite
 from fastrobust.bounds.engine import METHODS, Engine
 from fastrobust.bounds.intervals import margins_of_chain, small_margins
+from fastrobust.bounds.margins import margins_of_plan
 from fastrobust.bounds.region import Region
 from fastrobust.bounds.trace import first_parameter, trace
 from fastrobust.ops.linear_bounds import check_norm
+from fastrobust.ops.margin_bounds import Rows
 
 
 @dataclass
 class LinearBounds:
     """lower_A x' + lower_b <= margin(x') <= upper_A x' + upper_b for every x' of the input set.
 
-    A: (B, S, *x.shape[1:]), b: (B, S). With same-slope methods upper_A is lower_A. ``input_lower`` and ``input_upper``, of x's
-    shape, are the box around the input set.
+    A: (B, S, *x.shape[1:]), b: (B, S); None for a side that was not asked for. With same-slope methods upper_A is lower_A.
+    ``input_lower`` and ``input_upper``, of x's shape, are the box around the input set.
     """
 
-    lower_A: Tensor
-    lower_b: Tensor
+    lower_A: Any
+    lower_b: Any
     upper_A: Tensor | None
     upper_b: Tensor | None
     input_lower: Tensor
@@ -36,7 +39,10 @@ class LinearBounds:
 
     def lower_at(self, x: Tensor) -> Tensor:
         """The lower linear function at x (B, *shape): (B, S)."""
-        return torch.einsum("bsn,bn->bs", self.lower_A.flatten(2), x.flatten(1)) + self.lower_b
+        if self.lower_A is None:
+            raise ValueError("lower_at: these bounds were computed with sides='upper'")
+        value: Tensor = torch.einsum("bsn,bn->bs", self.lower_A.flatten(2), x.flatten(1)) + self.lower_b
+        return value
 
     def upper_at(self, x: Tensor) -> Tensor:
         if self.upper_A is None:
@@ -47,9 +53,10 @@ class LinearBounds:
 
 @dataclass
 class Bounds:
-    """lower <= f(x') <= upper for every x' of the input set; (B, S), or (B, *output shape) without labels and spec."""
+    """lower <= f(x') <= upper for every x' of the input set; (B, S), or (B, *output shape) without labels and spec. None for a side
+    that was not asked for."""
 
-    lower: Tensor
+    lower: Any  # a tensor, but for sides="upper"
     upper: Tensor | None
     linear: LinearBounds | None = None
     intermediate: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -81,7 +88,7 @@ def compute_bounds(
     "crown-ibp", "fast-lin" (same-slope lines, Algorithm 3.1), "crown" (adaptive lines); thesis chapter 3, CROWN (Zhang et al. 2018).
     labels: (B,) int64: bounds of the margins z_y - z_j, (B, K - 1), j ascending without y, with the last layer elided.
     spec: (S, K) or (B, S, K): bounds of spec @ z. Neither: bounds of the outputs.
-    sides="lower" skips the upper bounds. intersect=True also takes the interval bounds wherever they are tighter.
+    sides: "both", or "lower" or "upper" alone, which halves the work of adaptive lines. intersect=True also takes the interval bounds wherever they are tighter.
     Over a ball cut by ``clip`` (p < inf) linear bounds take the exact extreme; the first layer's intervals take the tighter of ball
     and box, as the thesis' tables do, and with exact_input=True "fast-lin" and "crown" bound its unstable neurons exactly too.
     refine: which hidden neurons "fast-lin" and "crown" bound linearly: "unstable" (the rest keep their intervals, which is faster and
@@ -93,15 +100,15 @@ def compute_bounds(
     """
     if method not in METHODS:
         raise ValueError(f"method: got {method!r}, expected one of {', '.join(METHODS)}")
-    if sides not in ("both", "lower"):
-        raise ValueError(f"sides: got {sides!r}, expected 'both' or 'lower'")
+    if sides not in ("both", "lower", "upper"):
+        raise ValueError(f"sides: got {sides!r}, expected 'both', 'lower' or 'upper'")
     check_options(rounding, refine, exact_input, max_memory)
     norm = check_norm(norm)
     usual = spec is None and rounding == "nearest" and norm == math.inf and not (return_linear or return_intermediate)
-    if method == "ibp" and labels is not None and usual and sides in ("both", "lower"):
+    if method == "ibp" and labels is not None and usual:
         quick = small_margins(model, x, eps, clip, labels, 1 if sides == "lower" else 2)
         if quick is not None:
-            return Bounds(quick[0], quick[1] if sides == "both" else None)
+            return Bounds(quick[0] if sides != "upper" else None, quick[1] if sides != "lower" else None)
     x, eps, p, clip = check_inputs(x, eps, norm, clip)
     outward = rounding == "outward"
     if outward and x.dtype != torch.float32:
@@ -116,12 +123,21 @@ def compute_bounds(
         )
     example, plus, minus, matrix = check_spec(labels, spec, x, graph.nodes[graph.output].shape)
     output = graph.nodes[graph.output]
-    count = 1 if sides == "lower" else 2
-    if method == "ibp" and usual and plus is not None and minus is not None:
-        quick = margins_of_chain(graph, x, eps, clip, plus, minus, example, count)
+    count, negative = (
+        2 if sides == "both" else 1,
+        sides == "upper",
+    )  # an upper bound is minus the lower one of minus the row
+    if x.is_cpu:
+        keep_pages()
+    first, second = (minus, plus) if negative else (plus, minus)
+    if usual and first is not None and (method == "ibp" or not intersect):
+        quick = None
+        if method != "ibp":
+            quick = margins_of_plan(graph, x, eps, clip, method, Rows(example, first, second, count), max_memory)
+        elif second is not None:
+            quick = margins_of_chain(graph, x, eps, clip, first, second, example, count)
         if quick is not None:
-            low = quick[0].view(x.shape[0], -1)
-            up = quick[1].view(x.shape[0], -1) if count == 2 else None
+            low, up = _sides(quick.view(count, x.shape[0], -1), negative)
             if not _is_finite(low, up):
                 explain_not_finite(model, low, up)
             return Bounds(low, up)
@@ -130,8 +146,6 @@ def compute_bounds(
         matrix = None if matrix is None else matrix.double()
     else:
         region = Region(x, eps.to(x.dtype) if isinstance(eps, Tensor) else eps, p, clip)
-    if x.is_cpu:
-        keep_pages()
     engine = Engine(graph, region, method, max_memory, intersect, return_intermediate, outward, exact_input, refine)
     kept = None
     with _full_precision(x):
@@ -139,33 +153,43 @@ def compute_bounds(
         direct = plain and engine.kind is None
         engine.forward(graph.output if direct or intersect else _frontier(graph))
         if direct:
-            low, up = engine.boxes[graph.output].ends
+            ends = engine.boxes[graph.output].ends
+            low, up = ends[0] if sides != "upper" else None, ends[1] if sides != "lower" else None
         else:
-            out, kept = engine.final(example, plus, minus, matrix, count, return_linear)
+            out, kept = engine.final(example, plus, minus, matrix, count, return_linear, negative)
             if intersect and engine.kind is not None:
-                out = engine.intersected(out, example, plus, minus, matrix, count)
+                out = engine.intersected(out, example, plus, minus, matrix, count, negative)
             shape = (x.shape[0], *output.shape) if plain else (x.shape[0], -1 if x.shape[0] else 0)
             if x.shape[0] == 0 and not plain:
                 shape = (0, output.size - 1 if labels is not None else _rows_of_spec(spec))
-            low, up = out[0].view(shape), (out[1].view(shape) if count == 2 else None)
+            low, up = _sides(out.view(count, *shape), negative)
     if outward:
-        low, up = O.round_down(low), None if up is None else O.round_up(up)
+        low, up = None if low is None else O.round_down(low), None if up is None else O.round_up(up)
     if not _is_finite(low, up):
         explain_not_finite(model, low, up)
     linear = None
     if kept is not None:
         A, b = kept
-        lead = (x.shape[0], low.flatten(1).shape[1])
+        asked = up if low is None else low
+        assert asked is not None
+        lead = (x.shape[0], asked.flatten(1).shape[1])
         A, b = A.view(A.shape[0], *lead, *x.shape[1:]), b.view(b.shape[0], *lead)
-        linear = _linear_bounds(A, b, region, outward, count)
-    return Bounds(low, up if count == 2 else None, linear, engine.intermediate() if return_intermediate else {})
+        linear = _linear_bounds(A, b, region, outward, count, negative)
+    return Bounds(low, up, linear, engine.intermediate() if return_intermediate else {})
 
 
-def _is_finite(low: Tensor, up: Tensor | None) -> bool:
-    return math.isfinite(low.detach().sum().item()) and (up is None or math.isfinite(up.detach().sum().item()))
+def _sides(out: Tensor, negative: bool) -> tuple[Tensor | None, Tensor | None]:
+    """(lower, upper) from the bounds of the rows, or from the lower bounds of their negatives."""
+    if negative:
+        return None, -out[0]
+    return out[0], out[1] if len(out) == 2 else None
 
 
-def _linear_bounds(A: Tensor, b: Tensor, region: Region, outward: bool, count: int) -> LinearBounds:
+def _is_finite(*sides: Tensor | None) -> bool:
+    return all(t is None or math.isfinite(t.detach().sum().item()) for t in sides)
+
+
+def _linear_bounds(A: Tensor, b: Tensor, region: Region, outward: bool, count: int, negative: bool) -> LinearBounds:
     low, up = region.ends
     if outward:
         near = A.float()
@@ -176,6 +200,8 @@ def _linear_bounds(A: Tensor, b: Tensor, region: Region, outward: bool, count: i
         if count == 2:
             ends.append(O.round_up(b[1] + moved[-1] + O.RELATIVE * b[1].abs()))
         A, b, low, up = near, torch.stack(ends), O.round_down(low), O.round_up(up)
+    if negative:
+        return LinearBounds(None, None, -A[0], -b[0], low, up)
     return LinearBounds(A[0], b[0], A[-1] if count == 2 else None, b[1] if count == 2 else None, low, up)
 
 

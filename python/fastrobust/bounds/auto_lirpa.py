@@ -106,21 +106,20 @@ class BoundedModule(nn.Module):
         if self.same_slope:
             ours = {"crown-ibp": "ibp-linear", "crown": "fast-lin"}.get(ours, ours)
         point, eps, norm = _set_of(inputs[0])
+        sides = "both" if bound_lower and bound_upper else "lower" if bound_lower else "upper"
         found = compute_bounds(
-            self.model, point, eps, norm=norm, method=ours, spec=C, sides="both" if bound_upper else "lower",
+            self.model, point, eps, norm=norm, method=ours, spec=C, sides=sides,
             return_linear=return_A and ours != "ibp",
         )  # fmt: skip
-        low, up = (found.lower if bound_lower else None), (found.upper if bound_upper else None)
         if not return_A:
-            return low, up
+            return found.lower, found.upper
         linear = found.linear
         if linear is None:
             raise ValueError("return_A: method IBP has no linear bounds")
         keep = {
-            "lA": linear.lower_A if bound_lower else None, "lbias": linear.lower_b if bound_lower else None,
-            "uA": linear.upper_A if bound_upper else None, "ubias": linear.upper_b if bound_upper else None,
+            "lA": linear.lower_A, "lbias": linear.lower_b, "uA": linear.upper_A, "ubias": linear.upper_b,
         }  # fmt: skip
-        return low, up, {self.output_name[0]: {self.input_name[0]: keep}}
+        return found.lower, found.upper, {self.output_name[0]: {self.input_name[0]: keep}}
 
 
 def _set_of(x: BoundedTensor) -> tuple[Tensor, float | Tensor, float]:

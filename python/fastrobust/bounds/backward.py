@@ -35,7 +35,8 @@ class Window:
 
 @dataclass
 class Rows:
-    """Coefficients at a node: A itself, rows of a matrix (``pick``), or unit vectors e_plus - e_minus (A is None)."""
+    """Coefficients at a node: A itself, rows of a matrix (``pick``), or unit vectors e_plus - e_minus (A is None), all of them
+    -e_plus where ``negative``."""
 
     A: Any
     window: Any = None
@@ -43,6 +44,7 @@ class Rows:
     plus: Any = None
     minus: Tensor | None = None  # with ``pick``: rows that are subtracted
     clean: bool = False  # windows: already zero outside the image
+    negative: bool = False  # of unit vectors, without minus
 
     def solid(self) -> Tensor:
         if self.pick is None:
@@ -153,7 +155,7 @@ class Backward:
         if r.A is None:
             count, like = len(self.chunk.example), self.chunk.b
             a = torch.zeros(1, count, node.size, dtype=like.dtype, device=like.device)
-            a[0, torch.arange(count, device=like.device), r.plus] = 1.0
+            a[0, torch.arange(count, device=like.device), r.plus] = -1.0 if r.negative else 1.0
             if r.minus is not None:
                 a[0, torch.arange(count, device=like.device), r.minus] -= 1.0
             return a.unflatten(2, node.shape)
@@ -223,7 +225,8 @@ class Backward:
         bias = bias.to(self.chunk.b)
         if r.A is None:
             full = bias.expand(node.shape).reshape(-1)
-            self._add(full[r.plus] if r.minus is None else full[r.plus] - full[r.minus])
+            own = -full[r.plus] if r.negative else full[r.plus]
+            self._add(own if r.minus is None else own - full[r.minus])
             return
         a = r.solid()
         if bias.numel() == 1:
@@ -257,16 +260,16 @@ class Backward:
             if isinstance(node, G.Dense) and len(node.shape) == 1:
                 shape, w = self._image_before(node), node.get_weight()
                 A = w[None] if shape is None else _unflatten(self._by_image(node, shape)[None], shape, True)
-                return [Rows(A, pick=r.plus, minus=r.minus)]
-            if isinstance(node, G.Conv) and r.minus is None and self.chunk.where is not None:
+                return [Rows(-A if r.negative else A, pick=r.plus, minus=r.minus)]
+            if isinstance(node, G.Conv) and r.minus is None and self.chunk.where is not None and not r.negative:
                 channel = r.plus // (node.shape[1] * node.shape[2])
                 span = [d * (s - 1) + 1 for d, s in zip(node.dilation, node.get_weight().shape[2:], strict=False)]
                 if node.dilation == (1, 1) and span[0] * span[1] < shapes[0][1] * shapes[0][2]:
                     return [Rows(node.dense_kernel()[None], Window(node.stride, node.padding), channel)]
             elif isinstance(node, G.Reshape):
-                return [Rows(None, plus=r.plus, minus=r.minus)]
+                return [Rows(None, plus=r.plus, minus=r.minus, negative=r.negative)]
             elif isinstance(node, G.Sum) and min(node.signs) > 0:
-                return [Rows(None, plus=r.plus, minus=r.minus) for _ in node.inputs]
+                return [Rows(None, plus=r.plus, minus=r.minus, negative=r.negative) for _ in node.inputs]
             return self._transpose(node, self._dense(node, r), shapes)
         if r.window is not None:
             if isinstance(node, G.Sum):

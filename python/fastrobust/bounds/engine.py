@@ -250,9 +250,11 @@ class Engine:
         return [slice(i, min(rows, i + step)) for i in range(0, rows, step)] or [slice(0, 0)]
 
     def final(
-        self, example: Tensor, plus: Any, minus: Tensor | None, matrix: Tensor | None, sides: int, keep: bool
-    ) -> tuple[Tensor, Any]:
-        """Bounds of the output rows, with the linear map at the input when ``keep``."""
+        self, example: Tensor, plus: Any, minus: Tensor | None, matrix: Tensor | None, sides: int, keep: bool, negative: bool = False
+    ) -> tuple[Tensor, Any]:  # fmt: skip
+        """Bounds of the output rows, or of their negatives, with the linear map at the input when ``keep``."""
+        if negative and minus is not None:
+            plus, minus, negative = minus, plus, False
         start = self.graph.output
         x = self.region.x
         bounds, maps, offsets = [], [], []
@@ -261,9 +263,10 @@ class Engine:
             ex = example[piece]
             b = torch.zeros(sides, len(ex), dtype=x.dtype, device=x.device)
             if matrix is not None:
-                rows = Rows(matrix[None, piece].unflatten(2, self.graph.nodes[start].shape))
+                A = matrix[None, piece].unflatten(2, self.graph.nodes[start].shape)
+                rows = Rows(-A if negative else A)
             else:
-                rows = Rows(None, plus=plus[piece], minus=None if minus is None else minus[piece])
+                rows = Rows(None, plus=plus[piece], minus=None if minus is None else minus[piece], negative=negative)
             back = Backward(self.graph, self.region, self.lines, self.boxes, self.slack, self.layouts, keep)
             out, kept = back.run(start, rows, Chunk(ex, b))
             bounds.append(out)
@@ -273,12 +276,12 @@ class Engine:
         joined = torch.cat(bounds, 1)
         return joined, ((torch.cat(maps, 1), torch.cat(offsets, 1)) if keep else None)
 
-    def intersected(self, out: Tensor, example: Tensor, plus: Any, minus: Any, matrix: Any, count: int) -> Tensor:
+    def intersected(self, out: Tensor, example: Tensor, plus: Any, minus: Any, matrix: Any, count: int, negative: bool) -> Tensor:  # fmt: skip
         """``out``, or the interval bounds of the same rows where they are tighter."""
         lines, kind = self.lines, self.kind
         self.lines, self.kind = {}, None
         try:
-            other, _ = self.final(example, plus, minus, matrix, count, False)
+            other, _ = self.final(example, plus, minus, matrix, count, False, negative)
         finally:
             self.lines, self.kind = lines, kind
         sides = [torch.maximum(out[0], other[0])] + ([torch.minimum(out[1], other[1])] if count == 2 else [])
