@@ -171,8 +171,8 @@ int64_t interval_conv(const std::array<int64_t, 13>& sizes, const std::array<int
 }
 
 // (slopes, slope_sides, intercepts, map_height, map_width, channels, weight, out_height, out_width, out_channels,
-// kernel_h, kernel_w, stride_y, stride_x, pad_y, pad_x, lanes, 1: stays, 2: turned)
-ChainStep chain_step(const std::array<int64_t, 18>& t) {
+// kernel_h, kernel_w, stride_y, stride_x, pad_y, pad_x, lanes, 1: stays, 2: turned, kept or 0)
+ChainStep chain_step(const std::array<int64_t, 19>& t) {
   ChainStep s;
   s.slopes = pointer<const float>(static_cast<uintptr_t>(t[0]), 1, "slopes");
   s.slope_sides = static_cast<int>(t[1]);
@@ -185,10 +185,11 @@ ChainStep chain_step(const std::array<int64_t, 18>& t) {
     if (to[i] != nullptr) *to[i] = t[i + 3];
   s.stays = t[17] == 1;
   s.turned = t[17] == 2;
+  s.kept = reinterpret_cast<float*>(static_cast<uintptr_t>(t[18]));
   return s;
 }
 
-void chain(const py::tuple& rows, const std::vector<std::array<int64_t, 18>>& steps, int64_t examples, uintptr_t center,
+void chain(const py::tuple& rows, const std::vector<std::array<int64_t, 19>>& steps, int64_t examples, uintptr_t center,
            uintptr_t radius, uintptr_t x, uintptr_t eps, int dual, uintptr_t b, uintptr_t out, uintptr_t starts,
            uintptr_t order) {
   ChainArgs g;
@@ -229,7 +230,7 @@ void chain(const py::tuple& rows, const std::vector<std::array<int64_t, 18>>& st
 }
 
 // grads: (to_slopes, to_intercepts, to_weight or 0) of each step
-void chain_grad(const py::tuple& rows, const std::vector<std::array<int64_t, 18>>& steps,
+void chain_grad(const py::tuple& rows, const std::vector<std::array<int64_t, 19>>& steps,
                 const std::vector<std::array<uintptr_t, 3>>& grads, int64_t examples, uintptr_t center,
                 uintptr_t radius, uintptr_t from, uintptr_t starts, uintptr_t order, uintptr_t to_a,
                 uintptr_t to_center, uintptr_t to_radius) {
@@ -257,20 +258,6 @@ void chain_grad(const py::tuple& rows, const std::vector<std::array<int64_t, 18>
   g.to_center = reinterpret_cast<float*>(to_center);
   g.to_radius = reinterpret_cast<float*>(to_radius);
   without_gil(kReleaseGilAbove + 1, [&] { bounds().chain_grad(g); });
-}
-
-// sizes: (count, in_h, in_w, in_c, out_h, out_w, out_c, kernel_h, kernel_w, stride_y, stride_x, pad_y, pad_x)
-void conv_grad(const std::array<int64_t, 13>& sizes, uintptr_t x, uintptr_t a, uintptr_t out) {
-  ConvGradArgs g;
-  int64_t* const to[] = {&g.count,    &g.in_h,     &g.in_w,     &g.in_c,     &g.out_h, &g.out_w, &g.out_c,
-                         &g.kernel_h, &g.kernel_w, &g.stride_y, &g.stride_x, &g.pad_y, &g.pad_x};
-  for (size_t i = 0; i < sizes.size(); ++i) *to[i] = sizes[i];
-  const int64_t taps = g.kernel_h * g.kernel_w * g.in_c;
-  if (taps < 1 || taps > 64) throw std::invalid_argument("weight: expected 1 to 64 taps a position");
-  g.x = pointer<const float>(x, g.count, "x");
-  g.a = pointer<const float>(a, g.count, "a");
-  g.out = pointer<float>(out, taps * g.out_c, "out");
-  without_gil(g.count * g.out_h * g.out_w * taps * g.out_c, [&] { bounds().conv_grad(g); });
 }
 
 void back_grad(const py::tuple& rows, uintptr_t slopes, int slope_sides, uintptr_t intercepts, int64_t examples,
@@ -439,6 +426,7 @@ int64_t interval_chain(const std::vector<std::array<int64_t, 16>>& layers, const
 
 void bind_bounds(py::module_& m) {
   bind_bounds_graph(m);
+  bind_bounds_layers(m);
   m.def("bounds_back", &back);
   m.def("bounds_concretize", &concretize);
   m.def("bounds_spread", &spread);
@@ -448,7 +436,6 @@ void bind_bounds(py::module_& m) {
   m.def("bounds_chain", &chain);
   m.def("bounds_chain_grad", &chain_grad);
   m.def("bounds_interval_chain", &interval_chain);
-  m.def("bounds_conv_grad", &conv_grad);
   m.def("bounds_back_grad", &back_grad);
   m.def("bounds_concretize_grad", &concretize_grad);
   m.def("bounds_lines", &lines);

@@ -108,6 +108,7 @@ struct ChainStep {
   bool stays = false;  // a window is one on the other side too, not the whole image
   bool turned =
       false;  // the weight is [taps, channels] and lanes = channels, for all but the last step of a live chain
+  float* kept = nullptr;  // [1 or 2, count, out map]: the rows below the convolution, for the gradients; or null
 };
 constexpr int64_t kMostLiveDense = 4096;  // neurons of the kernel of one dense layer
 struct ChainArgs {
@@ -193,11 +194,16 @@ struct ChainGradArgs {
   float* to_radius = nullptr;
 };
 
-// The gradient of a convolution's weight, for at most 64 taps a position: out[o][taps] = sum of a[o] * patch of x.
+// The gradient of a convolution's weight: out[o][taps] = sum of a[o] * patch of x.
 struct ConvGradArgs {
   const float* x = nullptr;  // [count, in_h, in_w, in_c]
   const float* a = nullptr;  // [count, out_h, out_w, out_c], the gradient of the convolution's result
   float* out = nullptr;      // [out_c, in_c, kernel_h, kernel_w]
+  // With the next, of w * x and |w| * radius: plus sign(weight) times the sum of radius_a[o] * patch of radius.
+  const float* weight = nullptr;    // like out
+  const float* radius = nullptr;    // [radius_count, in_h, in_w, in_c]
+  const float* radius_a = nullptr;  // [radius_count, out_h, out_w, out_c]
+  int64_t radius_count = 0;         // count, or 1: radius_a is summed over the examples
   int64_t count = 0, in_h = 0, in_w = 0, in_c = 0, out_h = 0, out_w = 0, out_c = 0;
   int64_t kernel_h = 1, kernel_w = 1, stride_y = 1, stride_x = 1, pad_y = 0, pad_x = 0;
 };
@@ -231,6 +237,55 @@ struct IntervalArgs {
   int64_t batch = 0, n = 0, m = 0;
   bool shared = false;  // radius is [n], the same for every example
   Finish finish = Finish::ends;
+};
+
+// out = a b: a [rows, count] at a[row * a_row + k * a_step], b [count, columns] likewise, with one of b's strides 1.
+struct ProductArgs {
+  const float* a = nullptr;
+  const float* b = nullptr;
+  float* out = nullptr;  // [rows, columns]
+  int64_t rows = 0, count = 0, columns = 0;
+  int64_t a_row = 0, a_step = 1, b_step = 0, b_column = 1;
+};
+
+// Gradients of c' = W c and r' = |W| r from those of c' and r'.
+struct IntervalGradArgs {
+  const float* center = nullptr;                      // [batch, n]
+  const float* radius = nullptr;                      // [radius_batch, n]
+  const float* weight = nullptr;                      // [m, n]
+  const float* from_center = nullptr;                 // [batch, m]
+  const float* from_radius = nullptr;                 // [radius_batch, m]
+  float* to_weight = nullptr;                         // [m, n]; added to what is there
+  float* to_center = nullptr;                         // [batch, n], null: not wanted
+  float* to_radius = nullptr;                         // [radius_batch, n]
+  int64_t batch = 0, radius_batch = 0, n = 0, m = 0;  // radius_batch: batch, or 1 where one radius serves all examples
+};
+
+// What follows an interval product where a ReLU reads it: the ReLU's lines, their intercepts in terms of the product
+// without its bias, and centre and radius of its range. Channels innermost.
+struct ReluBoxArgs {
+  const float* center = nullptr;  // [batch, n]
+  const float* radius = nullptr;
+  const float* bias = nullptr;   // [period] or null
+  float* slopes = nullptr;       // [1 or 2, batch, n]
+  float* intercepts = nullptr;   // [2, batch, n]
+  float* next_center = nullptr;  // [batch, n], null: not wanted
+  float* next_radius = nullptr;
+  int64_t* living = nullptr;  // [batch] neurons that have lines
+  int64_t batch = 0, n = 0, period = 1;
+  bool adaptive = true;
+  bool shared = false;  // radius is [n]
+};
+// Its gradients.
+struct ReluBoxGradArgs {
+  ReluBoxArgs forward;                     // without results
+  const float* from_slopes = nullptr;      // [1 or 2, batch, n]
+  const float* from_intercepts = nullptr;  // [2, batch, n]
+  const float* from_center = nullptr;      // [batch, n] of next_center, null: zero
+  const float* from_radius = nullptr;
+  float* to_center = nullptr;  // [batch, n]
+  float* to_radius = nullptr;  // [batch, n], or with `shared` [n]
+  float* to_bias = nullptr;    // [period] or null; what reaches the bias through the centre, too
 };
 
 // Margins z_y - z_j, j ascending without y, of a chain of layers over [x - eps, x + eps] cut at [low, high].

@@ -68,7 +68,7 @@ class Block {
     Extent e = before(g_);
     for (int i = 0; i < g_.count; ++i) {
       scale(g_.steps[i], r);
-      spread(g_.steps[i], r, e);
+      spread(g_.steps[i], r, e, begin);
     }
     ConcretizeArgs c = g_.end;
     float values[2 * kMaxBlock];
@@ -98,13 +98,10 @@ class Block {
     matrices_ = back.sides_out;
   }
 
-  void spread(const ChainStep& s, Rows& r, Extent& e) {
+  void spread(const ChainStep& s, Rows& r, Extent& e, int64_t begin) {
     SpreadArgs p;
     const Extent to = after(s, e);
-    p.a = scaled_.get();
     p.weight = s.weight;
-    p.out = spread_.get();
-    p.count = matrices_ * r.count;
     p.in_h = e.height, p.in_w = e.width, p.in_c = s.channels;
     p.out_h = to.height, p.out_w = to.width, p.out_c = s.out_channels;
     p.kernel_h = s.kernel_h, p.kernel_w = s.kernel_w, p.stride_y = s.stride_y, p.stride_x = s.stride_x,
@@ -118,11 +115,18 @@ class Block {
     } else {
       p.pad_y = s.pad_y, p.pad_x = s.pad_x;
     }
-    spread_items(p, 0, p.count);
     const int64_t length = to.height * to.width * s.out_channels;
+    float* const out = s.kept != nullptr ? s.kept + begin * length : spread_.get();
+    const int64_t apart = (s.kept != nullptr ? g_.rows.count : r.count) * length;
+    p.count = r.count;
+    for (int m = 0; m < matrices_; ++m) {
+      p.a = scaled_.get() + m * r.count * e.height * e.width * s.channels;
+      p.out = out + m * apart;
+      spread_items(p, 0, p.count);
+    }
     Rows next;
-    next.a = spread_.get();
-    next.side_stride = matrices_ == 2 ? r.count * length : 0;
+    next.a = out;
+    next.side_stride = matrices_ == 2 ? apart : 0;
     next.example = r.example;
     next.count = r.count, next.length = length, next.sides = r.sides;
     if (to.window) {

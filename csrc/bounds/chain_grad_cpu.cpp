@@ -1,6 +1,6 @@
-// Gradients of rows through a chain of activations and convolutions: a few rows of one example go down the chain again,
-// and their gradients come back up, in a core's cache. Sums over examples are formed in blocks that do not depend on
-// the threads.
+// Gradients of rows through a chain of activations and convolutions: a few rows of one example go down the chain again
+// (where the way down did not keep them), and their gradients come back up, in a core's cache. Sums over examples are
+// formed in blocks that do not depend on the threads.
 #include <algorithm>
 #include <cstring>
 #include <memory>
@@ -111,17 +111,6 @@ void convolve(const float* patch, int64_t positions, int64_t lanes, const float*
   f(patch, positions, lanes, turned, wide, out);
 }
 
-void add_to_weight(const ChainStep& s, const float* a, const float* patch, float* sums) {
-  int64_t t = 0;
-  const int64_t n = positions_of(s);
-  for (; t + 4 * kLanes <= s.lanes; t += 4 * kLanes)
-    add_sums_of_channels<4>(a, s.channels, patch + t, n, s.lanes, sums + t);
-  const int64_t rest = (s.lanes - t) / kLanes;
-  if (rest == 1) add_sums_of_channels<1>(a, s.channels, patch + t, n, s.lanes, sums + t);
-  if (rest == 2) add_sums_of_channels<2>(a, s.channels, patch + t, n, s.lanes, sums + t);
-  if (rest == 3) add_sums_of_channels<3>(a, s.channels, patch + t, n, s.lanes, sums + t);
-}
-
 class Worker {
  public:
   Worker(const ChainGradArgs& g, const Plan& plan)
@@ -130,7 +119,7 @@ class Worker {
     for (Floats& f : grads_) f = floats(rows * plan.longest);
     for (int i = 0; i < g.count; ++i) {
       scaled_[i] = floats(rows * before(g.steps[i].forward));
-      spread_[i] = floats(rows * after(g.steps[i].forward));
+      if (g.steps[i].forward.kept == nullptr) spread_[i] = floats(rows * after(g.steps[i].forward));
       bordered_[i] = floats(bordered(g.steps[i].forward));
       std::fill_n(bordered_[i].get(), bordered(g.steps[i].forward), 0.f);
     }
@@ -186,6 +175,16 @@ class Worker {
     back.b = zeros, back.b_out = unused;
     back.out = scaled_[i].get();
     back_rows(back, 0, r.count);
+    Rows next;
+    next.length = after(s);
+    next.example = r.example;
+    next.count = r.count, next.sides = r.sides;
+    if (s.kept != nullptr) {
+      next.a = s.kept;
+      next.pick = id_;
+      next.side_stride = matrices_[i] == 2 ? g_.rows.count * next.length : 0;
+      return next;
+    }
     SpreadArgs p;
     p.a = scaled_[i].get(), p.weight = s.weight, p.out = spread_[i].get();
     p.count = matrices_[i] * r.count;
@@ -194,12 +193,8 @@ class Worker {
     p.kernel_h = s.kernel_h, p.kernel_w = s.kernel_w, p.stride_y = s.stride_y, p.stride_x = s.stride_x;
     p.pad_y = s.pad_y, p.pad_x = s.pad_x, p.lanes = s.lanes;
     spread_items(p, 0, p.count);
-    Rows next;
     next.a = spread_[i].get();
-    next.length = after(s);
     next.side_stride = matrices_[i] == 2 ? r.count * next.length : 0;
-    next.example = r.example;
-    next.count = r.count, next.sides = r.sides;
     return next;
   }
 
@@ -216,7 +211,8 @@ class Worker {
       if (wide != s.channels)
         for (int64_t p = 0; p < positions; ++p) std::copy_n(spare_.get() + p * wide, s.channels, out + p * s.channels);
       if (step.to_weight != nullptr)
-        add_to_weight(s, scaled_[i].get() + image * size, patch_.get(), sums + plan_.weight_at[i]);
+        add_sums_of_taps(scaled_[i].get() + image * size, s.channels, patch_.get(), positions, s.lanes,
+                         sums + plan_.weight_at[i]);
     }
     BackGradArgs b;
     b.rows = rows_[i];

@@ -1,5 +1,5 @@
-// The gradient of a convolution's weight where a position has few taps: a product of very many rows with itself almost
-// (taps x positions times positions x channels), summed in blocks of examples that do not depend on the threads.
+// The gradient of a convolution's weight: a product of very many rows (taps x positions times positions x channels),
+// summed in blocks of examples that do not depend on the threads.
 #include <algorithm>
 #include <cstring>
 #include <memory>
@@ -11,8 +11,9 @@
 FR_NS_BEGIN
 namespace {
 
-constexpr int64_t kExamples = 32;  // of one partial sum
-// The patch of every position of one example: [positions][kTaps * kLanes], zero outside the image and beyond the taps.
+using Floats = std::unique_ptr<float[]>;
+
+// The patch of every position of one example: [positions][lanes], zero outside the image and beyond the taps.
 void patches(const ConvGradArgs& g, const float* x, int64_t lanes, float* to) {
   std::memset(to, 0, static_cast<size_t>(g.out_h * g.out_w * lanes) * sizeof(float));
   const int64_t line = g.kernel_w * g.in_c;
@@ -30,38 +31,38 @@ void patches(const ConvGradArgs& g, const float* x, int64_t lanes, float* to) {
     }
 }
 
-template <int kTaps>
-void sum_examples(const ConvGradArgs& g, int64_t begin, int64_t end, float* patch, float* sums) {
-  constexpr int64_t lanes = kTaps * kLanes;
-  const int64_t positions = g.out_h * g.out_w;
-  std::memset(sums, 0, static_cast<size_t>(g.out_c * lanes) * sizeof(float));
-  for (int64_t i = begin; i < end; ++i) {
-    patches(g, g.x + i * g.in_h * g.in_w * g.in_c, lanes, patch);
-    const float* a = g.a + i * positions * g.out_c;
-    add_sums_of_channels<kTaps>(a, g.out_c, patch, positions, lanes, sums);
-  }
+// Sums of a times patches of x over `count` examples: [out_c][lanes].
+Floats sums_of(const ConvGradArgs& g, const float* x, const float* a, int64_t count, int64_t lanes) {
+  const int64_t per = std::max<int64_t>(4, (count + 15) / 16), blocks = (count + per - 1) / per;
+  const int64_t size = g.out_c * lanes, positions = g.out_h * g.out_w;
+  Floats partial(new float[static_cast<size_t>(std::max<int64_t>(1, blocks) * size)]());
+  parallel_for(blocks, 1, [&](int64_t first, int64_t last) {
+    const Floats patch(new float[static_cast<size_t>(positions * lanes)]);
+    for (int64_t i = first * per; i < std::min(count, last * per); ++i) {
+      patches(g, x + i * g.in_h * g.in_w * g.in_c, lanes, patch.get());
+      add_sums_of_taps(a + i * positions * g.out_c, g.out_c, patch.get(), positions, lanes,
+                       partial.get() + i / per * size);
+    }
+  });
+  for (int64_t b = 1; b < blocks; ++b)
+    for (int64_t k = 0; k < size; ++k) partial[static_cast<size_t>(k)] += partial[static_cast<size_t>(b * size + k)];
+  return partial;
 }
 
 }  // namespace
 
 void conv_grad_cpu(const ConvGradArgs& g) {
-  using Fn = void (*)(const ConvGradArgs&, int64_t, int64_t, float*, float*);
-  const Fn fns[] = {sum_examples<1>, sum_examples<2>, sum_examples<3>, sum_examples<4>};
-  const int64_t taps = g.kernel_h * g.kernel_w * g.in_c, lanes = (taps + kLanes - 1) / kLanes * kLanes;
-  const int64_t blocks = (g.count + kExamples - 1) / kExamples, size = g.out_c * lanes;
-  const Fn f = fns[lanes / kLanes - 1];
-  const std::unique_ptr<float[]> partial(new float[static_cast<size_t>(blocks * size)]);
-  parallel_for(blocks, 1, [&](int64_t first, int64_t last) {
-    const std::unique_ptr<float[]> patch(new float[static_cast<size_t>(g.out_h * g.out_w * lanes)]);
-    for (int64_t b = first; b < last; ++b)
-      f(g, b * kExamples, std::min(g.count, (b + 1) * kExamples), patch.get(), partial.get() + b * size);
-  });
+  const int64_t area = g.kernel_h * g.kernel_w, lanes = (area * g.in_c + kLanes - 1) / kLanes * kLanes;
+  const Floats of_center = sums_of(g, g.x, g.a, g.count, lanes);
+  Floats of_radius;
+  if (g.weight != nullptr) of_radius = sums_of(g, g.radius, g.radius_a, g.radius_count, lanes);
   for (int64_t o = 0; o < g.out_c; ++o)
     for (int64_t c = 0; c < g.in_c; ++c)
-      for (int64_t k = 0; k < g.kernel_h * g.kernel_w; ++k) {
-        float sum = 0.f;
-        for (int64_t b = 0; b < blocks; ++b) sum += partial[static_cast<size_t>(b * size + o * lanes + k * g.in_c + c)];
-        g.out[(o * g.in_c + c) * g.kernel_h * g.kernel_w + k] = sum;
+      for (int64_t k = 0; k < area; ++k) {
+        const auto from = static_cast<size_t>(o * lanes + k * g.in_c + c);
+        const int64_t to = (o * g.in_c + c) * area + k;
+        const float r = g.weight == nullptr || g.weight[to] == 0.f ? 0.f : of_radius[from];
+        g.out[to] = of_center[from] + (r != 0.f && g.weight[to] < 0.f ? -r : r);
       }
 }
 

@@ -22,6 +22,10 @@ struct BoundsTable {
   int64_t (*interval_chain_work)(const IntervalChainArgs&);
   ChainResult (*interval_chain)(const IntervalChainArgs&);
   void (*conv_grad)(const ConvGradArgs&);
+  void (*product)(const ProductArgs&);
+  void (*interval_grad)(const IntervalGradArgs&);
+  void (*relu_box)(const ReluBoxArgs&);
+  void (*relu_box_grad)(const ReluBoxGradArgs&);
   void (*back_grad)(const BackGradArgs&);
   void (*concretize_grad)(const ConcretizeGradArgs&);
   void (*lines)(const LinesArgs<float>&);

@@ -88,4 +88,16 @@ FR_HD void add_sums_of_channels(const float* a, int64_t out_c, const float* patc
   for (; o < out_c; ++o) add_sums<kTaps, 1>(a + o, out_c, patch, positions, lanes, sums + o * lanes);
 }
 
+// Of any number of taps.
+inline void add_sums_of_taps(const float* a, int64_t out_c, const float* patch, int64_t positions, int64_t lanes,
+                             float* sums) {
+  int64_t t = 0;
+  for (; t + 4 * kLanes <= lanes; t += 4 * kLanes)
+    add_sums_of_channels<4>(a, out_c, patch + t, positions, lanes, sums + t);
+  const int64_t rest = (lanes - t) / kLanes;
+  if (rest == 1) add_sums_of_channels<1>(a, out_c, patch + t, positions, lanes, sums + t);
+  if (rest == 2) add_sums_of_channels<2>(a, out_c, patch + t, positions, lanes, sums + t);
+  if (rest == 3) add_sums_of_channels<3>(a, out_c, patch + t, positions, lanes, sums + t);
+}
+
 FR_NS_END

@@ -15,9 +15,11 @@ from fastrobust.bounds import outward as O
 from fastrobust.bounds.checks import check_inputs, check_options, check_spec, explain_not_finite
 from fastrobust.bounds.engine import METHODS, Engine
 from fastrobust.bounds.intervals import margins_of_chain, small_margins
+from fastrobust.bounds.margins import margins_of_plan
 from fastrobust.bounds.region import Region
 from fastrobust.bounds.trace import first_parameter, trace
 from fastrobust.ops.linear_bounds import check_norm
+from fastrobust.ops.margin_bounds import Rows
 
 
 @dataclass
@@ -125,9 +127,15 @@ def compute_bounds(
         2 if sides == "both" else 1,
         sides == "upper",
     )  # an upper bound is minus the lower one of minus the row
-    if method == "ibp" and usual and plus is not None and minus is not None:
-        first, second = (minus, plus) if negative else (plus, minus)
-        quick = margins_of_chain(graph, x, eps, clip, first, second, example, count)
+    if x.is_cpu:
+        keep_pages()
+    first, second = (minus, plus) if negative else (plus, minus)
+    if usual and first is not None and (method == "ibp" or not intersect):
+        quick = None
+        if method != "ibp":
+            quick = margins_of_plan(graph, x, eps, clip, method, Rows(example, first, second, count), max_memory)
+        elif second is not None:
+            quick = margins_of_chain(graph, x, eps, clip, first, second, example, count)
         if quick is not None:
             low, up = _sides(quick.view(count, x.shape[0], -1), negative)
             if not _is_finite(low, up):
@@ -138,8 +146,6 @@ def compute_bounds(
         matrix = None if matrix is None else matrix.double()
     else:
         region = Region(x, eps.to(x.dtype) if isinstance(eps, Tensor) else eps, p, clip)
-    if x.is_cpu:
-        keep_pages()
     engine = Engine(graph, region, method, max_memory, intersect, return_intermediate, outward, exact_input, refine)
     kept = None
     with _full_precision(x):

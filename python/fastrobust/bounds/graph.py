@@ -282,6 +282,7 @@ class Graph:
             for j in n.inputs:
                 self.nodes[j].consumers.append(i)
         self.chain: Any = False  # of fastrobust.bounds.intervals; False: not looked for yet
+        self.plan: Any = False  # of fastrobust.bounds.margins
         self.ancestor_size: dict[int, int] = {}
         seen: list[set[int]] = []
         for i, n in enumerate(self.nodes):

@@ -78,14 +78,19 @@ def _to_rows(g: Tensor, A: Tensor, rows: Tensor | None, minus: Tensor | None) ->
     if rows is None:
         return g
     if A.shape[1] <= 256:
-        count = torch.arange(len(rows), device=g.device)
-        pick = g.new_zeros(A.shape[1], len(rows))
-        pick[rows, count] = 1.0
-        if minus is not None:
-            pick[minus, count] -= 1.0
-        return pick @ g
+        return pick_matrix(rows, minus, A[0]) @ g
     out = torch.zeros_like(A).index_add(1, rows, g)
     return out if minus is None else out.index_add(1, minus, -g)
+
+
+def pick_matrix(rows: Tensor, minus: Tensor | None, weight: Tensor) -> Tensor:
+    """The adjoint of picking rows of ``weight``, as a matrix."""
+    count = torch.arange(len(rows), device=weight.device)
+    pick = weight.new_zeros(weight.shape[0], len(rows))
+    pick[rows, count] = 1.0
+    if minus is not None:
+        pick[minus, count] -= 1.0
+    return pick
 
 
 def _by_kernel(A: Tensor) -> bool:
@@ -125,6 +130,12 @@ def back_step(args: list[Any], need: Any, g_out: Tensor, g_b: Tensor) -> Grads:
 
 
 def _back_step_kernel(args: list[Any], g_out: Tensor, g_b: Tensor) -> Grads:
+    g_a, g_s, g_i = back_rows_kernel(args, g_out, g_b)
+    return _to_rows(g_a, args[0], *args[5:7]), g_b, g_s, g_i, None, None, None, None, None, None
+
+
+def back_rows_kernel(args: list[Any], g_out: Tensor, g_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the rows before ``rows`` and ``minus`` pick, of slopes and of intercepts."""
     A, b, slopes, intercepts, example, rows, minus, y, x, window = args
     A, slopes, intercepts, g_out, g_b = (dense(t) for t in (A, slopes, intercepts, g_out, g_b))
     example, rows, minus = (None if t is None else t.contiguous() for t in (example, rows, minus))
@@ -136,10 +147,16 @@ def _back_step_kernel(args: list[Any], g_out: Tensor, g_b: Tensor) -> Grads:
         slopes.shape[1], g_out.data_ptr(), g_out.shape[0], g_b.data_ptr(), starts.data_ptr(), address(order), g_a.data_ptr(),
         g_s.data_ptr(), g_i.data_ptr(),
     )  # fmt: skip
-    return _to_rows(g_a, A, rows, minus), g_b, g_s, g_i, None, None, None, None, None, None
+    return g_a, g_s, g_i
 
 
 def _concretize_kernel(args: list[Any], need: Any, g: Tensor) -> Grads:
+    g_a, g_c, g_r = concretize_rows_kernel(args, need, g)
+    return _to_rows(g_a, args[0], *args[3:5]), g, None, None, None, g_c, g_r, None, None, None, None, None, None
+
+
+def concretize_rows_kernel(args: list[Any], need: Any, g: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of the rows before ``rows`` and ``minus`` pick, of centre and of radius."""
     A, b, example, rows, minus, center, radius, _, _, _, y, x, window = args
     A, center, radius, g = (dense(t) for t in (A, center, radius, g))
     example, rows, minus = (None if t is None else t.contiguous() for t in (example, rows, minus))
@@ -150,7 +167,7 @@ def _concretize_kernel(args: list[Any], need: Any, g: Tensor) -> Grads:
         rows_args(A, b, example, rows, minus, y, x, window), center.data_ptr(), radius.data_ptr(), center.shape[0],
         g.data_ptr(), starts.data_ptr(), address(order), g_a.data_ptr(), address(g_c), address(g_r),
     )  # fmt: skip
-    return _to_rows(g_a, A, rows, minus), g, None, None, None, g_c, g_r, None, None, None, None, None, None
+    return g_a, g_c, g_r
 
 
 def _norm_slope(w: Tensor, q: float) -> Tensor:

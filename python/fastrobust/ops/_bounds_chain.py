@@ -1,7 +1,7 @@
 """Rows of linear bounds through a chain of activations and convolutions down to the input, in blocks that stay in the cache.
 
-Where gradients are recorded nothing between the layers is kept: the backward pass goes through the chain again, which costs less
-than writing and reading every coefficient; over a box in one kernel, over balls a few examples at a time.
+Where gradients are recorded over a box, one kernel takes a few rows of an example back up at a time; it reads the coefficients
+below each convolution as the way down kept them, or goes down again where they are too many. Over balls nothing is kept.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from . import linear_bounds as linear
 from ._bounds_rows import address, by_example, dense, lanes_of, native, rows_args, spread_lanes, taps_of
 
 _CHUNK_NUMBERS = 1 << 20  # of the largest coefficients of a chunk in the backward pass: 4 MB
-_MOST_STEPS = 32  # that the kernel of the gradients takes
+MOST_STEPS = 32  # that the kernel of the gradients takes
+_MOST_KEPT = 1 << 24  # numbers between the layers that are kept for the backward pass
 Pair = tuple[Tensor, Tensor]
 
 
@@ -57,7 +58,7 @@ def concretize_through(A: Tensor, b: Tensor, example: Tensor, steps: list[ConvSt
     maps = (*(box or (None, None)), *(ball or (None, None)))
     tensors = [t for step in steps for t in (step.slopes, step.intercepts, step.weight)]
     if linear.direct(A, b, *maps, *tensors):
-        return _kernel(A, b, example, steps, box, ball, q, rows, corner, window, minus)
+        return through(A, b, example, steps, box, ball, q, rows, corner, window, minus)
     if corner is not None:
         raise ValueError("corner: windows are not recorded")
     plain = [s._replace(slopes=None, intercepts=None, weight=None) for s in steps]  # type: ignore[arg-type]
@@ -65,10 +66,11 @@ def concretize_through(A: Tensor, b: Tensor, example: Tensor, steps: list[ConvSt
     return out
 
 
-def _kernel(A: Tensor, b: Tensor, example: Tensor, steps: list[ConvStep], box: Pair | None, ball: Pair | None, q: float, rows: Tensor | None, corner: Pair | None, window: Any, minus: Tensor | None) -> Tensor:  # fmt: skip
+def through(A: Tensor, b: Tensor, example: Tensor, steps: list[ConvStep], box: Pair | None, ball: Pair | None, q: float, rows: Tensor | None, corner: Pair | None, window: Any, minus: Tensor | None, between: Any = None) -> Tensor:  # fmt: skip
+    """The kernel; ``between``: room for what the gradients take up again (``between_of``)."""
     A, b, example = dense(A), dense(b), dense(example)
     rows, minus = (None if t is None else t.contiguous() for t in (rows, minus))
-    told, kept = _told(steps, None if window is None else window[:2])
+    told, kept = _told(steps, None if window is None else window[:2], between)
     y, x = (None, None) if corner is None else (dense(corner[0]), dense(corner[1]))
     maps = [None if t is None else dense(t) for t in (*(box or (None, None)), *(ball or (None, None)))]
     out = torch.empty_like(b)
@@ -80,11 +82,20 @@ def _kernel(A: Tensor, b: Tensor, example: Tensor, steps: list[ConvStep], box: P
     return out
 
 
-def _told(steps: list[ConvStep], size: tuple[int, int] | None) -> tuple[list[tuple[int, ...]], list[Tensor]]:
+def between_of(steps: list[ConvStep], matrices: int, b: Tensor) -> list[Tensor] | None:
+    """Room for the coefficients below each convolution; None where they are too many."""
+    shapes = []
+    for step in steps:
+        matrices = b.shape[0] if step.slopes.shape[0] == 2 else matrices
+        shapes.append((matrices, b.shape[1], math.prod(step.shape_in)))
+    return [b.new_empty(s) for s in shapes] if sum(map(math.prod, shapes)) <= _MOST_KEPT else None
+
+
+def _told(steps: list[ConvStep], size: tuple[int, int] | None, between: Any = None) -> tuple[list[tuple[int, ...]], list[Tensor]]:  # fmt: skip
     """The steps as the kernels are told of them, and the tensors that must stay alive meanwhile."""
     told: list[tuple[int, ...]] = []
     kept: list[Tensor] = []
-    for step in steps:
+    for i, step in enumerate(steps):
         size = step.grown(size)
         slopes, intercepts = dense(step.slopes), dense(step.intercepts)
         lanes, (kh, kw) = lanes_of(step.weight), step.weight.shape[2:]
@@ -92,7 +103,7 @@ def _told(steps: list[ConvStep], size: tuple[int, int] | None) -> tuple[list[tup
         kept += [slopes, intercepts, taps]
         (c, mh, mw), (oc, oh, ow) = step.shape, step.shape_in
         told.append(
-            (slopes.data_ptr(), slopes.shape[0], intercepts.data_ptr(), mh, mw, c, taps.data_ptr(), oh, ow, oc, kh, kw, *step.stride, *step.padding, lanes, int(size is not None))
+            (slopes.data_ptr(), slopes.shape[0], intercepts.data_ptr(), mh, mw, c, taps.data_ptr(), oh, ow, oc, kh, kw, *step.stride, *step.padding, lanes, int(size is not None), address(between and between[i]))
         )  # fmt: skip
     return told, kept
 
@@ -110,15 +121,20 @@ class _Through(torch.autograd.Function):
         ctx.save_for_backward(example, rows, minus, A, c, r, x, e, *tensors)
         ctx.steps, ctx.q = steps, q
         box, ball = None if c is None else (c, r), None if x is None else (x, e)
-        return _kernel(A, b, example, _filled(steps, tensors), box, ball, q, rows, None, None, minus)
+        steps = _filled(steps, tensors)
+        ctx.between = between_of(steps, A.shape[0], b) if x is None and len(steps) <= MOST_STEPS else None
+        return through(A, b, example, steps, box, ball, q, rows, None, None, minus, ctx.between)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
         example, rows, minus, A, c, r, x, e, *tensors = ctx.saved_tensors
         steps, need = _filled(ctx.steps, tensors), ctx.needs_input_grad
-        if x is None and len(steps) <= _MOST_STEPS:
-            return _kernel_gradient(A, example, rows, minus, c, r, steps, g, need)
+        if x is None and len(steps) <= MOST_STEPS:
+            wanted = (*need[7:9], [need[11 + 3 * i + 2] for i in range(len(steps))])
+            own, to_c, to_r, of_steps = chain_gradient(A, example, rows, minus, c, r, steps, g, wanted, ctx.between)
+            own = gradients._to_rows(own, A, rows, minus)
+            return (None, None, None, None, None, own, g, to_c, to_r, None, None, *[t for s in of_steps for t in s])
         if len(example) > 1 and bool((example[1:] < example[:-1]).any()):  # chunks are examples
             order = example.argsort(stable=True)
             example, g = example[order], g[:, order]
@@ -136,10 +152,10 @@ class _Through(torch.autograd.Function):
         parts, weights = [], [torch.zeros_like(s.weight) if need[11 + 3 * i + 2] else None for i, s in enumerate(steps)]
         ends = torch.searchsorted(example, torch.arange(0, batch + per, per)).tolist()
         for first, begin, end in zip(range(0, batch, per), ends, ends[1:], strict=False):
-            at, own = slice(begin, end), slice(first, min(batch, first + per))
+            at, part = slice(begin, end), slice(first, min(batch, first + per))
             chosen = (None if rows is None else rows[at], None if minus is None else minus[at])
-            some = [s._replace(slopes=s.slopes[:, own], intercepts=s.intercepts[:, own]) for s in steps]
-            ends_of = [None if t is None else t[own] for t in (c, r, x, e)]
+            some = [s._replace(slopes=s.slopes[:, part], intercepts=s.intercepts[:, part]) for s in steps]
+            ends_of = [None if t is None else t[part] for t in (c, r, x, e)]
             a = A[:, at] if rows is None else A
             parts.append(_chunk(a, g[:, at], example[at] - first, *chosen, some, ends_of, ctx.q, need[7:11], weights))
         to_a = [p[0] for p in parts]
@@ -154,29 +170,30 @@ class _Through(torch.autograd.Function):
         return (None, None, None, None, None, g_a, g_b, *maps, *found)
 
 
-def _kernel_gradient(A: Tensor, example: Tensor, rows: Any, minus: Any, c: Tensor, r: Tensor, steps: list[ConvStep], g: Tensor, need: Any) -> Any:  # fmt: skip
-    """All gradients over a box in one call, a few rows of one example at a time."""
+def chain_gradient(A: Tensor, example: Tensor, rows: Any, minus: Any, c: Tensor, r: Tensor, steps: list[ConvStep], g: Tensor, need: Any, between: Any) -> tuple[Tensor, Any, Any, list[tuple[Any, ...]]]:  # fmt: skip
+    """All gradients over a box in one call, a few rows of one example at a time: of the rows before ``rows`` and ``minus`` pick, of
+    c and r, and of slopes, intercepts and weight of each step. ``need``: whether those of c, r and each weight are wanted."""
     A, g, c, r, example = (dense(t) for t in (A, g, c, r, example))
     rows, minus = (None if t is None else t.contiguous() for t in (rows, minus))
     batch, count = steps[0].slopes.shape[1], g.shape[1]
-    told, kept = _told(steps, None)
+    told, kept = _told(steps, None, between)
     starts, order = by_example(example, count, batch, A.device)
     to_a = A.new_empty(A.shape[0], count, A.shape[2])
     fresh = torch.empty_like if count else torch.zeros_like  # the kernel sets all of them, when there are rows
-    to_c, to_r = (fresh(t) if n else None for t, n in ((c, need[7]), (r, need[8])))
+    to_c, to_r = (fresh(t) if n else None for t, n in ((c, need[0]), (r, need[1])))
     lines = [(fresh(s), fresh(i)) for s, i, _ in zip(*[iter(kept)] * 3, strict=True)]
-    taps = [fresh(t) if need[13 + 3 * i] else None for i, t in enumerate(kept[2::3])]
+    taps = [fresh(t) if n else None for t, n in zip(kept[2::3], need[2], strict=True)]
     _C.bounds_chain_grad(
         rows_args(A, g, example, rows, minus, None, None, None), told,
         [(s.data_ptr(), i.data_ptr(), address(t)) for (s, i), t in zip(lines, taps, strict=True)], batch, c.data_ptr(), r.data_ptr(),
         g.data_ptr(), starts.data_ptr(), address(order), to_a.data_ptr(), address(to_c), address(to_r),
     )  # fmt: skip
-    found: list[Any] = []
+    found: list[tuple[Any, ...]] = []
     for step, pair, t in zip(steps, lines, taps, strict=True):
         o, channels, kh, kw = step.weight.shape
         w = None if t is None else t[:, : kh * kw * channels].view(o, kh, kw, channels).permute(0, 3, 1, 2)
-        found += [*pair, w]
-    return (None, None, None, None, None, gradients._to_rows(to_a, A, rows, minus), g, to_c, to_r, None, None, *found)
+        found.append((*pair, w))
+    return to_a, to_c, to_r, found
 
 
 def _chunk(A: Tensor, g: Tensor, example: Tensor, rows: Any, minus: Any, steps: list[ConvStep], maps: list[Any], q: float, need: Any, weights: list[Any]) -> tuple[Tensor, list[Any], list[Any]]:  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _C
 from ._bounds_rows import address, dense, native, spread_lanes, taps_of
 
-MAX_TAPS = 64  # of ``weight_gradient``
+MAX_TAPS = 64  # of one position, where ``weight_gradient`` is faster than the vendor's engine
 
 
 def pair(v: Any) -> tuple[int, int]:
@@ -83,8 +83,20 @@ def adjoint(a: Tensor, weight: Tensor, stride: Any, padding: Any, size: Any) -> 
 
 
 def weight_gradient(x: Tensor, a: Tensor, weight: Tensor, stride: Any, padding: Any) -> Tensor:
-    """The gradient of the weight of ``convolution(x, weight)`` from that of its result, for at most MAX_TAPS taps a position."""
+    """The gradient of the weight of ``convolution(x, weight)`` from that of its result."""
     x, a = (t.resolve_neg().contiguous(memory_format=torch.channels_last) for t in (x, a))
     out = torch.empty(weight.shape, dtype=a.dtype)
-    _C.bounds_conv_grad(_sizes(x, weight.shape, stride, padding), x.data_ptr(), a.data_ptr(), out.data_ptr())
+    sizes = _sizes(x, weight.shape, stride, padding)
+    _C.bounds_conv_grad(sizes, x.data_ptr(), a.data_ptr(), out.data_ptr(), 0, 0, 0, 0)
+    return out
+
+
+def interval_weight_gradient(center: Tensor, radius: Tensor, weight: Tensor, g_c: Tensor, g_r: Tensor, stride: Any, padding: Any) -> Tensor:  # fmt: skip
+    """The gradient of the weight of ``interval_convolution`` before anything finishes it: channels-last centre (B, C, H, W), radius
+    (B or 1, C, H, W), dense weight, and the gradients of the results, those of one radius for all summed over the examples."""
+    out = torch.empty(weight.shape, dtype=weight.dtype)
+    _C.bounds_conv_grad(
+        _sizes(center, weight.shape, stride, padding), center.data_ptr(), g_c.data_ptr(), out.data_ptr(), weight.data_ptr(),
+        radius.data_ptr(), g_r.data_ptr(), radius.shape[0],
+    )  # fmt: skip
     return out

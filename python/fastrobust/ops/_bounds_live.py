@@ -30,13 +30,16 @@ class LiveStep(NamedTuple):
     shape_in: tuple[int, int, int]  # of the layer's input
 
 
-def leaving_out_pays(steps: list[LiveStep], rows: float) -> bool:
+def leaving_out_pays(steps: list[LiveStep], rows: float, shares: list[float] | None = None) -> bool:
     """Whether ``concretize_live`` is the faster way for so many rows an example: products with all neurons take less time each, and
-    rows that do not fill a vector cost as if they did. The constants were fitted on the certification papers' networks."""
+    rows that do not fill a vector cost as if they did. shares: of living neurons by step, where they are known. The constants were
+    fitted on the certification papers' networks."""
     if any(min(s.weight.shape[2], s.shape[1]) > _MOST_LINES for s in steps):
         return False
-    every = max(1, steps[0].slopes.shape[1] // 16)
-    shares = [_share(s.slopes[-1, ::every]) for s in steps] + [1.0]
+    if shares is None:
+        every = max(1, steps[0].slopes.shape[1] // 16)
+        shares = [_share(s.slopes[-1, ::every]) for s in steps]
+    shares = [*shares, 1.0]
     work = [s.weight.numel() * s.shape[1] * s.shape[2] for s in steps]
     living = sum(w * a * b for w, a, b in zip(work, shares, shares[1:], strict=False))
     if len(steps) == 1 and steps[0].shape[1:] == (
@@ -66,7 +69,7 @@ def concretize_live(A: Tensor, b: Tensor, example: Tensor, steps: list[LiveStep]
         slopes, intercepts, taps = dense(s.slopes), dense(s.intercepts), dense(taps)
         kept += [slopes, intercepts, taps]
         told.append(
-            (slopes.data_ptr(), slopes.shape[0], intercepts.data_ptr(), h, w, c, taps.data_ptr(), oh, ow, oc, *s.weight.shape[2:], *s.stride, *s.padding, taps.shape[1], 2 * turned)
+            (slopes.data_ptr(), slopes.shape[0], intercepts.data_ptr(), h, w, c, taps.data_ptr(), oh, ow, oc, *s.weight.shape[2:], *s.stride, *s.padding, taps.shape[1], 2 * turned, 0)
         )  # fmt: skip
     batch = steps[0].slopes.shape[1]
     starts, order = by_example(example, b.shape[1], batch, A.device)

@@ -8,8 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _C
 from ._bounds_rows import native
 from ._library import nothing_intercepts
+
+_WIDE = _C.cpu_variant() == "v4"
 
 
 def product(a: Tensor, weight: Tensor) -> Tensor:
@@ -32,6 +35,16 @@ def product_with_transpose(a: Tensor, weight: Tensor, bias: Tensor | None = None
         return F.linear(a, weight, bias)
     out = F.conv2d(_as_line(a), weight.contiguous().view(weight.shape[0], k, 1, 1), bias)
     return out.permute(0, 2, 3, 1).reshape(count, weight.shape[0])
+
+
+def matrix_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b for a (R, K) and b (K, N) in any layout, not recorded; by our kernel where it is the faster."""
+    if not (_WIDE and a.is_cpu and native(a)) or 1 not in b.stride():
+        return product(a, b)
+    out = a.new_empty(a.shape[0], b.shape[1])
+    sizes = (*a.shape, b.shape[1])
+    _C.bounds_product(a.data_ptr(), b.data_ptr(), out.data_ptr(), *sizes, (*a.stride(), *b.stride()))
+    return out
 
 
 class _Product(torch.autograd.Function):

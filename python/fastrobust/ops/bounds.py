@@ -33,12 +33,13 @@ from .linear_bounds import (
     concretize_rows,
     direct,
     linear_back_step,
+    needs_grad,
     register,
 )
 
 __all__ = [
     "MOST_LINES", "MOST_ROWS", "ConvStep", "GraphLink", "GraphStage", "LiveStep", "Window", "concretize", "concretize_graph", "concretize_live", "concretize_rows", "concretize_through", "direct", "interval_activation", "interval_ball_conv2d",
-    "interval_ball_linear", "interval_conv2d", "interval_linear", "leaving_out_pays", "linear_back_step", "product", "relax", "relax_behind", "spread", "spread_lanes",
+    "interval_ball_linear", "interval_conv2d", "interval_linear", "leaving_out_pays", "linear_back_step", "native", "needs_grad", "product", "relax", "relax_behind", "spread", "spread_lanes",
 ]  # fmt: skip
 
 _TO_CENTER, _FROM_CENTER, _RELU_CENTER, _BOX, _BOX_ENDS = range(5)

@@ -1,0 +1,114 @@
+// Layers of intervals and their gradients, on the CPU.
+#include <array>
+#include <numeric>
+#include <vector>
+
+#include "bindings/bindings.h"
+#include "bounds/kernels.h"
+
+namespace py = pybind11;
+
+namespace fastrobust {
+namespace {
+
+// sizes: (count, in_h, in_w, in_c, out_h, out_w, out_c, kernel_h, kernel_w, stride_y, stride_x, pad_y, pad_x); weight
+// with radius, radius_a and radius_count for the two products of an interval layer, or 0.
+void conv_grad(const std::array<int64_t, 13>& sizes, uintptr_t x, uintptr_t a, uintptr_t out, uintptr_t weight,
+               uintptr_t radius, uintptr_t radius_a, int64_t radius_count) {
+  ConvGradArgs g;
+  int64_t* const to[] = {&g.count,    &g.in_h,     &g.in_w,     &g.in_c,     &g.out_h, &g.out_w, &g.out_c,
+                         &g.kernel_h, &g.kernel_w, &g.stride_y, &g.stride_x, &g.pad_y, &g.pad_x};
+  for (size_t i = 0; i < sizes.size(); ++i) *to[i] = sizes[i];
+  const int64_t taps = g.kernel_h * g.kernel_w * g.in_c;
+  g.x = pointer<const float>(x, g.count, "x");
+  g.a = pointer<const float>(a, g.count, "a");
+  g.out = pointer<float>(out, taps * g.out_c, "out");
+  g.weight = reinterpret_cast<const float*>(weight);
+  g.radius_count = radius_count;
+  if (g.weight != nullptr) {
+    g.radius = pointer<const float>(radius, radius_count, "radius");
+    g.radius_a = pointer<const float>(radius_a, radius_count, "radius_a");
+  }
+  without_gil(g.count * g.out_h * g.out_w * taps * g.out_c, [&] { bounds().conv_grad(g); });
+}
+
+// strides: (a_row, a_step, b_step, b_column)
+void product(uintptr_t a, uintptr_t b, uintptr_t out, int64_t rows, int64_t count, int64_t columns,
+             const std::array<int64_t, 4>& strides) {
+  ProductArgs g;
+  g.a = pointer<const float>(a, rows * count, "a");
+  g.b = pointer<const float>(b, columns * count, "b");
+  g.out = pointer<float>(out, rows * columns, "out");
+  g.rows = rows, g.count = count, g.columns = columns;
+  g.a_row = strides[0], g.a_step = strides[1], g.b_step = strides[2], g.b_column = strides[3];
+  without_gil(rows * count * columns, [&] { bounds().product(g); });
+}
+
+void interval_grad(uintptr_t center, uintptr_t radius, uintptr_t weight, uintptr_t from_center, uintptr_t from_radius,
+                   uintptr_t to_weight, uintptr_t to_center, uintptr_t to_radius, int64_t batch, int64_t radius_batch,
+                   int64_t n, int64_t m) {
+  IntervalGradArgs g;
+  g.center = pointer<const float>(center, batch * n, "center");
+  g.radius = pointer<const float>(radius, radius_batch * n, "radius");
+  g.weight = pointer<const float>(weight, m * n, "weight");
+  g.from_center = pointer<const float>(from_center, batch * m, "from_center");
+  g.from_radius = pointer<const float>(from_radius, radius_batch * m, "from_radius");
+  g.to_weight = pointer<float>(to_weight, m * n, "to_weight");
+  g.to_center = reinterpret_cast<float*>(to_center);
+  g.to_radius = reinterpret_cast<float*>(to_radius);
+  g.batch = batch, g.radius_batch = radius_batch, g.n = n, g.m = m;
+  without_gil(batch * n * m, [&] { bounds().interval_grad(g); });
+}
+
+ReluBoxArgs relu_box_from(uintptr_t center, uintptr_t radius, bool shared, uintptr_t bias, int64_t period,
+                          int64_t batch, int64_t n, bool adaptive) {
+  ReluBoxArgs g;
+  if (n > 0 && period < 1) throw std::invalid_argument("bias: got no period");
+  g.center = pointer<const float>(center, batch * n, "center");
+  g.radius = pointer<const float>(radius, batch * n, "radius");
+  g.bias = reinterpret_cast<const float*>(bias);
+  g.batch = batch, g.n = n, g.period = period, g.adaptive = adaptive, g.shared = shared;
+  return g;
+}
+
+// Returns how many neurons have lines.
+int64_t relu_box(uintptr_t center, uintptr_t radius, bool shared, uintptr_t bias, int64_t period, int64_t batch,
+                 int64_t n, bool adaptive, uintptr_t slopes, uintptr_t intercepts, uintptr_t next_center,
+                 uintptr_t next_radius) {
+  ReluBoxArgs g = relu_box_from(center, radius, shared, bias, period, batch, n, adaptive);
+  g.slopes = pointer<float>(slopes, batch * n, "slopes");
+  g.intercepts = pointer<float>(intercepts, batch * n, "intercepts");
+  g.next_center = reinterpret_cast<float*>(next_center);
+  g.next_radius = reinterpret_cast<float*>(next_radius);
+  std::vector<int64_t> living(static_cast<size_t>(batch));
+  g.living = living.data();
+  without_gil(8 * batch * n, [&] { bounds().relu_box(g); });
+  return std::accumulate(living.begin(), living.end(), int64_t{0});
+}
+
+void relu_box_grad(uintptr_t center, uintptr_t radius, bool shared, uintptr_t bias, int64_t period, int64_t batch,
+                   int64_t n, bool adaptive, const std::array<uintptr_t, 4>& from, uintptr_t to_center,
+                   uintptr_t to_radius, uintptr_t to_bias) {
+  ReluBoxGradArgs g;
+  g.forward = relu_box_from(center, radius, shared, bias, period, batch, n, adaptive);
+  g.from_slopes = pointer<const float>(from[0], batch * n, "slopes");
+  g.from_intercepts = pointer<const float>(from[1], batch * n, "intercepts");
+  g.from_center = reinterpret_cast<const float*>(from[2]);
+  g.from_radius = reinterpret_cast<const float*>(from[3]);
+  g.to_center = pointer<float>(to_center, batch * n, "to_center");
+  g.to_radius = pointer<float>(to_radius, shared ? n : batch * n, "to_radius");
+  g.to_bias = reinterpret_cast<float*>(to_bias);
+  without_gil(16 * batch * n, [&] { bounds().relu_box_grad(g); });
+}
+
+}  // namespace
+
+void bind_bounds_layers(py::module_& m) {
+  m.def("bounds_conv_grad", &conv_grad);
+  m.def("bounds_product", &product);
+  m.def("bounds_interval_grad", &interval_grad);
+  m.def("bounds_relu_box", &relu_box);
+  m.def("bounds_relu_box_grad", &relu_box_grad);
+}
+
+}  // namespace fastrobust

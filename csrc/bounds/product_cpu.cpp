@@ -1,0 +1,99 @@
+// Products of rows of coefficients with weights, and their gradients: panels of b's columns, packed, times a few rows
+// of a from registers. Each number has its own sum over all of `count`, in order.
+#include <algorithm>
+#include <memory>
+
+#include "bounds/entry_cpu.h"
+#include "bounds/fma.h"
+#include "runtime/parallel.h"
+
+FR_NS_BEGIN
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kRows = 9, kVectors = 3;
+#elif defined(__AVX__) || defined(__aarch64__)
+constexpr int kRows = 3, kVectors = 2;
+#else
+constexpr int kRows = 3, kVectors = 1;
+#endif
+constexpr int64_t kPanel = int64_t{kVectors} * kLanes;
+constexpr int64_t kGroup = 16 * kRows;  // rows of one task
+
+// b's columns [at, at + width) as [count][kPanel], zero beyond them.
+void pack(const ProductArgs& g, int64_t at, int64_t width, float* to) {
+  const float* b = g.b + at * g.b_column;
+  if (g.b_column == 1) {
+    for (int64_t k = 0; k < g.count; ++k)
+      for (int64_t v = 0; v < kPanel; v += kLanes) {
+        const int n = static_cast<int>(std::clamp<int64_t>(width - v, 0, kLanes));
+        const float* from = b + k * g.b_step + v;
+        store(to + k * kPanel + v, n == kLanes ? load(from) : load_n(from, n));
+      }
+    return;
+  }
+  constexpr int64_t kSome = 16;  // lines of a column at a time
+  for (int64_t k = 0; k < g.count; k += kSome) {
+    const int64_t end = std::min(g.count, k + kSome);
+    for (int64_t c = 0; c < kPanel; ++c)
+      for (int64_t i = k; i < end; ++i) to[i * kPanel + c] = c < width ? b[c * g.b_column + i * g.b_step] : 0.f;
+  }
+}
+
+template <int kR>
+void tile(const ProductArgs& g, const float* panel, int64_t row, int64_t at, int64_t width) {
+  Vec acc[kR][kVectors];
+#pragma GCC unroll 9
+  for (int r = 0; r < kR; ++r)
+#pragma GCC unroll 3
+    for (int v = 0; v < kVectors; ++v) acc[r][v] = Vec(0.f);
+  const float* a = g.a + row * g.a_row;
+  for (int64_t k = 0; k < g.count; ++k, panel += kPanel, a += g.a_step) {
+    Vec b[kVectors];
+#pragma GCC unroll 3
+    for (int v = 0; v < kVectors; ++v) b[v] = load(panel + v * kLanes);
+#pragma GCC unroll 9
+    for (int r = 0; r < kR; ++r) {
+      const Vec x(a[r * g.a_row]);
+#pragma GCC unroll 3
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = fmadd(x, b[v], acc[r][v]);
+    }
+  }
+#pragma GCC unroll 9
+  for (int r = 0; r < kR; ++r)
+#pragma GCC unroll 3
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t n = width - v * kLanes;
+      float* out = g.out + (row + r) * g.columns + at + v * kLanes;
+      if (n >= kLanes)
+        store(out, acc[r][v]);
+      else if (n > 0)
+        store_n(out, acc[r][v], static_cast<int>(n));
+    }
+}
+
+using TileFn = void (*)(const ProductArgs&, const float*, int64_t, int64_t, int64_t);
+template <int kR = kRows>
+TileFn tile_of(int64_t rows) {
+  if constexpr (kR > 1)
+    if (rows < kR) return tile_of<kR - 1>(rows);
+  return tile<kR>;
+}
+
+}  // namespace
+
+void product_cpu(const ProductArgs& g) {
+  const int64_t groups = (g.rows + kGroup - 1) / kGroup, panels = (g.columns + kPanel - 1) / kPanel;
+  parallel_for(groups * panels, 1, [&](int64_t first, int64_t last) {
+    const std::unique_ptr<float[]> panel(new float[static_cast<size_t>(std::max<int64_t>(1, g.count) * kPanel)]);
+    for (int64_t task = first, packed = -1; task < last; ++task) {
+      const int64_t at = task / groups * kPanel, width = std::min(kPanel, g.columns - at);
+      if (packed != at) pack(g, at, width, panel.get());
+      packed = at;
+      const int64_t begin = task % groups * kGroup, end = std::min(g.rows, begin + kGroup);
+      for (int64_t row = begin; row < end; row += kRows) tile_of(end - row)(g, panel.get(), row, at, width);
+    }
+  });
+}
+
+FR_NS_END

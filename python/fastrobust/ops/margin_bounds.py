@@ -1,0 +1,286 @@
+"""Linear bounds over a box with lines from intervals (CROWN-IBP, IBP-inspired) for plain ReLU networks: all layers in one op.
+
+Kernels in a row, nothing between them: every map is flat with its channels innermost, the ReLU after an interval product, its lines
+and the intercepts with the product's bias come from one pass, and the gradients of all of it are written by hand. The definition is the
+engine of :mod:`fastrobust.bounds`, which takes everything else. float32 on the CPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from . import _bounds_autograd as gradients
+from . import _bounds_chain as chain
+from . import _bounds_conv as conv
+from . import linear_bounds as linear
+from ._bounds_live import LiveStep, concretize_live, leaving_out_pays
+from ._bounds_product import matrix_product
+from ._bounds_rows import address, dense
+from .bounds import center_linear
+
+_CENTER = 0
+Image = tuple[int, int, int]
+
+
+class Layer(NamedTuple):
+    """A product that a ReLU follows; channels, height and width of its input and of its result. A vector has one position."""
+
+    dense: bool
+    shape_in: Image
+    shape: Image
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+
+
+class Rows(NamedTuple):
+    """The rows: outputs ``plus`` (less ``minus``) of each row's ``example``; lower bounds, or both."""
+
+    example: Tensor
+    plus: Tensor
+    minus: Tensor | None
+    sides: int
+
+
+class _Lines(NamedTuple):
+    """What one layer leaves: centre and radius of its product, its ReLU's lines, centre and radius of its ReLU."""
+
+    center: Tensor
+    radius: Tensor
+    slopes: Tensor
+    intercepts: Tensor
+    next: tuple[Tensor, Tensor] | None
+    living: float  # the share of neurons that have lines
+
+
+def relu_margins(
+    layers: list[Layer], weights: list[Tensor], biases: list[Tensor | None], center: Tensor, radius: Tensor, shared: bool, rows: Rows, adaptive: bool
+) -> Tensor:  # fmt: skip
+    """Bounds (sides, R) of rows of outputs over [center - radius, center + radius].
+
+    center, radius: (B, n), channels innermost; shared: radius is the same for every example and needs no gradient. weights, biases:
+    those of ``layers`` from the input on, then of the last dense layer. adaptive: CROWN's lines, else those of one slope.
+    """
+    if not linear.needs_grad(center, radius, *weights, *biases):
+        return _forward(layers, weights, biases, center, radius, shared, rows, adaptive, None)
+    out: Tensor = _Margins.apply(layers, shared, rows, adaptive, center, radius, *weights, *biases)
+    return out
+
+
+def _channels_last(weight: Tensor, image: Image) -> Tensor:
+    """The weight of a dense layer (m, n) behind an image, with its columns in channels-last order."""
+    if image[0] == 1 or image[1] * image[2] == 1:
+        return dense(weight)
+    return weight.unflatten(1, image).movedim(1, -1).reshape(weight.shape)
+
+
+def _channels_first(grad: Tensor, image: Image) -> Tensor:
+    if image[0] == 1 or image[1] * image[2] == 1:
+        return grad
+    return grad.view(-1, *image[1:], image[0]).movedim(-1, 1).reshape(grad.shape)
+
+
+def _image(t: Tensor, shape: Image) -> Tensor:
+    """(B, n), channels innermost, as (B, C, H, W)."""
+    return t.view(-1, shape[1], shape[2], shape[0]).permute(0, 3, 1, 2)
+
+
+def _flat(t: Tensor) -> Tensor:
+    return t.permute(0, 2, 3, 1).reshape(len(t), -1)
+
+
+def _lines(layer: Layer, w: Tensor, bias: Tensor | None, c: Tensor, r: Tensor, adaptive: bool, last: bool) -> _Lines:
+    """Intervals through one layer; r (B, n), or (1, n) for all."""
+    if layer.dense:
+        c, r = center_linear(c, r, w, bias, _CENTER)
+    else:
+        maps = _image(c, layer.shape_in), _image(r, layer.shape_in)
+        c, r = map(_flat, conv.interval_convolution(*maps, w, bias, layer.stride, layer.padding, _CENTER))
+    batch, n = c.shape
+    one = r.stride(0) == 0
+    slopes, intercepts = c.new_empty(1 + adaptive, batch, n), c.new_empty(2, batch, n)
+    after = None if last else (torch.empty_like(c), torch.empty_like(c))
+    living = _C.bounds_relu_box(
+        c.data_ptr(), r.data_ptr(), one, address(bias), layer.shape[0], batch, n, adaptive, slopes.data_ptr(), intercepts.data_ptr(),
+        *((0, 0) if after is None else map(address, after)),
+    )  # fmt: skip
+    return _Lines(c, r, slopes, intercepts, after, living / max(1, c.numel()))
+
+
+def _forward(
+    layers: list[Layer], weights: list[Tensor], biases: list[Tensor | None], center: Tensor, radius: Tensor, shared: bool, rows: Rows, adaptive: bool,
+    kept: dict[str, Any] | None,
+) -> Tensor:  # fmt: skip
+    """The bounds; what the gradients need is put into ``kept``."""
+    ws = [
+        _channels_last(w, layer.shape_in) if layer.dense else dense(w)
+        for layer, w in zip(layers, weights, strict=False)
+    ]
+    bs = [None if b is None else dense(b) for b in biases]
+    lines: list[_Lines] = []
+    c, r = center, (radius[:1] if shared else radius)
+    for i, layer in enumerate(layers):
+        lines.append(_lines(layer, ws[i], bs[i], c, r, adaptive, i + 1 == len(layers)))
+        if lines[i].next is not None:
+            c, r = lines[i].next  # type: ignore[misc]
+    A, last = _channels_last(weights[-1], layers[-1].shape)[None], bs[-1]
+    pick: Any = (rows.plus, rows.minus)
+    if last is None:
+        b = A.new_zeros(rows.sides, len(rows.plus))
+    else:
+        b = (last[rows.plus] if rows.minus is None else last[rows.plus] - last[rows.minus]).expand(rows.sides, -1)
+    if kept is not None:
+        kept.update(ws=ws, bs=bs, lines=lines, given=[], between=None)
+    box = (center, radius)
+    for i in range(len(layers) - 1, -1, -1):
+        s, t = lines[i].slopes, lines[i].intercepts
+        if kept is None:
+            live = _live_steps(layers[: i + 1], ws, lines)
+            per = b.shape[1] * (2 if rows.sides == 2 and adaptive else 1) / max(1, len(center))
+            if leaving_out_pays(live, per, [known.living for known in reversed(lines[: i + 1])]):
+                return concretize_live(A, b, rows.example, live, box, None, 1.0, *pick)
+        if not layers[i].dense:
+            steps = _steps(layers[: i + 1], ws, lines)
+            between = None
+            if kept is not None:
+                kept["given"].append((A, pick))
+                kept["between"] = between = chain.between_of(steps, A.shape[0], b)
+            return chain.through(A, b, rows.example, steps, box, None, 1.0, pick[0], None, None, pick[1], between)
+        scaled, b = linear._back_kernel(A, b, s, t, rows.example, pick[0], pick[1], None, None, [])
+        if kept is not None:
+            kept["given"].append((A, pick, scaled))
+        A, pick = matrix_product(scaled.flatten(0, 1), ws[i]).unflatten(0, scaled.shape[:2]), (None, None)
+    if kept is not None:
+        kept["given"].append((A, pick))
+    return linear._concretize_kernel(
+        A, b, rows.example, pick[0], pick[1], center, radius, None, None, 1.0, None, None, []
+    )
+
+
+def _steps(layers: list[Layer], ws: list[Tensor], lines: list[_Lines]) -> list[chain.ConvStep]:
+    """From the last of these convolutions to the input."""
+    return [
+        chain.ConvStep(lines[i].slopes, lines[i].intercepts, s.shape, ws[i], s.stride, s.padding, s.shape_in)
+        for i, s in reversed(list(enumerate(layers)))
+    ]
+
+
+def _live_steps(layers: list[Layer], ws: list[Tensor], lines: list[_Lines]) -> list[LiveStep]:
+    found = []
+    for i, s in reversed(list(enumerate(layers))):
+        w = ws[i]
+        if s.dense:
+            c, height, width = s.shape_in
+            w = w.view(-1, height, width, c).permute(0, 3, 1, 2)
+        found.append(LiveStep(lines[i].slopes, lines[i].intercepts, s.shape, w, s.stride, s.padding, s.shape_in))
+    return found
+
+
+class _Margins(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, layers: list[Layer], shared: bool, rows: Rows, adaptive: bool, center: Tensor, radius: Tensor, *parameters: Any) -> Tensor:  # fmt: skip
+        half = len(layers) + 1
+        weights, biases = list(parameters[:half]), list(parameters[half:])
+        ctx.kept = {}
+        ctx.told = layers, shared, rows, adaptive
+        ctx.save_for_backward(center, radius, *parameters)
+        return _forward(layers, weights, biases, center, radius, shared, rows, adaptive, ctx.kept)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Any:
+        center, radius, *parameters = ctx.saved_tensors
+        need = ctx.needs_input_grad[4:]
+        layers, shared, rows, adaptive = ctx.told
+        to_c, to_r, to_w, to_b = _gradients(
+            layers, shared, rows, adaptive, center, radius, parameters, ctx.kept, dense(g), need[0] or need[1]
+        )
+        found = [t if n else None for t, n in zip([to_c, to_r, *to_w, *to_b], need, strict=True)]
+        return (None, None, None, None, *found)
+
+
+def _gradients(
+    layers: list[Layer], shared: bool, rows: Rows, adaptive: bool, center: Tensor, radius: Tensor, parameters: list[Any], kept: dict[str, Any],
+    g: Tensor, input_too: bool,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Of centre, radius, weights and biases, from those of the bounds."""
+    count = len(layers)
+    ws, lines, given = kept["ws"], kept["lines"], list(kept["given"])
+    to_w: list[Any] = [None] * (count + 1)
+    to_b: list[Any] = [None] * (count + 1)
+    to_lines: list[Any] = [None] * count
+    example = rows.example
+    to_c = to_r = None
+    # the rows, from the input up
+    A, pick, *_ = given.pop()
+    first = count - len(given)  # layers below this one went through one kernel
+    if first:
+        steps = _steps(layers[:first], ws, lines)
+        need = (input_too, input_too, [True] * first)
+        to_a, to_c, to_r, found = chain.chain_gradient(
+            A, example, pick[0], pick[1], center, radius, steps, g, need, kept["between"]
+        )
+        for i, (s, t, w) in zip(range(first - 1, -1, -1), found, strict=True):
+            to_lines[i], to_w[i] = (s, t), w
+    else:
+        args = [A, g, example, *pick, center, radius, None, None, 1.0, None, None, []]
+        to_a, to_c, to_r = gradients.concretize_rows_kernel(args, [False] * 5 + [input_too] * 2, g)
+    for i in range(first, count):
+        A, pick, scaled = given.pop()
+        flat = to_a.flatten(0, 1)
+        to_w[i] = matrix_product(scaled.flatten(0, 1).t(), flat)
+        to_scaled = matrix_product(flat, ws[i].t()).unflatten(0, scaled.shape[:2])
+        args = [A, g, lines[i].slopes, lines[i].intercepts, example, *pick, None, None, []]
+        to_a, *to_lines[i] = gradients.back_rows_kernel(args, to_scaled, g)
+    weight = parameters[count]
+    picked = gradients.pick_matrix(rows.plus, rows.minus, weight)
+    to_w[count] = _channels_first(picked @ to_a[0], layers[-1].shape)
+    to_b[count] = picked @ g.sum(0)
+    # the intervals, from the last layer down
+    from_next: tuple[Any, Any] = (None, None)
+    for i in range(count - 1, -1, -1):
+        inputs = (center, radius[:1] if shared else radius) if i == 0 else lines[i - 1].next
+        through = i > 0 or input_too
+        to_b[i], to_w[i], from_next = _layer_gradients(layers[i], ws[i], kept["bs"][i], inputs, lines[i], to_lines[i], from_next, adaptive, to_w[i], through)  # fmt: skip
+    if input_too:
+        to_c, to_r = to_c + from_next[0], to_r + from_next[1]
+    return to_c, to_r, to_w, to_b
+
+
+def _layer_gradients(
+    layer: Layer, w: Tensor, bias: Tensor | None, inputs: tuple[Tensor, Tensor], lines: _Lines, to_lines: Any, from_next: Any, adaptive: bool, to_w: Tensor,
+    through: bool,
+) -> tuple[Tensor, Tensor, tuple[Any, Any]]:  # fmt: skip
+    """Of the bias and the weight (plus ``to_w``, of the rows), and of centre and radius of the input where they go ``through``."""
+    c, r = inputs
+    batch, n = lines.center.shape
+    one = len(r) != batch or lines.radius.stride(0) == 0
+    g_c, g_r = torch.empty_like(lines.center), lines.center.new_empty(1 if one else batch, n)
+    to_bias = w.new_empty(layer.shape[0])
+    tensors = [t.data_ptr() for t in map(dense, to_lines)] + [address(t) for t in from_next]
+    _C.bounds_relu_box_grad(
+        lines.center.data_ptr(), lines.radius.data_ptr(), one, address(bias), layer.shape[0], batch, n, adaptive, tensors, g_c.data_ptr(),
+        g_r.data_ptr(), to_bias.data_ptr(),
+    )  # fmt: skip
+    to_c = to_r = None
+    if layer.dense:
+        to_c, to_r = (torch.empty_like(t) if through else None for t in (c, r))
+        _C.bounds_interval_grad(
+            c.data_ptr(), r.data_ptr(), w.data_ptr(), g_c.data_ptr(), g_r.data_ptr(), to_w.data_ptr(), address(to_c), address(to_r), batch, len(r),
+            c.shape[1], n,
+        )  # fmt: skip
+        return to_bias, _channels_first(to_w, layer.shape_in), (to_c, to_r)
+    grads = _image(g_c, layer.shape), _image(g_r, layer.shape)
+    to_w = to_w + conv.interval_weight_gradient(
+        _image(c, layer.shape_in), _image(r, layer.shape_in), w, grads[0], grads[1], layer.stride, layer.padding
+    )
+    if through:
+        size = layer.shape_in[1:]
+        to_c, to_r = (
+            _flat(conv.adjoint(t, v, layer.stride, layer.padding, size))
+            for t, v in zip(grads, (w, w.abs()), strict=True)
+        )
+    return to_bias, to_w, (to_c, to_r)
