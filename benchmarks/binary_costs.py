@@ -108,8 +108,9 @@ def dense_samples() -> list[Sample]:
         weight = torch.randn(shape)
         for batch in DENSE_BATCHES:
             x = torch.randn(batch, channels, size, size)
-            taken = min(dense_time(x, weight, stride, m) for m in (torch.contiguous_format, torch.channels_last))
-            found.append((cost.dense_terms(batch, size, size, shape, g), taken, f"{shape} {batch}"))
+            for layout in (torch.contiguous_format, torch.channels_last):
+                terms = cost.dense_terms(batch, size, size, shape, g, plain=layout == torch.contiguous_format)
+                found.append((terms, dense_time(x, weight, stride, layout), f"{shape} {batch} {layout}"))
     return found
 
 

@@ -41,8 +41,9 @@ SPARSE = {
 COPY = {"copy": 0.12e-3, "copy far": 0.1e-3, "copy single": 0.0, "copy row": 5.4e-3, "copy phases": 1.0e-3}
 _COPY_CHANNELS_LAST = 0.25e-3  # a float, which lies in as many lines of cache as there are images
 # torch: `mac` a multiplication of a dense convolution (of a kernel of one pixel), `weight` a float of the weight, which is
-# reordered in every call, `map` a float read or written. Input gradients are computed for multiples of sixteen channels.
-DENSE = {"start": 20.0, "mac": 4.7e-6, "mac 1x1": 4.9e-6, "weight": 0.175e-3, "map": 0.06e-3}
+# reordered in every call, `map` a float read or written, `map reordered` what it costs more where channels are outermost. Input
+# gradients are computed for multiples of sixteen channels.
+DENSE = {"start": 20.0, "mac": 4.7e-6, "mac 1x1": 4.9e-6, "weight": 0.175e-3, "map": 0.06e-3, "map reordered": 0.2e-3}
 # From plain maps to plain maps: as SPARSE, `add masked` where borders are masks, `add lines` where only those of the first
 # and the last line of a tile differ from the others, `phase` a float of the phases of a stride.
 DIRECT = {
@@ -124,7 +125,7 @@ def choose(
     if plain and forced != "lanes" and plain_maps.fits(height, width, shape, geometry, transposed):
         direct = _sum(DIRECT, direct_terms(batch, height, width, shape, geometry, kept, transposed)) + _DIRECT_CALL
     sparse, lanes = min((through_lanes(lanes), lanes) for lanes in LANES)
-    dense = _sum(DENSE, dense_terms(batch, height, width, shape, geometry, transposed))
+    dense = _sum(DENSE, dense_terms(batch, height, width, shape, geometry, transposed, plain))
     if direct < _COPIED * sparse or forced == "plain" and direct < math.inf:
         sparse, lanes, margin = direct, PLAIN, _DIRECT_MARGIN
     else:
@@ -165,15 +166,17 @@ def _sum(constants: Mapping[str, float], terms: Mapping[str, float]) -> float:
 
 def dense_terms(
     batch: int, height: int, width: int, shape: tuple[int, int, int, int], geometry: ConvGeometry,
-    transposed: bool = False,
+    transposed: bool = False, plain: bool = False,
 ) -> dict[str, float]:  # fmt: skip
     out, size = math.prod(geometry.out_size(shape, height, width)), math.prod(shape)
     computed = size * (-(-shape[1] // VECTOR) * VECTOR) / shape[1] if transposed and shape[1] else size
+    maps = float(batch * (shape[1] * geometry.groups * height * width + shape[0] * out))
     return {
         "start": 1.0,
         "mac" if shape[2] * shape[3] > 1 else "mac 1x1": float(batch * out * computed),
         "weight": float(size),
-        "map": float(batch * (shape[1] * geometry.groups * height * width + shape[0] * out)),
+        "map": maps,
+        "map reordered": maps if plain else 0.0,
     }
 
 
