@@ -127,6 +127,30 @@ def test_unrecorded_bounds_without_dead_neurons(name: str, leave_out: bool, take
                 near([got.upper], [want.upper])
 
 
+@pytest.mark.parametrize("leave_out", [False, True])
+@pytest.mark.parametrize("name", ["one layer", "dense"])
+@pytest.mark.parametrize("method", ["crown-ibp", "ibp-linear"])
+@pytest.mark.parametrize("sides", ["lower", "both"])
+def test_gradients_without_dead_neurons(
+    name: str, leave_out: bool, method: str, sides: str, taken: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(margin_bounds, "leaving_out_pays", lambda *a: leave_out)
+    for batch, classes in itertools.product((1, 7), (2, 5, 21)):
+        torch.manual_seed(batch)
+        net, shape, _ = network(name)
+        net[-1] = nn.Linear(net[-1].in_features, classes)
+        with torch.no_grad():
+            for layer in net[:-1]:
+                if getattr(layer, "bias", None) is not None:
+                    layer.bias -= 0.3
+        x, y = torch.rand(batch, *shape), torch.randint(classes, (batch,))
+        kwargs = {"method": method, "sides": sides, "clip": (0.0, 1.0)}
+        got = bounds_and_gradients(net, x, 0.03, y, torch.float32, True, **kwargs)
+        assert taken == [True, True]
+        near(got, bounds_and_gradients(net, x, 0.03, y, torch.float64, True, **kwargs))
+        taken.clear()
+
+
 def test_what_is_left_to_the_engine(taken: list[bool]) -> None:
     x = torch.rand(2, 1, 6, 6)
     tail = [nn.Flatten(), nn.Linear(36, 3)]
