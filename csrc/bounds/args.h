@@ -193,6 +193,15 @@ struct IntervalArgs {
   Finish finish = Finish::ends;
 };
 
+// The gradient of a matrix whose rows are picked: out[pick[i]] += from[i], out[minus[i]] -= from[i].
+struct PickGradArgs {
+  const float* from = nullptr;     // [count, length]
+  const int64_t* pick = nullptr;   // [count]
+  const int64_t* minus = nullptr;  // [count] or null
+  float* out = nullptr;            // [rows, length]
+  int64_t count = 0, length = 0, rows = 0;
+};
+
 // Gradients of scaled W for rows behind an activation, of the neurons of each row's example that have lines; those of
 // others are zero. Rows are visited example by example, as in BackGradArgs.
 struct LiveGradArgs {

@@ -191,4 +191,25 @@ void concretize_grad_cpu(const ConcretizeGradArgs& g) {
   });
 }
 
+void pick_grad_cpu(const PickGradArgs& g) {
+  constexpr int64_t kColumns = 16 * kLanes;  // of one task: the sums stay in the first cache
+  parallel_for((g.length + kColumns - 1) / kColumns, 1, [&](int64_t first, int64_t last) {
+    const int64_t begin = first * kColumns, end = std::min(g.length, last * kColumns);
+    for (int64_t row = 0; row < g.rows; ++row)
+      std::memset(g.out + row * g.length + begin, 0, static_cast<size_t>(end - begin) * sizeof(float));
+    for (int64_t at = begin; at < end; at += kColumns)
+      for (int64_t i = 0; i < g.count; ++i) {
+        const float* from = g.from + i * g.length;
+        float* plus = g.out + g.pick[i] * g.length;
+        float* minus = g.minus != nullptr ? g.out + g.minus[i] * g.length : nullptr;
+        for (int64_t k = at; k < std::min(end, at + kColumns); k += kLanes) {
+          const int n = static_cast<int>(std::min<int64_t>(kLanes, end - k));
+          const Vec v = get(from + k, n);
+          add(plus + k, v, n);
+          if (minus != nullptr) add(minus + k, -v, n);
+        }
+      }
+  });
+}
+
 FR_NS_END

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastrobust import _C
 from fastrobust.bounds import api, compute_bounds
+from fastrobust.ops import _bounds_autograd as gradients
 from fastrobust.ops import _bounds_chain, margin_bounds
 from fastrobust.ops import _bounds_conv as conv
 from fastrobust.ops import bounds as ops
@@ -198,6 +199,17 @@ def test_products_in_any_layout(rows: int, count: int, columns: int, turn_a: boo
     _C.bounds_product(a.data_ptr(), b.data_ptr(), out.data_ptr(), rows, count, columns, (*a.stride(), *b.stride()))
     want = a.double() @ b.double()
     assert (out - want).abs().max() <= 1e-5 * (a.double().abs() @ b.double().abs()).max()
+
+
+@given(st.integers(0, 30), st.integers(1, 140), st.integers(1, 9), st.booleans(), st.integers(0, 99))
+def test_gradient_of_a_matrix_whose_rows_are_picked(count: int, n: int, rows: int, less: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    g, plus, minus = torch.randn(count, n), torch.randint(rows, (count,)), torch.randint(rows, (count,))
+    got = gradients.pick_gradient(g, plus, minus if less else None, rows)
+    want = torch.zeros(rows, n, dtype=torch.float64).index_add(0, plus, g.double())
+    if less:
+        want = want.index_add(0, minus, -g.double())
+    assert torch.allclose(got.double(), want, atol=1e-5)
 
 
 @given(st.integers(1, 20), st.integers(1, 70), st.integers(1, 15), st.booleans(), st.integers(0, 99))

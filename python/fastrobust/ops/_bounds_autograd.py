@@ -74,23 +74,20 @@ def _rows_of(A: Tensor, rows: Tensor | None, minus: Tensor | None) -> Tensor:
 
 
 def _to_rows(g: Tensor, A: Tensor, rows: Tensor | None, minus: Tensor | None) -> Tensor:
-    """The adjoint of ``_rows_of``: a product with the matrix that picks, where it is small."""
+    """The adjoint of ``_rows_of``."""
     if rows is None:
         return g
-    if A.shape[1] <= 256:
-        return pick_matrix(rows, minus, A[0]) @ g
+    if _by_kernel(g):
+        return torch.stack([pick_gradient(part, rows, minus, A.shape[1]) for part in dense(g)])
     out = torch.zeros_like(A).index_add(1, rows, g)
     return out if minus is None else out.index_add(1, minus, -g)
 
 
-def pick_matrix(rows: Tensor, minus: Tensor | None, weight: Tensor) -> Tensor:
-    """The adjoint of picking rows of ``weight``, as a matrix."""
-    count = torch.arange(len(rows), device=weight.device)
-    pick = weight.new_zeros(weight.shape[0], len(rows))
-    pick[rows, count] = 1.0
-    if minus is not None:
-        pick[minus, count] -= 1.0
-    return pick
+def pick_gradient(g: Tensor, rows: Tensor, minus: Tensor | None, count: int) -> Tensor:
+    """The gradient (count, n) of a matrix from that of the rows (R, n) that are picked from it."""
+    out, rows, minus = g.new_empty(count, g.shape[1]), rows.contiguous(), None if minus is None else minus.contiguous()
+    _C.bounds_pick_grad(g.data_ptr(), rows.data_ptr(), address(minus), out.data_ptr(), *g.shape, count)
+    return out
 
 
 def _by_kernel(A: Tensor) -> bool:

@@ -58,6 +58,7 @@ def _ours(a: Tensor, b: Tensor) -> bool:
     return (
         _WIDE and a.is_cpu and native(a) and 0 < a.shape[1] <= _MOST_COUNT and a.shape[0] >= 8 and a.shape[0] * b.shape[1] >= 4096
         and 1 in b.stride() and not a.is_neg() and not b.is_neg() and nothing_intercepts()
+        and not (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad))
     )  # fmt: skip
 
 

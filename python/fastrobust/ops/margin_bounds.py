@@ -19,7 +19,7 @@ from . import _bounds_conv as conv
 from . import linear_bounds as linear
 from ._bounds_live import LiveStep, concretize_live, leaving_out_pays, live_gradient
 from ._bounds_product import matrix_product
-from ._bounds_rows import address, by_example, dense
+from ._bounds_rows import address, dense
 from .bounds import center_linear
 
 _CENTER = 0
@@ -37,7 +37,8 @@ class Layer(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The rows: outputs ``plus`` (less ``minus``) of each row's ``example``; lower bounds, or both."""
+    """The rows: outputs ``plus`` (less ``minus``) of each row's ``example``, as many of each and one after the other; lower bounds, or
+    both."""
 
     example: Tensor
     plus: Tensor
@@ -128,7 +129,8 @@ def _forward(
             c, r = lines[i].next  # type: ignore[misc]
     A, last = _channels_last(weights[-1], layers[-1].shape)[None], bs[-1]
     pick: Any = (rows.plus, rows.minus)
-    groups = by_example(rows.example, len(rows.plus), len(center), A.device)
+    per = len(rows.plus) // max(1, len(center))
+    groups = torch.arange(0, len(rows.plus) + 1, max(1, per)), None
     if last is None:
         b = A.new_zeros(rows.sides, len(rows.plus))
     else:
@@ -141,8 +143,7 @@ def _forward(
         if kept is None or (i == 0 and layers[0].dense):
             live = _live_steps(layers[: i + 1], ws, lines)
             apart = rows.sides == 2 and adaptive
-            per = b.shape[1] * (1 + apart) / max(1, len(center))
-            if leaving_out_pays(live, per, [known.living for known in reversed(lines[: i + 1])]):
+            if leaving_out_pays(live, per * (1 + apart), [known.living for known in reversed(lines[: i + 1])]):
                 below = None
                 if kept is not None:
                     below = kept["below"] = b.new_empty(1 + apart, *b.shape[1:], center.shape[1])
@@ -250,10 +251,11 @@ def _gradients(
         to_scaled = matrix_product(flat, ws[i].t()).unflatten(0, scaled.shape[:2])
         args = [A, g, lines[i].slopes, lines[i].intercepts, example, *pick, None, None, []]
         to_a, *to_lines[i] = gradients.back_rows_kernel(args, to_scaled, g, groups)
-    weight = parameters[count]
-    picked = gradients.pick_matrix(rows.plus, rows.minus, weight)
-    to_w[count] = _channels_first(matrix_product(picked, to_a[0]), layers[-1].shape)
-    to_b[count] = picked @ g.sum(0)
+    rows_of_last = len(parameters[count])
+    to_w[count] = gradients.pick_gradient(to_a[0], rows.plus, rows.minus, rows_of_last)
+    to_w[count] = _channels_first(to_w[count], layers[-1].shape)
+    whole = g if len(g) == 1 else g.sum(0, keepdim=True)
+    to_b[count] = gradients.pick_gradient(whole.view(-1, 1), rows.plus, rows.minus, rows_of_last).view(-1)
     # the intervals, from the last layer down
     from_next: tuple[Any, Any] = (None, None)
     for i in range(count - 1, -1, -1):
