@@ -2,7 +2,7 @@
 
     python -m benchmarks.binary_costs [--threads N]
 
-Times the sparse kernel, the copies into and out of its layout and torch's dense convolution over layers, densities and
+Times the sparse kernels, the copies into and out of the fast layout and torch's dense convolution over layers, densities and
 batches, fits each as a sum of non-negative terms by relative least squares, and prints the constants and how far the fits
 are off. Nothing else should run meanwhile.
 """
@@ -22,6 +22,7 @@ from torch import Tensor
 import fastrobust as fr
 from fastrobust.ops import _conv_cost as cost
 from fastrobust.ops import _feature_maps as fm
+from fastrobust.ops import _plain_maps as plain_maps
 
 # channels in and out, kernel, stride, map
 SHAPES = (
@@ -76,6 +77,25 @@ def sparse_samples() -> tuple[list[Sample], list[Sample]]:
     return kernel, copies
 
 
+def direct_samples() -> list[Sample]:
+    """Of the kernel from plain maps to plain maps."""
+    found = []
+    for channels, out, k, stride, size in SHAPES:
+        g, shape = fm.ConvGeometry.of(stride, k // 2), (out, channels, k, k)
+        for batch in DENSE_BATCHES:
+            x = torch.randn(batch, channels, size, size)
+            y = torch.empty(batch, out, *g.out_size(shape, size, size))
+            for density in DENSITIES:
+                weight = (torch.randint(0, 2, shape) * 2 - 1).float() * (torch.rand(shape) < density)
+                packed, program = fr.ops.pack(weight), fm.new_program()
+                lists = plain_maps.plan(packed, g, size, size, False)
+                program.direct(1 << 56, 2 << 56, lists.bind(batch), 0, 0, 0, False)
+                taken = microseconds(partial(program.run, -1, 0, [x.data_ptr(), y.data_ptr()]))
+                terms = cost.direct_terms(batch, size, size, shape, g, packed.kept)
+                found.append((terms, taken, f"{shape} {batch} {density}"))
+    return found
+
+
 def dense_time(x: Tensor, weight: Tensor, stride: int, memory_format: torch.memory_format) -> float:
     x, weight = (t.contiguous(memory_format=memory_format) for t in (x, weight))
     return microseconds(lambda: F.conv2d(x, weight, None, stride, weight.shape[-1] // 2))
@@ -127,8 +147,9 @@ def main() -> None:
     torch.manual_seed(0)
     with torch.no_grad():
         dense = dense_samples()
+        direct = direct_samples()
         kernel, copies = sparse_samples()
-    for title, samples in (("SPARSE", kernel), ("COPY", copies), ("DENSE", dense)):
+    for title, samples in (("SPARSE", kernel), ("COPY", copies), ("DIRECT", direct), ("DENSE", dense)):
         report(title, samples, fit(samples))
 
 

@@ -66,6 +66,28 @@ struct GatherArgs {
   Epilogue epilogue;
 };
 
+// The same sums from plain contiguous (N, C, H, W) tensors to such, on the CPU, for convolutions whose outputs are as
+// wide as the phases of their inputs: then output p of a map reads input p + shift of a phase, whatever the tap, or
+// nothing. Which of sixteen outputs read something is `masks[tap * vectors + p / 16]`, bit p % 16. With a stride, the
+// phases that are read are written apart first, image by image.
+struct DirectArgs {
+  const float* x = nullptr;
+  float* out = nullptr;
+  const int32_t* ptr = nullptr;      // lists as in GatherArgs, into [phase][channel][phase_height][phase_width]
+  const int32_t* offsets = nullptr;  // [entries]
+  const uint16_t* taps = nullptr;    // [entries]
+  const uint16_t* masks = nullptr;   // [tap_count, vectors]
+  int64_t rows = 0, segments = 1, entries = 0, tap_count = 0;
+  int64_t batch = 0, x_block = 0;  // floats from one image to the next
+  int64_t channels = 0, in_height = 0, in_width = 0, stride_h = 1, stride_w = 1;
+  uint64_t phases = 1;              // bit y stride_w + x: phase (y, x) is read
+  int64_t height = 0, width = 0;    // of the output
+  const float* scale = nullptr;     // [rows] or null
+  const float* shift = nullptr;     // [rows] or null
+  const float* residual = nullptr;  // laid out as out, or null
+  bool relu = false;
+};
+
 // Index lists of a weight to offsets into a fast layout (see build_plan in plan_cpu.cpp).
 struct PlanArgs {
   const int32_t* ptr = nullptr;    // [2 K + 1]
@@ -78,6 +100,7 @@ struct PlanArgs {
   int64_t segment = 0;         // channels read per segment, 0: one segment
   int32_t* out_ptr = nullptr;  // [2 segments rows + 1]
   int32_t* offsets = nullptr;  // [kept]
+  uint16_t* taps = nullptr;    // [kept] or null: the pixel of the kernel that each offset stands for
 };
 
 struct TopkArgs {

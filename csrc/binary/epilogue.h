@@ -23,18 +23,24 @@ FR_HD V through(V v, V gate) {
 }
 
 #if !defined(__CUDACC__)
-// The same with the sides of the ReLU as bits, lane i as bit i.
-FR_HD Vec through(Vec v, uint16_t open) {
+// Lane i where bit i is set, zero elsewhere.
+FR_HD Vec where_set(Vec v, uint16_t set) {
 #if defined(__AVX512F__)
-  return _mm512_maskz_mov_ps(open, v.v);
+  return _mm512_maskz_mov_ps(set, v.v);
 #else
   constexpr int kEach = kLanes / kRegs;
   Mask m;
-  for (int i = 0; i < kRegs; ++i)
-    for (int j = 0; j < kEach; ++j) m.r[i][j] = -((open >> (i * kEach + j)) & 1);
+  for (int i = 0; i < kRegs; ++i) {
+    NativeI bit;
+    for (int j = 0; j < kEach; ++j) bit[j] = 1 << (i * kEach + j);
+    m.r[i] = ((NativeI{} + set) & bit) == bit;
+  }
   return select(m, v, Vec(0.f));
 #endif
 }
+
+// `through` with the sides of the ReLU as bits.
+FR_HD Vec through(Vec v, uint16_t open) { return where_set(v, open); }
 #endif
 
 FR_NS_END

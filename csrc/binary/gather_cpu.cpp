@@ -13,6 +13,7 @@
 
 #include "binary/epilogue.h"
 #include "binary/layout.h"
+#include "binary/room.h"
 #include "runtime/parallel.h"
 
 FR_NS_BEGIN
@@ -188,26 +189,8 @@ Patches patches_for([[maybe_unused]] const GatherArgs& a) {
   return best;
 }
 
-// Sums of the segments so far for all rows of a tile, together so that they stay near: kept by the thread.
-class Sums {
- public:
-  ~Sums() { delete[] all_; }
-  float* room(int64_t floats) {
-    if (floats > size_) {
-      delete[] all_;
-      size_ = 0;
-      all_ = new float[static_cast<size_t>(floats) + kLanes];
-      size_ = floats;
-    }
-    return all_ + (kLine - reinterpret_cast<uintptr_t>(all_) % kLine) / sizeof(float);
-  }
-
- private:
-  static constexpr size_t kLine = kLanes * sizeof(float);
-  float* all_ = nullptr;
-  int64_t size_ = 0;
-};
-thread_local Sums thread_sums;
+// Sums of the segments so far for all rows of a tile, together so that they stay near.
+thread_local Room thread_sums;
 
 // Floats of an output plane, from its first pixel, that are no pixels and must be zero.
 struct Gap {
@@ -238,21 +221,6 @@ FR_HD void clear(float* p, int64_t n) {
     std::memset(p, 0, static_cast<size_t>(n) * sizeof(float));
 }
 
-// Rows that hold about the same number of entries.
-int64_t row_boundary(const GatherArgs& a, int64_t part, int64_t parts) {
-  if (a.segments > 1) return a.rows * part / parts;
-  const int64_t target = (a.entries + 2 * a.rows) * part / parts;
-  int64_t lo = 0, hi = a.rows;
-  while (lo < hi) {
-    const int64_t mid = (lo + hi) / 2;
-    if (a.ptr[2 * mid] + 2 * mid < target)
-      lo = mid + 1;
-    else
-      hi = mid;
-  }
-  return lo;
-}
-
 }  // namespace
 
 void gather_cpu(const GatherArgs& a) {
@@ -268,7 +236,7 @@ void gather_cpu(const GatherArgs& a) {
   const int64_t grain = std::max<int64_t>(1, kGrainWork / work);
   parallel_for(items, grain, [&](int64_t first, int64_t last) {
     std::vector<Gap> gaps;
-    float* const sums = a.segments > 1 ? thread_sums.room(a.rows * kMaxTile * kLanes) : nullptr;
+    float* const sums = a.segments > 1 ? thread_sums.floats(a.rows * kMaxTile * kLanes) : nullptr;
     for (int64_t item = first; item < last; ++item) {
       const int64_t part = item % parts, tile = item / parts % tiles, block = item / parts / tiles;
       int64_t begin;

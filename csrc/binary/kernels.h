@@ -9,6 +9,7 @@ namespace fastrobust {
 // One table per instruction set.
 struct BinaryTable {
   void (*gather)(const GatherArgs&);
+  void (*direct)(const DirectArgs&);
   void (*relayout)(const RelayoutArgs&);
   bool (*plan)(const PlanArgs&);  // false: an offset does not fit in 32 bits
   bool (*pack)(const PackArgs&);  // false: an entry is not in {-1, 0, 1}

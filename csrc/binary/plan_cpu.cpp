@@ -37,7 +37,7 @@ bool plan_cpu(const PlanArgs& a) {
   for (int64_t k = 0; k < a.kernel_h; ++k) ys.push_back(tap(k, a.stride_h, a.pad_h, a.dilation_h));
   for (int64_t k = 0; k < a.kernel_w; ++k) xs.push_back(tap(k, a.stride_w, a.pad_w, a.dilation_w));
   bool fits = true;
-  // Calls f(list, offset) for every entry, in the order of the weight.
+  // Calls f(list, offset, tap) for every entry, in the order of the weight.
   const auto each = [&](const auto& f) {
     for (int64_t k = 0; k < a.out_channels; ++k)
       for (int sign = 0; sign < 2; ++sign)
@@ -48,22 +48,24 @@ bool plan_cpu(const PlanArgs& a) {
                         phased = (y.phase * a.stride_w + x.phase) * a.in_channels + channel;
           const int64_t shift = (y.shift * a.pitch + x.shift) * a.lanes;
           if (a.transposed)
-            f(2 * (k % group_out / segment * rows + phased) + sign, k * a.plane - shift);
+            f(2 * (k % group_out / segment * rows + phased) + sign, k * a.plane - shift, t);
           else
-            f(2 * (c / segment * rows + k) + sign, phased * a.plane + shift);
+            f(2 * (c / segment * rows + k) + sign, phased * a.plane + shift, t);
         }
   };
   int32_t* const ptr = a.out_ptr;
   for (int64_t i = 0; i <= 2 * segments * rows; ++i) ptr[i] = 0;
-  each([&](int64_t list, int64_t offset) {
+  each([&](int64_t list, int64_t offset, int64_t) {
     ++ptr[list + 1];
     fits = fits && offset >= INT32_MIN && offset <= INT32_MAX;
   });
   if (!fits) return false;
   for (int64_t i = 0; i < 2 * segments * rows; ++i) ptr[i + 1] += ptr[i];
   std::vector<int32_t> next(ptr, ptr + 2 * segments * rows);
-  each([&](int64_t list, int64_t offset) {
-    a.offsets[next[static_cast<size_t>(list)]++] = static_cast<int32_t>(offset);
+  each([&](int64_t list, int64_t offset, int64_t t) {
+    const int32_t at = next[static_cast<size_t>(list)]++;
+    a.offsets[at] = static_cast<int32_t>(offset);
+    if (a.taps != nullptr) a.taps[at] = static_cast<uint16_t>(t);
   });
   return true;
 }

@@ -5,6 +5,7 @@
 FR_NS_BEGIN
 
 void gather_cpu(const GatherArgs&);
+void direct_cpu(const DirectArgs&);
 void relayout_cpu(const RelayoutArgs&);
 bool plan_cpu(const PlanArgs&);
 bool pack_cpu(const PackArgs&);
@@ -13,6 +14,7 @@ int64_t encode_cpu(const CodeArgs&);
 void decode_cpu(const CodeArgs&);
 
 extern const BinaryTable binary_table;
-const BinaryTable binary_table = {gather_cpu, relayout_cpu, plan_cpu, pack_cpu, topk_cpu, encode_cpu, decode_cpu};
+const BinaryTable binary_table = {gather_cpu, direct_cpu, relayout_cpu, plan_cpu,
+                                  pack_cpu,   topk_cpu,   encode_cpu,   decode_cpu};
 
 FR_NS_END

@@ -1,6 +1,8 @@
 // Python bindings of the binary family: raw addresses in, kernels launched on the CPU or on a CUDA stream.
 #include <array>
+#include <string>
 #include <tuple>
+#include <variant>
 #include <vector>
 
 #include "binary/kernels.h"
@@ -54,6 +56,11 @@ void launch(int device, Address stream, const RelayoutArgs& a) {
 #endif
 }
 
+void launch(int device, Address, const DirectArgs& a) {
+  if (device >= 0) throw std::invalid_argument("direct: expected the CPU, got device " + std::to_string(device));
+  binary().direct(a);
+}
+
 // What only the lists and the layouts decide: ptr, offsets, rows, segments, entries, blocks, x_block, x_origin,
 // out_block, out_origin, out_plane, height, width, pitch, lanes, depth
 using GatherShape = std::array<int64_t, 16>;
@@ -101,6 +108,41 @@ void gather(int device, Address stream, Address x, Address out, const GatherShap
   without_gil(a.blocks * a.rows * a.height * a.width, [&] { launch(device, stream, a); });
 }
 
+// ptr, offsets, taps, masks, rows, segments, entries, tap_count, batch, x_block, channels, in_height, in_width,
+// stride_h, stride_w, phases, height, width
+using DirectShape = std::array<int64_t, 18>;
+
+DirectArgs direct_args(Address x, Address out, const DirectShape& shape, Address scale, Address shift, Address residual,
+                       bool relu) {
+  DirectArgs a;
+  a.rows = shape[4];
+  a.segments = shape[5];
+  a.entries = shape[6];
+  a.tap_count = shape[7];
+  a.batch = shape[8];
+  a.x_block = shape[9];
+  a.channels = shape[10];
+  a.in_height = shape[11];
+  a.in_width = shape[12];
+  a.stride_h = shape[13];
+  a.stride_w = shape[14];
+  a.phases = static_cast<uint64_t>(shape[15]);
+  a.height = shape[16];
+  a.width = shape[17];
+  const int64_t size = a.batch * a.rows * a.height * a.width;
+  a.x = pointer<const float>(x, size * a.entries, "x");
+  a.out = pointer<float>(out, size, "out");
+  a.ptr = pointer<const int32_t>(static_cast<Address>(shape[0]), 1, "ptr");
+  a.offsets = pointer<const int32_t>(static_cast<Address>(shape[1]), a.entries, "offsets");
+  a.taps = pointer<const uint16_t>(static_cast<Address>(shape[2]), a.entries, "taps");
+  a.masks = pointer<const uint16_t>(static_cast<Address>(shape[3]), size, "masks");
+  a.scale = as<const float>(scale);
+  a.shift = as<const float>(shift);
+  a.residual = as<const float>(residual);
+  a.relu = relu;
+  return a;
+}
+
 // lanes, block, channel, row, col, phase, phases_h, phases_w, origin
 using LayoutTuple = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int, int, int64_t>;
 
@@ -138,52 +180,57 @@ class Program {
   void gather(Address x, Address out, const GatherShape& shape, Address scale, Address shift, Address post,
               Address residual, Address gate, Address pre, Address passed, Address open, int64_t channels, bool relu,
               bool borders) {
-    steps_.push_back(
-        {true,
-         gather_args(x, out, shape, scale, shift, post, residual, gate, pre, passed, open, channels, relu, borders),
-         RelayoutArgs{}});
+    steps_.emplace_back(
+        gather_args(x, out, shape, scale, shift, post, residual, gate, pre, passed, open, channels, relu, borders));
+  }
+
+  void direct(Address x, Address out, const DirectShape& shape, Address scale, Address shift, Address residual,
+              bool relu) {
+    steps_.emplace_back(direct_args(x, out, shape, scale, shift, residual, relu));
   }
 
   void relayout(Address src, Address dst, const LayoutTuple& from, const LayoutTuple& to, int64_t batch,
                 int64_t channels, int64_t height, int64_t width, int64_t plane) {
-    steps_.push_back({false, GatherArgs{}, relayout_args(src, dst, from, to, batch, channels, height, width, plane)});
+    steps_.emplace_back(relayout_args(src, dst, from, to, batch, channels, height, width, plane));
   }
 
   void run(int device, Address stream, const std::vector<Address>& bases) const {
     py::gil_scoped_release release;
-    for (const Step& step : steps_) {
-      if (step.is_gather) {
-        GatherArgs a = step.gather;
-        place(a.x, bases);
-        place(a.out, bases);
-        place(a.epilogue.scale, bases);
-        place(a.epilogue.shift, bases);
-        place(a.epilogue.residual, bases);
-        place(a.epilogue.gate, bases);
-        place(a.epilogue.pre, bases);
-        place(a.epilogue.passed, bases);
-        place(a.epilogue.open, bases);
-        launch(device, stream, a);
-      } else {
-        RelayoutArgs a = step.relayout;
-        place(a.src, bases);
-        place(a.dst, bases);
-        launch(device, stream, a);
-      }
-    }
+    for (const Step& step : steps_) std::visit([&](auto args) { launch(device, stream, place(args, bases)); }, step);
   }
 
  private:
-  struct Step {
-    bool is_gather;
-    GatherArgs gather;
-    RelayoutArgs relayout;
-  };
+  using Step = std::variant<GatherArgs, DirectArgs, RelayoutArgs>;
 
   template <class T>
   static void place(T*& p, const std::vector<Address>& bases) {
     const Address address = reinterpret_cast<Address>(p), base = address >> 56;
     if (base != 0) p = as<T>(bases.at(base - 1) + (address & ((Address{1} << 56) - 1)));
+  }
+  static GatherArgs place(GatherArgs a, const std::vector<Address>& bases) {
+    place(a.x, bases);
+    place(a.out, bases);
+    place(a.epilogue.scale, bases);
+    place(a.epilogue.shift, bases);
+    place(a.epilogue.residual, bases);
+    place(a.epilogue.gate, bases);
+    place(a.epilogue.pre, bases);
+    place(a.epilogue.passed, bases);
+    place(a.epilogue.open, bases);
+    return a;
+  }
+  static DirectArgs place(DirectArgs a, const std::vector<Address>& bases) {
+    place(a.x, bases);
+    place(a.out, bases);
+    place(a.scale, bases);
+    place(a.shift, bases);
+    place(a.residual, bases);
+    return a;
+  }
+  static RelayoutArgs place(RelayoutArgs a, const std::vector<Address>& bases) {
+    place(a.src, bases);
+    place(a.dst, bases);
+    return a;
   }
 
   std::vector<Step> steps_;
@@ -191,7 +238,7 @@ class Program {
 
 void plan(Address ptr, Address index, int64_t kept, const std::array<int64_t, 5>& shape,
           const std::array<int64_t, 6>& geometry, bool transposed, int64_t lanes, int64_t plane, int64_t pitch,
-          int64_t segment, Address out_ptr, Address offsets) {
+          int64_t segment, Address out_ptr, Address offsets, Address taps) {
   PlanArgs a;
   a.ptr = pointer<const int32_t>(ptr, 1, "ptr");
   a.index = pointer<const int32_t>(index, kept, "index");
@@ -213,6 +260,7 @@ void plan(Address ptr, Address index, int64_t kept, const std::array<int64_t, 5>
   a.segment = segment;
   a.out_ptr = pointer<int32_t>(out_ptr, 1, "out_ptr");
   a.offsets = pointer<int32_t>(offsets, kept, "offsets");
+  a.taps = as<uint16_t>(taps);
   bool fits = false;
   without_gil(kept, [&] { fits = binary().plan(a); });
   if (!fits)
@@ -280,6 +328,7 @@ void bind_binary(py::module_& m) {
   py::class_<Program>(m, "BinaryProgram")
       .def(py::init<>())
       .def("gather", &Program::gather)
+      .def("direct", &Program::direct)
       .def("relayout", &Program::relayout)
       .def("run", &Program::run);
   m.attr("huge_page") = kHugePage;

@@ -31,6 +31,7 @@ void without_gil(int64_t work, const F& f) {
 }
 
 void bind_bounds(pybind11::module_& m);
+void bind_bounds_graph(pybind11::module_& m);
 void bind_bounds_layers(pybind11::module_& m);
 void bind_pgd(pybind11::module_& m);
 void bind_polyhedron(pybind11::module_& m);

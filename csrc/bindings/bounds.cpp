@@ -440,6 +440,7 @@ int64_t interval_chain(const std::vector<std::array<int64_t, 16>>& layers, const
 }  // namespace
 
 void bind_bounds(py::module_& m) {
+  bind_bounds_graph(m);
   bind_bounds_layers(m);
   m.def("bounds_back", &back);
   m.def("bounds_concretize", &concretize);

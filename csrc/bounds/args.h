@@ -124,6 +124,52 @@ struct ChainArgs {
   const int64_t* order = nullptr;   // [count] or null
 };
 
+// Rows through any acyclic graph of activations and convolutions whose input is the network's, group by group: a group
+// are rows of one example that need the same windows of every map. Stages are activations (or linear nodes, with their
+// lines) in the order in which rows reach them, the network's input last; what a stage reads comes from earlier ones.
+// Whole maps, a box or a ball, kernels of 64 lines at most.
+struct GraphLink {
+  int source = -1;        // stage; -1: the rows themselves, unit vectors at the start
+  bool identity = false;  // else a convolution from this stage to the source, turned around
+  float sign = 1.f;       // of an identity
+  // [kernel_h, kernel_w, channels, channels of the source]; of the last stage, but from the start, [channels of the
+  // source, kernel_h, kernel_w, channels]
+  const float* weight = nullptr;
+  int64_t kernel_h = 1, kernel_w = 1, stride_y = 1, stride_x = 1, pad_y = 0, pad_x = 0;
+};
+struct GraphStage {
+  const float* slopes = nullptr;  // [slope_sides, examples, map]; null: the input
+  const float* intercepts = nullptr;
+  int slope_sides = 1;
+  bool shared = false;  // one map for all examples
+  int64_t map_height = 0, map_width = 0, channels = 0;
+  int first = 0, links = 0;  // of GraphArgs::links
+  int entry = -1;            // of GraphArgs::entries: rows that start here
+};
+struct GraphEntry {
+  const float* a = nullptr;  // [sides_a, rows of a, map]
+  int64_t side_stride = 0;
+  const int64_t* pick = nullptr;  // as in Rows
+  const int64_t* minus = nullptr;
+};
+struct GraphArgs {
+  const GraphStage* stages = nullptr;
+  const GraphLink* links = nullptr;
+  const GraphEntry* entries = nullptr;
+  int count = 0;
+  int64_t examples = 0, rows = 0, groups = 0;
+  int sides = 1;
+  const int64_t* starts = nullptr;   // [groups + 1]: the rows of group i are starts[i], ..., starts[i + 1] - 1
+  const int64_t* order = nullptr;    // [rows] or null: row i of the groups is row order[i] of the rest
+  const int64_t* example = nullptr;  // [groups]
+  const int64_t* y = nullptr;        // [groups], the position of the unit vectors; null: rows of whole maps
+  const int64_t* x = nullptr;
+  const int64_t* channel = nullptr;  // [rows], ascending within a group: of the unit vectors
+  int64_t channels = 0;              // of their image
+  const float* b = nullptr;          // [sides, rows]
+  ConcretizeArgs end;                // box or ball, and out; its rows and b are not used
+};
+
 // Gradients of ChainArgs over whole images and a box, from those of its result. Rows are visited example by example, as
 // in BackGradArgs.
 constexpr int kMaxChain = 32;  // steps

@@ -14,6 +14,7 @@ int64_t interval_conv_work_cpu(const IntervalConvArgs& a);
 void chain_cpu(const ChainArgs& a);
 void live_chain_cpu(const ChainArgs& a);
 void live_dense_cpu(const ChainArgs& a);
+void live_graph_cpu(const GraphArgs& a);
 void chain_grad_cpu(const ChainGradArgs& a);
 int64_t interval_chain_work_cpu(const IntervalChainArgs& a);
 ChainResult interval_chain_cpu(const IntervalChainArgs& a);

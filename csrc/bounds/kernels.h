@@ -17,6 +17,7 @@ struct BoundsTable {
   void (*chain)(const ChainArgs&);
   void (*live_chain)(const ChainArgs&);  // leaves out neurons without lines
   void (*live_dense)(const ChainArgs&);  // one step, a dense layer
+  void (*live_graph)(const GraphArgs&);
   void (*chain_grad)(const ChainGradArgs&);
   int64_t (*interval_chain_work)(const IntervalChainArgs&);
   ChainResult (*interval_chain)(const IntervalChainArgs&);

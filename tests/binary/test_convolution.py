@@ -55,8 +55,24 @@ def problems(draw: st.DrawFn) -> dict:
     }
 
 
-@pytest.mark.parametrize("path", ["sparse", "auto", "dense"])
-@given(problem=problems())
+@st.composite
+def problems_of_equal_width(draw: st.DrawFn) -> dict:
+    """Outputs as wide as the phases of the input, which the kernel on plain maps needs."""
+    problem = draw(problems())
+    kernel, dilation = problem["shape"][3], problem["dilation"]
+    if dilation * (kernel - 1) % 2:
+        dilation = 2
+    high, wide = problem["size"]
+    problem |= {
+        "dilation": dilation,
+        "padding": (draw(st.integers(0, 3)), dilation * (kernel - 1) // 2),
+        "size": (high + dilation * problem["shape"][2], wide + 1),
+    }
+    return problem
+
+
+@pytest.mark.parametrize("path", ["sparse", "lanes", "plain", "auto", "dense"])
+@given(problem=st.one_of(problems(), problems_of_equal_width()))
 def test_forward_and_gradients_equal_dense(path: str, problem: dict) -> None:
     os.environ["FASTROBUST_BINARY"] = path
     try:
@@ -91,6 +107,34 @@ def _check(batch, size, shape, density, stride, padding, dilation, groups, chann
     )
     want = reference.epilogue(exact, *(t.double() for t in (bias, scale, shift, residual)), relu=True)
     close(fused, want, terms)
+
+
+@given(problem=problems_of_equal_width())
+def test_plain_maps_and_lanes_give_the_same_bits(problem: dict) -> None:
+    """Both sparse kernels add in the order of the lists, so that the result does not depend on which a batch takes."""
+    p = problem
+    torch.manual_seed(p["seed"])
+    packed = fr.ops.pack(signs(p["shape"], p["density"]))
+    x = torch.randn(p["batch"], p["shape"][1] * p["groups"], *p["size"])
+    g = ops.ConvGeometry.of(p["stride"], p["padding"], p["dilation"], p["groups"])
+    results = []
+    for path in ("plain", "lanes"):
+        os.environ["FASTROBUST_BINARY"] = path
+        try:
+            assert (ops.path_of(packed, p["batch"], *p["size"], g).lanes == 0) == (path == "plain")
+            given = x.clone().requires_grad_()
+            y = fr.ops.masked_conv2d(given, packed, None, p["stride"], p["padding"], p["dilation"], p["groups"])
+            residual, scale = torch.ones_like(y).cumsum(0), torch.arange(p["shape"][0]).float()
+            with torch.no_grad():
+                z = fr.ops.masked_conv2d(
+                    x, packed, scale, p["stride"], p["padding"], p["dilation"], p["groups"],
+                    scale=scale, residual=residual, relu=True,
+                )  # fmt: skip
+            (grad,) = torch.autograd.grad(y, given, y.detach())
+            results.append((y.detach(), z, grad))
+        finally:
+            del os.environ["FASTROBUST_BINARY"]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("batch", [1, 5, 16])
@@ -179,8 +223,9 @@ def test_works_in_inference_mode_and_on_views(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("batch", [5, 16, 23])
-def test_an_image_does_not_depend_on_its_batch(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTROBUST_BINARY", "sparse")
+@pytest.mark.parametrize("path", ["sparse", "plain", "lanes"])
+def test_an_image_does_not_depend_on_its_batch(batch: int, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTROBUST_BINARY", path)
     packed = fr.ops.pack(signs((20, 24, 3, 3), 0.4))
     x = torch.randn(batch, 24, 7, 6)
     whole = fr.ops.masked_conv2d(x, packed, padding=1)
@@ -190,9 +235,10 @@ def test_an_image_does_not_depend_on_its_batch(batch: int, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("size", [(4, 4), (7, 7), (8, 8), (5, 8), (6, 8), (7, 8), (14, 14), (32, 32)])
 @pytest.mark.parametrize("density", [0.05, 0.6])
-def test_map_sizes_with_tiles_of_their_own(size: tuple[int, int], density: float, monkeypatch) -> None:
+@pytest.mark.parametrize("path", ["lanes", "plain"])
+def test_map_sizes_with_tiles_of_their_own(size: tuple[int, int], density: float, path: str, monkeypatch) -> None:
     """Whole-row tiles, one and several segments, with everything in the epilogue."""
-    monkeypatch.setenv("FASTROBUST_BINARY", "sparse")
+    monkeypatch.setenv("FASTROBUST_BINARY", path)
     w = signs((36, 40, 3, 3), density)
     packed = fr.ops.pack(w)
     x, residual = torch.randn(16, 40, *size), torch.randn(16, 36, *size)
@@ -206,8 +252,9 @@ def test_map_sizes_with_tiles_of_their_own(size: tuple[int, int], density: float
     )
 
 
-def test_threads_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTROBUST_BINARY", "sparse")
+@pytest.mark.parametrize("path", ["plain", "lanes"])
+def test_threads_do_not_change_the_result(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTROBUST_BINARY", path)
     packed = fr.ops.pack(signs((64, 48, 3, 3), 0.3))
     x = torch.randn(9, 48, 17, 16)
     threads = torch.get_num_threads()
@@ -220,11 +267,13 @@ def test_threads_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> No
         torch.set_num_threads(threads)
 
 
-def test_nan_stays_in_its_own_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTROBUST_BINARY", "sparse")
+@pytest.mark.parametrize("path", ["plain", "lanes"])
+@pytest.mark.parametrize("size", [4, 7, 8])
+def test_nan_stays_in_its_own_image(path: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTROBUST_BINARY", path)
     w = signs((8, 8, 3, 3), 0.3)
     packed = fr.ops.pack(w)
-    x = torch.randn(6, 8, 8, 8)
+    x = torch.randn(6, 8, size, size)
     clean = fr.ops.masked_conv2d(x, packed, padding=1)
     x[2] = float("nan")
     bad = fr.ops.masked_conv2d(x, packed, padding=1, relu=True)
@@ -238,7 +287,7 @@ VARIANT_SCRIPT = """
 import hashlib, torch, fastrobust as fr
 torch.manual_seed(5)
 digest = hashlib.sha256()
-for batch, shape, size, stride in ((1, (9, 7, 3, 3), 13, 1), (16, (33, 40, 3, 3), 8, 2), (5, (6, 4, 5, 5), 9, 3)):
+for batch, shape, size, stride in ((1, (9, 7, 3, 3), 13, 1), (16, (33, 40, 3, 3), 8, 2), (5, (6, 4, 5, 5), 9, 3), (7, (6, 40, 3, 3), 5, 1)):
     w = (torch.randint(0, 2, shape) * 2 - 1).float() * (torch.rand(shape) < 0.3)
     x = torch.randn(batch, shape[1], size, size, requires_grad=True)
     y = fr.ops.masked_conv2d(x, fr.ops.pack(w), stride=stride, padding=1, scale=torch.randn(shape[0]), relu=True)
@@ -249,8 +298,9 @@ print(digest.hexdigest())
 """
 
 
-def test_every_cpu_variant_gives_the_same_bits() -> None:
-    results = outputs_by_variant(VARIANT_SCRIPT, FASTROBUST_BINARY="sparse")
+@pytest.mark.parametrize("path", ["lanes", "plain"])
+def test_every_cpu_variant_gives_the_same_bits(path: str) -> None:
+    results = outputs_by_variant(VARIANT_SCRIPT, FASTROBUST_BINARY=path)
     assert all(len(words) == 1 and len(words[0]) == 64 for words in results.values())
     assert len({words[0] for words in results.values()}) == 1, results
 
@@ -296,7 +346,7 @@ def test_path_follows_the_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
         ops.path_of(dense, 16, 32, 32, g)
 
 
-@pytest.mark.parametrize("path", ["sparse", "auto", "dense"])
+@pytest.mark.parametrize("path", ["lanes", "plain", "auto", "dense"])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("shape, stride, groups, density", [((64, 3, 3, 3), 1, 1, 1.0), ((12, 3, 1, 1), 2, 2, 0.4)])
 def test_calls_that_are_known_by_heart(path, channels_last, shape, stride, groups, density, monkeypatch) -> None:

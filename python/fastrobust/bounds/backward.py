@@ -6,6 +6,7 @@ at a convolution stay windows (k, R, C, ph, pw) around their neuron until the wi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from fastrobust.bounds import graph as G
 from fastrobust.bounds.chains import conv_chain, live_steps
 from fastrobust.bounds.outward import RELATIVE
 from fastrobust.bounds.region import Region, flat
+from fastrobust.bounds.stages import concretize_images
 from fastrobust.ops import bounds as ops
 from fastrobust.reference.bounds import row_maps
 
@@ -67,7 +69,7 @@ class Lines:
 
     slopes: Tensor  # (1 or 2, B, *shape)
     intercepts: Tensor  # (2, B, *shape), of the node before without its bias where ``folded``
-    folded: int = -1  # the node whose bias is in the intercepts
+    folded: tuple[int, ...] = ()  # the nodes whose biases are in the intercepts
     source: Any = None  # max pooling: (B, C, L) flat index of the input that each output follows
     flat: dict[bool, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
@@ -108,10 +110,12 @@ class Backward:
         boxes: list[Any],
         slack: dict[int, Tensor],
         layouts: dict[int, Tensor],
+        max_memory: int,
         keep_input: bool = False,
     ):
         self.graph, self.region, self.lines, self.boxes, self.keep_input = graph, region, lines, boxes, keep_input
-        self.layouts = layouts
+        self.layouts, self.max_memory = layouts, max_memory
+        self.folded = {j: i for i, line in lines.items() for j in line.folded}
         self.slack = slack  # outward rounding: what float32 evaluation of a node can add, (B, *shape)
 
     def run(self, start: int, rows: Rows, chunk: Chunk) -> tuple[Tensor, Any]:
@@ -141,6 +145,9 @@ class Backward:
                 break
             if not pending and not self.keep_input and (steps := self._convolutions(node, r)):
                 total = self._through(node, r, steps)
+                break
+            if not self.keep_input and (found := self._graph(node, {**pending, i: r})) is not None:
+                total = found
                 break
             for j, new in zip(node.inputs, self._step(node, r), strict=False):
                 pending[j] = new if j not in pending else self._merge(self.graph.nodes[j], pending[j], new)
@@ -214,11 +221,8 @@ class Backward:
     def _add_bias(self, node: G.LinearNode, r: Rows) -> None:
         if node.index in self.slack:
             self._add_slack(node, r, self.slack[node.index])
-        consumers = node.consumers
-        if len(consumers) == 1 and node.index != self.start:
-            line = self.lines.get(consumers[0])
-            if line is not None and line.folded == node.index:
-                return
+        if self.start >= self.folded.get(node.index, math.inf):
+            return  # the rows came through the activation that has it
         bias = node.bias()
         if bias is None:
             return
@@ -390,7 +394,7 @@ class Backward:
         steps = []
         for act, conv in conv_chain(self.graph, node.index):
             line = self.lines.get(act.index)
-            if line is None or line.source is not None or (conv.bias() is not None and line.folded != conv.index):
+            if line is None or line.source is not None or (conv.bias() is not None and conv.index not in line.folded):
                 return []
             slopes, intercepts = line.flattened(True)
             w, shape_in = conv.get_weight(), self.graph.input_shapes(conv)[0]
@@ -402,6 +406,16 @@ class Backward:
             steps.append(step)
         # where gradients are recorded the kernel takes whole images only
         return [] if recorded and (r.window is not None or not r.A.is_cpu or not len(self.chunk.example)) else steps
+
+    def _graph(self, node: G.Node, rows: dict[int, Rows]) -> Tensor | None:
+        """The bounds, where one kernel takes images of coefficients at ``node`` and others through all that is left."""
+        if self.slack or not isinstance(node, G.Activation):
+            return None
+        if any(r.A is None or r.window is not None or r.A.dim() != 5 for r in rows.values()):
+            return None
+        flat = {i: (_flatten(r.A, True), r.pick, r.minus) for i, r in rows.items()}
+        chunk = self.chunk
+        return concretize_images(self.graph, self.region, self.lines, flat, chunk.b, chunk.example, self.max_memory)
 
     def _through(self, node: G.Node, r: Rows, steps: list[ops.ConvStep]) -> Tensor:
         box, ball = self.region.flattened(True)

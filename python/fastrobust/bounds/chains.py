@@ -49,7 +49,7 @@ def live_steps(graph: G.Graph, start: int, lines: dict[int, Any]) -> list[ops.Li
     steps: list[ops.LiveStep] = []
     for act, layer, image in live_chain(graph, start):
         line = lines.get(act.index)
-        if line is None or line.source is not None or (layer.bias() is not None and line.folded != layer.index):
+        if line is None or line.source is not None or (layer.bias() is not None and layer.index not in line.folded):
             return []
         slopes, intercepts = line.flattened(len(act.shape) == 3)
         w = layer.get_weight()

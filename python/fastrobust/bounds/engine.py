@@ -14,6 +14,7 @@ from fastrobust.bounds import outward as O
 from fastrobust.bounds.backward import Backward, Chunk, Lines, Rows
 from fastrobust.bounds.chains import conv_chain
 from fastrobust.bounds.region import Box, Region
+from fastrobust.bounds.stages import concretize_units
 from fastrobust.ops import bounds as ops
 from fastrobust.reference.bounds import dual_norm, eps_like
 
@@ -193,11 +194,26 @@ class Engine:
             value = O.magnitude(Box(ops.interval_activation(l, u, node.activation, node.params)))
             error = O.activation_error(node, box, value)
             return Lines(slopes, O.pad_lines(slopes, intercepts, box, error))
-        if isinstance(before, (G.Dense, G.Conv, G.ConvTranspose)) and before.consumers == [node.index]:
-            bias = before.bias()
-            if bias is not None:  # the bias of the layer before joins the intercepts: one pass over A less
-                return Lines(*ops.relax_behind(l, u, node.activation, self.kind, node.params, bias), before.index)
+        found = self._biases(before, node.index)
+        if found:  # the biases of the layers before join the intercepts: one pass over A less
+            bias = found[0][1] if len(found) == 1 else torch.stack([b for _, b in found]).sum(0)
+            folded = tuple(i for i, _ in found)
+            return Lines(*ops.relax_behind(l, u, node.activation, self.kind, node.params, bias), folded)
         return Lines(*ops.relax(l, u, node.activation, self.kind, node.params))
+
+    def _biases(self, node: Any, reader: int, sign: int = 1) -> list[tuple[int, Tensor]]:
+        """(layer, its bias) of the layers that ``reader`` alone reads, straight or in a sum; all biases have one shape."""
+        if node.consumers != [reader]:
+            return []
+        if isinstance(node, (G.Dense, G.Conv, G.ConvTranspose)):
+            bias = node.bias()
+            return [] if bias is None else [(node.index, bias if sign > 0 else -bias)]
+        if not isinstance(node, G.Sum):
+            return []
+        found: list[tuple[int, Tensor]] = []
+        for j, s in zip(node.inputs, node.signs, strict=True):
+            found += self._biases(self.graph.nodes[j], node.index, sign * s)
+        return found if len({b.shape for _, b in found}) <= 1 else []
 
     def _tighten(self, j: int, node: G.Node) -> None:
         """Replaces the interval of node j by linear bounds wherever ``node`` is not linear on it."""
@@ -206,10 +222,9 @@ class Engine:
         if self.refine_all:
             mask = torch.ones_like(mask)
         self.exact[j] = True
-        picked = mask.detach().flatten(1).nonzero()
-        if len(picked) == 0:
+        example, neuron = self._picked(mask.detach())
+        if len(example) == 0:
             return
-        example, neuron = picked.unbind(1)
         out = self.bound_rows(j, example, neuron, None)
         low, up = out[0], out[1]
         if self.intersect:
@@ -220,10 +235,21 @@ class Engine:
             (l.flatten(1).index_put(at, low).view(l.shape), u.flatten(1).index_put(at, up).view(u.shape))
         )
 
+    @staticmethod
+    def _picked(mask: Tensor) -> tuple[Tensor, Tensor]:
+        """(example, neuron) where ``mask`` (B, *shape) is set; of images position by position."""
+        if mask.dim() != 4:
+            example, neuron = mask.flatten(1).nonzero().unbind(1)
+            return example, neuron
+        example, place, channel = mask.flatten(2).movedim(1, -1).nonzero().unbind(1)
+        return example, channel * (mask.shape[2] * mask.shape[3]) + place
+
     # -- rows ----------------------------------------------------------------------------------------------------------
     def bound_rows(self, start: int, example: Tensor, plus: Tensor, minus: Tensor | None, sides: int = 2) -> Tensor:
         """Bounds (sides, R) of single neurons, or of differences of two, of node ``start``."""
         node = self.graph.nodes[start]
+        if minus is None and (found := self._units(start, example, plus, sides)) is not None:
+            return found
         results = []
         for piece in self._pieces(start, len(example), sides):
             p = plus[piece]
@@ -233,9 +259,15 @@ class Engine:
                 where = (inner // node.shape[2], inner % node.shape[2])
             b = torch.zeros(sides, len(p), dtype=self.region.x.dtype, device=self.region.x.device)
             rows = Rows(None, plus=p, minus=None if minus is None else minus[piece])
-            back = Backward(self.graph, self.region, self.lines, self.boxes, self.slack, self.layouts)
+            back = Backward(self.graph, self.region, self.lines, self.boxes, self.slack, self.layouts, self.max_memory)
             results.append(back.run(start, rows, Chunk(example[piece], b, where))[0])
         return results[0] if len(results) == 1 else torch.cat(results, 1)
+
+    def _units(self, start: int, example: Tensor, neuron: Tensor, sides: int) -> Tensor | None:
+        """``bound_rows`` of single neurons of an image in one kernel, where that is the way."""
+        if self.slack or self.kind is None:
+            return None
+        return concretize_units(self.graph, self.region, self.lines, start, example, neuron, sides, self.max_memory)
 
     def _pieces(self, start: int, rows: int, sides: int) -> list[slice]:
         x = self.region.x
@@ -257,6 +289,13 @@ class Engine:
             plus, minus, negative = minus, plus, False
         start = self.graph.output
         x = self.region.x
+        if (
+            matrix is None
+            and minus is None
+            and not keep
+            and (found := self._units(start, example, plus, 2 if negative else sides)) is not None
+        ):
+            return (-found[1:] if negative else found), None
         bounds, maps, offsets = [], [], []
         count = len(example)
         for piece in self._pieces(start, count, sides):
@@ -267,7 +306,9 @@ class Engine:
                 rows = Rows(-A if negative else A)
             else:
                 rows = Rows(None, plus=plus[piece], minus=None if minus is None else minus[piece], negative=negative)
-            back = Backward(self.graph, self.region, self.lines, self.boxes, self.slack, self.layouts, keep)
+            back = Backward(
+                self.graph, self.region, self.lines, self.boxes, self.slack, self.layouts, self.max_memory, keep
+            )
             out, kept = back.run(start, rows, Chunk(ex, b))
             bounds.append(out)
             if kept is not None:

@@ -11,11 +11,16 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
+from . import _plain_maps as plain_maps
 from ._feature_maps import VECTOR, ConvGeometry, grad_maps, input_maps, segment_channels
 
 LANES = (1, 4, 8, 16)
+PLAIN = 0  # in the place of lanes: from plain maps to plain maps
+# What FASTROBUST_BINARY may force: "plain" and "lanes" are the two sparse kernels.
+FORCED = ("sparse", "plain", "lanes", "dense")
 # Floats of the fast layout handled at a time: what is read and written again stays in cache.
 CHUNK_FLOATS = 1 << 20
 
@@ -38,7 +43,20 @@ _COPY_CHANNELS_LAST = 0.25e-3  # a float, which lies in as many lines of cache a
 # torch: `mac` a multiplication of a dense convolution (of a kernel of one pixel), `weight` a float of the weight, which is
 # reordered in every call, `map` a float read or written. Input gradients are computed for multiples of sixteen channels.
 DENSE = {"start": 20.0, "mac": 4.7e-6, "mac 1x1": 4.9e-6, "weight": 0.175e-3, "map": 0.06e-3}
-_CALL = 20.0  # a sparse call from Python by itself, beyond its three kernels
+# From plain maps to plain maps: as SPARSE, `add masked` where borders are masks, `phase` a float of the phases of a stride.
+DIRECT = {
+    "start": 1.5,
+    "add": 0.15e-3,
+    "add masked": 0.29e-3,
+    "entry": 0.2e-3,
+    "row": 5.8e-3,
+    "store": 0.1e-3,
+    "phase": 0.13e-3,
+}
+_DIRECT_CALL = 4.0  # a call from Python by itself
+_DIRECT_MARGIN = 0.85  # see _MARGIN
+_COPIED = 1.15  # the factor by which copies that are not in cache lengthen calls on lanes in the mean
+_CALL = 6.0  # a sparse call from Python by itself, beyond its three kernels
 _STEP = 2.0  # a kernel among others in one call
 _PASS = 0.02e-3  # one float of an elementwise pass of torch
 # The sparse path is taken where it is expected to win by more than the estimates err: copies of maps that are not in cache
@@ -57,37 +75,60 @@ class Choice:
 
     @property
     def reason(self) -> str:
-        return f"estimated {self.sparse:.0f} us sparse ({self.lanes} lanes), {self.dense:.0f} us dense"
+        how = "plain maps" if self.lanes == PLAIN else f"{self.lanes} lanes"
+        return f"estimated {self.sparse:.0f} us sparse ({how}), {self.dense:.0f} us dense"
 
 
-def variable() -> str:
-    """FASTROBUST_BINARY as it is."""
-    return os.environ.get("FASTROBUST_BINARY", "")
+_VARIABLE = "FASTROBUST_BINARY"
+
+
+def _reader() -> Callable[[], Any]:
+    """What `os.environ` holds for the variable, past the decoding, which takes a microsecond."""
+    try:
+        kept, name = os.environ._data, os.environ.encodekey(_VARIABLE)  # type: ignore[attr-defined]
+        kept.get(name)
+    except (AttributeError, TypeError):
+        return functools.partial(os.environ.get, _VARIABLE)
+    return functools.partial(kept.get, name)
+
+
+# FASTROBUST_BINARY as it is kept: equal when nothing changed.
+variable = _reader()
 
 
 def forced_path() -> str | None:
     """The path named by FASTROBUST_BINARY, None for the cost model."""
-    value = variable()
-    if value not in ("", "auto", "sparse", "dense"):
-        raise ValueError(f"FASTROBUST_BINARY: expected auto, sparse or dense, got {value!r}")
-    return value if value in ("sparse", "dense") else None
+    if variable() is None:
+        return None
+    value = os.environ.get(_VARIABLE, "")
+    if value not in ("", "auto", *FORCED):
+        raise ValueError(f"{_VARIABLE}: expected auto, {', '.join(FORCED[:-1])} or {FORCED[-1]}, got {value!r}")
+    return value if value in FORCED else None
 
 
 @functools.lru_cache(maxsize=4096)
 def choose(
     batch: int, height: int, width: int, shape: tuple[int, int, int, int], geometry: ConvGeometry, kept: int,
-    forced: str | None, transposed: bool = False,
+    forced: str | None, transposed: bool = False, plain: bool = False,
 ) -> Choice:  # fmt: skip
     """The path of one call on plain tensors: a convolution of `batch` maps with `kept` weights of `shape`, or its input
-    gradient."""
+    gradient. plain: what is read is contiguous and on the CPU."""
 
-    def plain(lanes: int) -> float:
+    def through_lanes(lanes: int) -> float:
         kernel = _sum(SPARSE, sparse_terms(batch, height, width, shape, geometry, kept, lanes, transposed))
         return kernel + _sum(COPY, copy_terms(batch, height, width, shape, geometry, lanes)) + _CALL
 
-    sparse, lanes = min((plain(lanes), lanes) for lanes in LANES)
+    direct = math.inf
+    if plain and forced != "lanes" and plain_maps.fits(height, width, shape, geometry, transposed):
+        direct = _sum(DIRECT, direct_terms(batch, height, width, shape, geometry, kept, transposed)) + _DIRECT_CALL
+    sparse, lanes = min((through_lanes(lanes), lanes) for lanes in LANES)
     dense = _sum(DENSE, dense_terms(batch, height, width, shape, geometry, transposed))
-    return Choice(forced or ("sparse" if sparse < _MARGIN * dense else "dense"), lanes, sparse, dense)
+    if direct < _COPIED * sparse or forced == "plain" and direct < math.inf:
+        sparse, lanes, margin = direct, PLAIN, _DIRECT_MARGIN
+    else:
+        margin = _MARGIN
+    path = ("dense" if forced == "dense" else "sparse") if forced else "sparse" if sparse < margin * dense else "dense"
+    return Choice(path, lanes, sparse, dense)
 
 
 def estimate(
@@ -149,6 +190,30 @@ def copy_terms(
         }  # fmt: skip
     group = lanes * max(shape[1] * geometry.groups * height * width, shape[0] * out_h * out_w)
     return {"copy": float(images * floats), "copy far": float(images * floats) if group >= CHUNK_FLOATS else 0.0}
+
+
+def direct_terms(
+    batch: int, height: int, width: int, shape: tuple[int, int, int, int], geometry: ConvGeometry, kept: int,
+    transposed: bool = False,
+) -> dict[str, float]:  # fmt: skip
+    rows = shape[1] * geometry.groups if transposed else shape[0]
+    pixels = height * width if transposed else math.prod(geometry.out_size(shape, height, width))
+    vectors = -(-pixels // VECTOR)
+    together = 1  # maps of a tile, where one does not fill it
+    while together < 8 and 2 * together * vectors <= VECTOR and 2 * together <= batch:
+        together *= 2
+    tiles = (batch // together + (batch % together).bit_count()) * -(-vectors // VECTOR)
+    masked = shape[2] * shape[3] > 1 or geometry.padding != (0, 0) or pixels % VECTOR > 0
+    phases = min(math.prod(geometry.stride), shape[2] * shape[3]) if geometry.stride != (1, 1) else 0
+    phase = -(-height // geometry.stride[0]) * -(-width // geometry.stride[1])
+    return {
+        "start": 1.0,
+        "add masked" if masked else "add": float(batch * kept * vectors),
+        "entry": float(tiles * kept),
+        "row": float(tiles * rows),
+        "store": float(batch * rows * vectors),
+        "phase": float(batch * shape[1] * geometry.groups * phases * phase),
+    }
 
 
 def sparse_terms(

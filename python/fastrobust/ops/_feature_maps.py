@@ -268,18 +268,18 @@ class Plan:
         return found[2]
 
 
-class _Derived(dict[Any, Any]):
-    """Copies and pickles make it anew: programs and addresses belong to this process."""
+class Derived(dict[Any, Any]):
+    """What is derived from lists. Copies and pickles make it anew: programs and addresses belong to this process."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Derived, ()
+        return Derived, ()
 
 
 def kept_with(packed: PackedWeight, name: str) -> dict[Any, Any]:
     """A dictionary that lives as long as the index lists, for what is derived from them."""
     found: dict[Any, Any] | None = packed.index.__dict__.get(f"_fastrobust_{name}")
     if found is None:
-        found = packed.index.__dict__[f"_fastrobust_{name}"] = _Derived()
+        found = packed.index.__dict__[f"_fastrobust_{name}"] = Derived()
     return found
 
 
@@ -289,11 +289,18 @@ def plan(packed: PackedWeight, geometry: ConvGeometry, source: Maps, transposed:
     key = (geometry, transposed, source.lanes, source.plane, source.pitch, len(packed.shape))
     found: Plan | None = plans.get(key)
     if found is None:
-        found = plans[key] = _build(packed, geometry, source, transposed)
+        found = plans[key] = build_lists(packed, geometry, transposed, source.lanes, source.plane, source.pitch)
     return found
 
 
-def _build(packed: PackedWeight, geometry: ConvGeometry, source: Maps, transposed: bool) -> Plan:
+def build_lists(
+    packed: PackedWeight, geometry: ConvGeometry, transposed: bool, lanes: int, plane: int, pitch: int,
+    taps: Tensor | None = None,
+) -> Plan:  # fmt: skip
+    """Lists for maps of which a channel takes `plane` floats and a row `pitch` times the lanes.
+
+    taps: int16 (kept), filled with the pixel of the kernel that each entry stands for.
+    """
     k, c, kh, kw = conv_shape(packed.shape)
     rows = k
     read = c
@@ -309,7 +316,7 @@ def _build(packed: PackedWeight, geometry: ConvGeometry, source: Maps, transpose
     _C.binary_plan(
         host.ptr.data_ptr(), host.index.data_ptr(), packed.kept, (k, c * geometry.groups, kh, kw, geometry.groups),
         (*geometry.stride, *geometry.padding, *geometry.dilation), transposed,
-        source.lanes, source.plane, source.pitch, segment, ptr.data_ptr(), offsets.data_ptr(),
+        lanes, plane, pitch, segment, ptr.data_ptr(), offsets.data_ptr(), address(taps),
     )  # fmt: skip
     device = packed.index.device
     return Plan(ptr.to(device), offsets.to(device), rows, segments, segment or read)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,17 +11,13 @@ from torch.nn.grad import conv2d_weight
 
 from ..reference import binary as reference
 from ..reference.binary import PackedWeight
-from . import _conv_cost as cost
 from . import _feature_maps as fm
-from ._dense_conv import Prepacked, dense_conv, dense_input_grad, dense_weight, memory_format
+from . import _known_calls as known
+from ._conv_recipe import path_of as path_of
+from ._conv_recipe import recipe_for, run_sparse
+from ._dense_conv import dense_conv, dense_input_grad, memory_format
 from ._feature_maps import ConvGeometry
 from ._library import below_autograd, define, nothing_intercepts
-
-# Largest output for which the order of a dense weight is worth keeping: the rest is the convolution's own time.
-_PREPACKED_FLOATS = 1 << 18
-# Kinds of calls of one weight that are known by heart.
-_REMEMBERED = 16
-
 
 # ---- convolutions: kernels ----
 
@@ -38,101 +33,6 @@ def _arguments(packed: PackedWeight, g: ConvGeometry) -> tuple[Any, ...]:
     return packed.ptr, packed.index, packed.shape, g.stride, g.padding, g.dilation, g.groups
 
 
-class _Recipe(NamedTuple):
-    """How a convolution of one batch size and map size is done; `parts` are empty on the dense path."""
-
-    choice: cost.Choice
-    out_size: tuple[int, int]
-    lists: fm.Plan | None
-    parts: list[tuple[int, fm.Maps, fm.Maps]]  # first image, layouts of what is read and written
-    programs: dict[Any, Any]  # by the strides and what is applied
-
-
-def _recipe(packed: PackedWeight, batch: int, height: int, width: int, g: ConvGeometry, transposed: bool) -> _Recipe:
-    recipes = fm.kept_with(packed, "recipes")
-    key = (batch, height, width, g, transposed, len(packed.shape), cost.forced_path())
-    found: _Recipe | None = recipes.get(key)
-    if found is None:
-        found = recipes[key] = _new_recipe(packed, batch, height, width, g, transposed)
-    return found
-
-
-def _new_recipe(
-    packed: PackedWeight, batch: int, height: int, width: int, g: ConvGeometry, transposed: bool
-) -> _Recipe:
-    shape = fm.conv_shape(packed.shape)
-    out_size = g.out_size(shape, height, width)
-    choice = path_of(packed, batch, height, width, g, transposed)
-    if choice.path == "dense" or batch == 0:
-        return _Recipe(choice, out_size, None, [], {})
-
-    def layouts(count: int) -> tuple[fm.Maps, fm.Maps]:
-        if transposed:
-            return fm.grad_maps(count, height, width, shape, g, choice.lanes)
-        source = fm.input_maps(count, shape[1] * g.groups, height, width, shape, g, choice.lanes)
-        return source, fm.Maps(count, shape[0], *out_size, choice.lanes, source.pitch, 0, 0)
-
-    whole = layouts(batch)
-    # Whole groups of lanes that fit the cache.
-    step = max(1, cost.CHUNK_FLOATS // max(whole[0].block, whole[1].block)) * choice.lanes
-    parts = [(n, *layouts(min(batch, n + step) - n)) for n in range(0, batch, step)]
-    return _Recipe(choice, out_size, fm.plan(packed, g, whole[0], transposed), parts, {})
-
-
-# What a program is given, in this order; whatever is not there is 0.
-_X, _OUT, _RESIDUAL, _SCALE, _SHIFT, _READ, _WRITTEN, _ADDED = ((i + 1) << 56 for i in range(8))
-
-
-def _run_sparse(
-    x: Tensor, recipe: _Recipe, out: Tensor, scale: Tensor | None = None, shift: Tensor | None = None,
-    residual: Tensor | None = None, relu: bool = False,
-) -> Tensor:  # fmt: skip
-    """Into the fast layout, the kernel, and out of it, part by part, in one call of the compiled module."""
-    if not recipe.parts:  # no images
-        return out
-    if x.is_neg() or residual is not None and residual.is_neg():
-        x, residual = x.resolve_neg(), None if residual is None else residual.resolve_neg()
-    scale, shift = (None if t is None else t.contiguous() for t in (scale, shift))
-    added = None if residual is None else residual.stride()
-    device, stream = fm.device_of(x)
-    key = (device, x.stride(), out.stride(), scale is None, shift is None, added, relu)
-    program = recipe.programs.get(key)
-    if program is None:
-        program = recipe.programs[key] = _program(recipe, x, out, scale, shift, residual, relu)
-    _, source, target = recipe.parts[0]
-    rooms = [fm.scratch(0, source, x), fm.scratch(1, target, x)]
-    if residual is not None:
-        rooms.append(fm.scratch(2, target, x))
-    given = (x, out, residual, scale, shift, *rooms)
-    program.run(device, stream, [0 if t is None else t.data_ptr() for t in given])
-    return out
-
-
-def _program(
-    recipe: _Recipe, x: Tensor, out: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
-    relu: bool,
-) -> Any:  # fmt: skip
-    program = fm.new_program()
-    assert recipe.lists is not None
-    for first, source, target in recipe.parts:
-        at = {
-            base: base | 4 * first * t.stride(0)
-            for base, t in ((_X, x), (_OUT, out), (_RESIDUAL, residual))
-            if t is not None
-        }
-        program.relayout(at[_X], _READ, fm.plain_layout(x), source.layout, *source.size, source.plane)
-        if residual is not None:
-            program.relayout(
-                at[_RESIDUAL], _ADDED, fm.plain_layout(residual), target.layout, *target.size, target.plane
-            )
-        program.gather(
-            _READ, _WRITTEN, recipe.lists.bind(source, target), 0 if scale is None else _SCALE,
-            0 if shift is None else _SHIFT, 0, 0 if residual is None else _ADDED, 0, 0, 0, 0, target.channels, relu, False,
-        )  # fmt: skip
-        program.relayout(_WRITTEN, at[_OUT], target.layout, fm.plain_layout(out), *target.size, 0)
-    return program
-
-
 def _conv_kernel(
     x: Tensor, ptr: Tensor, index: Tensor, shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int], groups: int, *rest: Any,
@@ -145,11 +45,12 @@ def _run_conv(
     residual: Tensor | None, relu: bool,
 ) -> Tensor:  # fmt: skip
     batch, _, height, width = x.shape
-    recipe = _recipe(packed, batch, height, width, g, False)
+    recipe = recipe_for(x, packed, batch, height, width, g, False)
     if x.dtype != torch.float32 or recipe.choice.path == "dense":
         return reference.epilogue(dense_conv(x, packed, g), None, scale, shift, residual, relu)
-    out = torch.empty((batch, packed.shape[0], *recipe.out_size), device=x.device, memory_format=memory_format(x))
-    return _run_sparse(x, recipe, out, scale, shift, residual, relu)
+    size = (batch, packed.shape[0], *recipe.out_size)
+    out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+    return run_sparse(x, recipe, out, scale, shift, residual, relu)
 
 
 def _conv_fake(x: Tensor, ptr: Tensor, index: Tensor, shape: Sequence[int], *args: Any) -> Tensor:
@@ -165,10 +66,11 @@ def _grad_kernel(
 ) -> Tensor:  # fmt: skip
     packed, g = PackedWeight(tuple(shape), ptr, index), _geometry(stride, padding, dilation, groups)
     size = (grad.shape[0], fm.conv_shape(packed.shape)[1] * groups, height, width)
-    recipe = _recipe(packed, size[0], height, width, g, True)
+    recipe = recipe_for(grad, packed, size[0], height, width, g, True)
     if grad.dtype != torch.float32 or recipe.choice.path == "dense":
         return dense_input_grad(grad, packed, size, g)
-    return _run_sparse(grad, recipe, torch.empty(size, device=grad.device, memory_format=memory_format(grad)))
+    out = torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=memory_format(grad))
+    return run_sparse(grad, recipe, out)
 
 
 def _grad_fake(
@@ -263,13 +165,9 @@ def masked_conv2d(
     Differentiable, any number of times, in x, bias, scale, shift and residual.
     Raises TypeError or ValueError for arguments that do not fit together.
     """
-    key = None
     plain = bias is scale is shift is residual is None and not relu
-    ints = type(stride) is type(padding) is type(dilation) is type(groups) is int
-    if plain and ints and type(x) is Tensor and isinstance(packed, PackedWeight) and nothing_intercepts():
-        key = (x.shape, x.dtype, x.device, x.is_contiguous(), stride, padding, dilation, groups, cost.variable())
-        known: _KnownCall | None = fm.kept_with(packed, "calls").get(key)
-        out = None if known is None else _known_call(known, x, (stride, padding, dilation, groups))
+    if plain:
+        out = known.again(x, packed, stride, padding, dilation, groups)
         if out is not None:
             return out
     g = ConvGeometry.of(stride, padding, dilation, groups)
@@ -277,54 +175,9 @@ def masked_conv2d(
     if len(packed.shape) != 4:
         raise ValueError(f"packed: expected a weight (K, C / groups, kh, kw), got {packed.shape}")
     check_conv(x, packed.shape, g, packed)
-    if key is not None and x.is_cpu and x.dtype == torch.float32:
-        calls = fm.kept_with(packed, "calls")
-        if len(calls) >= _REMEMBERED:
-            calls.clear()
-        known = calls[key] = _KnownCall.of(x, packed, g)
-        out = _known_call(known, x, (stride, padding, dilation, groups))
-        if out is not None:
-            return out
+    if plain and nothing_intercepts():
+        known.remember(x, packed, g, (stride, padding, dilation, groups))
     return _masked_conv(x, packed, g, bias, scale, shift, residual, relu)
-
-
-class _KnownCall(NamedTuple):
-    """A call without an epilogue that has been checked: torch's convolution, or a recipe for what is not recorded."""
-
-    dense: tuple[Tensor, Tensor] | None  # the weight, NCHW and channels last
-    prepacked: Prepacked | None  # for channels_last
-    recorded: bool  # by torch itself: the gradient is dense too
-    recipe: _Recipe
-    out_shape: tuple[int, ...]
-
-    @staticmethod
-    def of(x: Tensor, packed: PackedWeight, g: ConvGeometry) -> _KnownCall:
-        batch, _, height, width = x.shape
-        recipe = _recipe(packed, batch, height, width, g, False)
-        dense = prepacked = None
-        if recipe.choice.path == "dense":
-            contiguous = dense_weight(packed, x.dtype, torch.contiguous_format)
-            dense = contiguous, dense_weight(packed, x.dtype, torch.channels_last)
-            small = math.prod((batch, packed.shape[0], *recipe.out_size)) <= _PREPACKED_FLOATS
-            if small and memory_format(x) == torch.channels_last:
-                prepacked = Prepacked.of(packed, tuple(x.shape), g)
-        recorded = path_of(packed, batch, height, width, g, True).path == "dense"
-        return _KnownCall(dense, prepacked, recorded, recipe, (batch, packed.shape[0], *recipe.out_size))
-
-
-def _known_call(known: _KnownCall, x: Tensor, geometry: tuple[Any, ...]) -> Tensor | None:
-    """The result with as little around it as there can be, None where the long way has to be taken."""
-    recorded = x.requires_grad and torch.is_grad_enabled()
-    if known.dense is not None:
-        if recorded and not known.recorded or torch.is_autocast_enabled("cpu"):
-            return None
-        channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-        if channels_last and not recorded and known.prepacked is not None:
-            return known.prepacked(x)
-        return torch.conv2d(x, known.dense[channels_last], None, *geometry)
-    if recorded or not known.recipe.parts:
-        return None
-    return _run_sparse(x, known.recipe, torch.empty(known.out_shape, memory_format=memory_format(x)))
 
 
 def masked_linear(
@@ -416,14 +269,6 @@ def conv_weight_grad(grad: Tensor, x: Tensor, shape: tuple[int, ...], g: ConvGeo
     """Dense gradient of conv2d(x, W) with respect to W: every entry, kept or pruned."""
     size = fm.conv_shape(shape)
     return conv2d_weight(x, size, grad, g.stride, g.padding, g.dilation, g.groups)
-
-
-def path_of(
-    packed: PackedWeight, batch: int, height: int, width: int, g: ConvGeometry, transposed: bool = False
-) -> cost.Choice:
-    """Which path `masked_conv2d` or its input gradient (`transposed`) takes for maps of this size, and why."""
-    shape = fm.conv_shape(packed.shape)
-    return cost.choose(batch, height, width, shape, g, packed.kept, cost.forced_path(), transposed)
 
 
 # ---- checks ----

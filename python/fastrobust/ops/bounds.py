@@ -19,6 +19,7 @@ from . import _bounds_autograd as gradients
 from . import _checks as ck
 from ._bounds_chain import ConvStep, concretize_through
 from ._bounds_conv import adjoint, interval_convolution, pair
+from ._bounds_graph import MOST_LINES, MOST_ROWS, GraphLink, GraphStage, concretize_graph
 from ._bounds_lines import interval_activation, relax, relax_behind
 from ._bounds_live import LiveStep, concretize_live, leaving_out_pays
 from ._bounds_product import product, product_with_transpose
@@ -37,7 +38,7 @@ from .linear_bounds import (
 )
 
 __all__ = [
-    "ConvStep", "LiveStep", "Window", "concretize", "concretize_live", "concretize_rows", "concretize_through", "direct", "interval_activation", "interval_ball_conv2d",
+    "MOST_LINES", "MOST_ROWS", "ConvStep", "GraphLink", "GraphStage", "LiveStep", "Window", "concretize", "concretize_graph", "concretize_live", "concretize_rows", "concretize_through", "direct", "interval_activation", "interval_ball_conv2d",
     "interval_ball_linear", "interval_conv2d", "interval_linear", "leaving_out_pays", "linear_back_step", "native", "needs_grad", "product", "relax", "relax_behind", "spread", "spread_lanes",
 ]  # fmt: skip
 

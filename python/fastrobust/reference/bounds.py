@@ -124,9 +124,9 @@ def _max_conv2d(e: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: 
     cols = F.unfold(e, (kh, kw), dil, pad, step)  # (B, C kh kw, L)
     b, _, length = cols.shape
     out_h = (e.shape[2] + 2 * pad[0] - dil[0] * (kh - 1) - 1) // step[0] + 1
-    cols = cols.view(b, groups, 1, -1, length)
+    cols = cols.view(b, groups, 1, cols.shape[1] // groups, length)
     w = weight.flatten(1).view(1, groups, weight.shape[0] // groups, -1, 1)
-    return (cols * w).amax(3).view(b, weight.shape[0], out_h, -1)
+    return (cols * w).amax(3).view(b, weight.shape[0], out_h, length // out_h)
 
 
 Window = tuple[int, int, int, int, int]  # height, width, channels, map height, map width

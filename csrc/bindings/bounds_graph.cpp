@@ -1,0 +1,79 @@
+#include <array>
+#include <vector>
+
+#include "bindings/bindings.h"
+#include "bounds/kernels.h"
+
+namespace py = pybind11;
+
+namespace fastrobust {
+namespace {
+
+// stages: (slopes or 0, slope_sides, intercepts, shared, map_height, map_width, channels, first link, links, entry or
+// -1) links: (source, identity, weight, kernel_h, kernel_w, stride_y, stride_x, pad_y, pad_x, 1 or -1) entries: (A,
+// side_stride, pick or 0, minus or 0); groups: (starts, order, example, y, x, channel) and of the start (height, width,
+// channels)
+void live_graph(const std::vector<std::array<int64_t, 10>>& stages, const std::vector<std::array<int64_t, 10>>& links,
+                const std::vector<std::array<int64_t, 4>>& entries, const std::array<uintptr_t, 6>& groups,
+                int64_t channels, int64_t count, int64_t rows, int sides, int64_t examples, uintptr_t center,
+                uintptr_t radius, uintptr_t x, uintptr_t eps, int dual, uintptr_t b, uintptr_t out) {
+  std::vector<GraphStage> stage_list(stages.size());
+  std::vector<GraphLink> link_list(links.size());
+  std::vector<GraphEntry> entry_list(entries.size());
+  for (size_t i = 0; i < stages.size(); ++i) {
+    const auto& t = stages[i];
+    GraphStage& s = stage_list[i];
+    const bool last = i + 1 == stages.size();
+    s.slopes = reinterpret_cast<const float*>(static_cast<uintptr_t>(t[0]));
+    s.slope_sides = static_cast<int>(t[1]);
+    s.intercepts = reinterpret_cast<const float*>(static_cast<uintptr_t>(t[2]));
+    s.shared = t[3] != 0;
+    s.map_height = t[4], s.map_width = t[5], s.channels = t[6];
+    s.first = static_cast<int>(t[7]), s.links = static_cast<int>(t[8]), s.entry = static_cast<int>(t[9]);
+    if (!last && (s.slopes == nullptr || s.intercepts == nullptr))
+      throw std::invalid_argument("stages: all but the last need lines");
+  }
+  for (size_t i = 0; i < links.size(); ++i) {
+    const auto& t = links[i];
+    GraphLink& l = link_list[i];
+    l.source = static_cast<int>(t[0]);
+    l.identity = t[1] != 0;
+    l.weight = reinterpret_cast<const float*>(static_cast<uintptr_t>(t[2]));
+    l.kernel_h = t[3], l.kernel_w = t[4], l.stride_y = t[5], l.stride_x = t[6], l.pad_y = t[7], l.pad_x = t[8];
+    l.sign = static_cast<float>(t[9]);
+    if (!l.identity && (l.weight == nullptr || l.kernel_h > 64))
+      throw std::invalid_argument("links: a convolution needs weights of at most 64 lines");
+  }
+  for (size_t i = 0; i < entries.size(); ++i) {
+    const auto& t = entries[i];
+    entry_list[i] = {reinterpret_cast<const float*>(static_cast<uintptr_t>(t[0])), t[1],
+                     reinterpret_cast<const int64_t*>(static_cast<uintptr_t>(t[2])),
+                     reinterpret_cast<const int64_t*>(static_cast<uintptr_t>(t[3]))};
+  }
+  GraphArgs g;
+  g.stages = stage_list.data(), g.links = link_list.data(), g.entries = entry_list.data();
+  g.count = static_cast<int>(stages.size());
+  g.examples = examples, g.rows = rows, g.groups = count, g.sides = sides;
+  if (rows == 0 || stages.empty()) return;
+  g.starts = pointer<const int64_t>(groups[0], 1, "starts");
+  g.order = reinterpret_cast<const int64_t*>(groups[1]);
+  g.example = pointer<const int64_t>(groups[2], 1, "example");
+  g.y = reinterpret_cast<const int64_t*>(groups[3]);
+  g.x = reinterpret_cast<const int64_t*>(groups[4]);
+  g.channel = reinterpret_cast<const int64_t*>(groups[5]);
+  g.channels = channels;
+  g.b = pointer<const float>(b, rows, "b");
+  g.end.center = reinterpret_cast<const float*>(center);
+  g.end.radius = reinterpret_cast<const float*>(radius);
+  g.end.x = reinterpret_cast<const float*>(x);
+  g.end.eps = reinterpret_cast<const float*>(eps);
+  g.end.dual = static_cast<Dual>(dual);
+  g.end.out = pointer<float>(out, rows, "out");
+  without_gil(kReleaseGilAbove + 1, [&] { bounds().live_graph(g); });
+}
+
+}  // namespace
+
+void bind_bounds_graph(py::module_& m) { m.def("bounds_live_graph", &live_graph); }
+
+}  // namespace fastrobust
