@@ -14,12 +14,14 @@ from torch.nn import functional as F
 from fastrobust.bounds import compute_bounds
 
 from . import lines, margins, models
+from .bounds_floor import row_flops
 from .case import FLOOR, OURS, Call, Candidate, Case, Context, Floor, Suite, Target, once, relative_difference
 from .margins import Problem
 
 # Random weights, and the published KW-trained ones with MNIST's test images where the data is given.
 PUBLISHED = {"FC1 trained": "mnist_fc1_l1_kw.ckpt", "CNN trained": "mnist_cnn_l1_kw.ckpt"}
 MNIST = ("FC1", "CNN", *PUBLISHED)
+CIFAR = ("CIFAR 5-conv", "residual")
 EPS = {**dict.fromkeys(MNIST, 0.1), "CIFAR 5-conv": 2 / 255, "residual": 2 / 255}
 SHAPES = {**dict.fromkeys(MNIST, (1, 28, 28)), "CIFAR 5-conv": (3, 32, 32), "residual": (3, 32, 32)}
 TOLERANCE = 1e-4
@@ -181,6 +183,8 @@ def linear_case(context: Context, name: str, method: str, batch: int) -> Case:
     elif name in PUBLISHED and (method == "crown-ibp" or name.startswith("FC1")):
         flops = living_flops(context, name, batch)
         floor = Floor(flops=flops, part=partial(forward_alone, given), part_name="forward")
+    elif name in CIFAR and method in ("fast-lin", "crown"):
+        floor = Floor(flops=row_flops(margins.ours(given, EPS[name], method, False)))
     targets = [Target("auto_LiRPA", 20.0)] if name in MNIST else []
     if name in ("FC1", "CNN"):
         targets.append(Target(FLOOR, 1 / 3))
@@ -220,7 +224,7 @@ def cases(context: Context) -> Iterator[Case]:
             yield linear_case(context, name, method, 2 if smoke else 100)
     if context.at_least("default"):
         slow = ("fast-lin", "crown") if context.at_least("full") else ()  # up to a second a call
-        for name in ("CIFAR 5-conv", "residual"):
+        for name in CIFAR:
             for method in ("ibp", "crown-ibp", *slow):
                 yield linear_case(context, name, method, 8)
     if smoke or context.at_least("default"):

@@ -62,6 +62,9 @@ struct GatherArgs {
   int64_t x_block = 0, x_origin = 0;  // floats
   int64_t out_block = 0, out_origin = 0, out_plane = 0;
   int64_t height = 0, width = 0, pitch = 0, lanes = 1;  // of the output
+  // Of what is read, where a vector is a pixel of sixteen images: outputs may read every second pixel of every second
+  // line.
+  int64_t x_pitch = 0, x_stride = 1;
   bool borders = true;  // false: what lies before and after the run of an output plane is zero already
   Epilogue epilogue;
 };

@@ -40,7 +40,12 @@ struct Tile {
 };
 
 // Sixteen floats of which those without a bit are neither read nor counted.
-FR_HD Vec load_where(const Tile& t, const float* p, uint16_t set) {
+#if defined(__AVX512F__)
+using LoadMask = __mmask16;
+#else
+using LoadMask = uint16_t;
+#endif
+FR_HD Vec load_where(const Tile& t, const float* p, LoadMask set) {
 #if defined(__AVX512F__)
   (void)t;
   return _mm512_maskz_loadu_ps(set, p);
@@ -64,13 +69,29 @@ FR_HD void over_tile(Vec* acc, P p, int64_t step, const F& f) {
   }
 }
 
-template <int R, int C, bool kMasked, class F>
+// How loads are masked: not at all, each by its own mask, or, K > 0, by lines of K vectors of which all but the first
+// and the last of the tile have the same masks.
+constexpr int kUnmasked = -1, kEach = 0;
+
+template <int R, int C, int K, class F>
 FR_HD void add_entries(const Tile& t, Vec* acc, int64_t from, int64_t to, const F& f) {
   const int32_t* const offsets = t.a.offsets;
   const uint16_t* const taps = t.a.taps;
   for (int64_t e = from; e < to; ++e) {
     const float* const x = t.x + offsets[e];
-    if constexpr (kMasked) {
+    if constexpr (K > 0) {
+      const uint16_t* const m = t.masks + taps[e] * t.vectors;
+      LoadMask first[K], middle[K], last[K];
+#pragma GCC unroll 2
+      for (int k = 0; k < K; ++k) {
+        first[k] = m[k];
+        middle[k] = m[K + k];
+        last[k] = m[C - K + k];
+      }
+      over_tile<R, C>(acc, x, t.x_step, [&](Vec& v, const float* s, int c) FR_INLINE_LAMBDA {
+        v = f(v, load_where(t, s, c < K ? first[c % K] : c < C - K ? middle[c % K] : last[c % K]));
+      });
+    } else if constexpr (K == kEach) {
       const uint16_t* const m = t.masks + taps[e] * t.vectors;
       over_tile<R, C>(acc, x, t.x_step,
                       [&](Vec& v, const float* s, int c) FR_INLINE_LAMBDA { v = f(v, load_where(t, s, m[c])); });
@@ -81,7 +102,7 @@ FR_HD void add_entries(const Tile& t, Vec* acc, int64_t from, int64_t to, const 
 }
 
 // One row of one tile.
-template <int R, int C, bool kMasked>
+template <int R, int C, int K>
 void tile_row(const Tile& t, int64_t row) {
   constexpr int T = R * C;
   const DirectArgs& a = t.a;
@@ -90,8 +111,8 @@ void tile_row(const Tile& t, int64_t row) {
   for (int i = 0; i < T; ++i) acc[i] = Vec(0.f);
   for (int64_t segment = 0; segment < a.segments; ++segment) {
     const int32_t* const ptr = a.ptr + 2 * (segment * a.rows + row);
-    add_entries<R, C, kMasked>(t, acc, ptr[0], ptr[1], [](Vec v, Vec x) FR_INLINE_LAMBDA { return v + x; });
-    add_entries<R, C, kMasked>(t, acc, ptr[1], ptr[2], [](Vec v, Vec x) FR_INLINE_LAMBDA { return v - x; });
+    add_entries<R, C, K>(t, acc, ptr[0], ptr[1], [](Vec v, Vec x) FR_INLINE_LAMBDA { return v + x; });
+    add_entries<R, C, K>(t, acc, ptr[1], ptr[2], [](Vec v, Vec x) FR_INLINE_LAMBDA { return v - x; });
   }
   if (a.scale != nullptr || a.shift != nullptr) {
     const Vec scale(a.scale == nullptr ? 1.f : a.scale[row]), shift(a.shift == nullptr ? 0.f : a.shift[row]);
@@ -127,7 +148,7 @@ constexpr auto row_fns(std::integer_sequence<int, I...>) {
   constexpr auto fn = [](auto i) -> RowFn {
     constexpr int kImages = 1 << i / (2 * kMaxTile), kVectors = i / 2 % kMaxTile + 1;
     if constexpr (kImages * kVectors <= kMaxTile)
-      return tile_row<kImages, kVectors, i % 2 == 1>;
+      return tile_row < kImages, kVectors, i % 2 == 1 ? kEach : kUnmasked > ;
     else
       return nullptr;
   };
@@ -212,6 +233,21 @@ bool all_set(const DirectArgs& a, int64_t vectors, int64_t begin, int64_t end) {
   return true;
 }
 
+// Whether the lines of a full tile, of `line` vectors each, have the same masks but for the first and the last.
+bool alike([[maybe_unused]] const DirectArgs& a, [[maybe_unused]] int64_t vectors, [[maybe_unused]] int64_t begin,
+           [[maybe_unused]] int64_t line) {
+#if defined(__AVX512F__)
+  for (int64_t tap = 0; tap < a.tap_count; ++tap) {
+    const uint16_t* const m = a.masks + tap * vectors + begin;
+    for (int64_t v = 2 * line; v < kMaxTile - line; ++v)
+      if (m[v] != m[v - line]) return false;
+  }
+  return true;
+#else
+  return false;  // masks are no registers here
+#endif
+}
+
 }  // namespace
 
 void direct_cpu(const DirectArgs& a) {
@@ -258,7 +294,11 @@ void direct_cpu(const DirectArgs& a) {
                    vectors,  static_cast<int>(std::min<int64_t>(kLanes, pixels - (v1 - 1) * kLanes))};
       const int power = __builtin_ctzll(static_cast<unsigned long long>(group.count));
       const bool masked = !all_set(a, vectors, v0, v1);
-      const RowFn fn = kRows[static_cast<size_t>((power * kMaxTile + v1 - v0 - 1) * 2 + masked)];
+      RowFn fn = kRows[static_cast<size_t>((power * kMaxTile + v1 - v0 - 1) * 2 + masked)];
+      const int64_t line = a.width / kLanes;
+      if (masked && power == 0 && v1 - v0 == kMaxTile && a.width % kLanes == 0 && line <= 2 &&
+          alike(a, vectors, v0, line))
+        fn = line == 1 ? tile_row<1, kMaxTile, 1> : tile_row<1, kMaxTile, 2>;
       const int64_t row1 = row_boundary(a, part + 1, parts);
       for (int64_t row = row_boundary(a, part, parts); row < row1; ++row) fn(t, row);
     }

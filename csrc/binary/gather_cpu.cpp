@@ -37,6 +37,7 @@ struct Tile {
   const float* x;  // block and tile start
   int64_t out;     // the same in the output, without the row
   int64_t step;    // floats from one line of the tile to the next
+  int64_t x_step;  // the same in what is read
   int64_t sides;   // of the bits of a ReLU, in groups of sixteen floats, without the row
   float* sums;     // of the segments so far, tile by tile of a row
 };
@@ -57,8 +58,9 @@ FR_HD void over_tile(Vec* acc, P p, int64_t step, int64_t each, const F& f) {
   }
 }
 
-// One row of one tile and one segment. A tile is R lines of C vectors: a stretch of the run (R = 1), or a patch.
-template <int R, int C>
+// One row of one tile and one segment. A tile is R lines of C vectors: a stretch of the run (R = 1), or a patch, which
+// may read every S-th vector of every S-th line.
+template <int R, int C, int S = 1>
 void tile_row(const Tile& t, int64_t row, int64_t segment) {
   constexpr int T = R * C;
   const GatherArgs& a = t.a;
@@ -80,9 +82,11 @@ void tile_row(const Tile& t, int64_t row, int64_t segment) {
   }
   const float* const x = t.x;
   for (; p < minus; ++p)
-    over_tile<R, C>(acc, x + *p, step, kLanes, [](Vec& v, const float* s) FR_INLINE_LAMBDA { v = v + load(s); });
+    over_tile<R, C>(acc, x + *p, t.x_step, S * kLanes,
+                    [](Vec& v, const float* s) FR_INLINE_LAMBDA { v = v + load(s); });
   for (; p < end; ++p)
-    over_tile<R, C>(acc, x + *p, step, kLanes, [](Vec& v, const float* s) FR_INLINE_LAMBDA { v = v - load(s); });
+    over_tile<R, C>(acc, x + *p, t.x_step, S * kLanes,
+                    [](Vec& v, const float* s) FR_INLINE_LAMBDA { v = v - load(s); });
   if (!last) {
 #pragma GCC unroll 32
     for (int i = 0; i < T; ++i) store(sums + i * kLanes, acc[i]);
@@ -136,23 +140,25 @@ RowFn run_fn(int64_t tile) {
 constexpr int kMaxLines = 7, kMaxColumns = 8;
 constexpr int64_t kFirstLevelLines = 1000;  // of 64 bytes: what a tile may read of a segment (measured)
 
-template <int... I>
+template <int S, int... I>
 constexpr auto patch_fns(std::integer_sequence<int, I...>) {
   constexpr auto fn = [](auto i) -> RowFn {
     constexpr int kLines = i / kMaxColumns + 1, kColumns = i % kMaxColumns + 1;
     if constexpr (kLines * kColumns <= kMaxTile)
-      return tile_row<kLines, kColumns>;
+      return tile_row<kLines, kColumns, S>;
     else
       return nullptr;
   };
   return std::array<RowFn, sizeof...(I)>{fn(std::integral_constant<int, I>{})...};
 }
-constexpr auto kPatches = patch_fns(std::make_integer_sequence<int, kMaxLines * kMaxColumns>{});
+constexpr auto kPatches = patch_fns<1>(std::make_integer_sequence<int, kMaxLines * kMaxColumns>{});
+constexpr auto kPatches2 = patch_fns<2>(std::make_integer_sequence<int, kMaxLines * kMaxColumns>{});
 #endif
 
-RowFn patch_fn([[maybe_unused]] int64_t lines, [[maybe_unused]] int64_t columns) {
+RowFn patch_fn([[maybe_unused]] int64_t lines, [[maybe_unused]] int64_t columns, [[maybe_unused]] int64_t stride) {
 #if defined(__AVX512F__)
-  return kPatches[static_cast<size_t>((lines - 1) * kMaxColumns + columns - 1)];
+  const auto at = static_cast<size_t>((lines - 1) * kMaxColumns + columns - 1);
+  return stride == 2 ? kPatches2[at] : kPatches[at];
 #else
   return nullptr;
 #endif
@@ -226,6 +232,7 @@ FR_HD void clear(float* p, int64_t n) {
 void gather_cpu(const GatherArgs& a) {
   if (a.blocks == 0 || a.rows == 0 || a.height == 0 || a.width == 0) return;
   const int64_t vectors = (run_length(a) + kLanes - 1) / kLanes, line = a.pitch * a.lanes;
+  const int64_t x_line = a.x_pitch * a.lanes;
   const int64_t most = a.segments > 1 ? kSegmentTile : kMaxTile;
   const Patches patches = patches_for(a);
   const int64_t tiles = patches.down > 0 ? patches.down * patches.across : (vectors + most - 1) / most;
@@ -239,27 +246,29 @@ void gather_cpu(const GatherArgs& a) {
     float* const sums = a.segments > 1 ? thread_sums.floats(a.rows * kMaxTile * kLanes) : nullptr;
     for (int64_t item = first; item < last; ++item) {
       const int64_t part = item % parts, tile = item / parts % tiles, block = item / parts / tiles;
-      int64_t begin;
+      int64_t begin, x_begin;
       RowFn fn;
       if (patches.down > 0) {
         const int64_t down = tile / patches.across, across = tile % patches.across;
         const int64_t y0 = down * a.height / patches.down, y1 = (down + 1) * a.height / patches.down;
         const int64_t x0 = across * a.width / patches.across, x1 = (across + 1) * a.width / patches.across;
         begin = y0 * line + x0 * a.lanes;
-        fn = patch_fn(y1 - y0, x1 - x0);
+        x_begin = a.x_stride * (y0 * x_line + x0 * a.lanes);
+        fn = patch_fn(y1 - y0, x1 - x0, a.x_stride);
         // The last patch of its lines answers for their borders.
         gaps.clear();
         if (a.borders && x1 == a.width) find_gaps(a, y0 * line, y1 * line, false, gaps);
       } else {
-        begin = tile * per_tile * kLanes;
+        x_begin = begin = tile * per_tile * kLanes;
         const int64_t end = std::min(vectors * kLanes, begin + per_tile * kLanes);
         fn = run_fn<kMaxTile>((end - begin) / kLanes);
         find_gaps(a, begin, end, true, gaps);
       }
       const Tile t{a,
-                   a.x + block * a.x_block + a.x_origin + begin,
+                   a.x + block * a.x_block + a.x_origin + x_begin,
                    block * a.out_block + a.out_origin + begin,
                    line,
+                   a.x_stride * x_line,
                    block * a.rows * (a.out_plane / kLanes) + begin / kLanes,
                    sums};
       const int64_t row0 = row_boundary(a, part, parts), row1 = row_boundary(a, part + 1, parts);

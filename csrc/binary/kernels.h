@@ -8,6 +8,7 @@ namespace fastrobust {
 
 // One table per instruction set.
 struct BinaryTable {
+  bool strides;  // whether gather takes x_stride 2
   void (*gather)(const GatherArgs&);
   void (*direct)(const DirectArgs&);
   void (*relayout)(const RelayoutArgs&);

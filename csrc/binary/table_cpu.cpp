@@ -14,7 +14,12 @@ int64_t encode_cpu(const CodeArgs&);
 void decode_cpu(const CodeArgs&);
 
 extern const BinaryTable binary_table;
-const BinaryTable binary_table = {gather_cpu, direct_cpu, relayout_cpu, plan_cpu,
-                                  pack_cpu,   topk_cpu,   encode_cpu,   decode_cpu};
+#if defined(__AVX512F__)
+constexpr bool kStrides = true;  // a pixel of sixteen images is a register
+#else
+constexpr bool kStrides = false;
+#endif
+const BinaryTable binary_table = {kStrides, gather_cpu, direct_cpu, relayout_cpu, plan_cpu,
+                                  pack_cpu, topk_cpu,   encode_cpu, decode_cpu};
 
 FR_NS_END

@@ -62,8 +62,8 @@ void launch(int device, Address, const DirectArgs& a) {
 }
 
 // What only the lists and the layouts decide: ptr, offsets, rows, segments, entries, blocks, x_block, x_origin,
-// out_block, out_origin, out_plane, height, width, pitch, lanes, depth
-using GatherShape = std::array<int64_t, 16>;
+// out_block, out_origin, out_plane, height, width, pitch, lanes, depth, x_pitch, x_stride
+using GatherShape = std::array<int64_t, 18>;
 
 GatherArgs gather_args(Address x, Address out, const GatherShape& shape, Address scale, Address shift, Address post,
                        Address residual, Address gate, Address pre, Address passed, Address open, int64_t channels,
@@ -83,6 +83,10 @@ GatherArgs gather_args(Address x, Address out, const GatherShape& shape, Address
   a.pitch = shape[13];
   a.lanes = shape[14];
   a.depth = shape[15];
+  a.x_pitch = shape[16];
+  a.x_stride = shape[17];
+  if (a.x_stride != 1 && (a.x_stride != 2 || a.lanes != 16))
+    throw std::invalid_argument("x_stride: expected 1, or 2 with sixteen lanes, got " + std::to_string(a.x_stride));
   const int64_t size = a.blocks * a.rows * a.height * a.width;
   a.x = pointer<const float>(x, size * a.entries, "x");
   a.out = pointer<float>(out, size, "out");
@@ -333,6 +337,7 @@ void bind_binary(py::module_& m) {
       .def("run", &Program::run);
   m.attr("huge_page") = kHugePage;
   m.def("prefer_huge_pages", &prefer_huge_pages);
+  m.def("binary_strides", [] { return binary().strides; });
   m.def("binary_gather", &gather);
   m.def("binary_relayout", &relayout);
   m.def("binary_plan", &plan);

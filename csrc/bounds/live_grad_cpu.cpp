@@ -43,7 +43,10 @@ void neuron_rows(Some& s, int64_t neuron, int64_t begin, int64_t end, const floa
     Vec even = get(to_weight + at), odd(0.f);
 #pragma GCC unroll 9
     for (int r = 0; r < kR; ++r) {
-      const Vec x = get(from[r] + at);
+      Vec x = get(from[r] + at);
+#if defined(__AVX512F__)
+      asm("" : "+v"(x.v));  // one load for both products: loads are what this loop is short of
+#endif
       sum[r] = fmadd(w, x, sum[r]);
       if (r % 2 == 0)
         even = fmadd(factor[r], x, even);

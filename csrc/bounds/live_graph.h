@@ -39,6 +39,7 @@ struct Alive {
   int64_t count = 0;
   std::unique_ptr<int32_t[]> neuron, channel;
   std::unique_ptr<int64_t[]> start;  // [positions + 1] of a position's neurons
+  std::unique_ptr<float[]> lines;    // [neurons][4]: slopes and intercepts, lower first
 
   void reserve(const GraphStage& s) {
     const auto positions = static_cast<size_t>(s.map_height * s.map_width);
@@ -46,6 +47,7 @@ struct Alive {
     neuron.reset(new int32_t[most]);
     channel.reset(new int32_t[most]);
     start.reset(new int64_t[positions + 1]);
+    lines.reset(new float[4 * most]);
   }
 };
 
@@ -91,6 +93,11 @@ inline void find(const GraphStage& s, const LinesOf& map, Alive& found) {
   }
   found.start[static_cast<size_t>(s.map_height * s.map_width)] = count;
   found.count = count;
+  for (int64_t k = 0; k < count; ++k) {
+    const int32_t i = found.neuron[static_cast<size_t>(k)];
+    float* to = found.lines.get() + 4 * k;
+    to[0] = map.slope_low[i], to[1] = map.slope_up[i], to[2] = map.low[i], to[3] = map.up[i];
+  }
 }
 
 struct Values {
@@ -98,7 +105,7 @@ struct Values {
   int64_t room = 0;  // neurons
 };
 struct Offsets {
-  std::unique_ptr<int32_t[]> at;
+  std::unique_ptr<int32_t[]> at, column;  // of the neurons of the source, and of the stage
 };
 
 // What a thread works on.
@@ -110,6 +117,7 @@ struct GraphWork {
   std::unique_ptr<Offsets[]> weight;  // of each link: where the weights of a neuron of its source lie
   std::unique_ptr<Rect[]> rects;
   std::unique_ptr<int32_t[]> column, place;  // of the outputs that are computed together
+  std::unique_ptr<int32_t[]> counted;        // 0, 1, 2, ...
   bool apart = false;                        // the sides have coefficients of their own
 
   explicit GraphWork(const GraphArgs& args)
@@ -134,8 +142,15 @@ struct GraphWork {
         const GraphStage& s = g.stages[l.source];
         weight[static_cast<size_t>(k)].at.reset(
             new int32_t[static_cast<size_t>(s.map_height * s.map_width * s.channels)]);
+        if (!last(i)) {
+          const GraphStage& t = g.stages[i];
+          weight[static_cast<size_t>(k)].column.reset(
+              new int32_t[static_cast<size_t>(t.map_height * t.map_width * t.channels)]);
+        }
         most = std::max(most, l.kernel_h * l.kernel_w * g.stages[i].channels);
       }
+    counted.reset(new int32_t[static_cast<size_t>(most)]);
+    for (int64_t i = 0; i < most; ++i) counted[static_cast<size_t>(i)] = static_cast<int32_t>(i);
     column.reset(new int32_t[static_cast<size_t>(most)]);
     place.reset(new int32_t[static_cast<size_t>(most)]);
   }
@@ -159,8 +174,14 @@ struct GraphWork {
         v.room = n + n / 8;
         v.at.reset(new float[static_cast<size_t>(v.room * kMostVectors * kLanes)]);
       }
-      for (int k = g.stages[i].first; k < g.stages[i].first + g.stages[i].links; ++k)
+      for (int k = g.stages[i].first; k < g.stages[i].first + g.stages[i].links; ++k) {
         if (int32_t* to = weight[static_cast<size_t>(k)].at.get()) weights_of(g.links[k], i, to);
+        if (int32_t* to = weight[static_cast<size_t>(k)].column.get()) {
+          const Alive& own = alive[static_cast<size_t>(i)];
+          const auto apart = static_cast<int32_t>(g.stages[g.links[k].source].channels);
+          for (int64_t j = 0; j < own.count; ++j) to[j] = own.channel[static_cast<size_t>(j)] * apart;
+        }
+      }
     }
   }
 

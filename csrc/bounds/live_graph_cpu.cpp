@@ -92,16 +92,25 @@ class Block {
 
   // The coefficients of the neurons times their lines.
   void lines(int stage) {
-    const LinesOf map(g_.stages[stage], g_.examples, work_.example);
-    const int32_t* neurons = work_.alive[static_cast<size_t>(stage)].neuron.get();
+    const float* maps = work_.alive[static_cast<size_t>(stage)].lines.get();
     for (int64_t y = work_.rects[stage].top; y < work_.rects[stage].bottom; ++y) {
       const Run run = line_of(stage, y);
-      Vec low[kM], up[kM];  // summed by themselves first: fewer roundings than one long sum has
-      each([&](int m) FR_INLINE_LAMBDA { low[m] = up[m] = Vec(0.f); });
+      Vec low[kM], up[kM], both[kM];  // summed by themselves first: fewer roundings than one long sum has
+      each([&](int m) FR_INLINE_LAMBDA { low[m] = up[m] = both[m] = Vec(0.f); });
       for (int64_t k = run.begin; k < run.end; ++k) {
-        const int64_t neuron = neurons[k];
+        const float* map = maps + 4 * k;
         float* v = work_.values(stage) + k * kM * kLanes;
-        const Vec il(map.low[neuron]), iu(map.up[neuron]), sl(map.slope_low[neuron]), su(map.slope_up[neuron]);
+        if (map[0] == map[1] && map[2] == map[3]) {  // one line, as most neurons have
+          const Vec i(map[2]), slope(map[0]);
+          const bool scaled = map[0] != 1.f;
+          each([&](int m) FR_INLINE_LAMBDA {
+            const Vec a = load(v + m * kLanes);
+            both[m] = fmadd(a, i, both[m]);
+            if (scaled) store(v + m * kLanes, a * slope);
+          });
+          continue;
+        }
+        const Vec sl(map[0]), su(map[1]), il(map[2]), iu(map[3]);
         each([&](int m) FR_INLINE_LAMBDA {
           const Vec a = load(v + m * kLanes);
           const auto positive = a * flip_[m] >= Vec(0.f);
@@ -110,7 +119,8 @@ class Block {
           store(v + m * kLanes, a * select(positive, sl, su));
         });
       }
-      each([&](int m) FR_INLINE_LAMBDA { low_[m] = low_[m] + low[m], up_[m] = up_[m] + up[m]; });
+      each([&](int m)
+               FR_INLINE_LAMBDA { low_[m] = low_[m] + (low[m] + both[m]), up_[m] = up_[m] + (up[m] + both[m]); });
     }
   }
 
@@ -261,15 +271,23 @@ class Block {
       for (int64_t left = to.left, right; left < to.right; left = right) {
         right = cell_end(left, l.pad_x, l.kernel_w, l.stride_x, to.right);
         int64_t n = 0;
-        for (int64_t y = top; y < bottom; ++y)
-          for (int64_t x = left; x < right; ++x) {
-            const int64_t* start = out.start.get() + y * t.map_width + x;
-            const int64_t away = ((y - top) * l.kernel_w + x - left) * t.channels;
-            for (int64_t k = start[0]; k < start[1]; ++k, ++n) {
-              column[n] = static_cast<int32_t>((away + out.channel[static_cast<size_t>(k)]) * s.channels);
-              place[n] = static_cast<int32_t>(k);
+        const int32_t *columns = column, *places = place;
+        if (bottom == top + 1 && right == left + 1) {
+          const int64_t* start = out.start.get() + top * t.map_width + left;
+          n = start[1] - start[0];
+          columns = work_.weight[static_cast<size_t>(link)].column.get() + start[0];
+          places = work_.counted.get() + start[0];
+        } else {
+          for (int64_t y = top; y < bottom; ++y)
+            for (int64_t x = left; x < right; ++x) {
+              const int64_t* start = out.start.get() + y * t.map_width + x;
+              const int64_t away = ((y - top) * l.kernel_w + x - left) * t.channels;
+              for (int64_t k = start[0]; k < start[1]; ++k, ++n) {
+                column[n] = static_cast<int32_t>((away + out.channel[static_cast<size_t>(k)]) * s.channels);
+                place[n] = static_cast<int32_t>(k);
+              }
             }
-          }
+        }
         if (n == 0) continue;
         const int64_t first_x = std::max(from.left, first(left + l.pad_x, l.kernel_w, l.stride_x));
         const int64_t last_x = std::min((left + l.pad_x) / l.stride_x, from.right - 1);
@@ -282,7 +300,7 @@ class Block {
         const float* base = l.weight + ((top + l.pad_y) * l.kernel_w + left + l.pad_x) * t.channels * s.channels;
         const Product p{runs, count, work_.values(l.source), work_.weight[static_cast<size_t>(link)].at.get(), base};
         pieces(n, [&](int64_t at, int64_t size) {
-          product_of<kM, kTo>(size)(p, column + at, place + at, work_.values(stage));
+          product_of<kM, kTo>(size)(p, columns + at, places + at, work_.values(stage));
         });
       }
     }

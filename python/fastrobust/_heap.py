@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import platform
+from typing import Any
 
 import torch
 
@@ -27,4 +29,35 @@ def keep_pages() -> bool:
         return False
     block = torch.empty(_BLOCK, dtype=torch.uint8)
     del block
+    return True
+
+
+class _Usage(ctypes.Structure):
+    """struct mallinfo2 (mallinfo(3), glibc 2.33)."""
+
+    _fields_ = [(n, ctypes.c_size_t) for n in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")]  # fmt: skip
+
+
+@functools.cache
+def _library() -> Any:
+    """The C library where it tells how much of its heap is free, else None."""
+    if platform.libc_ver()[0] != "glibc":
+        return None
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "mallinfo2") or not hasattr(library, "malloc_trim"):
+        return None
+    library.mallinfo2.restype = _Usage
+    return library
+
+
+def return_pages(above: int) -> bool:
+    """Hands free pages of the heap back to the system when there are more than ``above`` bytes of them; True when it did.
+
+    glibc up to 2.37 does not use freed aligned blocks again for aligned blocks of their own size (its bug 14581): a loop over
+    large tensors grows the heap many times beyond what is in use.
+    """
+    library = _library()
+    if library is None or library.mallinfo2().fordblks <= above:
+        return False
+    library.malloc_trim(0)
     return True

@@ -233,7 +233,9 @@ def test_an_image_does_not_depend_on_its_batch(batch: int, path: str, monkeypatc
         assert torch.equal(fr.ops.masked_conv2d(x[n : n + 1], packed, padding=1)[0], whole[n])
 
 
-@pytest.mark.parametrize("size", [(4, 4), (7, 7), (8, 8), (5, 8), (6, 8), (7, 8), (14, 14), (32, 32)])
+@pytest.mark.parametrize(
+    "size", [(4, 4), (7, 7), (8, 8), (5, 8), (6, 8), (7, 8), (14, 14), (16, 16), (48, 16), (32, 32)]
+)
 @pytest.mark.parametrize("density", [0.05, 0.6])
 @pytest.mark.parametrize("path", ["lanes", "plain"])
 def test_map_sizes_with_tiles_of_their_own(size: tuple[int, int], density: float, path: str, monkeypatch) -> None:

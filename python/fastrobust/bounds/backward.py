@@ -329,6 +329,11 @@ class Backward:
         lead = a.shape[:2]
         flat = a.flatten(0, 1)
         if isinstance(node, G.Dense) and (shape := self._image_before(node)) is not None:
+            if (
+                node.index not in self.layouts and len(flat) < node.size
+            ):  # moving the rows is less than moving the weight
+                rows = ops.product(flat, node.get_weight()).unflatten(1, shape).movedim(1, -1)
+                return [Rows(_unflatten(rows.flatten(1).unflatten(0, lead), shape, True))]
             return [Rows(_unflatten(ops.product(flat, self._by_image(node, shape)).unflatten(0, lead), shape, True))]
         if flat.dim() == 4 and isinstance(node, G.Conv):
             flat = flat.contiguous(memory_format=torch.channels_last)

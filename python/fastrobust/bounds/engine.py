@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastrobust._heap import return_pages
 from fastrobust.bounds import graph as G
 from fastrobust.bounds import outward as O
 from fastrobust.bounds.backward import Backward, Chunk, Lines, Rows
 from fastrobust.bounds.chains import conv_chain
 from fastrobust.bounds.region import Box, Region
-from fastrobust.bounds.stages import concretize_units
+from fastrobust.bounds.stages import concretize_units, takes_images
 from fastrobust.ops import bounds as ops
 from fastrobust.reference.bounds import dual_norm, eps_like
 
@@ -26,6 +27,7 @@ METHODS: dict[str, tuple[bool, str | None]] = {
     "fast-lin": (True, "parallel"),
     "crown": (True, "crown"),
 }
+_HEAP_BYTES = 64 << 20  # of the heap that may be free between pieces
 _CACHE_BYTES = 4 << 20  # rows of a chunk that fit a core's cache, where no graph is recorded
 
 
@@ -261,6 +263,8 @@ class Engine:
             rows = Rows(None, plus=p, minus=None if minus is None else minus[piece])
             back = Backward(self.graph, self.region, self.lines, self.boxes, self.slack, self.layouts, self.max_memory)
             results.append(back.run(start, rows, Chunk(example[piece], b, where))[0])
+            if piece.stop < len(example) and self.region.x.is_cpu:
+                return_pages(min(self.max_memory, _HEAP_BYTES))
         return results[0] if len(results) == 1 else torch.cat(results, 1)
 
     def _units(self, start: int, example: Tensor, neuron: Tensor, sides: int) -> Tensor | None:
@@ -274,9 +278,10 @@ class Engine:
         size, budget = self.graph.row_size(start), self.max_memory
         if x.device.type == "cpu" and not torch.is_grad_enabled() and ops.direct(x):
             taken = x.dtype == torch.float32 and not self.slack and self.region.has_kernel
-            fused = _numbers_before_chain(self.graph, start) if taken else None
+            fused = _numbers_before_kernel(self.graph, self.lines, start, self.max_memory) if taken else None
             # rows that a kernel takes all the way need no memory; others stay in the cache
-            size, budget = (size, min(budget, 4 * _CACHE_BYTES)) if fused is None else (max(fused, 16), budget)
+            size = size if fused is None else max(fused, 16)
+            budget = min(budget, (4 if fused is None else 16) * _CACHE_BYTES)
         per_row = 4 * size * x.element_size() * (sides if self.kind == "crown" else 1)
         step = max(1, budget // per_row)
         return [slice(i, min(rows, i + step)) for i in range(0, rows, step)] or [slice(0, 0)]
@@ -311,6 +316,8 @@ class Engine:
             )
             out, kept = back.run(start, rows, Chunk(ex, b))
             bounds.append(out)
+            if piece.stop < count and x.is_cpu:
+                return_pages(min(self.max_memory, _HEAP_BYTES))
             if kept is not None:
                 maps.append(kept[0])
                 offsets.append(kept[1])
@@ -387,14 +394,16 @@ def _relax_max_pool(node: G.MaxPool, l: Tensor, u: Tensor, kind: str) -> Lines:
     return Lines(slopes.view(2, *shape), intercepts.view(2, *shape), source=source)
 
 
-def _numbers_before_chain(graph: G.Graph, start: int) -> int | None:
-    """The largest row on the way from ``start`` to convolutions that one kernel takes to the input; None without such."""
-    node, size = graph.nodes[start], 0
+def _numbers_before_kernel(graph: G.Graph, lines: dict[int, Lines], start: int, max_memory: int) -> int | None:
+    """The largest row on the way from ``start`` to images that one kernel takes to the input; None without such."""
+    node, size, given = graph.nodes[start], 0, True  # the rows of a layer at the start are those of its weight
     while len(node.inputs) == 1:
         if len(node.shape) == 3 and isinstance(node, G.Activation):
-            return size if conv_chain(graph, node.index) else None
+            taken = conv_chain(graph, node.index) or takes_images(graph, lines, node.index, max_memory)
+            return size if taken else None
         before = graph.nodes[node.inputs[0]]
-        if not isinstance(node, (G.Conv, G.Reshape)) and node.index != start:
-            size = max(size, before.size)
+        weights = isinstance(node, G.Dense) or (isinstance(node, G.Conv) and node.dilation == (1, 1))
+        given = given and (isinstance(node, G.Reshape) or (node.index == start and weights))
+        size = size if given else max(size, before.size)
         node = before
     return None

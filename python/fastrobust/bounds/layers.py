@@ -237,7 +237,7 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
 METHODS: dict[str, Callable[..., Any]] = {
     "add": _ADD, "add_": _ADD, "sub": _SUB, "mul": _MUL, "div": _DIV, "neg": _NEG, "relu": _RELU, "sigmoid": _SIGMOID, "tanh": _TANH,
     "relu_": _RELU, "atan": _ATAN, "arctan": _ATAN, "clamp": _clamp, "view": _reshape, "reshape": _reshape, "flatten": _FLATTEN,
-    "size": _size, "dim": lambda b, x: len(b.shape(x)) + 1, "contiguous": _SAME, "float": _SAME, "clone": _SAME,
+    "size": _size, "dim": lambda b, x: len(b.shape(x)) + 1, "contiguous": _SAME, "float": _SAME, "clone": _SAME, "to": _SAME, "type_as": _SAME,
     "permute": lambda b, x, *d: b.monotone(x, lambda t: t.permute(*d), "permute"),
     "transpose": _positive_only("transpose", torch.transpose),
     "squeeze": lambda b, x, *a: b.reshape(x, lambda t: t.squeeze(*a), "squeeze"),

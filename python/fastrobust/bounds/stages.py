@@ -182,7 +182,13 @@ def concretize_units(
 
 def _fits(plan: Plan, max_memory: int) -> bool:
     """Whether the kernel's workspace of each thread does."""
-    return torch.get_num_threads() * 4 * ops.MOST_ROWS * plan.neurons() <= max_memory
+    return torch.get_num_threads() * 4 * (ops.MOST_ROWS + 12) * plan.neurons() <= max_memory
+
+
+def takes_images(graph: G.Graph, lines: dict[int, Any], top: int, max_memory: int) -> bool:
+    """Whether ``concretize_images`` is the way for rows at ``top``, where nothing is recorded."""
+    plan = _plan(graph, lines, [top], None)
+    return plan is not None and _fits(plan, max_memory)
 
 
 def concretize_images(

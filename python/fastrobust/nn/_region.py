@@ -233,12 +233,20 @@ class Region:
         forms: dict[int, dict[Any, Buffer]] = {-1 - i: {given[i].form: given[i]} for i in range(self.inputs)}
         for i, (unit, how) in enumerate(zip(self.units, group.reads, strict=True)):
             read, write = (None, None) if how.dense else (how.read, how.write)
+            lists = None
+            if read is not None:
+                if not keep and fm.device_of(parts[0])[0] < 0:
+                    native = group.native[unit.source]
+                    lists = fm.strided_plan(unit.packed, unit.geometry, native, (how.write.height, how.write.width))
+                if lists is None:
+                    lists = fm.plan(unit.packed, unit.geometry, how.read, False)
+                else:
+                    read = native
             x = self._form(s, forms[unit.source], read)
             residual = None if unit.residual is None else self._form(s, forms[unit.residual], write)
-            if how.dense:
+            if lists is None:
                 out = self._dense(s, unit, how, x, residual)
             else:
-                lists = fm.plan(unit.packed, unit.geometry, how.read, False)
                 if keep and unit.relu and fm.device_of(parts[0])[0] < 0:
                     bits[i] = sides(how.write)
                 out, _ = s.gather(

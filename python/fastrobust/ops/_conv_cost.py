@@ -43,11 +43,13 @@ _COPY_CHANNELS_LAST = 0.25e-3  # a float, which lies in as many lines of cache a
 # torch: `mac` a multiplication of a dense convolution (of a kernel of one pixel), `weight` a float of the weight, which is
 # reordered in every call, `map` a float read or written. Input gradients are computed for multiples of sixteen channels.
 DENSE = {"start": 20.0, "mac": 4.7e-6, "mac 1x1": 4.9e-6, "weight": 0.175e-3, "map": 0.06e-3}
-# From plain maps to plain maps: as SPARSE, `add masked` where borders are masks, `phase` a float of the phases of a stride.
+# From plain maps to plain maps: as SPARSE, `add masked` where borders are masks, `add lines` where only those of the first
+# and the last line of a tile differ from the others, `phase` a float of the phases of a stride.
 DIRECT = {
     "start": 1.5,
     "add": 0.15e-3,
     "add masked": 0.29e-3,
+    "add lines": 0.245e-3,
     "entry": 0.2e-3,
     "row": 5.8e-3,
     "store": 0.1e-3,
@@ -204,11 +206,15 @@ def direct_terms(
         together *= 2
     tiles = (batch // together + (batch % together).bit_count()) * -(-vectors // VECTOR)
     masked = shape[2] * shape[3] > 1 or geometry.padding != (0, 0) or pixels % VECTOR > 0
+    wide = width if transposed else geometry.out_size(shape, height, width)[1]
+    padding, stride = geometry.padding[0], geometry.stride[0]
+    near = -padding // stride >= -1 and (geometry.dilation[0] * (shape[2] - 1) - padding) // stride <= 1
+    lines = near and wide in (VECTOR, 2 * VECTOR) and vectors % VECTOR == 0
     phases = min(math.prod(geometry.stride), shape[2] * shape[3]) if geometry.stride != (1, 1) else 0
     phase = -(-height // geometry.stride[0]) * -(-width // geometry.stride[1])
     return {
         "start": 1.0,
-        "add masked" if masked else "add": float(batch * kept * vectors),
+        "add" if not masked else "add lines" if lines else "add masked": float(batch * kept * vectors),
         "entry": float(tiles * kept),
         "row": float(tiles * rows),
         "store": float(batch * rows * vectors),

@@ -252,6 +252,7 @@ class Plan:
     rows: int
     segments: int = 1
     depth: int = 0  # channels read per segment
+    stride: int = 1  # outputs read every such pixel and line
     bound: dict[tuple[int, int], tuple[Maps, Maps, tuple[int, ...]]] = dataclasses.field(default_factory=dict)
 
     def bind(self, source: Maps, target: Maps) -> tuple[int, ...]:
@@ -263,7 +264,7 @@ class Plan:
             found = self.bound[key] = (source, target, (
                 self.ptr.data_ptr(), self.offsets.data_ptr(), self.rows, self.segments, self.offsets.numel(),
                 source.blocks, source.block, source.origin, target.block, target.origin, target.plane,
-                *target.phase_size, target.pitch, target.lanes, self.depth,
+                *target.phase_size, target.pitch, target.lanes, self.depth, source.pitch, self.stride,
             ))  # fmt: skip
         return found[2]
 
@@ -290,6 +291,27 @@ def plan(packed: PackedWeight, geometry: ConvGeometry, source: Maps, transposed:
     found: Plan | None = plans.get(key)
     if found is None:
         found = plans[key] = build_lists(packed, geometry, transposed, source.lanes, source.plane, source.pitch)
+    return found
+
+
+def strided_plan(packed: PackedWeight, geometry: ConvGeometry, source: Maps, out: tuple[int, int]) -> Plan | None:
+    """The plan that reads every second pixel where it lies, without phases; None where the kernel cannot.
+
+    source: maps without phases; out: size of the output maps. On the CPU, sixteen images side by side.
+    """
+    if geometry.stride != (2, 2) or source.lanes != VECTOR or source.phases != (1, 1) or not _C.binary_strides():
+        return None
+    shape = conv_shape(packed.shape)
+    room = source.halo, min(source.lead, source.pitch - source.width)
+    for dim, size in enumerate((source.height, source.width)):
+        reach = 2 * (out[dim] - 1) + geometry.dilation[dim] * (shape[2 + dim] - 1) - geometry.padding[dim]
+        if max(geometry.padding[dim], reach - (size - 1)) > room[dim]:
+            return None
+    whole = plan(packed, dataclasses.replace(geometry, stride=(1, 1)), source, False)
+    plans = kept_with(packed, "strided plans")
+    if id(whole) not in plans:
+        plans[id(whole)] = dataclasses.replace(whole, stride=2, bound={})
+    found: Plan = plans[id(whole)]
     return found
 
 
