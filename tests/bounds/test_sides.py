@@ -176,3 +176,21 @@ def test_an_unknown_side_is_refused() -> None:
     net, shape = make("cnn")
     with pytest.raises(ValueError, match="sides"):
         compute_bounds(net, torch.rand(1, *shape), 0.1, sides="left")
+
+
+@pytest.mark.parametrize("name", ["mlp-relu", "cnn", "residual"])
+@pytest.mark.parametrize("method", list(METHODS))
+def test_the_default_dtype_does_not_matter(name: str, method: str) -> None:
+    net, shape = make(name)
+    net.requires_grad_(False)
+    x, y = torch.rand(2, *shape), torch.tensor([1, 3])
+    want = compute_bounds(net, x, 0.03, method=method, labels=y)
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = compute_bounds(net, x, 0.03, method=method, labels=y)
+        outward = compute_bounds(net, x, 0.03, method=method, labels=y, rounding="outward")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert got.lower.dtype == outward.lower.dtype == torch.float32
+    assert torch.equal(got.lower, want.lower) and torch.equal(flipped(got), flipped(want))
+    assert (outward.lower <= want.lower + 1e-5).all()

@@ -94,7 +94,8 @@ def small_margins(model: nn.Module, x: Any, eps: Any, clip: Any, labels: Any, si
         )
     if batch > 16 and chain.work[batch] > _MOST_WORK:
         return None
-    work, out = torch.empty(chain.work[batch]), torch.empty(sides, batch, classes - 1)
+    work = torch.empty(chain.work[batch], dtype=torch.float32)
+    out = torch.empty(sides, batch, classes - 1, dtype=torch.float32)
     refused = _C.bounds_interval_chain(
         chain.told, addresses, x.data_ptr(), *sizes, labels.data_ptr(), classes, work.data_ptr(), out.data_ptr(), sides
     )

@@ -135,7 +135,7 @@ class Plan:
             out: Tensor = t.float().expand(1, *shape).movedim(1, -1).reshape(1, 1, -1)
             return out
 
-        slopes = spread(torch.ones(())) if factor is None else spread(factor)
+        slopes = spread(torch.ones((), device="cpu")) if factor is None else spread(factor)
         offset = torch.zeros_like(slopes)
         for _, sign, bias in shares:
             if bias is not None:
@@ -172,7 +172,7 @@ def concretize_units(
     stages = plan.stages({})
     if not _runs(region, stages):
         return None
-    b = torch.zeros(sides, len(example))
+    b = torch.zeros(sides, len(example), dtype=x.dtype, device=x.device)
     for _, sign, bias in plan.shares:
         if bias is not None:
             b = b + sign * bias.expand(node.shape).reshape(-1)[neuron]

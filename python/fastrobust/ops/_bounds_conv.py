@@ -36,10 +36,11 @@ def interval_convolution(
     (cb, cc, cy, cx), (rb, rc, ry, rx) = center.stride(), radius.stride()
     strides = (cb, cy, cx, cc), (rb if radius.shape[0] == center.shape[0] else 0, ry, rx, rc)
     shape = (sizes[0], sizes[6], sizes[4], sizes[5])
-    out_a = torch.empty(shape, memory_format=torch.channels_last)
-    out_b = torch.empty(shape, memory_format=torch.channels_last)
+    out_a = torch.empty(shape, dtype=torch.float32, memory_format=torch.channels_last)
+    out_b = torch.empty(shape, dtype=torch.float32, memory_format=torch.channels_last)
     given = (center.data_ptr(), radius.data_ptr(), weight.data_ptr(), address(bias))
-    work = torch.empty(_C.bounds_interval_conv(sizes, *strides, 0, 1, 0, 0, 0, 0, 0, finish))  # asks for the size
+    numbers = _C.bounds_interval_conv(sizes, *strides, 0, 1, 0, 0, 0, 0, 0, finish)
+    work = torch.empty(numbers, dtype=torch.float32)
     _C.bounds_interval_conv(sizes, *strides, *given, work.data_ptr(), out_a.data_ptr(), out_b.data_ptr(), finish)
     return out_a, out_b
 
@@ -50,8 +51,10 @@ def convolution(x: Tensor, weight: Tensor, stride: Any, padding: Any) -> Tensor:
     sizes = _sizes(x, weight.shape, stride, padding)
     b, c, y, w = x.stride()
     strides = (b, y, w, c), (0, 0, 0, 0)
-    out = torch.empty((sizes[0], sizes[6], sizes[4], sizes[5]), memory_format=torch.channels_last)
-    work = torch.empty(_C.bounds_interval_conv(sizes, *strides, 0, 0, 0, 0, 0, 0, 0, 0))
+    shape = (sizes[0], sizes[6], sizes[4], sizes[5])
+    out = torch.empty(shape, dtype=torch.float32, memory_format=torch.channels_last)
+    numbers = _C.bounds_interval_conv(sizes, *strides, 0, 0, 0, 0, 0, 0, 0, 0)
+    work = torch.empty(numbers, dtype=torch.float32)
     _C.bounds_interval_conv(
         sizes, *strides, x.data_ptr(), 0, weight.data_ptr(), 0, work.data_ptr(), out.data_ptr(), 0, 0
     )

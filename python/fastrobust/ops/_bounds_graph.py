@@ -54,7 +54,7 @@ def concretize_graph(
     where: list[Tensor | None] = [None, None, None]
     if unit is None:
         starts, order = by_example(example, count, examples, b.device)
-        of_group = torch.arange(examples)
+        of_group = torch.arange(examples, device=b.device)
     else:
         neuron, (c, h, w) = unit
         place = example * (h * w) + neuron % (h * w)

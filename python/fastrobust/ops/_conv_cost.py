@@ -57,7 +57,7 @@ DIRECT = {
 }
 _DIRECT_CALL = 4.0  # a call from Python by itself
 _DIRECT_MARGIN = 0.85  # see _MARGIN
-_COPIED = 1.15  # the factor by which copies that are not in cache lengthen calls on lanes in the mean
+_COPIED = 1.05  # the factor by which copies that are not in cache lengthen calls on lanes in the mean
 _CALL = 6.0  # a sparse call from Python by itself, beyond its three kernels
 _STEP = 2.0  # a kernel among others in one call
 _PASS = 0.02e-3  # one float of an elementwise pass of torch
