@@ -260,6 +260,21 @@ void chain_grad(const py::tuple& rows, const std::vector<std::array<int64_t, 19>
   without_gil(kReleaseGilAbove + 1, [&] { bounds().chain_grad(g); });
 }
 
+// tensors: scaled, from, starts, order or 0, to_scaled, to_weight
+void live_grad(const std::array<int64_t, 19>& step, int64_t examples, int64_t count, int64_t matrices,
+               const std::array<uintptr_t, 6>& tensors) {
+  LiveGradArgs g;
+  g.step = chain_step(step);
+  g.examples = examples, g.count = count, g.matrices = matrices;
+  g.scaled = pointer<const float>(tensors[0], count, "scaled");
+  g.from = pointer<const float>(tensors[1], count, "from");
+  g.starts = pointer<const int64_t>(tensors[2], 1, "starts");
+  g.order = reinterpret_cast<const int64_t*>(tensors[3]);
+  g.to_scaled = pointer<float>(tensors[4], count, "to_scaled");
+  g.to_weight = pointer<float>(tensors[5], 1, "to_weight");
+  without_gil(kReleaseGilAbove + 1, [&] { bounds().live_grad(g); });
+}
+
 void back_grad(const py::tuple& rows, uintptr_t slopes, int slope_sides, uintptr_t intercepts, int64_t examples,
                uintptr_t from_out, int sides_out, uintptr_t from_b, uintptr_t starts, uintptr_t order, uintptr_t to_a,
                uintptr_t to_slopes, uintptr_t to_intercepts) {
@@ -435,6 +450,7 @@ void bind_bounds(py::module_& m) {
   m.def("bounds_interval_conv", &interval_conv);
   m.def("bounds_chain", &chain);
   m.def("bounds_chain_grad", &chain_grad);
+  m.def("bounds_live_grad", &live_grad);
   m.def("bounds_interval_chain", &interval_chain);
   m.def("bounds_back_grad", &back_grad);
   m.def("bounds_concretize_grad", &concretize_grad);

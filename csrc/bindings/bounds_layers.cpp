@@ -44,6 +44,17 @@ void product(uintptr_t a, uintptr_t b, uintptr_t out, int64_t rows, int64_t coun
   without_gil(rows * count * columns, [&] { bounds().product(g); });
 }
 
+void pick_grad(uintptr_t from, uintptr_t pick, uintptr_t minus, uintptr_t out, int64_t count, int64_t length,
+               int64_t rows) {
+  PickGradArgs g;
+  g.from = pointer<const float>(from, count * length, "from");
+  g.pick = pointer<const int64_t>(pick, count, "rows");
+  g.minus = reinterpret_cast<const int64_t*>(minus);
+  g.out = pointer<float>(out, rows * length, "out");
+  g.count = count, g.length = length, g.rows = rows;
+  without_gil(count * length, [&] { bounds().pick_grad(g); });
+}
+
 void interval_grad(uintptr_t center, uintptr_t radius, uintptr_t weight, uintptr_t from_center, uintptr_t from_radius,
                    uintptr_t to_weight, uintptr_t to_center, uintptr_t to_radius, int64_t batch, int64_t radius_batch,
                    int64_t n, int64_t m) {
@@ -106,6 +117,7 @@ void relu_box_grad(uintptr_t center, uintptr_t radius, bool shared, uintptr_t bi
 void bind_bounds_layers(py::module_& m) {
   m.def("bounds_conv_grad", &conv_grad);
   m.def("bounds_product", &product);
+  m.def("bounds_pick_grad", &pick_grad);
   m.def("bounds_interval_grad", &interval_grad);
   m.def("bounds_relu_box", &relu_box);
   m.def("bounds_relu_box_grad", &relu_box_grad);

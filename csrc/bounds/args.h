@@ -239,6 +239,28 @@ struct IntervalArgs {
   Finish finish = Finish::ends;
 };
 
+// The gradient of a matrix whose rows are picked: out[pick[i]] += from[i], out[minus[i]] -= from[i].
+struct PickGradArgs {
+  const float* from = nullptr;     // [count, length]
+  const int64_t* pick = nullptr;   // [count]
+  const int64_t* minus = nullptr;  // [count] or null
+  float* out = nullptr;            // [rows, length]
+  int64_t count = 0, length = 0, rows = 0;
+};
+
+// Gradients of scaled W for rows behind an activation, of the neurons of each row's example that have lines; those of
+// others are zero. Rows are visited example by example, as in BackGradArgs.
+struct LiveGradArgs {
+  ChainStep step;  // a dense layer, weight [channels][out map]
+  int64_t examples = 0, count = 0, matrices = 1;
+  const float* scaled = nullptr;    // [matrices, count, channels]
+  const float* from = nullptr;      // [matrices, count, out map]
+  const int64_t* starts = nullptr;  // [examples + 1]
+  const int64_t* order = nullptr;   // [count] or null
+  float* to_scaled = nullptr;       // like scaled
+  float* to_weight = nullptr;       // [channels][out map]
+};
+
 // out = a b: a [rows, count] at a[row * a_row + k * a_step], b [count, columns] likewise, with one of b's strides 1.
 struct ProductArgs {
   const float* a = nullptr;

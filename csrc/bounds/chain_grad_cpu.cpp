@@ -34,7 +34,7 @@ struct Plan {
       const ChainStep& s = g.steps[i].forward;
       const int64_t wide = padded(s.channels);
       longest = std::max(longest, std::max(before(s), after(s)));
-      patch = std::max(patch, positions_of(s) * s.lanes);
+      patch = std::max(patch, positions_of(s) * patch_stride(s.lanes));
       spare = std::max(spare, positions_of(s) * wide);
       weight_at[i] = weights;
       if (g.steps[i].to_weight != nullptr) weights += s.channels * s.lanes;
@@ -60,13 +60,13 @@ void inside_border(const ChainStep& s, const float* image, float* to) {
                 to + ((y + s.pad_y) * width + s.pad_x) * s.out_channels);
 }
 
-// The taps of every position of a bordered image, zero beyond them: [positions][lanes].
+// The taps of every position of a bordered image, zero beyond them: [positions][patch_stride(lanes)].
 template <class Copy>
 void patches_by(const ChainStep& s, const float* image, float* to, const Copy& copy) {
   const int64_t line = s.kernel_w * s.out_channels, row = bordered_width(s) * s.out_channels;
   const int64_t taps = s.kernel_h * line;
   for (int64_t y = 0; y < s.map_height; ++y)
-    for (int64_t x = 0; x < s.map_width; ++x, to += s.lanes) {
+    for (int64_t x = 0; x < s.map_width; ++x, to += patch_stride(s.lanes)) {
       const float* from = image + y * s.stride_y * row + x * s.stride_x * s.out_channels;
       for (int64_t ky = 0; ky < s.kernel_h; ++ky) copy(from + ky * row, to + ky * line, line);
       for (int64_t i = taps; i < s.lanes; ++i) to[i] = 0.f;
@@ -91,10 +91,11 @@ template <int kTaps>
 void convolve_with(const float* patch, int64_t positions, int64_t lanes, const float* turned, int64_t wide,
                    float* out) {
   constexpr int kPositions = positions_for(kTaps);
+  const int64_t stride = patch_stride(lanes);
   int64_t p = 0;
   for (; p + kPositions <= positions; p += kPositions)
-    all_products<kTaps, kPositions>(lanes, wide, patch + p * lanes, turned, out + p * wide);
-  for (; p < positions; ++p) all_products<kTaps, 1>(lanes, wide, patch + p * lanes, turned, out + p * wide);
+    all_products<kTaps, kPositions>(lanes, stride, wide, patch + p * stride, turned, out + p * wide);
+  for (; p < positions; ++p) all_products<kTaps, 1>(lanes, stride, wide, patch + p * stride, turned, out + p * wide);
 }
 
 // out[position][0, wide) = patch[position] * turned

@@ -13,13 +13,15 @@ namespace {
 
 using Floats = std::unique_ptr<float[]>;
 
-// The patch of every position of one example: [positions][lanes], zero outside the image and beyond the taps.
+// The patch of every position of one example: [positions][patch_stride(lanes)], zero outside the image and beyond the
+// taps.
 void patches(const ConvGradArgs& g, const float* x, int64_t lanes, float* to) {
-  std::memset(to, 0, static_cast<size_t>(g.out_h * g.out_w * lanes) * sizeof(float));
+  const int64_t stride = patch_stride(lanes);
+  std::memset(to, 0, static_cast<size_t>(g.out_h * g.out_w * stride) * sizeof(float));
   const int64_t line = g.kernel_w * g.in_c;
   for (int64_t y = 0; y < g.out_h; ++y)
     for (int64_t c = 0; c < g.out_w; ++c) {
-      float* patch = to + (y * g.out_w + c) * lanes;
+      float* patch = to + (y * g.out_w + c) * stride;
       const int64_t top = y * g.stride_y - g.pad_y, left = c * g.stride_x - g.pad_x;
       const int64_t first = std::max<int64_t>(0, -left), last = std::min(g.kernel_w, g.in_w - left);
       const int64_t last_y = std::min(g.kernel_h, g.in_h - top);
@@ -37,7 +39,7 @@ Floats sums_of(const ConvGradArgs& g, const float* x, const float* a, int64_t co
   const int64_t size = g.out_c * lanes, positions = g.out_h * g.out_w;
   Floats partial(new float[static_cast<size_t>(std::max<int64_t>(1, blocks) * size)]());
   parallel_for(blocks, 1, [&](int64_t first, int64_t last) {
-    const Floats patch(new float[static_cast<size_t>(positions * lanes)]);
+    const Floats patch(new float[static_cast<size_t>(positions * patch_stride(lanes))]);
     for (int64_t i = first * per; i < std::min(count, last * per); ++i) {
       patches(g, x + i * g.in_h * g.in_w * g.in_c, lanes, patch.get());
       add_sums_of_taps(a + i * positions * g.out_c, g.out_c, patch.get(), positions, lanes,

@@ -19,6 +19,8 @@ void chain_grad_cpu(const ChainGradArgs& a);
 int64_t interval_chain_work_cpu(const IntervalChainArgs& a);
 ChainResult interval_chain_cpu(const IntervalChainArgs& a);
 void conv_grad_cpu(const ConvGradArgs& a);
+void pick_grad_cpu(const PickGradArgs& a);
+void live_grad_cpu(const LiveGradArgs& a);
 void product_cpu(const ProductArgs& a);
 void interval_grad_cpu(const IntervalGradArgs& a);
 void relu_box_cpu(const ReluBoxArgs& a);

@@ -22,6 +22,8 @@ struct BoundsTable {
   int64_t (*interval_chain_work)(const IntervalChainArgs&);
   ChainResult (*interval_chain)(const IntervalChainArgs&);
   void (*conv_grad)(const ConvGradArgs&);
+  void (*pick_grad)(const PickGradArgs&);
+  void (*live_grad)(const LiveGradArgs&);
   void (*product)(const ProductArgs&);
   void (*interval_grad)(const IntervalGradArgs&);
   void (*relu_box)(const ReluBoxArgs&);

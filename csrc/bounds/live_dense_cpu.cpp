@@ -33,6 +33,7 @@ struct Tile {
   Vec mid[kRows], size[kRows];
   std::unique_ptr<float[]> values;   // [kRows][kStride]
   std::unique_ptr<int32_t[]> place;  // of a neuron's weights in a panel
+  float* kept[kRows];                // where the products go, or null
 };
 
 template <Dual kDual>
@@ -41,9 +42,10 @@ FR_HD Vec term(Vec v, Vec reach, Vec sum) {
   return norm_term<kDual>(vabs(v * reach), sum);
 }
 
-// What a panel's columns add to the sums of a tile. middle, reach: of the columns, the last ones of `width` partly.
+// What a panel's columns, from `column` on, add to the sums of a tile. middle, reach: of the columns, the last ones of
+// `width` partly.
 template <int kR, int kV, Dual kDual>
-void add_panel(Tile& t, const float* panel, const float* middle, const float* reach, int64_t width) {
+void add_panel(Tile& t, const float* panel, const float* middle, const float* reach, int64_t column, int64_t width) {
   Vec acc[kR][kV];
 #pragma GCC unroll 9
   for (int r = 0; r < kR; ++r)
@@ -68,13 +70,14 @@ void add_panel(Tile& t, const float* panel, const float* middle, const float* re
     const Vec m = load_n(middle + v * kLanes, n), e = load_n(reach + v * kLanes, n);
 #pragma GCC unroll 9
     for (int r = 0; r < kR; ++r) {
+      if (t.kept[0] != nullptr) store_n(t.kept[r] + column + v * kLanes, acc[r][v], n);
       t.mid[r] = fmadd(acc[r][v], m, t.mid[r]);
       t.size[r] = term<kDual>(acc[r][v], e, t.size[r]);
     }
   }
 }
 
-using PanelFn = void (*)(Tile&, const float*, const float*, const float*, int64_t);
+using PanelFn = void (*)(Tile&, const float*, const float*, const float*, int64_t, int64_t);
 template <int kV, Dual kDual, int kR = kRows>
 PanelFn pick_rows(int64_t rows) {
   if constexpr (kR > 1)
@@ -133,6 +136,7 @@ class Worker {
     for (int64_t k = 0; k < rows; ++k) {
       const int64_t row = g_.order != nullptr ? g_.order[first + k] : first + k;
       t.row[k] = row;
+      t.kept[k] = s_.kept != nullptr ? s_.kept + (side * g.count + row) * columns_ : nullptr;
       const float* a = g.a + side * g.side_stride + (g.pick != nullptr ? g.pick[row] : row) * g.length;
       const float* less = g.minus != nullptr ? g.a + side * g.side_stride + g.minus[row] * g.length : nullptr;
       float* to = t.values.get() + k * kStride;
@@ -157,7 +161,7 @@ class Worker {
   void flush() {
     const ConcretizeArgs& e = g_.end;
     const bool box = e.center != nullptr;
-    const int64_t columns = s_.out_height * s_.out_width * s_.out_channels;
+    const int64_t columns = columns_;
     for (int64_t at = 0; at < columns && tiles_ > 0; at += kPanel) {
       const int64_t width = std::min(kPanel, columns - at), vectors = (width + kLanes - 1) / kLanes;
       for (int64_t k = 0; k < s_.channels; ++k)
@@ -170,7 +174,7 @@ class Worker {
         Tile& t = tile_[i];
         const int64_t map = t.example * columns + at;
         product(e.dual, t.rows, vectors)(t, panel_.get(), (box ? e.center : e.x) + map, (box ? e.radius : e.eps) + map,
-                                         width);
+                                         at, width);
       }
     }
     for (int i = 0; i < tiles_; ++i) leave(tile_[i]);
@@ -204,6 +208,7 @@ class Worker {
 
   const ChainArgs& g_;
   const ChainStep& s_;
+  const int64_t columns_ = s_.out_height * s_.out_width * s_.out_channels;
   std::unique_ptr<float[]> panel_;
   LiveList live_;
   Tile tile_[kMostTiles];

@@ -20,6 +20,21 @@ constexpr int kRows = 3, kVectors = 1;
 constexpr int64_t kPanel = int64_t{kVectors} * kLanes;
 constexpr int64_t kGroup = 16 * kRows;  // rows of one task
 
+typedef float Quad __attribute__((vector_size(16), aligned(4), may_alias));
+
+// Four numbers of each of four columns, which lie `apart`, as four lines of four.
+FR_HD void turn_quads(const float* from, int64_t apart, float* to) {
+  Quad a = *reinterpret_cast<const Quad*>(from), b = *reinterpret_cast<const Quad*>(from + apart),
+       c = *reinterpret_cast<const Quad*>(from + 2 * apart), d = *reinterpret_cast<const Quad*>(from + 3 * apart);
+  const Quad ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), AB = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  const Quad cd = __builtin_shufflevector(c, d, 0, 4, 1, 5), CD = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  const auto put = [&](int line, Quad q) FR_INLINE_LAMBDA { *reinterpret_cast<Quad*>(to + line * kPanel) = q; };
+  put(0, __builtin_shufflevector(ab, cd, 0, 1, 4, 5));
+  put(1, __builtin_shufflevector(ab, cd, 2, 3, 6, 7));
+  put(2, __builtin_shufflevector(AB, CD, 0, 1, 4, 5));
+  put(3, __builtin_shufflevector(AB, CD, 2, 3, 6, 7));
+}
+
 // b's columns [at, at + width) as [count][kPanel], zero beyond them.
 void pack(const ProductArgs& g, int64_t at, int64_t width, float* to) {
   const float* b = g.b + at * g.b_column;
@@ -32,37 +47,37 @@ void pack(const ProductArgs& g, int64_t at, int64_t width, float* to) {
       }
     return;
   }
-  constexpr int64_t kSome = 16;  // lines of a column at a time
-  for (int64_t k = 0; k < g.count; k += kSome) {
-    const int64_t end = std::min(g.count, k + kSome);
-    for (int64_t c = 0; c < kPanel; ++c)
-      for (int64_t i = k; i < end; ++i) to[i * kPanel + c] = c < width ? b[c * g.b_column + i * g.b_step] : 0.f;
-  }
+  const int64_t quads = g.b_step == 1 ? width / 4 * 4 : 0, lines = g.count / 4 * 4;
+  for (int64_t k = 0; k < lines; k += 4)
+    for (int64_t c = 0; c < quads; c += 4) turn_quads(b + c * g.b_column + k, g.b_column, to + k * kPanel + c);
+  for (int64_t k = 0; k < g.count; ++k)
+    for (int64_t c = k < lines ? quads : 0; c < kPanel; ++c)
+      to[k * kPanel + c] = c < width ? b[c * g.b_column + k * g.b_step] : 0.f;
 }
 
-template <int kR>
+template <int kR, int kV>
 void tile(const ProductArgs& g, const float* panel, int64_t row, int64_t at, int64_t width) {
-  Vec acc[kR][kVectors];
+  Vec acc[kR][kV];
 #pragma GCC unroll 9
   for (int r = 0; r < kR; ++r)
 #pragma GCC unroll 3
-    for (int v = 0; v < kVectors; ++v) acc[r][v] = Vec(0.f);
+    for (int v = 0; v < kV; ++v) acc[r][v] = Vec(0.f);
   const float* a = g.a + row * g.a_row;
   for (int64_t k = 0; k < g.count; ++k, panel += kPanel, a += g.a_step) {
-    Vec b[kVectors];
+    Vec b[kV];
 #pragma GCC unroll 3
-    for (int v = 0; v < kVectors; ++v) b[v] = load(panel + v * kLanes);
+    for (int v = 0; v < kV; ++v) b[v] = load(panel + v * kLanes);
 #pragma GCC unroll 9
     for (int r = 0; r < kR; ++r) {
       const Vec x(a[r * g.a_row]);
 #pragma GCC unroll 3
-      for (int v = 0; v < kVectors; ++v) acc[r][v] = fmadd(x, b[v], acc[r][v]);
+      for (int v = 0; v < kV; ++v) acc[r][v] = fmadd(x, b[v], acc[r][v]);
     }
   }
 #pragma GCC unroll 9
   for (int r = 0; r < kR; ++r)
 #pragma GCC unroll 3
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < kV; ++v) {
       const int64_t n = width - v * kLanes;
       float* out = g.out + (row + r) * g.columns + at + v * kLanes;
       if (n >= kLanes)
@@ -73,11 +88,17 @@ void tile(const ProductArgs& g, const float* panel, int64_t row, int64_t at, int
 }
 
 using TileFn = void (*)(const ProductArgs&, const float*, int64_t, int64_t, int64_t);
-template <int kR = kRows>
-TileFn tile_of(int64_t rows) {
+template <int kV, int kR = kRows>
+TileFn pick_rows(int64_t rows) {
   if constexpr (kR > 1)
-    if (rows < kR) return tile_of<kR - 1>(rows);
-  return tile<kR>;
+    if (rows < kR) return pick_rows<kV, kR - 1>(rows);
+  return tile<kR, kV>;
+}
+template <int kV = kVectors>
+TileFn tile_of(int64_t rows, int64_t width) {
+  if constexpr (kV > 1)
+    if (width <= (kV - 1) * kLanes) return tile_of<kV - 1>(rows, width);
+  return pick_rows<kV>(rows);
 }
 
 }  // namespace
@@ -91,7 +112,7 @@ void product_cpu(const ProductArgs& g) {
       if (packed != at) pack(g, at, width, panel.get());
       packed = at;
       const int64_t begin = task % groups * kGroup, end = std::min(g.rows, begin + kGroup);
-      for (int64_t row = begin; row < end; row += kRows) tile_of(end - row)(g, panel.get(), row, at, width);
+      for (int64_t row = begin; row < end; row += kRows) tile_of(end - row, width)(g, panel.get(), row, at, width);
     }
   });
 }

@@ -21,6 +21,7 @@ void back_row(const BackArgs& g, int64_t row) {
   const Rows& r = g.rows;
   const int64_t maps = map_size(r), ex = example_of(r, row);
   const float *a0[kN], *less[kN];
+#pragma GCC unroll 4
   for (int k = 0; k < kN; ++k) {
     a0[k] = r.a + source_row(r, row + k) * r.length;
     less[k] = r.minus != nullptr ? r.a + r.minus[row + k] * r.length : nullptr;
@@ -32,6 +33,7 @@ void back_row(const BackArgs& g, int64_t row) {
   float* o0 = g.out + row * r.length;
   float* o1 = kOut == 2 ? o0 + r.count * r.length : nullptr;
   Vec low[kN], up[kN];
+#pragma GCC unroll 4
   for (int k = 0; k < kN; ++k) low[k] = up[k] = Vec(0.f);
   const auto one = [&](int64_t at, int64_t map, int n) FR_INLINE_LAMBDA {
     const bool full = n == kLanes;
@@ -69,6 +71,7 @@ void back_row(const BackArgs& g, int64_t row) {
     for (; i + kLanes <= s.end; i += kLanes, map += kLanes) one(i, map, kLanes);
     if (i < s.end) one(i, map, static_cast<int>(s.end - i));
   }
+#pragma GCC unroll 4
   for (int k = 0; k < kN; ++k) {
     g.b_out[row + k] = g.b[row + k] + lane_sum(low[k]);
     if (kSides == 2) g.b_out[r.count + row + k] = g.b[r.count + row + k] + lane_sum(up[k]);

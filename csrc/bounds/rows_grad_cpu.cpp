@@ -41,13 +41,13 @@ FR_HD Vec coefficients(const float* a, const float* less, int64_t at, int n) {
 
 constexpr int kTogether = 3;  // rows of one example that share a read of its lines and of their gradients
 
-// Rows id[0, kN) of one example, one alone if they are windows.
-template <bool kTwo, int kN>
+// Rows id[0, kN) of one example, one alone if they are windows. kTwo: a slope per side; kApart: a matrix for each side.
+template <bool kTwo, int kSides, bool kApart, int kN>
 void back_grad_row(const BackGradArgs& g, const int64_t* id) {
   const Rows& r = g.rows;
   const int64_t maps = map_size(r), ex = example_of(r, id[0]);
-  const bool apart = r.side_stride != 0;  // a matrix for each side
   const float *a[kN], *less[kN];
+#pragma GCC unroll 4
   for (int k = 0; k < kN; ++k) {
     a[k] = r.a + source_row(r, id[k]) * r.length;
     less[k] = r.minus != nullptr ? r.a + r.minus[id[k]] * r.length : nullptr;
@@ -62,7 +62,7 @@ void back_grad_row(const BackGradArgs& g, const int64_t* id) {
   to_b[1] = to_b[0] + g.examples * maps;
   const int64_t other_from = g.sides_out == 2 ? r.count * r.length : 0;
   float* first = g.to_a + id[0] * r.length;
-  each_vector(r, id[0], first, apart ? first + r.count * r.length : nullptr,
+  each_vector(r, id[0], first, kApart ? first + r.count * r.length : nullptr,
               [&](int64_t at, int64_t map, int n) FR_INLINE_LAMBDA {
                 const Vec zero(0.f), sl = get(s[0] + map, n), su = get(s[1] + map, n), bl = get(b[0] + map, n),
                                      bu = get(b[1] + map, n);
@@ -71,8 +71,9 @@ void back_grad_row(const BackGradArgs& g, const int64_t* id) {
                 for (int i = 0; i < kN; ++i) {
                   Vec out[2] = {zero, zero}, v = zero;
                   const float* from = g.from_out + id[i] * r.length + at;
-                  for (int side = 0; side < r.sides; ++side) {
-                    const int k = apart ? side : 0;
+#pragma GCC unroll 2
+                  for (int side = 0; side < kSides; ++side) {
+                    const int k = kApart ? side : 0;
                     if (side == k)
                       v = coefficients(a[i] + k * r.side_stride,
                                        less[i] == nullptr ? less[i] : less[i] + k * r.side_stride, at, n);
@@ -96,7 +97,7 @@ void back_grad_row(const BackGradArgs& g, const int64_t* id) {
                   }
                   float* to = g.to_a + id[i] * r.length + at;
                   put(to, out[0], n);
-                  if (apart) put(to + r.count * r.length, out[1], n);
+                  if (kApart) put(to + r.count * r.length, out[1], n);
                 }
                 add(to_s[0] + map, add_s[0], n);
                 if (kTwo) add(to_s[1] + map, add_s[1], n);
@@ -105,27 +106,28 @@ void back_grad_row(const BackGradArgs& g, const int64_t* id) {
               });
 }
 
-template <bool kTwo>
+template <bool kTwo, int kSides, bool kApart>
 void back_grad_some(const BackGradArgs& g, const int64_t* id, int64_t count) {
   int64_t k = 0;
   for (; k + kTogether <= count && g.rows.corner_y == nullptr; k += kTogether)
-    back_grad_row<kTwo, kTogether>(g, id + k);
-  for (; k < count; ++k) back_grad_row<kTwo, 1>(g, id + k);
+    back_grad_row<kTwo, kSides, kApart, kTogether>(g, id + k);
+  for (; k < count; ++k) back_grad_row<kTwo, kSides, kApart, 1>(g, id + k);
 }
 
+template <int kSides, bool kApart>
 void concretize_grad_row(const ConcretizeGradArgs& g, int64_t row) {
   const Rows& r = g.rows;
   const int64_t base = example_of(r, row) * map_size(r);
-  const bool apart = r.side_stride != 0;
   const float* a = r.a + source_row(r, row) * r.length;
   const float* less = r.minus != nullptr ? r.a + r.minus[row] * r.length : nullptr;
   float* out0 = g.to_a + row * r.length;
-  float* out1 = apart ? out0 + r.count * r.length : nullptr;
+  float* out1 = kApart ? out0 + r.count * r.length : nullptr;
   each_vector(r, row, out0, out1, [&](int64_t at, int64_t map, int n) FR_INLINE_LAMBDA {
     const Vec zero(0.f), c = get(g.center + base + map, n), reach = get(g.radius + base + map, n);
     Vec add_c = zero, add_r = zero, out[2] = {zero, zero}, v = zero;
-    for (int side = 0; side < r.sides; ++side) {
-      const int k = apart ? side : 0;
+#pragma GCC unroll 2
+    for (int side = 0; side < kSides; ++side) {
+      const int k = kApart ? side : 0;
       if (side == k) v = coefficients(a + k * r.side_stride, less == nullptr ? less : less + k * r.side_stride, at, n);
       const Vec t(g.from[side * r.count + row]), signed_t = side == 0 ? -t : t;
       const Vec turned = select(v > zero, signed_t, select(v < zero, -signed_t, zero));  // signed_t * sign(v)
@@ -134,7 +136,7 @@ void concretize_grad_row(const ConcretizeGradArgs& g, int64_t row) {
       add_r = add_r + turned * v;
     }
     put(out0 + at, out[0], n);
-    if (apart) put(out1 + at, out[1], n);
+    if (kApart) put(out1 + at, out[1], n);
     if (g.to_center != nullptr) add(g.to_center + base + map, add_c, n);
     if (g.to_radius != nullptr) add(g.to_radius + base + map, add_r, n);
   });
@@ -157,21 +159,56 @@ void by_example(const Args& g, const F& some) {
 }
 
 using BackSome = void (*)(const BackGradArgs&, const int64_t*, int64_t);
-BackSome pick_back(const BackGradArgs& g) { return g.slope_sides == 2 ? back_grad_some<true> : back_grad_some<false>; }
+template <bool kTwo>
+BackSome pick_sides(const Rows& r) {
+  if (r.sides == 1) return r.side_stride != 0 ? back_grad_some<kTwo, 1, true> : back_grad_some<kTwo, 1, false>;
+  return r.side_stride != 0 ? back_grad_some<kTwo, 2, true> : back_grad_some<kTwo, 2, false>;
+}
+BackSome pick_back(const BackGradArgs& g) {
+  return g.slope_sides == 2 ? pick_sides<true>(g.rows) : pick_sides<false>(g.rows);
+}
+using EndRow = void (*)(const ConcretizeGradArgs&, int64_t);
+EndRow pick_end(const Rows& r) {
+  if (r.sides == 1) return r.side_stride != 0 ? concretize_grad_row<1, true> : concretize_grad_row<1, false>;
+  return r.side_stride != 0 ? concretize_grad_row<2, true> : concretize_grad_row<2, false>;
+}
 
 }  // namespace
 
 void back_grad_rows(const BackGradArgs& g, const int64_t* rows, int64_t count) { pick_back(g)(g, rows, count); }
 
 void concretize_grad_rows(const ConcretizeGradArgs& g, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) concretize_grad_row(g, row);
+  const EndRow f = pick_end(g.rows);
+  for (int64_t row = begin; row < end; ++row) f(g, row);
 }
 
 void back_grad_cpu(const BackGradArgs& g) { by_example(g, pick_back(g)); }
 
 void concretize_grad_cpu(const ConcretizeGradArgs& g) {
   by_example(g, [](const ConcretizeGradArgs& args, const int64_t* rows, int64_t count) {
-    for (int64_t k = 0; k < count; ++k) concretize_grad_row(args, rows[k]);
+    const EndRow f = pick_end(args.rows);
+    for (int64_t k = 0; k < count; ++k) f(args, rows[k]);
+  });
+}
+
+void pick_grad_cpu(const PickGradArgs& g) {
+  constexpr int64_t kColumns = 16 * kLanes;  // of one task: the sums stay in the first cache
+  parallel_for((g.length + kColumns - 1) / kColumns, 1, [&](int64_t first, int64_t last) {
+    const int64_t begin = first * kColumns, end = std::min(g.length, last * kColumns);
+    for (int64_t row = 0; row < g.rows; ++row)
+      std::memset(g.out + row * g.length + begin, 0, static_cast<size_t>(end - begin) * sizeof(float));
+    for (int64_t at = begin; at < end; at += kColumns)
+      for (int64_t i = 0; i < g.count; ++i) {
+        const float* from = g.from + i * g.length;
+        float* plus = g.out + g.pick[i] * g.length;
+        float* minus = g.minus != nullptr ? g.out + g.minus[i] * g.length : nullptr;
+        for (int64_t k = at; k < std::min(end, at + kColumns); k += kLanes) {
+          const int n = static_cast<int>(std::min<int64_t>(kLanes, end - k));
+          const Vec v = get(from + k, n);
+          add(plus + k, v, n);
+          if (minus != nullptr) add(minus + k, -v, n);
+        }
+      }
   });
 }
 

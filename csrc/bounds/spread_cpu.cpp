@@ -114,10 +114,10 @@ void spread_range(const SpreadArgs& g, int64_t begin, int64_t end) {
     while (filled < wanted) {
       const float* a = g.a + (base + filled) * g.in_c;
       if (base + filled + kPositions <= stop) {
-        all_products<kTaps, kPositions>(g.in_c, g.lanes, a, g.weight, taps + filled * g.lanes);
+        all_products<kTaps, kPositions>(g.in_c, g.in_c, g.lanes, a, g.weight, taps + filled * g.lanes);
         filled += kPositions;
       } else {
-        all_products<kTaps, 1>(g.in_c, g.lanes, a, g.weight, taps + filled * g.lanes);
+        all_products<kTaps, 1>(g.in_c, g.in_c, g.lanes, a, g.weight, taps + filled * g.lanes);
         ++filled;
       }
     }

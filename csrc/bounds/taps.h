@@ -14,9 +14,10 @@ constexpr int positions_for(int taps) { return taps == 1 ? 4 : 2; }
 constexpr int kGradChannels = 2;
 #endif
 
-// taps[p][0, kTaps) = the sum over channels of a[p][c] * weight[c][0, kTaps), in vectors; rows of `lanes` numbers.
+// taps[p][0, kTaps) = the sum over channels of a[p][c] * weight[c][0, kTaps), in vectors; rows of `lanes` numbers,
+// those of a `stride` apart.
 template <int kTaps, int kPositions>
-FR_HD void products(int64_t in_c, int64_t lanes, const float* a, const float* weight, float* taps) {
+FR_HD void products(int64_t in_c, int64_t stride, int64_t lanes, const float* a, const float* weight, float* taps) {
   Vec acc[kPositions][kTaps];
 #pragma GCC unroll 12
   for (int p = 0; p < kPositions; ++p)
@@ -28,7 +29,7 @@ FR_HD void products(int64_t in_c, int64_t lanes, const float* a, const float* we
     for (int t = 0; t < kTaps; ++t) w[t] = load(weight + c * lanes + t * kLanes);
 #pragma GCC unroll 12
     for (int p = 0; p < kPositions; ++p) {
-      const Vec v(a[p * in_c + c]);
+      const Vec v(a[p * stride + c]);
 #pragma GCC unroll 4
       for (int t = 0; t < kTaps; ++t) acc[p][t] = fmadd(v, w[t], acc[p][t]);
     }
@@ -41,22 +42,26 @@ FR_HD void products(int64_t in_c, int64_t lanes, const float* a, const float* we
 
 // All taps: blocks of kTaps vectors, the rest in one smaller block.
 template <int kTaps, int kPositions>
-FR_HD void all_products(int64_t in_c, int64_t lanes, const float* a, const float* weight, float* taps) {
+FR_HD void all_products(int64_t in_c, int64_t stride, int64_t lanes, const float* a, const float* weight, float* taps) {
   int64_t t = 0;
   for (; t + kTaps * kLanes <= lanes; t += kTaps * kLanes)
-    products<kTaps, kPositions>(in_c, lanes, a, weight + t, taps + t);
+    products<kTaps, kPositions>(in_c, stride, lanes, a, weight + t, taps + t);
   const int64_t rest = (lanes - t) / kLanes;
   if constexpr (kTaps > 1)
-    if (rest == 1) products<1, kPositions>(in_c, lanes, a, weight + t, taps + t);
+    if (rest == 1) products<1, kPositions>(in_c, stride, lanes, a, weight + t, taps + t);
   if constexpr (kTaps > 2)
-    if (rest == 2) products<2, kPositions>(in_c, lanes, a, weight + t, taps + t);
+    if (rest == 2) products<2, kPositions>(in_c, stride, lanes, a, weight + t, taps + t);
   if constexpr (kTaps > 3)
-    if (rest == 3) products<3, kPositions>(in_c, lanes, a, weight + t, taps + t);
+    if (rest == 3) products<3, kPositions>(in_c, stride, lanes, a, weight + t, taps + t);
 }
+
+// Rows of patches lie this far apart: not a power of two, of which the first cache has few places.
+constexpr int64_t patch_stride(int64_t lanes) { return lanes + kLanes; }
 
 // sums[o][taps] += the sum over positions of a[position][o] * patch[position][taps]; rows of `lanes` numbers.
 template <int kTaps, int kOut>
 FR_HD void add_sums(const float* a, int64_t out_c, const float* patch, int64_t positions, int64_t lanes, float* sums) {
+  const int64_t stride = patch_stride(lanes);
   Vec acc[kOut][kTaps];
 #pragma GCC unroll 8
   for (int o = 0; o < kOut; ++o)
@@ -65,7 +70,7 @@ FR_HD void add_sums(const float* a, int64_t out_c, const float* patch, int64_t p
   for (int64_t p = 0; p < positions; ++p) {
     Vec v[kTaps];
 #pragma GCC unroll 4
-    for (int t = 0; t < kTaps; ++t) v[t] = load(patch + p * lanes + t * kLanes);
+    for (int t = 0; t < kTaps; ++t) v[t] = load(patch + p * stride + t * kLanes);
 #pragma GCC unroll 8
     for (int o = 0; o < kOut; ++o) {
       const Vec w(a[p * out_c + o]);

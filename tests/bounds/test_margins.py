@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastrobust import _C
 from fastrobust.bounds import api, compute_bounds
+from fastrobust.ops import _bounds_autograd as gradients
 from fastrobust.ops import _bounds_chain, margin_bounds
 from fastrobust.ops import _bounds_conv as conv
 from fastrobust.ops import bounds as ops
@@ -127,6 +128,30 @@ def test_unrecorded_bounds_without_dead_neurons(name: str, leave_out: bool, take
                 near([got.upper], [want.upper])
 
 
+@pytest.mark.parametrize("leave_out", [False, True])
+@pytest.mark.parametrize("name", ["one layer", "dense"])
+@pytest.mark.parametrize("method", ["crown-ibp", "ibp-linear"])
+@pytest.mark.parametrize("sides", ["lower", "both"])
+def test_gradients_without_dead_neurons(
+    name: str, leave_out: bool, method: str, sides: str, taken: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(margin_bounds, "leaving_out_pays", lambda *a: leave_out)
+    for batch, classes in itertools.product((1, 7), (2, 5, 21)):
+        torch.manual_seed(batch)
+        net, shape, _ = network(name)
+        net[-1] = nn.Linear(net[-1].in_features, classes)
+        with torch.no_grad():
+            for layer in net[:-1]:
+                if getattr(layer, "bias", None) is not None:
+                    layer.bias -= 0.3
+        x, y = torch.rand(batch, *shape), torch.randint(classes, (batch,))
+        kwargs = {"method": method, "sides": sides, "clip": (0.0, 1.0)}
+        got = bounds_and_gradients(net, x, 0.03, y, torch.float32, True, **kwargs)
+        assert taken == [True, True]
+        near(got, bounds_and_gradients(net, x, 0.03, y, torch.float64, True, **kwargs))
+        taken.clear()
+
+
 def test_what_is_left_to_the_engine(taken: list[bool]) -> None:
     x = torch.rand(2, 1, 6, 6)
     tail = [nn.Flatten(), nn.Linear(36, 3)]
@@ -174,6 +199,17 @@ def test_products_in_any_layout(rows: int, count: int, columns: int, turn_a: boo
     _C.bounds_product(a.data_ptr(), b.data_ptr(), out.data_ptr(), rows, count, columns, (*a.stride(), *b.stride()))
     want = a.double() @ b.double()
     assert (out - want).abs().max() <= 1e-5 * (a.double().abs() @ b.double().abs()).max()
+
+
+@given(st.integers(0, 30), st.integers(1, 140), st.integers(1, 9), st.booleans(), st.integers(0, 99))
+def test_gradient_of_a_matrix_whose_rows_are_picked(count: int, n: int, rows: int, less: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    g, plus, minus = torch.randn(count, n), torch.randint(rows, (count,)), torch.randint(rows, (count,))
+    got = gradients.pick_gradient(g, plus, minus if less else None, rows)
+    want = torch.zeros(rows, n, dtype=torch.float64).index_add(0, plus, g.double())
+    if less:
+        want = want.index_add(0, minus, -g.double())
+    assert torch.allclose(got.double(), want, atol=1e-5)
 
 
 @given(st.integers(1, 20), st.integers(1, 70), st.integers(1, 15), st.booleans(), st.integers(0, 99))

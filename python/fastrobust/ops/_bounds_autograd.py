@@ -14,7 +14,7 @@ from .. import _C
 from ..reference.bounds import room_of, row_maps, split_support
 from . import _bounds_conv as conv
 from ._bounds_product import product
-from ._bounds_rows import address, by_example, dense, native, rows_args
+from ._bounds_rows import Groups, address, by_example, dense, native, rows_args
 from ._library import below_autograd, nothing_intercepts
 
 Grads = tuple[Tensor | None, ...]
@@ -74,23 +74,20 @@ def _rows_of(A: Tensor, rows: Tensor | None, minus: Tensor | None) -> Tensor:
 
 
 def _to_rows(g: Tensor, A: Tensor, rows: Tensor | None, minus: Tensor | None) -> Tensor:
-    """The adjoint of ``_rows_of``: a product with the matrix that picks, where it is small."""
+    """The adjoint of ``_rows_of``."""
     if rows is None:
         return g
-    if A.shape[1] <= 256:
-        return pick_matrix(rows, minus, A[0]) @ g
+    if _by_kernel(g):
+        return torch.stack([pick_gradient(part, rows, minus, A.shape[1]) for part in dense(g)])
     out = torch.zeros_like(A).index_add(1, rows, g)
     return out if minus is None else out.index_add(1, minus, -g)
 
 
-def pick_matrix(rows: Tensor, minus: Tensor | None, weight: Tensor) -> Tensor:
-    """The adjoint of picking rows of ``weight``, as a matrix."""
-    count = torch.arange(len(rows), device=weight.device)
-    pick = weight.new_zeros(weight.shape[0], len(rows))
-    pick[rows, count] = 1.0
-    if minus is not None:
-        pick[minus, count] -= 1.0
-    return pick
+def pick_gradient(g: Tensor, rows: Tensor, minus: Tensor | None, count: int) -> Tensor:
+    """The gradient (count, n) of a matrix from that of the rows (R, n) that are picked from it."""
+    out, rows, minus = g.new_empty(count, g.shape[1]), rows.contiguous(), None if minus is None else minus.contiguous()
+    _C.bounds_pick_grad(g.data_ptr(), rows.data_ptr(), address(minus), out.data_ptr(), *g.shape, count)
+    return out
 
 
 def _by_kernel(A: Tensor) -> bool:
@@ -134,12 +131,12 @@ def _back_step_kernel(args: list[Any], g_out: Tensor, g_b: Tensor) -> Grads:
     return _to_rows(g_a, args[0], *args[5:7]), g_b, g_s, g_i, None, None, None, None, None, None
 
 
-def back_rows_kernel(args: list[Any], g_out: Tensor, g_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the rows before ``rows`` and ``minus`` pick, of slopes and of intercepts."""
+def back_rows_kernel(args: list[Any], g_out: Tensor, g_b: Tensor, groups: Groups | None = None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of the rows before ``rows`` and ``minus`` pick, of slopes and of intercepts. groups: ``by_example``, where known."""
     A, b, slopes, intercepts, example, rows, minus, y, x, window = args
     A, slopes, intercepts, g_out, g_b = (dense(t) for t in (A, slopes, intercepts, g_out, g_b))
     example, rows, minus = (None if t is None else t.contiguous() for t in (example, rows, minus))
-    starts, order = by_example(example, b.shape[1], slopes.shape[1], A.device)
+    starts, order = groups or by_example(example, b.shape[1], slopes.shape[1], A.device)
     g_a = A.new_empty(A.shape[0], b.shape[1], A.shape[2])
     g_s, g_i = torch.zeros_like(slopes), torch.zeros_like(intercepts)
     _C.bounds_back_grad(
@@ -155,12 +152,12 @@ def _concretize_kernel(args: list[Any], need: Any, g: Tensor) -> Grads:
     return _to_rows(g_a, args[0], *args[3:5]), g, None, None, None, g_c, g_r, None, None, None, None, None, None
 
 
-def concretize_rows_kernel(args: list[Any], need: Any, g: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def concretize_rows_kernel(args: list[Any], need: Any, g: Tensor, groups: Groups | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of the rows before ``rows`` and ``minus`` pick, of centre and of radius."""
     A, b, example, rows, minus, center, radius, _, _, _, y, x, window = args
     A, center, radius, g = (dense(t) for t in (A, center, radius, g))
     example, rows, minus = (None if t is None else t.contiguous() for t in (example, rows, minus))
-    starts, order = by_example(example, b.shape[1], center.shape[0], A.device)
+    starts, order = groups or by_example(example, b.shape[1], center.shape[0], A.device)
     g_a = A.new_empty(A.shape[0], b.shape[1], A.shape[2])
     g_c, g_r = torch.zeros_like(center) if need[5] else None, torch.zeros_like(radius) if need[6] else None
     _C.bounds_concretize_grad(

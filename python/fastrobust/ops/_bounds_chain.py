@@ -17,7 +17,7 @@ from ..reference.bounds import Window
 from . import _bounds_autograd as gradients
 from . import _bounds_conv as conv
 from . import linear_bounds as linear
-from ._bounds_rows import address, by_example, dense, lanes_of, native, rows_args, spread_lanes, taps_of
+from ._bounds_rows import Groups, address, by_example, dense, lanes_of, native, rows_args, spread_lanes, taps_of
 
 _CHUNK_NUMBERS = 1 << 20  # of the largest coefficients of a chunk in the backward pass: 4 MB
 MOST_STEPS = 32  # that the kernel of the gradients takes
@@ -170,14 +170,14 @@ class _Through(torch.autograd.Function):
         return (None, None, None, None, None, g_a, g_b, *maps, *found)
 
 
-def chain_gradient(A: Tensor, example: Tensor, rows: Any, minus: Any, c: Tensor, r: Tensor, steps: list[ConvStep], g: Tensor, need: Any, between: Any) -> tuple[Tensor, Any, Any, list[tuple[Any, ...]]]:  # fmt: skip
+def chain_gradient(A: Tensor, example: Tensor, rows: Any, minus: Any, c: Tensor, r: Tensor, steps: list[ConvStep], g: Tensor, need: Any, between: Any, groups: Groups | None = None) -> tuple[Tensor, Any, Any, list[tuple[Any, ...]]]:  # fmt: skip
     """All gradients over a box in one call, a few rows of one example at a time: of the rows before ``rows`` and ``minus`` pick, of
     c and r, and of slopes, intercepts and weight of each step. ``need``: whether those of c, r and each weight are wanted."""
     A, g, c, r, example = (dense(t) for t in (A, g, c, r, example))
     rows, minus = (None if t is None else t.contiguous() for t in (rows, minus))
     batch, count = steps[0].slopes.shape[1], g.shape[1]
     told, kept = _told(steps, None, between)
-    starts, order = by_example(example, count, batch, A.device)
+    starts, order = groups or by_example(example, count, batch, A.device)
     to_a = A.new_empty(A.shape[0], count, A.shape[2])
     fresh = torch.empty_like if count else torch.zeros_like  # the kernel sets all of them, when there are rows
     to_c, to_r = (fresh(t) if n else None for t, n in ((c, need[0]), (r, need[1])))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _C
 from . import linear_bounds as linear
-from ._bounds_rows import address, by_example, dense, rows_args
+from ._bounds_rows import Groups, address, by_example, dense, rows_args
 
 _MOST_LINES = 64  # of a kernel that meet one output (csrc/bounds/live_chain_cpu.cpp)
 _WIDE = _C.cpu_variant() == "v4"  # our products are as fast as the vendor's there
@@ -57,22 +57,28 @@ def _share(slopes: Tensor) -> float:
     return float(torch.count_nonzero(slopes)) / max(1, slopes.numel())
 
 
-def concretize_live(A: Tensor, b: Tensor, example: Tensor, steps: list[LiveStep], box: Pair | None, ball: Pair | None, q: float, rows: Tensor | None = None, minus: Tensor | None = None) -> Tensor:  # fmt: skip
+def _told(step: LiveStep, turned: bool, below: Tensor | None) -> tuple[tuple[int, ...], list[Tensor]]:
+    """A step as the kernels are told of it, and the tensors that must stay alive meanwhile."""
+    (c, h, w), (oc, oh, ow) = step.shape, step.shape_in
+    taps = step.weight.permute(2, 3, 1, 0).flatten(0, 2) if turned else step.weight.permute(0, 2, 3, 1).flatten(1)
+    slopes, intercepts, taps = dense(step.slopes), dense(step.intercepts), dense(taps)
+    told = (slopes.data_ptr(), slopes.shape[0], intercepts.data_ptr(), h, w, c, taps.data_ptr(), oh, ow, oc, *step.weight.shape[2:], *step.stride, *step.padding, taps.shape[1], 2 * turned, address(below))  # fmt: skip
+    return told, [slopes, intercepts, taps]
+
+
+def concretize_live(A: Tensor, b: Tensor, example: Tensor, steps: list[LiveStep], box: Pair | None, ball: Pair | None, q: float, rows: Tensor | None = None, minus: Tensor | None = None, below: Tensor | None = None, groups: Groups | None = None) -> Tensor:  # fmt: skip
     """``concretize_through`` over whole maps and a box or a ball, leaving out neurons whose lines are zero: what a product takes from
-    them or gives to them changes nothing. float32 on the CPU, not recorded."""
+    them or gives to them changes nothing. float32 on the CPU, not recorded. below: for one dense step, room for the rows at the
+    input, (1 or 2, R, n)."""
     A, b, example = dense(A), dense(b), dense(example)
     rows, minus = (None if t is None else t.contiguous() for t in (rows, minus))
     told, kept = [], []
     for s in steps:
-        (c, h, w), (oc, oh, ow), turned = s.shape, s.shape_in, s is not steps[-1]
-        taps = s.weight.permute(2, 3, 1, 0).flatten(0, 2) if turned else s.weight.permute(0, 2, 3, 1).flatten(1)
-        slopes, intercepts, taps = dense(s.slopes), dense(s.intercepts), dense(taps)
-        kept += [slopes, intercepts, taps]
-        told.append(
-            (slopes.data_ptr(), slopes.shape[0], intercepts.data_ptr(), h, w, c, taps.data_ptr(), oh, ow, oc, *s.weight.shape[2:], *s.stride, *s.padding, taps.shape[1], 2 * turned, 0)
-        )  # fmt: skip
+        numbers, tensors = _told(s, s is not steps[-1], below)
+        told.append(numbers)
+        kept.append(tensors)
     batch = steps[0].slopes.shape[1]
-    starts, order = by_example(example, b.shape[1], batch, A.device)
+    starts, order = groups or by_example(example, b.shape[1], batch, A.device)
     maps = [None if t is None else dense(t) for t in (*(box or (None, None)), *(ball or (None, None)))]
     out = torch.empty_like(b)
     _C.bounds_chain(
@@ -81,3 +87,23 @@ def concretize_live(A: Tensor, b: Tensor, example: Tensor, steps: list[LiveStep]
     )  # fmt: skip
     del kept
     return out
+
+
+def live_gradient(step: LiveStep, scaled: Tensor, g: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
+    """Gradients of ``scaled`` (k, R, channels) and of the weight (channels, n), its columns channels last, of one dense step from
+    those of its rows at the input (k, R, n); zero for neurons without lines. groups: ``by_example`` of the rows."""
+    scaled, g, batch = dense(scaled), dense(g), step.slopes.shape[1]
+    told, kept = _told(step, False, None)
+    starts, order = groups
+    to_scaled, to_weight = torch.empty_like(scaled), scaled.new_empty(scaled.shape[2], g.shape[2])
+    tensors = (
+        scaled.data_ptr(),
+        g.data_ptr(),
+        starts.data_ptr(),
+        address(order),
+        to_scaled.data_ptr(),
+        to_weight.data_ptr(),
+    )
+    _C.bounds_live_grad(told, batch, scaled.shape[1], scaled.shape[0], tensors)
+    del kept
+    return to_scaled, to_weight

@@ -1,4 +1,4 @@
-"""Products of rows with weights, by the faster of torch's two engines."""
+"""Products of rows with weights, by the fastest engine: our kernel or one of torch's two."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from ._library import nothing_intercepts
 _WIDE = _C.cpu_variant() == "v4"
 
 
+_MOST_COUNT = 2048  # numbers in a sum, of our kernel: a packed panel stays in the second cache
+
+
 def product(a: Tensor, weight: Tensor) -> Tensor:
-    """a @ weight for rows a (R, K) and weight (K, N), recorded. Large ones on the CPU run as the adjoint of a 1 x 1 convolution:
-    oneDNN uses AVX-512 on every processor that has it, the matrix library behind ``@`` only on some (twice as fast there)."""
+    """a @ weight for rows a (R, K) and weight (K, N), recorded."""
     if torch.is_grad_enabled() and (a.requires_grad or weight.requires_grad) and a.is_cpu and nothing_intercepts():
         out: Tensor = _Product.apply(a, weight)
         return out
-    count, k = a.shape
-    if not (_large(a) and weight.shape[1] >= 32):
-        return a @ weight
-    out = F.conv_transpose2d(_as_line(a), weight.contiguous().view(k, weight.shape[1], 1, 1))
-    return out.permute(0, 2, 3, 1).reshape(count, weight.shape[1])
+    return matrix_product(a, weight)
 
 
 def product_with_transpose(a: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a @ weight.t() + bias for rows a (R, K) and weight (N, K): ``product`` the other way."""
+    """a @ weight.t() + bias for rows a (R, K) and weight (N, K), not recorded."""
+    if _ours(a, weight.t()):
+        out = matrix_product(a, weight.t())
+        return out if bias is None else out.add_(bias)
     count, k = a.shape
     if not (_large(a) and weight.shape[0] >= 32):
         return F.linear(a, weight, bias)
@@ -38,13 +39,27 @@ def product_with_transpose(a: Tensor, weight: Tensor, bias: Tensor | None = None
 
 
 def matrix_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b for a (R, K) and b (K, N) in any layout, not recorded; by our kernel where it is the faster."""
-    if not (_WIDE and a.is_cpu and native(a)) or 1 not in b.stride():
-        return product(a, b)
-    out = a.new_empty(a.shape[0], b.shape[1])
-    sizes = (*a.shape, b.shape[1])
-    _C.bounds_product(a.data_ptr(), b.data_ptr(), out.data_ptr(), *sizes, (*a.stride(), *b.stride()))
-    return out
+    """a @ b for a (R, K) and b (K, N), not recorded. Elsewhere than in our kernel large ones on the CPU run as the adjoint of a 1 x 1
+    convolution: oneDNN uses AVX-512 on every processor that has it, the matrix library behind ``@`` only on some (twice as fast
+    there)."""
+    (count, k), n = a.shape, b.shape[1]
+    if _ours(a, b):
+        own = a.new_empty(count, n)
+        _C.bounds_product(a.data_ptr(), b.data_ptr(), own.data_ptr(), count, k, n, (*a.stride(), *b.stride()))
+        return own
+    if not (_large(a) and n >= 32):
+        return a @ b
+    out = F.conv_transpose2d(_as_line(a), b.contiguous().view(k, n, 1, 1))
+    return out.permute(0, 2, 3, 1).reshape(count, n)
+
+
+def _ours(a: Tensor, b: Tensor) -> bool:
+    """Whether the kernel is the fastest: packing b pays from some rows on."""
+    return (
+        _WIDE and a.is_cpu and native(a) and 0 < a.shape[1] <= _MOST_COUNT and a.shape[0] >= 8 and a.shape[0] * b.shape[1] >= 4096
+        and 1 in b.stride() and not a.is_neg() and not b.is_neg() and nothing_intercepts()
+        and not (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad))
+    )  # fmt: skip
 
 
 class _Product(torch.autograd.Function):

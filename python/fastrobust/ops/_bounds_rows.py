@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Groups = tuple[Tensor, Tensor | None]  # of ``by_example``
 SPREAD_BUFFER = 32768  # numbers that the kernel of the adjoint of a convolution holds (csrc/bounds/args.h)
 
 
@@ -36,7 +37,7 @@ def rows_args(
     )  # fmt: skip
 
 
-def by_example(example: Tensor | None, count: int, batch: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+def by_example(example: Tensor | None, count: int, batch: int, device: torch.device) -> Groups:
     """(starts, order): the rows of example i are order[starts[i] : starts[i + 1]], or this range itself without order."""
     if example is None:
         return torch.arange(count + 1, device=device), None

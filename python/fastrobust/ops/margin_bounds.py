@@ -17,7 +17,7 @@ from . import _bounds_autograd as gradients
 from . import _bounds_chain as chain
 from . import _bounds_conv as conv
 from . import linear_bounds as linear
-from ._bounds_live import LiveStep, concretize_live, leaving_out_pays
+from ._bounds_live import LiveStep, concretize_live, leaving_out_pays, live_gradient
 from ._bounds_product import matrix_product
 from ._bounds_rows import address, dense
 from .bounds import center_linear
@@ -37,7 +37,8 @@ class Layer(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The rows: outputs ``plus`` (less ``minus``) of each row's ``example``; lower bounds, or both."""
+    """The rows: outputs ``plus`` (less ``minus``) of each row's ``example``, as many of each and one after the other; lower bounds, or
+    both."""
 
     example: Tensor
     plus: Tensor
@@ -128,20 +129,26 @@ def _forward(
             c, r = lines[i].next  # type: ignore[misc]
     A, last = _channels_last(weights[-1], layers[-1].shape)[None], bs[-1]
     pick: Any = (rows.plus, rows.minus)
+    per = len(rows.plus) // max(1, len(center))
+    groups = torch.arange(0, len(rows.plus) + 1, max(1, per)), None
     if last is None:
         b = A.new_zeros(rows.sides, len(rows.plus))
     else:
         b = (last[rows.plus] if rows.minus is None else last[rows.plus] - last[rows.minus]).expand(rows.sides, -1)
     if kept is not None:
-        kept.update(ws=ws, bs=bs, lines=lines, given=[], between=None)
+        kept.update(ws=ws, bs=bs, lines=lines, given=[], between=None, below=None, groups=groups)
     box = (center, radius)
     for i in range(len(layers) - 1, -1, -1):
         s, t = lines[i].slopes, lines[i].intercepts
-        if kept is None:
+        if kept is None or (i == 0 and layers[0].dense):
             live = _live_steps(layers[: i + 1], ws, lines)
-            per = b.shape[1] * (2 if rows.sides == 2 and adaptive else 1) / max(1, len(center))
-            if leaving_out_pays(live, per, [known.living for known in reversed(lines[: i + 1])]):
-                return concretize_live(A, b, rows.example, live, box, None, 1.0, *pick)
+            apart = rows.sides == 2 and adaptive
+            if leaving_out_pays(live, per * (1 + apart), [known.living for known in reversed(lines[: i + 1])]):
+                below = None
+                if kept is not None:
+                    below = kept["below"] = b.new_empty(1 + apart, *b.shape[1:], center.shape[1])
+                    kept["given"].append((A, pick))
+                return concretize_live(A, b, rows.example, live, box, None, 1.0, pick[0], pick[1], below, groups)
         if not layers[i].dense:
             steps = _steps(layers[: i + 1], ws, lines)
             between = None
@@ -212,33 +219,43 @@ def _gradients(
     to_w: list[Any] = [None] * (count + 1)
     to_b: list[Any] = [None] * (count + 1)
     to_lines: list[Any] = [None] * count
-    example = rows.example
+    example, groups = rows.example, kept["groups"]
     to_c = to_r = None
     # the rows, from the input up
     A, pick, *_ = given.pop()
     first = count - len(given)  # layers below this one went through one kernel
-    if first:
+    if kept["below"] is not None:  # a dense layer without the neurons that have no lines
+        args = [kept["below"], g, example, None, None, center, radius, None, None, 1.0, None, None, []]
+        to_a, to_c, to_r = gradients.concretize_rows_kernel(args, [False] * 5 + [input_too] * 2, g, groups)
+        lined = (lines[0].slopes, lines[0].intercepts)
+        scaled = linear._back_kernel(A, torch.zeros_like(g), *lined, example, pick[0], pick[1], None, None, [])[0]
+        to_scaled, to_w[0] = live_gradient(_live_steps(layers[:1], ws, lines)[0], scaled, to_a, groups)
+        to_a, *to_lines[0] = gradients.back_rows_kernel(
+            [A, g, *lined, example, *pick, None, None, []], to_scaled, g, groups
+        )
+    elif first:
         steps = _steps(layers[:first], ws, lines)
         need = (input_too, input_too, [True] * first)
         to_a, to_c, to_r, found = chain.chain_gradient(
-            A, example, pick[0], pick[1], center, radius, steps, g, need, kept["between"]
+            A, example, pick[0], pick[1], center, radius, steps, g, need, kept["between"], groups
         )
         for i, (s, t, w) in zip(range(first - 1, -1, -1), found, strict=True):
             to_lines[i], to_w[i] = (s, t), w
     else:
         args = [A, g, example, *pick, center, radius, None, None, 1.0, None, None, []]
-        to_a, to_c, to_r = gradients.concretize_rows_kernel(args, [False] * 5 + [input_too] * 2, g)
+        to_a, to_c, to_r = gradients.concretize_rows_kernel(args, [False] * 5 + [input_too] * 2, g, groups)
     for i in range(first, count):
         A, pick, scaled = given.pop()
         flat = to_a.flatten(0, 1)
         to_w[i] = matrix_product(scaled.flatten(0, 1).t(), flat)
         to_scaled = matrix_product(flat, ws[i].t()).unflatten(0, scaled.shape[:2])
         args = [A, g, lines[i].slopes, lines[i].intercepts, example, *pick, None, None, []]
-        to_a, *to_lines[i] = gradients.back_rows_kernel(args, to_scaled, g)
-    weight = parameters[count]
-    picked = gradients.pick_matrix(rows.plus, rows.minus, weight)
-    to_w[count] = _channels_first(picked @ to_a[0], layers[-1].shape)
-    to_b[count] = picked @ g.sum(0)
+        to_a, *to_lines[i] = gradients.back_rows_kernel(args, to_scaled, g, groups)
+    rows_of_last = len(parameters[count])
+    to_w[count] = gradients.pick_gradient(to_a[0], rows.plus, rows.minus, rows_of_last)
+    to_w[count] = _channels_first(to_w[count], layers[-1].shape)
+    whole = g if len(g) == 1 else g.sum(0, keepdim=True)
+    to_b[count] = gradients.pick_gradient(whole.view(-1, 1), rows.plus, rows.minus, rows_of_last).view(-1)
     # the intervals, from the last layer down
     from_next: tuple[Any, Any] = (None, None)
     for i in range(count - 1, -1, -1):
