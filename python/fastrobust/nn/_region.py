@@ -293,7 +293,7 @@ class Region:
 
     def backward(self, grads: list[Tensor | None], saved: list[Any], sizes: list[torch.Size]) -> list[Tensor]:
         device = next(g for g in grads if g is not None).device
-        outs = [torch.empty(size, device=device) for size in sizes]
+        outs = [torch.empty(size, dtype=torch.float32, device=device) for size in sizes]
         wanted = tuple(g is not None for g in grads)
         for begin, group, strides, gates, state in saved:
             parts = [g[begin : begin + group.native[-1].batch] for g in (*grads, *outs) if g is not None]

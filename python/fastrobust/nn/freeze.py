@@ -271,7 +271,7 @@ class FrozenModel(nn.Module):
         """Per masked layer: name, weight, density, the path taken for inputs of `sizes`, and why."""
         device = next((r.units[0].packed.index.device for r in self.regions.values()), None)
         with torch.no_grad():
-            self(*[torch.zeros(size, device=device) for size in sizes])
+            self(*[torch.zeros(size, dtype=torch.float32, device=device) for size in sizes])
         rows: list[dict[str, Any]] = []
         for region in self.regions.values():
             assert region.latest is not None

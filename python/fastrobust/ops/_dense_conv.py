@@ -59,7 +59,7 @@ class Prepacked:
         try:
             with torch.inference_mode(False), torch.no_grad():
                 made = Prepacked(weight, size, g)
-                x = torch.zeros(size).contiguous(memory_format=torch.channels_last)
+                x = torch.zeros(size, dtype=torch.float32, device="cpu").contiguous(memory_format=torch.channels_last)
                 fits = memory_format(x) == torch.channels_last == memory_format(made(x))
         except (AttributeError, RuntimeError):
             return None

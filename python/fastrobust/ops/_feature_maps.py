@@ -134,8 +134,8 @@ def roomy(size: int, device: torch.device) -> Tensor:
     page = _C.huge_page // 4
     with torch.inference_mode(False):
         if device.type != "cpu" or size < page // 2:
-            return torch.empty(size, device=device)
-        whole = torch.empty(size + 2 * page)
+            return torch.empty(size, dtype=torch.float32, device=device)
+        whole = torch.empty(size + 2 * page, dtype=torch.float32, device=device)
     start = -(whole.data_ptr() // 4) % page
     # All of the last page belongs to this tensor, so that it too may be a huge one.
     _C.prefer_huge_pages(whole.data_ptr() + 4 * start, 4 * (size + page))

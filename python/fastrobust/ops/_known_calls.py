@@ -98,7 +98,7 @@ def _sparse(x: Tensor, packed: PackedWeight, g: ConvGeometry) -> Any:
     batch, _, height, width = x.shape
     recipe = recipes.recipe_for(x, packed, batch, height, width, g, False)
     size, layout = (batch, packed.shape[0], *recipe.out_size), memory_format(x)
-    program = recipes.program_for(recipe, x, torch.empty(size, memory_format=layout))
+    program = recipes.program_for(recipe, x, torch.empty(size, dtype=_float32, memory_format=layout))
     # The lists belong to the recipe, which belongs to the weight.
     run_program, empty, direct = program.run, torch.empty, recipe.direct is not None
 

@@ -123,7 +123,7 @@ def _evaluate(name: str, least: int, few: str, logits: Any, labels: Any, targets
         wanted = logits.requires_grad and torch.is_grad_enabled()
         both = targets is None or (_is_plain(targets, torch.int64) and targets.shape == shape[:1])
         if both and not wanted and len(shape) == 2 and shape[1] >= least and labels.shape == shape[:1]:
-            value, grad = torch.empty(shape[0]), torch.empty_like(logits)
+            value, grad = logits.new_empty(shape[0]), torch.empty_like(logits)
             second = 0 if targets is None else targets.data_ptr()
             _C.pgd_loss(
                 -1, 0, _KINDS[name], logits.data_ptr(), 0, labels.data_ptr(), second, value.data_ptr(), grad.data_ptr(),
