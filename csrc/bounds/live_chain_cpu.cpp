@@ -154,7 +154,7 @@ class Block {
     Run runs[kLongestRuns];
     for (int64_t top = 0, bottom; top < s.out_height; top = bottom) {
       bottom = one ? s.out_height : cell_end(top, s.pad_y, s.kernel_h, s.stride_y, s.out_height);
-      const int64_t first_y = one ? 0 : first(top + s.pad_y, s.kernel_h, s.stride_y);
+      const int64_t first_y = one ? 0 : first_source(top + s.pad_y, s.kernel_h, s.stride_y);
       const int64_t last_y = std::min((top + s.pad_y) / s.stride_y, s.map_height - 1);
       for (int64_t left = 0, right; left < s.out_width; left = right) {
         right = one ? s.out_width : cell_end(left, s.pad_x, s.kernel_w, s.stride_x, s.out_width);
@@ -169,7 +169,7 @@ class Block {
             }
           }
         if (n == 0) continue;
-        const int64_t first_x = one ? 0 : first(left + s.pad_x, s.kernel_w, s.stride_x);
+        const int64_t first_x = one ? 0 : first_source(left + s.pad_x, s.kernel_w, s.stride_x);
         const int64_t last_x = std::min((left + s.pad_x) / s.stride_x, s.map_width - 1);
         int count = 0;
         for (int64_t py = first_y; py <= last_y && first_x <= last_x; ++py) {
@@ -187,13 +187,6 @@ class Block {
         });
       }
     }
-  }
-  // Where the outputs end that meet the same inputs as `at`.
-  static int64_t cell_end(int64_t at, int64_t pad, int64_t kernel, int64_t stride, int64_t size) {
-    return kernel % stride != 0 ? at + 1 : std::min(size, ((at + pad) / stride + 1) * stride - pad);
-  }
-  static int64_t first(int64_t reach, int64_t kernel, int64_t stride) {
-    return reach < kernel ? 0 : (reach - kernel + stride) / stride;
   }
 
   // Through the last layer to the input, all of whose numbers count.
@@ -294,21 +287,7 @@ void run_example(Work& work, int64_t example) {
   if (own == 0) return;
   for (int i = 0; i < g.count; ++i)
     work.lists[static_cast<size_t>(i)].find(g.steps[i], LineMaps(g.steps[i], g.examples, example));
-  for (int64_t first = 0; first < items;) {
-    const int64_t left = items - first;
-#if defined(__AVX512F__)
-    if (left > 2 * kLanes)
-      Block<3>(work, example).run(first, std::min<int64_t>(left, 3 * kLanes));
-    else if (left > kLanes)
-      Block<2>(work, example).run(first, left);
-    else
-      Block<1>(work, example).run(first, left);
-    first += kMostVectors * kLanes;
-#else
-    Block<1>(work, example).run(first, std::min<int64_t>(left, kLanes));
-    first += kLanes;
-#endif
-  }
+  over_rows<Block>(work, example, items);
 }
 
 }  // namespace

@@ -266,7 +266,7 @@ class Block {
     Run runs[kLongestRuns];
     for (int64_t top = to.top, bottom; top < to.bottom; top = bottom) {
       bottom = cell_end(top, l.pad_y, l.kernel_h, l.stride_y, to.bottom);
-      const int64_t first_y = std::max(from.top, first(top + l.pad_y, l.kernel_h, l.stride_y));
+      const int64_t first_y = std::max(from.top, first_source(top + l.pad_y, l.kernel_h, l.stride_y));
       const int64_t last_y = std::min((top + l.pad_y) / l.stride_y, from.bottom - 1);
       for (int64_t left = to.left, right; left < to.right; left = right) {
         right = cell_end(left, l.pad_x, l.kernel_w, l.stride_x, to.right);
@@ -289,7 +289,7 @@ class Block {
             }
         }
         if (n == 0) continue;
-        const int64_t first_x = std::max(from.left, first(left + l.pad_x, l.kernel_w, l.stride_x));
+        const int64_t first_x = std::max(from.left, first_source(left + l.pad_x, l.kernel_w, l.stride_x));
         const int64_t last_x = std::min((left + l.pad_x) / l.stride_x, from.right - 1);
         int count = 0;
         for (int64_t y = first_y; y <= last_y && first_x <= last_x; ++y) {
@@ -304,13 +304,6 @@ class Block {
         });
       }
     }
-  }
-  // Where the outputs end that meet the same inputs as `at`.
-  static int64_t cell_end(int64_t at, int64_t pad, int64_t kernel, int64_t stride, int64_t size) {
-    return kernel % stride != 0 ? at + 1 : std::min(size, ((at + pad) / stride + 1) * stride - pad);
-  }
-  static int64_t first(int64_t reach, int64_t kernel, int64_t stride) {
-    return reach < kernel ? 0 : (reach - kernel + stride) / stride;
   }
 
   // Through a convolution to the input, all of whose numbers count.
@@ -426,21 +419,7 @@ void run_group(GraphWork& work, int64_t group) {
   if (own == 0) return;
   work.turn_to(g.example[group]);
   frame(work, group);
-  for (int64_t first = 0; first < items;) {
-    const int64_t left = items - first;
-#if defined(__AVX512F__)
-    if (left > 2 * kLanes)
-      Block<3>(work, group).run(first, std::min<int64_t>(left, 3 * kLanes));
-    else if (left > kLanes)
-      Block<2>(work, group).run(first, left);
-    else
-      Block<1>(work, group).run(first, left);
-    first += kMostVectors * kLanes;
-#else
-    Block<1>(work, group).run(first, std::min<int64_t>(left, kLanes));
-    first += kLanes;
-#endif
-  }
+  over_rows<Block>(work, group, items);
 }
 
 }  // namespace

@@ -1,6 +1,9 @@
 // Products of the rows in the lanes with single weights, several outputs at a time in registers.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
+
 #include "bounds/fma.h"
 #include "core/simd.h"
 
@@ -100,6 +103,34 @@ ProductFn product_of(int64_t outs) {
     if (outs < kOut) return product_of<kM, kTo, kOut - 1>(outs);
   return write_products<kOut, kM, kTo>;
 }
+// Calls Block<kM>(work, group).run(first, n) for all of `items` rows, kM vectors that hold n of them.
+template <template <int> class Block, class Work>
+void over_rows(Work& work, int64_t group, int64_t items) {
+  for (int64_t first = 0; first < items; first += kMostVectors * kLanes) {
+    const int64_t n = std::min<int64_t>(items - first, kMostVectors * kLanes);
+    if constexpr (kMostVectors == 3) {
+      if (n > 2 * kLanes) {
+        Block<3>(work, group).run(first, n);
+        continue;
+      }
+      if (n > kLanes) {
+        Block<2>(work, group).run(first, n);
+        continue;
+      }
+    }
+    Block<1>(work, group).run(first, n);
+  }
+}
+
+// Along one axis of a convolution, seen from its input: where the inputs end that the same outputs read as read `at`,
+// and the first output that reads `reach` = input + padding.
+inline int64_t cell_end(int64_t at, int64_t pad, int64_t kernel, int64_t stride, int64_t size) {
+  return kernel % stride != 0 ? at + 1 : std::min(size, ((at + pad) / stride + 1) * stride - pad);
+}
+inline int64_t first_source(int64_t reach, int64_t kernel, int64_t stride) {
+  return reach < kernel ? 0 : (reach - kernel + stride) / stride;
+}
+
 // Pieces of nearly the same size, as few as there must be: calls f(first, size).
 template <class F>
 FR_HD void pieces(int64_t n, const F& f) {

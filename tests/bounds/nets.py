@@ -79,17 +79,22 @@ NETS: dict[str, tuple[tuple[int, ...], object]] = {
 }  # fmt: skip
 
 
-def make(name: str, seed: int = 0) -> tuple[nn.Module, tuple[int, ...]]:
-    """The network in eval mode, with BatchNorm statistics that do something."""
-    torch.manual_seed(seed)
-    shape, build = NETS[name]
-    net = build().eval()
+def random_statistics(net: nn.Module) -> None:
+    """BatchNorm statistics that do something."""
     for m in net.modules():
         if isinstance(m, nn.BatchNorm2d):
             m.running_mean.normal_()
             m.running_var.uniform_(0.5, 2)
             m.weight.data.normal_()
             m.bias.data.normal_()
+
+
+def make(name: str, seed: int = 0) -> tuple[nn.Module, tuple[int, ...]]:
+    """The network in eval mode, with BatchNorm statistics that do something."""
+    torch.manual_seed(seed)
+    shape, build = NETS[name]
+    net = build().eval()
+    random_statistics(net)
     return net, shape
 
 

@@ -17,6 +17,8 @@ from fastrobust.bounds import compute_bounds, stages
 from fastrobust.ops import bounds as ops
 from variant_runs import outputs_by_variant
 
+from .nets import random_statistics
+
 IMAGE = (3, 7, 6)
 
 
@@ -71,12 +73,8 @@ def make(name: str, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     net = NETS[name]().eval()
     net(torch.zeros(1, *IMAGE))
+    random_statistics(net)
     for m in net.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            m.running_mean.normal_()
-            m.running_var.uniform_(0.5, 2)
-            m.weight.data.normal_()
-            m.bias.data.normal_()
         if isinstance(m, nn.Conv2d) and m.bias is not None:
             m.bias.data.normal_(0, 0.7)  # dead and stable neurons
     return net
