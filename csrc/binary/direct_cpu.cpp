@@ -12,6 +12,7 @@
 #include "binary/args.h"
 #include "binary/epilogue.h"
 #include "binary/room.h"
+#include "core/quads.h"
 #include "runtime/parallel.h"
 
 FR_NS_BEGIN
@@ -156,20 +157,6 @@ constexpr auto row_fns(std::integer_sequence<int, I...>) {
 }
 constexpr auto kRows = row_fns(std::make_integer_sequence<int, kPowers * 2 * kMaxTile>{});
 
-typedef float Quad __attribute__((vector_size(16)));
-typedef int32_t QuadIndex __attribute__((vector_size(16)));
-typedef float Oct __attribute__((vector_size(32)));
-typedef int32_t OctIndex __attribute__((vector_size(32)));
-
-template <class V, class I>
-FR_HD void put_even(float* dst, const float* src, I even) {
-  V a, b;
-  std::memcpy(&a, src, sizeof a);
-  std::memcpy(&b, src + sizeof a / sizeof(float), sizeof b);
-  a = __builtin_shuffle(a, b, even);
-  std::memcpy(dst, &a, sizeof a);
-}
-
 // dst[i] = src[i * stride] for all of `length` floats.
 FR_HD void every(float* dst, const float* src, int64_t stride, int64_t length) {
   if (stride == 1) {
@@ -178,8 +165,8 @@ FR_HD void every(float* dst, const float* src, int64_t stride, int64_t length) {
   }
   int64_t i = 0;
   if (stride == 2) {
-    for (; 2 * (i + 8) <= length; i += 8) put_even<Oct>(dst + i, src + 2 * i, OctIndex{0, 2, 4, 6, 8, 10, 12, 14});
-    for (; 2 * (i + 4) <= length; i += 4) put_even<Quad>(dst + i, src + 2 * i, QuadIndex{0, 2, 4, 6});
+    for (; 2 * (i + 8) <= length; i += 8) put_even8(dst + i, src + 2 * i);
+    for (; 2 * (i + 4) <= length; i += 4) put_even4(dst + i, src + 2 * i);
   }
   for (; i * stride < length; ++i) dst[i] = src[i * stride];
 }

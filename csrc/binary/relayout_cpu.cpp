@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "binary/layout.h"
+#include "core/quads.h"
 #include "core/simd.h"
 #include "runtime/parallel.h"
 
@@ -11,27 +12,6 @@ FR_NS_BEGIN
 namespace {
 
 constexpr int64_t kGrainFloats = 32768;
-
-typedef float Quad __attribute__((vector_size(16)));
-typedef int32_t QuadIndex __attribute__((vector_size(16)));
-
-FR_HD Quad load_quad(const float* p) {
-  Quad q;
-  std::memcpy(&q, p, sizeof q);
-  return q;
-}
-FR_HD void store_quad(float* p, Quad q) { std::memcpy(p, &q, sizeof q); }
-
-FR_HD void transpose(Quad q[4]) {
-  const Quad a = __builtin_shuffle(q[0], q[1], QuadIndex{0, 4, 1, 5}),
-             b = __builtin_shuffle(q[0], q[1], QuadIndex{2, 6, 3, 7});
-  const Quad c = __builtin_shuffle(q[2], q[3], QuadIndex{0, 4, 1, 5}),
-             d = __builtin_shuffle(q[2], q[3], QuadIndex{2, 6, 3, 7});
-  q[0] = __builtin_shuffle(a, c, QuadIndex{0, 1, 4, 5});
-  q[1] = __builtin_shuffle(a, c, QuadIndex{2, 3, 6, 7});
-  q[2] = __builtin_shuffle(b, d, QuadIndex{0, 1, 4, 5});
-  q[3] = __builtin_shuffle(b, d, QuadIndex{2, 3, 6, 7});
-}
 
 FR_HD void copy_floats(float* dst, const float* src, int64_t n) {
   int64_t i = 0;

@@ -5,6 +5,7 @@
 
 #include "bounds/entry_cpu.h"
 #include "bounds/fma.h"
+#include "core/quads.h"
 #include "runtime/parallel.h"
 
 FR_NS_BEGIN
@@ -20,19 +21,12 @@ constexpr int kRows = 3, kVectors = 1;
 constexpr int64_t kPanel = int64_t{kVectors} * kLanes;
 constexpr int64_t kGroup = 16 * kRows;  // rows of one task
 
-typedef float Quad __attribute__((vector_size(16), aligned(4), may_alias));
-
 // Four numbers of each of four columns, which lie `apart`, as four lines of four.
 FR_HD void turn_quads(const float* from, int64_t apart, float* to) {
-  Quad a = *reinterpret_cast<const Quad*>(from), b = *reinterpret_cast<const Quad*>(from + apart),
-       c = *reinterpret_cast<const Quad*>(from + 2 * apart), d = *reinterpret_cast<const Quad*>(from + 3 * apart);
-  const Quad ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), AB = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-  const Quad cd = __builtin_shufflevector(c, d, 0, 4, 1, 5), CD = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-  const auto put = [&](int line, Quad q) FR_INLINE_LAMBDA { *reinterpret_cast<Quad*>(to + line * kPanel) = q; };
-  put(0, __builtin_shufflevector(ab, cd, 0, 1, 4, 5));
-  put(1, __builtin_shufflevector(ab, cd, 2, 3, 6, 7));
-  put(2, __builtin_shufflevector(AB, CD, 0, 1, 4, 5));
-  put(3, __builtin_shufflevector(AB, CD, 2, 3, 6, 7));
+  Quad q[4];
+  for (int i = 0; i < 4; ++i) q[i] = load_quad(from + i * apart);
+  transpose(q);
+  for (int i = 0; i < 4; ++i) store_quad(to + i * kPanel, q[i]);
 }
 
 // b's columns [at, at + width) as [count][kPanel], zero beyond them.
