@@ -29,7 +29,11 @@ def row_flops(call: Callable[[], object]) -> int:
 
         return mock.patch.object(ops, name, counted)
 
-    counts = {"concretize_graph": _of_graph, "concretize_live": _of_chain, "concretize_through": _of_chain}
+    counts: dict[str, Callable[..., float]] = {
+        "concretize_graph": _of_graph,
+        "concretize_live": _of_chain,
+        "concretize_through": _of_chain,
+    }
     with contextlib.ExitStack() as stack:
         for name, count in counts.items():
             stack.enter_context(counting(name, count))
