@@ -9,6 +9,28 @@
 
 FR_NS_BEGIN
 
+// first + i * step for the lanes i of `live`, one after the other; a whole vector may be overwritten.
+FR_HD void append(uint32_t live, int32_t* to, int32_t first, int32_t step = 1) {
+#if defined(__AVX512F__)
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i v = _mm512_add_epi32(_mm512_set1_epi32(first), _mm512_mullo_epi32(lane, _mm512_set1_epi32(step)));
+  _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(static_cast<__mmask16>(live), v));
+#else
+  for (; live != 0; live &= live - 1) *to++ = first + __builtin_ctz(live) * step;
+#endif
+}
+
+// Which of the n neurons from `at` on have lines that are not zero, as bits.
+template <class Lines>
+FR_HD uint32_t living(const Lines& map, int64_t at, int n) {
+  const Vec zero(0.f);
+  const auto none = [&](const float* p) FR_INLINE_LAMBDA {
+    return (n == kLanes ? load(p + at) : load_n(p + at, n)) == zero;  // NaN is not none
+  };
+  const Mask dead = none(map.slope_low) & none(map.slope_up) & none(map.low) & none(map.up);
+  return ~bits(dead) & ((1u << n) - 1);
+}
+
 // The lines of one example at the activation of a step, a number per neuron.
 struct LineMaps {
   const float *slope_low, *slope_up, *low, *up;
@@ -42,7 +64,6 @@ struct LiveList {
   }
 
   void find(const ChainStep& s, const LineMaps& map) {
-    const Vec zero(0.f);
     const int64_t step = s.turned ? 1 : s.lanes, tap = s.turned ? s.lanes : 1;
     count = 0;
     uint32_t* bits_to = mask.get();
@@ -53,14 +74,10 @@ struct LiveList {
         for (int64_t c = 0; c < s.channels; c += kLanes) {
           const int64_t at = position * s.channels + c;
           const int n = static_cast<int>(std::min<int64_t>(kLanes, s.channels - c));
-          const auto none = [&](const float* p) FR_INLINE_LAMBDA {
-            return (n == kLanes ? load(p + at) : load_n(p + at, n)) == zero;  // NaN is not none
-          };
-          const Mask dead = none(map.slope_low) & none(map.slope_up) & none(map.low) & none(map.up);
-          const uint32_t live = ~bits(dead) & ((1u << n) - 1);
+          const uint32_t live = living(map, at, n);
           *bits_to++ = live;
-          append(live, neuron.get() + count, static_cast<int32_t>(at), 1);
-          append(live, channel.get() + count, static_cast<int32_t>(c), 1);
+          append(live, neuron.get() + count, static_cast<int32_t>(at));
+          append(live, channel.get() + count, static_cast<int32_t>(c));
           append(live, weight.get() + count, static_cast<int32_t>(c * step - shift), static_cast<int32_t>(step));
           count += __builtin_popcount(live);
         }
@@ -80,18 +97,6 @@ struct LiveList {
     for (uint32_t left = live; left != 0; left &= left - 1) *next++ = f[__builtin_ctz(left)];
 #endif
     return to + __builtin_popcount(live);
-  }
-
- private:
-  // first + i * step for the lanes i of `live`, one after the other.
-  FR_HD static void append(uint32_t live, int32_t* to, int32_t first, int32_t step) {
-#if defined(__AVX512F__)
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i v = _mm512_add_epi32(_mm512_set1_epi32(first), _mm512_mullo_epi32(lane, _mm512_set1_epi32(step)));
-    _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(static_cast<__mmask16>(live), v));
-#else
-    for (; live != 0; live &= live - 1) *to++ = first + __builtin_ctz(live) * step;
-#endif
   }
 };
 

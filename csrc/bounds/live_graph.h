@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "bounds/args.h"
+#include "bounds/live_cpu.h"
 #include "bounds/live_products.h"
 #include "core/simd.h"
 
@@ -63,29 +64,14 @@ struct LinesOf {
   }
 };
 
-FR_HD void append(uint32_t live, int32_t* to, int32_t first) {
-#if defined(__AVX512F__)
-  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i v = _mm512_add_epi32(_mm512_set1_epi32(first), lane);
-  _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(static_cast<__mmask16>(live), v));
-#else
-  for (; live != 0; live &= live - 1) *to++ = first + __builtin_ctz(live);
-#endif
-}
-
 inline void find(const GraphStage& s, const LinesOf& map, Alive& found) {
-  const Vec zero(0.f);
   int64_t count = 0;
   for (int64_t position = 0; position < s.map_height * s.map_width; ++position) {
     found.start[static_cast<size_t>(position)] = count;
     for (int64_t c = 0; c < s.channels; c += kLanes) {
       const int64_t at = position * s.channels + c;
       const int n = static_cast<int>(std::min<int64_t>(kLanes, s.channels - c));
-      const auto none = [&](const float* p) FR_INLINE_LAMBDA {
-        return (n == kLanes ? load(p + at) : load_n(p + at, n)) == zero;  // NaN is not none
-      };
-      const Mask dead = none(map.slope_low) & none(map.slope_up) & none(map.low) & none(map.up);
-      const uint32_t live = ~bits(dead) & ((1u << n) - 1);
+      const uint32_t live = living(map, at, n);
       append(live, found.neuron.get() + count, static_cast<int32_t>(at));
       append(live, found.channel.get() + count, static_cast<int32_t>(c));
       count += __builtin_popcount(live);
