@@ -72,8 +72,62 @@ void live_graph(const std::vector<std::array<int64_t, 10>>& stages, const std::v
   without_gil(kReleaseGilAbove + 1, [&] { bounds().live_graph(g); });
 }
 
+// stages: (slopes or 0, slope_sides, intercepts, shared, map_height, map_width, channels, first link, links, entry or
+// -1, kept in, kept out); links: (source, identity, weight, kernel_h, kernel_w, stride_y, stride_x, pad_y, pad_x, 1 or
+// -1, lanes); entries as above
+void stage_rows(const std::vector<std::array<int64_t, 12>>& stages, const std::vector<std::array<int64_t, 11>>& links,
+                const std::vector<std::array<int64_t, 4>>& entries, uintptr_t example, int64_t rows, int sides,
+                int64_t examples, uintptr_t center, uintptr_t radius, uintptr_t b, uintptr_t out) {
+  if (rows == 0 || stages.empty()) return;
+  std::vector<GraphStage> stage_list(stages.size());
+  std::vector<GraphLink> link_list(links.size());
+  std::vector<GraphEntry> entry_list(entries.size());
+  const auto floats_at = [](int64_t t) { return reinterpret_cast<float*>(static_cast<uintptr_t>(t)); };
+  for (size_t i = 0; i < stages.size(); ++i) {
+    const auto& t = stages[i];
+    GraphStage& s = stage_list[i];
+    s.slopes = floats_at(t[0]), s.slope_sides = static_cast<int>(t[1]), s.intercepts = floats_at(t[2]);
+    s.shared = t[3] != 0;
+    s.map_height = t[4], s.map_width = t[5], s.channels = t[6];
+    s.first = static_cast<int>(t[7]), s.links = static_cast<int>(t[8]), s.entry = static_cast<int>(t[9]);
+    s.kept_in = floats_at(t[10]), s.kept_out = floats_at(t[11]);
+    if (i + 1 < stages.size() && (s.slopes == nullptr || s.intercepts == nullptr))
+      throw std::invalid_argument("stages: all but the last need lines");
+    if (s.links == 0 && s.entry < 0) throw std::invalid_argument("stages: nothing reaches one of them");
+  }
+  for (size_t i = 0; i < links.size(); ++i) {
+    const auto& t = links[i];
+    GraphLink& l = link_list[i];
+    l.source = static_cast<int>(t[0]), l.identity = t[1] != 0, l.weight = floats_at(t[2]);
+    l.kernel_h = t[3], l.kernel_w = t[4], l.stride_y = t[5], l.stride_x = t[6], l.pad_y = t[7], l.pad_x = t[8];
+    l.sign = static_cast<float>(t[9]), l.lanes = t[10];
+    if (l.source < 0) throw std::invalid_argument("links: got no source");
+    if (!l.identity && l.weight == nullptr) throw std::invalid_argument("links: a convolution needs weights");
+    if (!l.identity && (stage_list[static_cast<size_t>(l.source)].map_width + 12) * l.lanes > kSpreadBuffer)
+      throw std::invalid_argument("links: a position has too many taps");
+  }
+  for (size_t i = 0; i < entries.size(); ++i) {
+    const auto& t = entries[i];
+    entry_list[i] = {floats_at(t[0]), t[1], reinterpret_cast<const int64_t*>(static_cast<uintptr_t>(t[2])),
+                     reinterpret_cast<const int64_t*>(static_cast<uintptr_t>(t[3]))};
+  }
+  GraphArgs g;
+  g.stages = stage_list.data(), g.links = link_list.data(), g.entries = entry_list.data();
+  g.count = static_cast<int>(stages.size());
+  g.examples = examples, g.rows = rows, g.sides = sides;
+  g.example = pointer<const int64_t>(example, rows, "example");
+  g.b = pointer<const float>(b, rows, "b");
+  g.end.center = pointer<const float>(center, 1, "center");
+  g.end.radius = pointer<const float>(radius, 1, "radius");
+  g.end.out = pointer<float>(out, rows, "out");
+  without_gil(kReleaseGilAbove + 1, [&] { bounds().stage_rows(g); });
+}
+
 }  // namespace
 
-void bind_bounds_graph(py::module_& m) { m.def("bounds_live_graph", &live_graph); }
+void bind_bounds_graph(py::module_& m) {
+  m.def("bounds_live_graph", &live_graph);
+  m.def("bounds_stage_rows", &stage_rows);
+}
 
 }  // namespace fastrobust

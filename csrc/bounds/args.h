@@ -128,6 +128,7 @@ struct ChainArgs {
 // are rows of one example that need the same windows of every map. Stages are activations (or linear nodes, with their
 // lines) in the order in which rows reach them, the network's input last; what a stage reads comes from earlier ones.
 // Whole maps, a box or a ball, kernels of 64 lines at most.
+// stage_rows takes the same with all neurons and any kernels: rows of whole maps one after the other, `example` of each.
 struct GraphLink {
   int source = -1;        // stage; -1: the rows themselves, unit vectors at the start
   bool identity = false;  // else a convolution from this stage to the source, turned around
@@ -136,6 +137,7 @@ struct GraphLink {
   // source, kernel_h, kernel_w, channels]
   const float* weight = nullptr;
   int64_t kernel_h = 1, kernel_w = 1, stride_y = 1, stride_x = 1, pad_y = 0, pad_x = 0;
+  int64_t lanes = 0;  // of stage_rows, whose weights are those of SpreadArgs
 };
 struct GraphStage {
   const float* slopes = nullptr;  // [slope_sides, examples, map]; null: the input
@@ -145,6 +147,9 @@ struct GraphStage {
   int64_t map_height = 0, map_width = 0, channels = 0;
   int first = 0, links = 0;  // of GraphArgs::links
   int entry = -1;            // of GraphArgs::entries: rows that start here
+  // stage_rows: [1 or 2, rows, map], what arrives (where there are links) and what leaves, for the gradients; or null
+  float* kept_in = nullptr;
+  float* kept_out = nullptr;
 };
 struct GraphEntry {
   const float* a = nullptr;  // [sides_a, rows of a, map]
@@ -289,7 +294,7 @@ struct ReluBoxArgs {
   const float* center = nullptr;  // [batch, n]
   const float* radius = nullptr;
   const float* bias = nullptr;   // [period] or null
-  float* slopes = nullptr;       // [1 or 2, batch, n]
+  float* slopes = nullptr;       // [1 or 2, batch, n], null: no lines are wanted, nor intercepts
   float* intercepts = nullptr;   // [2, batch, n]
   float* next_center = nullptr;  // [batch, n], null: not wanted
   float* next_radius = nullptr;
@@ -301,7 +306,7 @@ struct ReluBoxArgs {
 // Its gradients.
 struct ReluBoxGradArgs {
   ReluBoxArgs forward;                     // without results
-  const float* from_slopes = nullptr;      // [1 or 2, batch, n]
+  const float* from_slopes = nullptr;      // [1 or 2, batch, n], null: there were no lines
   const float* from_intercepts = nullptr;  // [2, batch, n]
   const float* from_center = nullptr;      // [batch, n] of next_center, null: zero
   const float* from_radius = nullptr;

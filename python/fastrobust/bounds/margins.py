@@ -76,12 +76,12 @@ def margins_of_plan(
     if not ops.direct() or any(t is not None and (not t.is_cpu or not ops.native(t)) for t in (*weights, *biases)):
         return None
     c, r = ops.box_center(x, eps.to(x.dtype) if isinstance(eps, Tensor) else eps, clip)
-    c, r = _flat(c, plan.layers[0].shape_in), _flat(r, plan.layers[0].shape_in)
+    c, r = flat(c, plan.layers[0].shape_in), flat(r, plan.layers[0].shape_in)
     shared = clip is None and not isinstance(eps, Tensor) and not ops.needs_grad(c, r)
     return relu_margins(plan.layers, weights, biases, c, r, shared, rows, _KINDS[method])
 
 
-def _flat(t: Tensor, image: tuple[int, int, int]) -> Tensor:
+def flat(t: Tensor, image: tuple[int, int, int]) -> Tensor:
     """(B, *shape) as (B, n), channels innermost."""
     if image[0] > 1 and image[1] * image[2] > 1:
         t = t.reshape(-1, *image).movedim(1, -1)

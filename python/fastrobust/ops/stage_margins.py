@@ -1,0 +1,387 @@
+"""Bounds of margins of ReLU networks whose layers form any acyclic graph, over a box: all stages in one op.
+
+A stage is a ReLU, a linear node that several nodes read, or a scaling, together with the products and sums that feed it; stage 0 is the
+input. Intervals go up the stages and, where lines are wanted (CROWN-IBP, IBP-inspired linear bounds), rows of coefficients come down
+again; the gradients of both are written by hand. As in :mod:`fastrobust.ops.margin_bounds`, which is faster for chains, kernels follow
+one another with nothing between them and maps are flat with their channels innermost. The definition is the engine of
+:mod:`fastrobust.bounds`. float32 on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from . import _bounds_conv as conv
+from . import linear_bounds as linear
+from ._bounds_product import matrix_product
+from ._bounds_rows import address, dense, lanes_of, taps_of
+from .bounds import RELU, center_linear, relu_center
+from .margin_bounds import Image, Rows
+
+_CENTER = 0
+
+
+class Link(NamedTuple):
+    """What a stage reads: ``sign`` times a product with, or (``at`` None) the very numbers of, an earlier stage."""
+
+    source: int
+    at: int | None = None  # of the weights
+    dense: bool = False
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    sign: int = 1
+
+
+class Stage(NamedTuple):
+    """The sum of its links and of signed biases, then a ReLU, nothing, or factor * . + shift by channels."""
+
+    shape: Image  # channels, height, width; a vector has one position
+    kind: str  # "input", "relu", "linear" or "scale"
+    links: tuple[Link, ...] = ()  # products first
+    biases: tuple[tuple[int, int], ...] = ()  # (number, sign)
+    factor: int | None = None  # numbers among the scales
+    shift: int | None = None
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+class Parameters(NamedTuple):
+    """weights: (O, C, kh, kw) or (m, n), columns of a dense layer behind an image channels last; biases (O,); scales (C,) or (1,)."""
+
+    weights: list[Tensor]
+    biases: list[Tensor]
+    scales: list[Tensor]
+
+
+class Heads(NamedTuple):
+    """The outputs are offset + the sum over stages of matrix * stage: numbers of the stages, matrices (K, n), offset (K,)."""
+
+    stages: list[int]
+    matrices: list[Tensor]
+    offset: Tensor
+
+
+class Held(NamedTuple):
+    """What a stage leaves: centre and radius before and after it, its lines."""
+
+    center: Tensor
+    radius: Tensor
+    bias: Tensor | None
+    after: tuple[Tensor, Tensor]
+    slopes: Any = None
+    intercepts: Any = None
+    living: float = 1.0
+
+
+def image_of(t: Tensor, shape: Image) -> Tensor:
+    """(R, n), channels innermost, as (R, C, H, W)."""
+    return t.view(-1, shape[1], shape[2], shape[0]).permute(0, 3, 1, 2)
+
+
+def flat_of(t: Tensor) -> Tensor:
+    return t.permute(0, 2, 3, 1).reshape(t.shape[0], -1)
+
+
+def by_channel(t: Tensor, shape: Image) -> Tensor:
+    """(..., n) as (..., positions, C)."""
+    return t.unflatten(-1, (shape[1] * shape[2], shape[0]))
+
+
+def signed(w: Tensor, sign: int) -> Tensor:
+    return w if sign > 0 else -w
+
+
+# ---- intervals ----
+
+
+def boxes_of(stages: list[Stage], given: Parameters, center: Tensor, radius: Tensor, shared: bool, kind: str | None, recorded: bool) -> list[Held]:  # fmt: skip
+    """Intervals of every stage, and lines of the ReLUs where ``kind`` ("crown", "parallel") is given."""
+    held = [Held(center, radius, None, (center, radius[:1] if shared else radius))]
+    for stage in stages[1:]:
+        held.append(_box(stage, stages, given, held, kind, recorded))
+    return held
+
+
+def _box(stage: Stage, stages: list[Stage], given: Parameters, held: list[Held], kind: str | None, recorded: bool) -> Held:  # fmt: skip
+    bias = None
+    for at, sign in stage.biases:
+        own = signed(given.biases[at], sign)
+        bias = own if bias is None else bias + own
+    joined = kind is None and not recorded and stage.kind == "relu" and len(stage.links) == 1
+    c, r = _affine(stage, stages, given, held, bias, joined)
+    if stage.kind == "linear":
+        return Held(c, r, bias, (c, r))
+    if stage.kind == "scale":
+        return Held(c, r, bias, _scaled_box(stage, given, c, r))
+    if joined and stage.links[0].at is not None:
+        return Held(c, r, bias, (c, r))
+    if kind is None and not recorded:
+        return Held(c, r, bias, relu_center(c, r.expand_as(c)))
+    batch, n = c.shape
+    slopes = intercepts = None
+    if kind is not None:
+        slopes, intercepts = c.new_empty(1 + (kind == "crown"), batch, n), c.new_empty(2, batch, n)
+    after = torch.empty_like(c), torch.empty_like(c)
+    living = _C.bounds_relu_box(
+        c.data_ptr(), r.data_ptr(), r.stride(0) == 0 or r.shape[0] != batch, address(bias), stage.shape[0], batch, n, kind == "crown",
+        address(slopes), address(intercepts), *map(address, after),
+    )  # fmt: skip
+    return Held(c, r, bias, after, slopes, intercepts, living / max(1, c.numel()))
+
+
+def _affine(stage: Stage, stages: list[Stage], given: Parameters, held: list[Held], bias: Tensor | None, joined: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Centre and radius of the sum of the links; of the ReLU of a single product where that is ``joined``."""
+    c: Any = None
+    r: Any = None
+    for link in stage.links:
+        x, y = held[link.source].after
+        if link.at is None:
+            x, y, owned = signed(x, link.sign), y, False
+        else:
+            w, b, finish = (
+                signed(given.weights[link.at], link.sign),
+                bias if c is None else None,
+                RELU if joined else _CENTER,
+            )
+            if link.dense:
+                x, y = center_linear(x, y, w, b, finish)
+                owned = y.stride(0) != 0 or y.shape[0] == 1
+            else:
+                before = stages[link.source].shape
+                maps = conv.interval_convolution(
+                    image_of(x, before), image_of(y, before), w, b, link.stride, link.padding, finish
+                )
+                x, y, owned = flat_of(maps[0]), flat_of(maps[1]), True
+        if c is None:
+            c, r, ours = x, y, owned
+        elif ours:
+            c, r = c.add_(x), r.add_(y)
+        else:
+            c, r, ours = c + x, r + y, True
+    if bias is not None and stage.links[0].at is None:
+        c = (by_channel(c, stage.shape) + bias).flatten(1)
+    return c, r
+
+
+def _scaled_box(stage: Stage, given: Parameters, c: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    c, r = by_channel(c, stage.shape), by_channel(r, stage.shape)
+    if stage.factor is not None:
+        f = given.scales[stage.factor]
+        c, r = c * f, r * f.abs()
+    if stage.shift is not None:
+        c = c + given.scales[stage.shift]
+    return c.flatten(1), r.flatten(1)
+
+
+# ---- rows ----
+
+
+class Kept(NamedTuple):
+    """What the gradients need of the rows at a stage: the rows, what picks them, and they behind the stage."""
+
+    A: Tensor
+    pick: tuple[Any, Any]
+    scaled: Any
+
+
+def rows_down(
+    stages: list[Stage], given: Parameters, heads: Heads, held: list[Held], b: Tensor, rows: Rows, kept: dict[int, Kept] | None
+) -> Tensor:  # fmt: skip
+    """The bounds (sides, R) from b: rows of the heads' matrices down to the box of the input."""
+    entry = dict(zip(heads.stages, heads.matrices, strict=True))
+    reached: dict[int, Tensor] = {}
+    picks = (rows.plus, rows.minus)
+    vectors = max((i for i, s in enumerate(stages) if any(link.dense for link in s.links)), default=0)
+    for i in range(len(stages) - 1, vectors - 1, -1):  # down to the last dense layer by products
+        if i == 0 or not vectors or (i not in entry and i not in reached):
+            continue
+        A, pick = _meet(entry.pop(i, None), reached.pop(i, None), picks)
+        stage, at = stages[i], held[i]
+        if stage.kind == "relu":
+            scaled, b = linear._back_kernel(A, b, at.slopes, at.intercepts, rows.example, *pick, None, None, [])
+        else:
+            A, pick = _solid(A, pick), (None, None)
+            scaled, b = _through_linear(stage, given, at.bias, A, b)
+        if kept is not None:
+            kept[i] = Kept(A, pick, scaled)
+        for link in stage.links:
+            down, j = _link_down(link, stage, stages[link.source], given, scaled), link.source
+            reached[j] = down if j not in reached else reached[j] + down
+    given_rows = {i: _meet(entry.get(i), reached.get(i), picks) for i in {*entry, *reached}}
+    return _rows_of_images(stages, given, held, b, rows.example, given_rows, kept)
+
+
+def _rows_of_images(
+    stages: list[Stage], given: Parameters, held: list[Held], b: Tensor, example: Tensor, entry: dict[int, tuple[Tensor, Any]],
+    kept: dict[int, Kept] | None,
+) -> Tensor:  # fmt: skip
+    """Rows (k, R, n), or such as are picked, down stages without dense layers: one kernel."""
+    order = [i for i in _below(stages, set(entry)) if i > 0] + [0]
+    if len(order) == 1:
+        A, pick = entry[0]
+        if kept is not None:
+            kept[0] = Kept(A, pick, None)
+        return linear._concretize_kernel(A, b, example, *pick, *held[0][:2], None, None, 1.0, None, None, [])
+    number = {i: k for k, i in enumerate(order)}
+    into: dict[int, list[tuple[int, Link]]] = {i: [] for i in order}
+    for i in order:
+        for link in stages[i].links:
+            into[link.source].append((i, link))
+    b, sides, count = dense(b), b.shape[0], b.shape[1]
+    told, links, entries, alive = [], [], [], [b, held[0].center, held[0].radius]
+    matrices: dict[int, int] = {}  # that leave each stage
+    for i in order:
+        (c, h, w), at, first = stages[i].shape, -1, len(links)
+        k = 1
+        if i in entry:
+            A, pick = dense(entry[i][0]), [None if t is None else t.contiguous() for t in entry[i][1]]
+            alive += [A, *(t for t in pick if t is not None)]
+            at, k = len(entries), A.shape[0]
+            entries.append((A.data_ptr(), A.shape[1] * A.shape[2] if k == 2 else 0, *map(address, pick)))
+        for j, link in sorted(into[i], key=lambda found: found[1].at is None):  # a product sets what others add to
+            k = max(k, matrices[j])
+            if link.at is None:
+                links.append((number[j], 1, 0, 1, 1, 1, 1, 0, 0, link.sign, 0))
+                continue
+            weight = signed(given.weights[link.at], link.sign)
+            lanes = lanes_of(weight)
+            taps = taps_of(weight, lanes)
+            alive.append(taps)
+            links.append((number[j], 0, taps.data_ptr(), *weight.shape[2:], *link.stride, *link.padding, 1, lanes))
+        slopes, intercepts = (None, None) if i == 0 else _lines_of(stages[i], given, held[i])
+        alive += [t for t in (slopes, intercepts) if t is not None]
+        two = slopes is not None and slopes.shape[0] == 2
+        matrices[i] = sides if two else k
+        ins = outs = None
+        if kept is not None:
+            ins = b.new_empty(k, count, c * h * w) if into[i] else None
+            outs = b.new_empty(matrices[i], count, c * h * w) if i else None
+            rows = (ins, (None, None)) if ins is not None else entry[i]
+            kept[i] = Kept(*rows, outs)
+        told.append(
+            (address(slopes), 1 + two, address(intercepts), stages[i].kind != "relu", h, w, c, first, len(links) - first, at, address(ins), address(outs))
+        )  # fmt: skip
+    out = torch.empty_like(b)
+    _C.bounds_stage_rows(
+        told, links, entries, example.data_ptr(), count, sides, held[0].center.shape[0], held[0].center.data_ptr(), held[0].radius.data_ptr(),
+        b.data_ptr(), out.data_ptr(),
+    )  # fmt: skip
+    del alive
+    return out
+
+
+def _below(stages: list[Stage], tops: set[int]) -> list[int]:
+    """The stages that rows at ``tops`` reach, from the last on."""
+    found: set[int] = set()
+    left = list(tops)
+    while left:
+        i = left.pop()
+        if i not in found:
+            found.add(i)
+            left += [link.source for link in stages[i].links]
+    return sorted(found, reverse=True)
+
+
+def _lines_of(stage: Stage, given: Parameters, at: Held) -> tuple[Tensor, Tensor]:
+    """Of a linear stage: what it does to a row, as lines that both sides and all examples share."""
+    if stage.kind == "relu":
+        return at.slopes, at.intercepts
+    slope = at.center.new_ones(stage.shape[0])
+    if stage.factor is not None:
+        slope = slope * given.scales[stage.factor]
+    offset = torch.zeros_like(slope) if at.bias is None else slope * at.bias
+    if stage.shift is not None:
+        offset = offset + given.scales[stage.shift]
+    positions = stage.shape[1] * stage.shape[2]
+    return slope.repeat(positions).view(1, 1, -1), offset.repeat(2 * positions).view(2, 1, -1)
+
+
+def _meet(matrix: Tensor | None, reached: Tensor | None, picks: tuple[Any, Any]) -> tuple[Tensor, tuple[Any, Any]]:
+    """The rows at a stage: given ones, such as came from above, or their sum."""
+    if matrix is None:
+        assert reached is not None
+        return reached, (None, None)
+    if reached is None:
+        return matrix[None], picks
+    return reached + _solid(matrix[None], picks), (None, None)
+
+
+def _solid(A: Tensor, pick: tuple[Any, Any]) -> Tensor:
+    if pick[0] is None:
+        return A
+    return A[:, pick[0]] if pick[1] is None else A[:, pick[0]] - A[:, pick[1]]
+
+
+def _through_linear(
+    stage: Stage, given: Parameters, bias: Tensor | None, A: Tensor, b: Tensor
+) -> tuple[Tensor, Tensor]:
+    sums = by_channel(A, stage.shape).sum(2)
+    if stage.shift is not None:
+        shift = given.scales[stage.shift]
+        b = b + (sums @ shift if len(shift) > 1 else sums.sum(2) * shift)
+    if stage.factor is not None:
+        factor = given.scales[stage.factor]
+        A, sums = (by_channel(A, stage.shape) * factor).flatten(2), sums * factor
+    return A, b if bias is None else b + sums @ bias
+
+
+def _link_down(link: Link, stage: Stage, source: Stage, given: Parameters, scaled: Tensor) -> Tensor:
+    """The rows (k, R, n) of the source that a link brings."""
+    if link.at is None:
+        return signed(scaled, link.sign)
+    w, rows = signed(given.weights[link.at], link.sign), scaled.flatten(0, 1)
+    if link.dense:
+        out = matrix_product(rows, w)
+    else:
+        out = flat_of(conv.adjoint(image_of(rows, stage.shape), w, link.stride, link.padding, source.shape[1:]))
+    return out.unflatten(0, scaled.shape[:2])
+
+
+# ---- the op ----
+
+
+def stage_margins(
+    stages: list[Stage], given: Parameters, heads: Heads, center: Tensor, radius: Tensor, shared: bool, rows: Rows, kind: str | None
+) -> Tensor:  # fmt: skip
+    """Bounds (sides, R) of rows of outputs over [center - radius, center + radius].
+
+    center, radius: (B, n), channels innermost; shared: radius is the same for every example and needs no gradient. kind: "crown" or
+    "parallel" lines, None: intervals alone, from the stages at which the outputs' matrices stand.
+    """
+    tensors = (center, radius, heads.offset, *heads.matrices, *given.weights, *given.biases, *given.scales)
+    if linear.needs_grad(*tensors):
+        from ._stage_gradients import Margins
+
+        out: Tensor = Margins.apply(stages, heads.stages, shared, rows, kind, [len(p) for p in given], *tensors)
+        return out
+    return forward(stages, given, heads, center, radius, shared, rows, kind, None)
+
+
+def forward(
+    stages: list[Stage], given: Parameters, heads: Heads, center: Tensor, radius: Tensor, shared: bool, rows: Rows, kind: str | None,
+    kept: dict[str, Any] | None,
+) -> Tensor:  # fmt: skip
+    """The bounds; what the gradients need is put into ``kept``."""
+    held = boxes_of(stages, given, center, radius, shared, kind, kept is not None)
+    own = heads.offset[rows.plus]
+    b = (own if rows.minus is None else own - heads.offset[rows.minus]).expand(rows.sides, -1)
+    if kept is not None:
+        kept["held"] = held
+    if kind is None:
+        for i, A in zip(heads.stages, heads.matrices, strict=True):
+            c, r = held[i].after
+            box = (c, r.expand_as(c))
+            b = linear._concretize_kernel(
+                A[None], b, rows.example, rows.plus, rows.minus, *box, None, None, 1.0, None, None, []
+            )
+        return b
+    if kept is not None:
+        kept["rows"] = {}
+    return rows_down(stages, given, heads, held, b, rows, None if kept is None else kept["rows"])
