@@ -32,7 +32,8 @@ class Plan:
         self.weights: list[tuple[Any, Image | None]] = []  # of a dense layer with the shape of the image before it
         self.biases: list[Any] = []
         self.scales: list[tuple[Any, str]] = []
-        wanted, found = list(below), {0: (Stage(_image(graph.nodes[0].shape), "input"), [])}
+        wanted = list(below)
+        found: dict[int, tuple[Stage, list[tuple[int, Link]]]] = {0: (Stage(_image(graph.nodes[0].shape), "input"), [])}
         while wanted:
             i = wanted.pop()
             if i in found:

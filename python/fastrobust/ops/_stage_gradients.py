@@ -108,7 +108,7 @@ class _Backward:
         for k, (i, A) in enumerate(zip(self.heads.stages, self.heads.matrices, strict=True)):
             wanted = i > 0 or self.input_too
             c, r = self.held[i].after
-            args = [
+            args: list[Any] = [
                 A[None],
                 self.g,
                 rows.example,

@@ -198,9 +198,9 @@ def rows_down(
     entry = dict(zip(heads.stages, heads.matrices, strict=True))
     reached: dict[int, Tensor] = {}
     picks = (rows.plus, rows.minus)
-    vectors = max((i for i, s in enumerate(stages) if any(link.dense for link in s.links)), default=0)
-    for i in range(len(stages) - 1, vectors - 1, -1):  # down to the last dense layer by products
-        if i == 0 or not vectors or (i not in entry and i not in reached):
+    vectors = min((i for i, s in enumerate(stages) if any(link.dense for link in s.links)), default=len(stages))
+    for i in range(len(stages) - 1, vectors - 1, -1):  # down to the first dense layer by products
+        if i not in entry and i not in reached:
             continue
         A, pick = _meet(entry.pop(i, None), reached.pop(i, None), picks)
         stage, at = stages[i], held[i]
@@ -228,14 +228,19 @@ def _rows_of_images(
         A, pick = entry[0]
         if kept is not None:
             kept[0] = Kept(A, pick, None)
-        return linear._concretize_kernel(A, b, example, *pick, *held[0][:2], None, None, 1.0, None, None, [])
+        return linear._concretize_kernel(
+            A, b, example, pick[0], pick[1], held[0].center, held[0].radius, None, None, 1.0, None, None, []
+        )
     number = {i: k for k, i in enumerate(order)}
     into: dict[int, list[tuple[int, Link]]] = {i: [] for i in order}
     for i in order:
         for link in stages[i].links:
             into[link.source].append((i, link))
-    b, sides, count = dense(b), b.shape[0], b.shape[1]
-    told, links, entries, alive = [], [], [], [b, held[0].center, held[0].radius]
+    b, (sides, count) = dense(b), b.shape
+    told: list[Any] = []
+    links: list[Any] = []
+    entries: list[Any] = []
+    alive = [b, held[0].center, held[0].radius]
     matrices: dict[int, int] = {}  # that leave each stage
     for i in order:
         (c, h, w), at, first = stages[i].shape, -1, len(links)
@@ -263,8 +268,8 @@ def _rows_of_images(
         if kept is not None:
             ins = b.new_empty(k, count, c * h * w) if into[i] else None
             outs = b.new_empty(matrices[i], count, c * h * w) if i else None
-            rows = (ins, (None, None)) if ins is not None else entry[i]
-            kept[i] = Kept(*rows, outs)
+            rows: Any = (ins, (None, None)) if ins is not None else entry[i]
+            kept[i] = Kept(rows[0], rows[1], outs)
         told.append(
             (address(slopes), 1 + two, address(intercepts), stages[i].kind != "relu", h, w, c, first, len(links) - first, at, address(ins), address(outs))
         )  # fmt: skip
