@@ -252,6 +252,7 @@ def test_convolutions_at_once_equal_one_by_one(
     net.requires_grad_(False)
     calls = []
     monkeypatch.setattr(api, "margins_of_plan", lambda *a: None)  # the engine
+    monkeypatch.setattr(api, "margins_of_stages", lambda *a: None)
     through = ops.concretize_through
     monkeypatch.setattr(ops, "concretize_through", lambda *a: calls.append(len(a[3])) or through(*a))
     kwargs = {"eps": 0.02, "norm": norm, "clip": clip, "method": method, "labels": y, "sides": sides}
@@ -297,6 +298,7 @@ def test_gradients_through_convolutions_at_once(
     monkeypatch.setattr(_bounds_chain, "_CHUNK_NUMBERS", chunk)
     calls = []
     monkeypatch.setattr(api, "margins_of_plan", lambda *a: None)  # the engine
+    monkeypatch.setattr(api, "margins_of_stages", lambda *a: None)
     through = ops.concretize_through
     monkeypatch.setattr(ops, "concretize_through", lambda *a: calls.append(1) or through(*a))
 

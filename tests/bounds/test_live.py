@@ -145,6 +145,7 @@ def test_bounds_without_dead_neurons_equal_the_others(
     calls = []
     through = ops.concretize_live
     monkeypatch.setattr(api, "margins_of_plan", lambda *a: None)  # the engine
+    monkeypatch.setattr(api, "margins_of_stages", lambda *a: None)
     monkeypatch.setattr(ops, "leaving_out_pays", lambda *a: True)
     monkeypatch.setattr(ops, "concretize_live", lambda *a: calls.append(len(a[3])) or through(*a))
     got = compute_bounds(net, x, **kwargs)
