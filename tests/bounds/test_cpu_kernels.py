@@ -342,6 +342,7 @@ def test_intervals_of_a_chain_equal_the_engine(
     merged = nn.Sequential(*net[:-2], net[-1])  # two linear layers at the end: the engine merges them
     assert intervals.chain_of(trace(merged, tuple(x.shape[1:]))) is None
     monkeypatch.setattr(api, "margins_of_chain", lambda *a: None)
+    monkeypatch.setattr(api, "margins_of_stages", lambda *a: None)
     want = compute_bounds(net, x, radius, clip=clip, method="ibp", labels=y)
     wide = compute_bounds(net.double(), x.double(), radius, clip=clip, method="ibp", labels=y)
     for other in (want, wide):
@@ -376,6 +377,7 @@ def test_small_batches_in_one_call(
     )
     monkeypatch.setattr(api, "small_margins", lambda *a: None)
     monkeypatch.setattr(api, "margins_of_chain", lambda *a: None)
+    monkeypatch.setattr(api, "margins_of_stages", lambda *a: None)
     want = compute_bounds(net.double(), x.double(), 0.03, clip=clip, method="ibp", labels=y, sides=sides)
     near(got.lower, want.lower)
     if sides == "both":

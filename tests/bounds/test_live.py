@@ -175,6 +175,7 @@ def test_it_is_chosen_where_many_neurons_are_dead(module: Any) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "leaving_out_pays", lambda *a: chosen.append(pays(*a)) or chosen[-1])
             patch.setattr(api, "margins_of_plan", api.margins_of_plan if module is margin_bounds else lambda *a: None)
+            patch.setattr(api, "margins_of_stages", lambda *a: None)
             compute_bounds(net, x, 0.01, method="crown-ibp", labels=y, sides="lower")
     assert not chosen[0] and chosen[-1]
 

@@ -29,7 +29,7 @@ class Plan:
         if len(output.shape) != 1 or not graph.nodes[0].size:
             raise _Other
         self.top, below = _above(graph)
-        self.weights: list[tuple[Any, Image | None]] = []  # of a dense layer with the shape of the image before it
+        self.weights: list[Any] = []
         self.biases: list[Any] = []
         self.scales: list[tuple[Any, str]] = []
         wanted = list(below)
@@ -87,20 +87,21 @@ class Plan:
             if not ops.spread_lanes(node.get_weight(), node.shape[2]):
                 raise _Other
             link = Link(0, len(self.weights), False, node.stride, node.padding, sign)
-            self._product(node, None, sign, biases)
+            self._product(node, sign, biases)
             read.append((node.inputs[0], link))
         elif isinstance(node, G.Dense) and len(node.shape) == 1:
             before = self.graph.nodes[node.inputs[0]]
             if isinstance(before, G.Reshape):
                 before = self.graph.nodes[before.inputs[0]]
             link = Link(0, len(self.weights), True, sign=sign)
-            self._product(node, _image(before.shape), sign, biases)
+            _image(before.shape)
+            self._product(node, sign, biases)
             read.append((before.index, link))
         else:
             raise _Other
 
-    def _product(self, node: Any, image: Image | None, sign: int, biases: list[tuple[int, int]]) -> None:
-        self.weights.append((node, image))
+    def _product(self, node: Any, sign: int, biases: list[tuple[int, int]]) -> None:
+        self.weights.append(node)
         if node.get_bias() is not None:
             biases.append((len(self.biases), sign))
             self.biases.append(node)
@@ -118,7 +119,7 @@ class Plan:
 
     def parameters(self) -> Parameters | None:
         """What the stages take, as it is now; None where the kernels do not serve it."""
-        weights = [_by_columns(node.get_weight(), image) for node, image in self.weights]
+        weights = [node.get_weight() for node in self.weights]
         biases = [node.get_bias() for node in self.biases]
         scales = [get().reshape(-1).to(weights[0] if weights else torch.float32) for get, _ in self.scales]
         served = all(t is not None and t.is_cpu and ops.native(t) for t in (*weights, *biases, *scales))
@@ -156,13 +157,6 @@ def _image(shape: tuple[int, ...]) -> Image:
     if len(shape) not in (1, 3):
         raise _Other
     return (shape[0], shape[1], shape[2]) if len(shape) == 3 else (shape[0], 1, 1)
-
-
-def _by_columns(weight: Tensor, image: Image | None) -> Tensor:
-    """The weight of a dense layer behind an image with its columns in channels-last order."""
-    if image is None or image[0] == 1 or image[1] * image[2] == 1:
-        return weight
-    return weight.unflatten(1, image).movedim(1, -1).reshape(weight.shape)
 
 
 def _above(graph: G.Graph) -> tuple[list[int], set[int]]:

@@ -21,6 +21,8 @@ from .stage_margins import (
     Parameters,
     Stage,
     by_channel,
+    channels_first,
+    channels_last,
     flat_of,
     forward,
     image_of,
@@ -198,6 +200,7 @@ class _Backward:
             scaled.flatten(0, 1),
         )
         if link.dense:
+            flat = channels_first(flat, self.stages[link.source].shape)
             self._add_weight(link, matrix_product(rows.t(), flat))
             return matrix_product(flat, w.t()).unflatten(0, scaled.shape[:2])
         source = self.stages[link.source].shape
@@ -252,15 +255,19 @@ class _Backward:
             g_r = g_r.sum(0, keepdim=True)
         elif r.shape[0] == c.shape[0] and g_r.shape[0] != c.shape[0]:
             r = r[:1]
+        before = self.stages[link.source].shape
         if link.dense:
-            to_c, to_r = (torch.empty_like(t) if wanted else None for t in (c, r))
+            c, r = channels_first(c, before), channels_first(r, before)
+            to_c, to_r = ((torch.empty_like(t) if wanted else None) for t in (c, r))
             to_w, tensors = torch.zeros_like(w), [dense(t) for t in (c, r, w, g_c, g_r)]
             _C.bounds_interval_grad(
                 *(t.data_ptr() for t in tensors), to_w.data_ptr(), address(to_c), address(to_r), c.shape[0], r.shape[0], c.shape[1], stage.size
             )  # fmt: skip
             self._add_weight(link, to_w)
+            if to_c is not None and to_r is not None:
+                to_c, to_r = channels_last(to_c, before), channels_last(to_r, before)
         else:
-            before, size = self.stages[link.source].shape, self.stages[link.source].shape[1:]
+            size = before[1:]
             g_c, g_r, c, r = (dense(t) for t in (g_c, g_r, c, r))
             grads = image_of(g_c, stage.shape), image_of(g_r, stage.shape)
             self._add_weight(

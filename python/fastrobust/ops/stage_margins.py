@@ -53,7 +53,7 @@ class Stage(NamedTuple):
 
 
 class Parameters(NamedTuple):
-    """weights: (O, C, kh, kw) or (m, n), columns of a dense layer behind an image channels last; biases (O,); scales (C,) or (1,)."""
+    """weights: (O, C, kh, kw) or (m, n), columns of a dense layer behind an image channels first; biases (O,); scales (C,) or (1,)."""
 
     weights: list[Tensor]
     biases: list[Tensor]
@@ -87,6 +87,19 @@ def image_of(t: Tensor, shape: Image) -> Tensor:
 
 def flat_of(t: Tensor) -> Tensor:
     return t.permute(0, 2, 3, 1).reshape(t.shape[0], -1)
+
+
+def channels_first(t: Tensor, shape: Image) -> Tensor:
+    """(R, n) in the order of a dense layer's columns: moving maps costs less than moving the weight of a layer behind an image."""
+    if shape[0] == 1 or shape[1] * shape[2] == 1:
+        return t
+    return image_of(dense(t), shape).reshape(t.shape[0], -1)
+
+
+def channels_last(t: Tensor, shape: Image) -> Tensor:
+    if shape[0] == 1 or shape[1] * shape[2] == 1:
+        return t
+    return flat_of(t.view(-1, *shape))
 
 
 def by_channel(t: Tensor, shape: Image) -> Tensor:
@@ -151,7 +164,8 @@ def _affine(stage: Stage, stages: list[Stage], given: Parameters, held: list[Hel
                 RELU if joined else _CENTER,
             )
             if link.dense:
-                x, y = center_linear(x, y, w, b, finish)
+                before = stages[link.source].shape
+                x, y = center_linear(channels_first(x, before), channels_first(y, before), w, b, finish)
                 owned = y.stride(0) != 0 or y.shape[0] == 1
             else:
                 before = stages[link.source].shape
@@ -343,7 +357,7 @@ def _link_down(link: Link, stage: Stage, source: Stage, given: Parameters, scale
         return signed(scaled, link.sign)
     w, rows = signed(given.weights[link.at], link.sign), scaled.flatten(0, 1)
     if link.dense:
-        out = matrix_product(rows, w)
+        out = channels_last(matrix_product(rows, w), source.shape)
     else:
         out = flat_of(conv.adjoint(image_of(rows, stage.shape), w, link.stride, link.padding, source.shape[1:]))
     return out.unflatten(0, scaled.shape[:2])
