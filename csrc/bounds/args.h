@@ -128,7 +128,8 @@ struct ChainArgs {
 // are rows of one example that need the same windows of every map. Stages are activations (or linear nodes, with their
 // lines) in the order in which rows reach them, the network's input last; what a stage reads comes from earlier ones.
 // Whole maps, a box or a ball, kernels of 64 lines at most.
-// stage_rows takes the same with all neurons and any kernels: rows of whole maps one after the other, `example` of each.
+// stage_rows takes the same with all neurons and any kernels: rows of whole maps one after the other, `example` of
+// each.
 struct GraphLink {
   int source = -1;        // stage; -1: the rows themselves, unit vectors at the start
   bool identity = false;  // else a convolution from this stage to the source, turned around
@@ -173,6 +174,22 @@ struct GraphArgs {
   int64_t channels = 0;              // of their image
   const float* b = nullptr;          // [sides, rows]
   ConcretizeArgs end;                // box or ball, and out; its rows and b are not used
+};
+
+// Gradients of stage_rows over a box, from those of its result. graph: as it was taken down, with all that was kept,
+// and `starts` [examples + 1] of the examples' rows. Of shared lines the gradients are those of all examples.
+struct GraphGradStage {
+  float* to_slopes = nullptr;      // [slope_sides, examples, map]
+  float* to_intercepts = nullptr;  // [2, examples, map]
+  float* to_a = nullptr;           // [1 or 2, rows, map]: of rows that start here; or null
+};
+struct GraphGradArgs {
+  GraphArgs graph;
+  const GraphGradStage* stages = nullptr;
+  float* const* to_weights = nullptr;  // of each link, [channels of the source, lanes]
+  const float* from = nullptr;         // [sides, rows]
+  float* to_center = nullptr;          // [examples, map], null: not wanted
+  float* to_radius = nullptr;
 };
 
 // Gradients of ChainArgs over whole images and a box, from those of its result. Rows are visited example by example, as

@@ -2,12 +2,12 @@
 // (where the way down did not keep them), and their gradients come back up, in a core's cache. Sums over examples are
 // formed in blocks that do not depend on the threads.
 #include <algorithm>
-#include <cstring>
 #include <memory>
 
 #include "bounds/entry_cpu.h"
 #include "bounds/live_cpu.h"
 #include "bounds/neurons_cpu.h"
+#include "bounds/patches_cpu.h"
 #include "bounds/serial_cpu.h"
 #include "bounds/taps.h"
 #include "core/floats.h"
@@ -17,11 +17,6 @@ FR_NS_BEGIN
 namespace {
 
 constexpr int64_t kRows = 16;  // at a time
-
-int64_t positions_of(const ChainStep& s) { return s.map_height * s.map_width; }
-int64_t before(const ChainStep& s) { return positions_of(s) * s.channels; }
-int64_t after(const ChainStep& s) { return s.out_height * s.out_width * s.out_channels; }
-int64_t padded(int64_t channels) { return (channels + kLanes - 1) / kLanes * kLanes; }
 
 // Sizes of the buffers, and the transposed weights [lanes][channels, padded].
 struct Plan {
@@ -40,17 +35,11 @@ struct Plan {
       spare = std::max(spare, positions_of(s) * wide);
       weight_at[i] = weights;
       if (g.steps[i].to_weight != nullptr) weights += s.channels * s.lanes;
-      turned[i] = Floats::zeros(s.lanes * wide);
-      for (int64_t o = 0; o < s.channels; ++o)
-        for (int64_t t = 0; t < s.lanes; ++t) turned[i][t * wide + o] = s.weight[o * s.lanes + t];
+      turned[i] = turned_weight(s);
     }
   }
 };
 
-// An image with its border: what the taps touch.
-int64_t bordered_height(const ChainStep& s) { return (s.map_height - 1) * s.stride_y + s.kernel_h; }
-int64_t bordered_width(const ChainStep& s) { return (s.map_width - 1) * s.stride_x + s.kernel_w; }
-int64_t bordered(const ChainStep& s) { return bordered_height(s) * bordered_width(s) * s.out_channels; }
 // From one to the next: not a power of two, or their windows would meet in few places of the first cache.
 int64_t bordered_apart(const ChainStep& s) { return bordered(s) + 4 * kLanes; }
 
@@ -58,67 +47,6 @@ int64_t bordered_apart(const ChainStep& s) { return bordered(s) + 4 * kLanes; }
 bool by_neuron(const ChainGradArgs& g, int i) {
   const ChainGradStep& step = g.steps[i];
   return g.living && step.to_weight != nullptr && step.forward.kernel_w * step.forward.out_channels % kLanes == 0;
-}
-
-// Into the middle of `to`, whose border stays as it is.
-void inside_border(const ChainStep& s, const float* image, float* to) {
-  const int64_t height = std::min(s.out_height, bordered_height(s) - s.pad_y), width = bordered_width(s);
-  const int64_t line = std::min(s.out_width, width - s.pad_x) * s.out_channels;
-  for (int64_t y = 0; y < height && line > 0; ++y)
-    std::copy_n(image + y * s.out_width * s.out_channels, line,
-                to + ((y + s.pad_y) * width + s.pad_x) * s.out_channels);
-}
-
-// The taps of every position of a bordered image, zero beyond them: [positions][patch_stride(lanes)].
-template <class Copy>
-void patches_by(const ChainStep& s, const float* image, float* to, const Copy& copy) {
-  const int64_t line = s.kernel_w * s.out_channels, row = bordered_width(s) * s.out_channels;
-  const int64_t taps = s.kernel_h * line;
-  for (int64_t y = 0; y < s.map_height; ++y)
-    for (int64_t x = 0; x < s.map_width; ++x, to += patch_stride(s.lanes)) {
-      const float* from = image + y * s.stride_y * row + x * s.stride_x * s.out_channels;
-      for (int64_t ky = 0; ky < s.kernel_h; ++ky) copy(from + ky * row, to + ky * line, line);
-      for (int64_t i = taps; i < s.lanes; ++i) to[i] = 0.f;
-    }
-}
-
-void patches(const ChainStep& s, const float* image, float* to) {
-  const int64_t line = s.kernel_w * s.out_channels;
-  if (line == 4)
-    patches_by(s, image, to, [](const float* from, float* out, int64_t) { std::memcpy(out, from, 16); });
-  else if (line % kLanes == 0)
-    patches_by(s, image, to, [](const float* from, float* out, int64_t n) {
-      for (int64_t i = 0; i < n; i += kLanes) store(out + i, load(from + i));
-    });
-  else
-    patches_by(s, image, to, [](const float* from, float* out, int64_t n) {
-      for (int64_t i = 0; i < n; ++i) out[i] = from[i];
-    });
-}
-
-template <int kTaps>
-void convolve_with(const float* patch, int64_t positions, int64_t lanes, const float* turned, int64_t wide,
-                   float* out) {
-  constexpr int kPositions = positions_for(kTaps);
-  const int64_t stride = patch_stride(lanes);
-  int64_t p = 0;
-  for (; p + kPositions <= positions; p += kPositions)
-    all_products<kTaps, kPositions>(lanes, stride, wide, patch + p * stride, turned, out + p * wide);
-  for (; p < positions; ++p) all_products<kTaps, 1>(lanes, stride, wide, patch + p * stride, turned, out + p * wide);
-}
-
-// out[position][0, wide) = patch[position] * turned
-void convolve(const float* patch, int64_t positions, int64_t lanes, const float* turned, int64_t wide, float* out) {
-#if defined(__AVX512F__)
-  const int64_t vectors = wide / kLanes;
-  const auto f = vectors == 1   ? convolve_with<1>
-                 : vectors == 2 ? convolve_with<2>
-                 : vectors == 3 ? convolve_with<3>
-                                : convolve_with<4>;
-#else
-  const auto f = wide == kLanes ? convolve_with<1> : convolve_with<2>;
-#endif
-  f(patch, positions, lanes, turned, wide, out);
 }
 
 class Worker {

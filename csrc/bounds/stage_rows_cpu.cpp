@@ -4,59 +4,26 @@
 #include <memory>
 
 #include "bounds/entry_cpu.h"
-#include "bounds/fma.h"
 #include "bounds/serial_cpu.h"
+#include "bounds/stage_rows.h"
+#include "core/floats.h"
 #include "runtime/parallel.h"
 
 FR_NS_BEGIN
 namespace {
 
-constexpr int64_t kBlockNumbers = int64_t{128} << 10;  // of all buffers together: 512 KB
-constexpr int64_t kMaxBlock = 12;
-using Floats = std::unique_ptr<float[]>;
-Floats floats(int64_t n) { return Floats(new float[static_cast<size_t>(std::max<int64_t>(1, n))]); }
-
-int64_t size_of(const GraphStage& s) { return s.map_height * s.map_width * s.channels; }
-
-// How many matrices arrive at each stage and leave it, and the room for a row.
-struct Plan {
-  std::unique_ptr<int[]> in, out;
-  int64_t widest = 0, scaled = 0, block = 1;
-
-  explicit Plan(const GraphArgs& g)
-      : in(new int[static_cast<size_t>(g.count)]), out(new int[static_cast<size_t>(g.count)]) {
-    for (int i = 0; i < g.count; ++i) {
-      const GraphStage& s = g.stages[i];
-      int k = s.entry >= 0 && g.entries[s.entry].side_stride != 0 ? 2 : 1;
-      for (int l = s.first; l < s.first + s.links; ++l) k = std::max(k, out[static_cast<size_t>(g.links[l].source)]);
-      in[static_cast<size_t>(i)] = k;
-      out[static_cast<size_t>(i)] = s.slope_sides == 2 ? g.sides : k;
-      widest = std::max(widest, size_of(s));
-      if (i + 1 < g.count) scaled += size_of(s);
-    }
-    block = std::clamp<int64_t>(kBlockNumbers / std::max<int64_t>(1, g.sides * (scaled + 2 * widest)), 1, kMaxBlock);
-    if (block > 3) block -= block % 3;  // rows share reads of their lines by threes
-  }
-};
-
-void add_to(float* to, const float* from, float sign, int64_t n) {
-  const Vec s(sign);
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(to + i, fmadd(s, load(from + i), load(to + i)));
-  for (; i < n; ++i) to[i] += sign * from[i];
-}
-
 class Block {
  public:
-  Block(const GraphArgs& g, const Plan& plan) : g_(g), plan_(plan), offset_(new int64_t[static_cast<size_t>(g.count)]) {
+  Block(const GraphArgs& g, const StagePlan& plan)
+      : g_(g), plan_(plan), offset_(new int64_t[static_cast<size_t>(g.count)]) {
     const int64_t rows = plan.block * g.sides;
     int64_t at = 0;
     for (int i = 0; i < g.count; ++i) {
       offset_[static_cast<size_t>(i)] = at;
       if (g.stages[i].kept_out == nullptr && i + 1 < g.count) at += rows * size_of(g.stages[i]);
     }
-    scaled_ = floats(at), values_ = floats(rows * plan.widest), spare_ = floats(rows * plan.widest);
-    std::fill_n(zeros_, kMaxBlock, 0);
+    scaled_ = Floats(at), values_ = Floats(rows * plan.widest), spare_ = Floats(rows * plan.widest);
+    std::fill_n(zeros_, kStageRows, 0);
   }
 
   void run(int64_t begin, int64_t n) {
@@ -142,7 +109,7 @@ class Block {
   void lines(int i, const Rows& r) {
     const GraphStage& s = g_.stages[i];
     const int matrices = plan_.out[static_cast<size_t>(i)];
-    float next[2 * kMaxBlock];
+    float next[2 * kStageRows];
     BackArgs back;
     back.rows = r;
     if (s.shared) back.rows.example = zeros_;
@@ -161,7 +128,7 @@ class Block {
   }
 
   void leave(const Rows& r) {
-    float values[2 * kMaxBlock];
+    float values[2 * kStageRows];
     ConcretizeArgs c = g_.end;
     c.rows = r;
     c.b = b_, c.out = values;
@@ -171,17 +138,17 @@ class Block {
   }
 
   const GraphArgs& g_;
-  const Plan& plan_;
+  const StagePlan& plan_;
   std::unique_ptr<int64_t[]> offset_;
   Floats scaled_, values_, spare_;
-  int64_t begin_ = 0, n_ = 0, zeros_[kMaxBlock];
-  float b_[2 * kMaxBlock];
+  int64_t begin_ = 0, n_ = 0, zeros_[kStageRows];
+  float b_[2 * kStageRows];
 };
 
 }  // namespace
 
 void stage_rows_cpu(const GraphArgs& g) {
-  const Plan plan(g);
+  const StagePlan plan(g);
   const int64_t blocks = (g.rows + plan.block - 1) / plan.block;
   parallel_for(blocks, 1, [&](int64_t first, int64_t last) {
     Block block(g, plan);

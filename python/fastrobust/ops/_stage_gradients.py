@@ -16,13 +16,14 @@ from .margin_bounds import Rows
 from .stage_margins import (
     Heads,
     Held,
-    Kept,
     Link,
     Parameters,
     Stage,
+    Told,
     by_channel,
     channels_first,
     channels_last,
+    ends_of,
     flat_of,
     forward,
     image_of,
@@ -70,7 +71,7 @@ class _Backward:
             kind,
         )
         self.held: list[Held] = kept["held"]
-        self.kept: dict[int, Kept] = kept.get("rows", {})
+        self.kept: dict[Any, Any] = kept.get("rows", {})
         self.g, self.input_too = g, input_too
         self.to_weights: list[Any] = [None] * len(given.weights)
         self.to_biases: list[Any] = [None] * len(given.biases)
@@ -145,9 +146,63 @@ class _Backward:
             self._arrived(0, to_a, to_reached, entry)
             if self.input_too:
                 self._add_box(0, to_c, to_r)
+        else:
+            self._from_kernel(self.kept["kernel"], to_reached, entry)
         for i in range(1, len(self.stages)):
             if i in self.kept:
                 self._arrived(i, self._up(i, to_reached), to_reached, entry)
+
+    def _from_kernel(self, told: Told, to_reached: dict[int, Tensor], entry: dict[int, int]) -> None:
+        """The stages that one kernel took the rows through."""
+        g, count = self.g, self.g.shape[1]
+        to_stages, to_weights, taps, starting = [], [], [], []
+        for i, stage, k in zip(told.order, told.stages, told.matrices, strict=True):
+            size, batch = self.stages[i].size, 1 if stage[3] else self.held[0].center.shape[0]
+            lines = (g.new_empty(stage[1], batch, size), g.new_empty(2, batch, size)) if i else (None, None)
+            start = g.new_empty(k, count, size) if stage[9] >= 0 else None
+            to_stages.append(tuple(map(address, (*lines, start))))
+            starting.append((i, lines, start))
+        for link, (j, _) in zip(told.links, told.link_of, strict=True):
+            taps.append(None if link[1] else g.new_empty(self.stages[j].shape[0], link[10]))
+            to_weights.append(address(taps[-1]))
+        to_c, to_r = (torch.empty_like(t) if self.input_too else None for t in self.held[0][:2])
+        _C.bounds_stage_grad(
+            told.stages, told.links, told.entries, *ends_of(self.held, g, self.rows.example), self.groups[0].data_ptr(), g.data_ptr(), to_stages,
+            to_weights, address(to_c), address(to_r),
+        )  # fmt: skip
+        if self.input_too:
+            self._add_box(0, to_c, to_r)
+        for i, lines, start in starting:
+            if start is not None:
+                self._arrived(i, start, to_reached, entry)
+            if lines[0] is None or lines[1] is None:
+                continue
+            if self.stages[i].kind == "relu":
+                self.to_lines[i] = lines
+            else:
+                self._shared_lines(
+                    self.stages[i],
+                    i,
+                    by_channel(lines[0], self.stages[i].shape).sum((0, 1, 2)),
+                    by_channel(lines[1], self.stages[i].shape).sum((0, 1, 2)),
+                )
+        for (_, link), t in zip(told.link_of, taps, strict=True):
+            if t is None or link.at is None:
+                continue
+            o, c, kh, kw = self.given.weights[link.at].shape
+            self._add_weight(link, t[:, : kh * kw * c].view(o, kh, kw, c).permute(0, 3, 1, 2))
+
+    def _shared_lines(self, stage: Stage, i: int, to_slope: Tensor, to_offset: Tensor) -> None:
+        """slope = factor, offset = factor * bias + shift, by channels."""
+        bias, given = self.held[i].bias, self.given
+        if stage.shift is not None:
+            self._add_scale(stage.shift, to_offset)
+        if bias is not None:
+            own = to_offset if stage.factor is None else to_offset * given.scales[stage.factor]
+            self._add_bias(stage, own)
+            to_slope = to_slope + to_offset * bias
+        if stage.factor is not None:
+            self._add_scale(stage.factor, to_slope)
 
     def _arrived(self, i: int, to_a: Tensor, to_reached: dict[int, Tensor], entry: dict[int, int]) -> None:
         to_reached[i] = to_a

@@ -206,7 +206,7 @@ class Kept(NamedTuple):
 
 
 def rows_down(
-    stages: list[Stage], given: Parameters, heads: Heads, held: list[Held], b: Tensor, rows: Rows, kept: dict[int, Kept] | None
+    stages: list[Stage], given: Parameters, heads: Heads, held: list[Held], b: Tensor, rows: Rows, kept: dict[Any, Any] | None
 ) -> Tensor:  # fmt: skip
     """The bounds (sides, R) from b: rows of the heads' matrices down to the box of the input."""
     entry = dict(zip(heads.stages, heads.matrices, strict=True))
@@ -232,68 +232,84 @@ def rows_down(
     return _rows_of_images(stages, given, held, b, rows.example, given_rows, kept)
 
 
+class Told(NamedTuple):
+    """Rows down stages without dense layers as the kernels are told of them, and what they need alive."""
+
+    order: list[int]  # the stages
+    stages: list[Any]
+    links: list[Any]
+    entries: list[Any]
+    matrices: list[int]  # that arrive at each stage
+    link_of: list[tuple[int, Link]]  # of each of ``links``: the stage that reads, and its link
+    alive: list[Any]
+
+
 def _rows_of_images(
     stages: list[Stage], given: Parameters, held: list[Held], b: Tensor, example: Tensor, entry: dict[int, tuple[Tensor, Any]],
-    kept: dict[int, Kept] | None,
+    kept: dict[Any, Any] | None,
 ) -> Tensor:  # fmt: skip
     """Rows (k, R, n), or such as are picked, down stages without dense layers: one kernel."""
-    order = [i for i in _below(stages, set(entry)) if i > 0] + [0]
-    if len(order) == 1:
+    if set(entry) == {0}:
         A, pick = entry[0]
         if kept is not None:
             kept[0] = Kept(A, pick, None)
         return linear._concretize_kernel(
             A, b, example, pick[0], pick[1], held[0].center, held[0].radius, None, None, 1.0, None, None, []
         )
+    b, out = dense(b), torch.empty_like(b)
+    told = _told(stages, given, held, b, entry, kept is not None)
+    _C.bounds_stage_rows(
+        told.stages, told.links, told.entries, *ends_of(held, b, example), b.data_ptr(), out.data_ptr()
+    )
+    if kept is not None:
+        kept["kernel"] = told
+    return out
+
+
+def ends_of(held: list[Held], b: Tensor, example: Tensor) -> tuple[int, ...]:
+    center, radius = held[0].center, held[0].radius
+    return example.data_ptr(), b.shape[1], b.shape[0], center.shape[0], center.data_ptr(), radius.data_ptr()
+
+
+def _told(stages: list[Stage], given: Parameters, held: list[Held], b: Tensor, entry: dict[int, tuple[Tensor, Any]], keep: bool) -> Told:  # fmt: skip
+    order = [i for i in _below(stages, set(entry)) if i > 0] + [0]
     number = {i: k for k, i in enumerate(order)}
     into: dict[int, list[tuple[int, Link]]] = {i: [] for i in order}
     for i in order:
         for link in stages[i].links:
             into[link.source].append((i, link))
-    b, (sides, count) = dense(b), b.shape
-    told: list[Any] = []
-    links: list[Any] = []
-    entries: list[Any] = []
-    alive = [b, held[0].center, held[0].radius]
+    told = Told(order, [], [], [], [], [], [b])
+    sides, count = b.shape
     matrices: dict[int, int] = {}  # that leave each stage
     for i in order:
-        (c, h, w), at, first = stages[i].shape, -1, len(links)
-        k = 1
+        (c, h, w), at, first, k = stages[i].shape, -1, len(told.links), 1
         if i in entry:
             A, pick = dense(entry[i][0]), [None if t is None else t.contiguous() for t in entry[i][1]]
-            alive += [A, *(t for t in pick if t is not None)]
-            at, k = len(entries), A.shape[0]
-            entries.append((A.data_ptr(), A.shape[1] * A.shape[2] if k == 2 else 0, *map(address, pick)))
+            told.alive.extend((A, *pick))
+            at, k = len(told.entries), A.shape[0]
+            told.entries.append((A.data_ptr(), A.shape[1] * A.shape[2] if k == 2 else 0, *map(address, pick)))
         for j, link in sorted(into[i], key=lambda found: found[1].at is None):  # a product sets what others add to
             k = max(k, matrices[j])
+            told.link_of.append((j, link))
             if link.at is None:
-                links.append((number[j], 1, 0, 1, 1, 1, 1, 0, 0, link.sign, 0))
+                told.links.append((number[j], 1, 0, 1, 1, 1, 1, 0, 0, link.sign, 0))
                 continue
             weight = signed(given.weights[link.at], link.sign)
             lanes = lanes_of(weight)
             taps = taps_of(weight, lanes)
-            alive.append(taps)
-            links.append((number[j], 0, taps.data_ptr(), *weight.shape[2:], *link.stride, *link.padding, 1, lanes))
+            told.alive.append(taps)
+            told.links.append((number[j], 0, taps.data_ptr(), *weight.shape[2:], *link.stride, *link.padding, 1, lanes))
         slopes, intercepts = (None, None) if i == 0 else _lines_of(stages[i], given, held[i])
-        alive += [t for t in (slopes, intercepts) if t is not None]
         two = slopes is not None and slopes.shape[0] == 2
         matrices[i] = sides if two else k
-        ins = outs = None
-        if kept is not None:
-            ins = b.new_empty(k, count, c * h * w) if into[i] else None
-            outs = b.new_empty(matrices[i], count, c * h * w) if i else None
-            rows: Any = (ins, (None, None)) if ins is not None else entry[i]
-            kept[i] = Kept(rows[0], rows[1], outs)
-        told.append(
-            (address(slopes), 1 + two, address(intercepts), stages[i].kind != "relu", h, w, c, first, len(links) - first, at, address(ins), address(outs))
+        ins = b.new_empty(k, count, c * h * w) if keep and into[i] else None
+        outs = b.new_empty(matrices[i], count, c * h * w) if keep and i else None
+        told.alive.extend((slopes, intercepts, ins, outs))
+        told.stages.append(
+            (address(slopes), 1 + two, address(intercepts), i > 0 and stages[i].kind != "relu", h, w, c, first, len(told.links) - first, at, address(ins), address(outs))
         )  # fmt: skip
-    out = torch.empty_like(b)
-    _C.bounds_stage_rows(
-        told, links, entries, example.data_ptr(), count, sides, held[0].center.shape[0], held[0].center.data_ptr(), held[0].radius.data_ptr(),
-        b.data_ptr(), out.data_ptr(),
-    )  # fmt: skip
-    del alive
-    return out
+        told.matrices.append(k)
+    return told
 
 
 def _below(stages: list[Stage], tops: set[int]) -> list[int]:
