@@ -122,3 +122,20 @@ def test_a_linear_layer_on_the_last_dimension_over_a_ball(p: float, q: float, cl
         assert found.upper is not None
         torch.testing.assert_close(found.lower, low, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(found.upper, up, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [nn.AvgPool2d(2), nn.AvgPool2d((2, 3), divisor_override=5), nn.AvgPool2d(2, 1), nn.AvgPool2d(3, 2, 1), nn.AvgPool2d(3, 2, 1, count_include_pad=False),
+     nn.AvgPool2d(2, 2, ceil_mode=True), nn.AdaptiveAvgPool2d((2, 3)), nn.AdaptiveAvgPool2d(1)],
+)  # fmt: skip
+@pytest.mark.parametrize("size", [(6, 6), (7, 5)])
+def test_adjoints_of_pooling(pool: nn.Module, size: tuple[int, int]) -> None:
+    """Linear bounds of a pooling alone are its adjoint: against torch.func.vjp."""
+    torch.manual_seed(0)
+    x = torch.rand(1, 3, *size, dtype=torch.float64)
+    net = nn.Sequential(pool, nn.Flatten())
+    A = compute_bounds(net, x, 0.1, method="crown", return_linear=True).linear
+    assert A is not None and A.lower_A is not None
+    rows = torch.func.vmap(torch.func.vjp(net, x)[1])(torch.eye(net(x).shape[1], dtype=torch.float64).unsqueeze(1))[0]
+    torch.testing.assert_close(A.lower_A[0], rows[:, 0])

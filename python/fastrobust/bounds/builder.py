@@ -257,12 +257,17 @@ def _adjoint_of_pool(f: Callable[..., Tensor], size: Any, stride: Any = None, pa
     """torch's gradient of average pooling, which is differentiable itself: torch.func.vjp costs more than the pooling."""
     if f is F.adaptive_avg_pool2d:
         return lambda a, like: torch.ops.aten._adaptive_avg_pool2d_backward(a, like)
-    args = (
-        G.pair(size),
-        G.pair(size if stride is None or stride == [] else stride),
-        G.pair(padding),
-        ceil_mode,
-        count_include_pad,
-        divisor_override,
-    )
-    return lambda a, like: torch.ops.aten.avg_pool2d_backward(a, like, *args)
+    kernel, steps, pads = G.pair(size), G.pair(size if stride is None or stride == [] else stride), G.pair(padding)
+
+    def adjoint(a: Tensor, like: Tensor) -> Tensor:
+        (h, w), (rows, columns) = kernel, a.shape[2:]
+        if steps == kernel and pads == (0, 0) and like.shape[2:] == (h * rows, w * columns):  # windows side by side
+            one = (a / (divisor_override or h * w)).permute(0, 2, 3, 1)[:, :, None, :, None]
+            spread = one.expand(len(a), rows, h, columns, w, a.shape[1])
+            return spread.reshape(len(a), h * rows, w * columns, a.shape[1]).permute(0, 3, 1, 2)
+        out: Tensor = torch.ops.aten.avg_pool2d_backward(
+            a, like, kernel, steps, pads, ceil_mode, count_include_pad, divisor_override
+        )
+        return out
+
+    return adjoint

@@ -197,8 +197,11 @@ def margins_of_stages(
     given = plan.parameters()
     if given is None:
         return None
-    c, r = ops.box_center(x, eps.to(x.dtype) if isinstance(eps, Tensor) else eps, clip)
     shape = plan.stages[0].shape
-    c, r = flat(c, shape), flat(r, shape)
-    shared = clip is None and not isinstance(eps, Tensor) and not ops.needs_grad(c, r)
+    shared = clip is None and not isinstance(eps, Tensor) and not ops.needs_grad(x)
+    if shared:
+        c = flat(x, shape)
+        r = c.new_full(c.shape, eps)
+    else:
+        c, r = (flat(t, shape) for t in ops.box_center(x, eps.to(x.dtype) if isinstance(eps, Tensor) else eps, clip))
     return stage_margins(plan.stages, given, plan.matrices(), c, r, shared, rows, kind)
