@@ -323,11 +323,11 @@ import torch
 import fastrobust as fr
 from torch import nn
 torch.manual_seed(1)
-net = nn.Sequential(nn.Conv2d(2, 7, 3, 2, 1), nn.ReLU(), nn.Conv2d(7, 8, 2), nn.ReLU(), nn.Conv2d(8, 5, 2), nn.ReLU(), nn.Flatten(), nn.Linear(45, 33), nn.ReLU(), nn.Linear(33, 12))
+net = nn.Sequential(nn.Conv2d(1, 7, 4, 2, 1), nn.ReLU(), nn.Conv2d(7, 8, 2), nn.ReLU(), nn.Conv2d(8, 5, 2), nn.ReLU(), nn.Flatten(), nn.Linear(45, 33), nn.ReLU(), nn.Linear(33, 12))
 net[4].bias.data -= 0.2  # neurons without lines
 for method in ("crown-ibp", "ibp-linear"):
     net.zero_grad()
-    found = fr.bounds.compute_bounds(net, torch.rand(5, 2, 9, 9), 0.05, method=method, labels=torch.arange(5))
+    found = fr.bounds.compute_bounds(net, torch.rand(5, 1, 11, 10), 0.05, method=method, labels=torch.arange(5))
     (found.lower.sum() - found.upper.sum()).backward()
     for v in (found.lower, found.upper, *(p.grad for p in net.parameters())):
         print(float(v.double().sum()), float(v.double().abs().sum()))
