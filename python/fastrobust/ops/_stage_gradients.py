@@ -11,7 +11,7 @@ from .. import _C
 from . import _bounds_autograd as gradients
 from . import _bounds_conv as conv
 from ._bounds_product import matrix_product
-from ._bounds_rows import address, dense
+from ._bounds_rows import address, dense, lanes_of, taps_of
 from .margin_bounds import Rows
 from .stage_margins import (
     Heads,
@@ -28,6 +28,7 @@ from .stage_margins import (
     forward,
     image_of,
     signed,
+    spread,
 )
 
 Pair = tuple[Any, Any]
@@ -322,19 +323,14 @@ class _Backward:
             if to_c is not None and to_r is not None:
                 to_c, to_r = channels_last(to_c, before), channels_last(to_r, before)
         else:
-            size = before[1:]
-            g_c, g_r, c, r = (dense(t) for t in (g_c, g_r, c, r))
+            g_c, g_r, c, r, w = (dense(t) for t in (g_c, g_r, c, r, w))
             grads = image_of(g_c, stage.shape), image_of(g_r, stage.shape)
-            self._add_weight(
-                link,
-                conv.interval_weight_gradient(
-                    image_of(c, before), image_of(r, before), dense(w), *grads, link.stride, link.padding
-                ),
-            )
+            maps = image_of(c, before), image_of(r, before)
+            self._add_weight(link, conv.interval_weight_gradient(*maps, w, *grads, link.stride, link.padding))
             if wanted:
+                taps = taps_of(w, lanes_of(w))
                 to_c, to_r = (
-                    flat_of(conv.adjoint(t, v, link.stride, link.padding, size))
-                    for t, v in zip(grads, (w, w.abs()), strict=True)
+                    spread(t, v, stage.shape, before, w.shape[2:], link) for t, v in ((g_c, taps), (g_r, taps.abs()))
                 )
         if wanted:
             self._add_box(link.source, to_c, to_r)

@@ -9,6 +9,7 @@ one another with nothing between them and maps are flat with their channels inne
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -16,7 +17,6 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from . import _bounds_conv as conv
 from . import linear_bounds as linear
 from ._bounds_product import matrix_product
 from ._bounds_rows import address, dense, lanes_of, taps_of
@@ -168,11 +168,8 @@ def _affine(stage: Stage, stages: list[Stage], given: Parameters, held: list[Hel
                 x, y = center_linear(channels_first(x, before), channels_first(y, before), w, b, finish)
                 owned = y.stride(0) != 0 or y.shape[0] == 1
             else:
-                before = stages[link.source].shape
-                maps = conv.interval_convolution(
-                    image_of(x, before), image_of(y, before), w, b, link.stride, link.padding, finish
-                )
-                x, y, owned = flat_of(maps[0]), flat_of(maps[1]), True
+                x, y = _interval_conv(x, y, stages[link.source].shape, stage.shape, w, b, link, finish)
+                owned = True
         if c is None:
             c, r, ours = x, y, owned
         elif ours:
@@ -182,6 +179,48 @@ def _affine(stage: Stage, stages: list[Stage], given: Parameters, held: list[Hel
     if bias is not None and stage.links[0].at is None:
         c = (by_channel(c, stage.shape) + bias).flatten(1)
     return c, r
+
+
+def _interval_conv(x: Tensor, y: Tensor, before: Image, shape: Image, w: Tensor, b: Tensor | None, link: Link, finish: int) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``conv.interval_convolution`` of flat maps."""
+    x, w = dense(x), dense(w)
+    bias = None if b is None else dense(b)
+    (c, height, width), batch = before, x.shape[0]
+    image = (c * height * width, width * c, c, 1)
+    shared = y.stride(0) == 0 or y.shape[0] != batch
+    y = dense(y[:1] if shared else y)
+    sizes = (batch, height, width, c, *shape[1:], shape[0], *w.shape[2:], *link.stride, *link.padding)
+    strides = image, (0 if shared else image[0], *image[1:])
+    out = x.new_empty(batch, math.prod(shape)), x.new_empty(batch, math.prod(shape))
+    work = x.new_empty(_numbers(sizes, strides))
+    given = (x.data_ptr(), y.data_ptr(), w.data_ptr(), address(bias), work.data_ptr(), *map(address, out))
+    _C.bounds_interval_conv(sizes, *strides, *given, finish)
+    return out
+
+
+@functools.lru_cache(256)
+def _numbers(sizes: tuple[int, ...], strides: tuple[tuple[int, ...], tuple[int, ...]]) -> int:
+    """That the kernel of an interval convolution works with."""
+    found: int = _C.bounds_interval_conv(sizes, *strides, 0, 1, 0, 0, 0, 0, 0, 0)
+    return found
+
+
+def spread(a: Tensor, taps: Tensor, shape: Image, source: Image, kernel: Any, link: Link) -> Tensor:
+    """``conv.adjoint`` of flat maps, from the weight as ``taps_of`` gives it."""
+    out = a.new_empty(a.shape[0], math.prod(source))
+    sizes = (
+        a.shape[0],
+        *shape[1:],
+        shape[0],
+        *source[1:],
+        source[0],
+        *kernel,
+        *link.stride,
+        *link.padding,
+        taps.shape[1],
+    )
+    _C.bounds_spread(a.data_ptr(), taps.data_ptr(), out.data_ptr(), sizes)
+    return out
 
 
 def _scaled_box(stage: Stage, given: Parameters, c: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
@@ -375,7 +414,8 @@ def _link_down(link: Link, stage: Stage, source: Stage, given: Parameters, scale
     if link.dense:
         out = channels_last(matrix_product(rows, w), source.shape)
     else:
-        out = flat_of(conv.adjoint(image_of(rows, stage.shape), w, link.stride, link.padding, source.shape[1:]))
+        taps = taps_of(w, lanes_of(w))
+        out = spread(dense(rows), taps, stage.shape, source.shape, w.shape[2:], link)
     return out.unflatten(0, scaled.shape[:2])
 
 
