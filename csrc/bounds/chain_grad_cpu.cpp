@@ -96,29 +96,33 @@ void patches(const ChainStep& s, const float* image, float* to) {
     });
 }
 
-template <int kTaps>
-void convolve_with(const float* patch, int64_t positions, int64_t lanes, const float* turned, int64_t wide,
-                   float* out) {
+template <int kTaps, class Between>
+void convolve_with(const float* patch, int64_t positions, int64_t lanes, const float* turned, int64_t wide, float* out,
+                   const Between& between) {
   constexpr int kPositions = positions_for(kTaps);
   const int64_t stride = patch_stride(lanes);
   int64_t p = 0;
-  for (; p + kPositions <= positions; p += kPositions)
+  for (; p + kPositions <= positions; p += kPositions) {
+    between();
     all_products<kTaps, kPositions>(lanes, stride, wide, patch + p * stride, turned, out + p * wide);
+  }
   for (; p < positions; ++p) all_products<kTaps, 1>(lanes, stride, wide, patch + p * stride, turned, out + p * wide);
 }
 
-// out[position][0, wide) = patch[position] * turned
-void convolve(const float* patch, int64_t positions, int64_t lanes, const float* turned, int64_t wide, float* out) {
+// out[position][0, wide) = patch[position] * turned; calls between() now and then.
+template <class Between>
+void convolve(const float* patch, int64_t positions, int64_t lanes, const float* turned, int64_t wide, float* out,
+              const Between& between) {
 #if defined(__AVX512F__)
   const int64_t vectors = wide / kLanes;
-  const auto f = vectors == 1   ? convolve_with<1>
-                 : vectors == 2 ? convolve_with<2>
-                 : vectors == 3 ? convolve_with<3>
-                                : convolve_with<4>;
+  const auto f = vectors == 1   ? convolve_with<1, Between>
+                 : vectors == 2 ? convolve_with<2, Between>
+                 : vectors == 3 ? convolve_with<3, Between>
+                                : convolve_with<4, Between>;
 #else
-  const auto f = wide == kLanes ? convolve_with<1> : convolve_with<2>;
+  const auto f = wide == kLanes ? convolve_with<1, Between> : convolve_with<2, Between>;
 #endif
-  f(patch, positions, lanes, turned, wide, out);
+  f(patch, positions, lanes, turned, wide, out, between);
 }
 
 class Worker {
@@ -161,6 +165,7 @@ class Worker {
       example_[k] = all.example[id];
       for (int side = 0; side < all.sides; ++side) from_[side * n + k] = g_.from[side * all.count + id];
     }
+    look_ahead(begin + n, n);
     Rows r = all;
     r.pick = pick_;
     r.minus = all.minus != nullptr ? minus_ : nullptr;
@@ -178,6 +183,27 @@ class Worker {
     for (int64_t m = 0; m < matrices; ++m)
       for (int64_t k = 0; k < n; ++k)
         std::copy_n(grads_[0].get() + (m * n + k) * length, length, g_.to_a + (m * all.count + id_[k]) * length);
+  }
+
+  // What the next rows, from `begin` on, read first: it is fetched into the second cache between products.
+  void look_ahead(int64_t begin, int64_t n) {
+    ranges_ = range_ = 0;
+    n = g_.order != nullptr ? 0 : std::min(n, g_.rows.count - begin);
+    if (n <= 0) return;
+    const auto add = [&](const float* rows, int64_t length) {
+      if (rows != nullptr) ahead_[ranges_++] = {rows + begin * length, n * length};
+    };
+    for (int i = 0; i < g_.count; ++i) add(g_.steps[i].forward.kept, after(g_.steps[i].forward));
+    if (g_.rows.pick == nullptr) add(g_.rows.a, g_.rows.length);
+  }
+  void fetch(int64_t lines) {
+    for (; range_ < ranges_; ++range_) {
+      Range& r = ahead_[range_];
+      for (; r.count > 0; r.count -= kLanes, r.from += kLanes) {
+        if (lines-- == 0) return;
+        __builtin_prefetch(r.from, 0, 2);
+      }
+    }
   }
 
   // Through the activation and the adjoint of the convolution; the rows that come out.
@@ -229,7 +255,8 @@ class Worker {
       float* out = grads_[1].get() + image * size;
       inside_border(s, grads_[0].get() + image * after(s), bordered_[i].get());
       patches(s, bordered_[i].get(), patch_.get());
-      convolve(patch_.get(), positions, s.lanes, plan_.turned[i].get(), wide, wide == s.channels ? out : spare_.get());
+      convolve(patch_.get(), positions, s.lanes, plan_.turned[i].get(), wide, wide == s.channels ? out : spare_.get(),
+               [&] { fetch(32); });
       if (wide != s.channels)
         for (int64_t p = 0; p < positions; ++p) std::copy_n(spare_.get() + p * wide, s.channels, out + p * s.channels);
       if (step.to_weight != nullptr)
@@ -275,6 +302,7 @@ class Worker {
             float factor[kNeuronRows], dots[kNeuronRows + 3];
             const int64_t neuron = live.neuron[static_cast<size_t>(k)] + first * size;
             const int64_t at = live.channel[static_cast<size_t>(k)] * s.lanes;
+            fetch(8);
             for (int64_t r = 0; r < rows; ++r) factor[r] = scaled_[i][neuron + r * size];
             gradients(shape, x, factor, s.weight + at, sums + at, dots);
             for (int64_t r = 0; r < rows; ++r) grads_[1][neuron + r * size] = dots[r];
@@ -293,6 +321,12 @@ class Worker {
   int matrices_[kMaxChain];
   int64_t id_[kRows], pick_[kRows], minus_[kRows], example_[kRows];
   float from_[2 * kRows];
+  struct Range {
+    const float* from;
+    int64_t count;
+  };
+  Range ahead_[kMaxChain + 1];
+  int ranges_ = 0, range_ = 0;
 };
 
 // The gradients of an example's maps are sums over its rows.
