@@ -223,9 +223,13 @@ class Worker {
                [&] { fetch(32); });
       if (wide != s.channels)
         for (int64_t p = 0; p < positions; ++p) std::copy_n(spare_.get() + p * wide, s.channels, out + p * s.channels);
-      if (step.to_weight != nullptr)
-        add_sums_of_taps(scaled_[i].get() + image * size, s.channels, patch_.get(), positions, s.lanes,
-                         sums + plan_.weight_at[i]);
+      if (step.to_weight == nullptr) continue;
+      const float* scaled = scaled_[i].get() + image * size;
+      float* own = sums + plan_.weight_at[i];
+      if (border.whole_vectors())
+        add_window_sums(border, scaled, s.channels, bordered_[i].get(), s.lanes, own);
+      else
+        add_sums_of_taps(scaled, s.channels, patch_.get(), positions, s.lanes, own);
     }
     BackGradArgs b;
     b.rows = rows_[i];

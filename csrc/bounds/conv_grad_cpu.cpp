@@ -34,9 +34,13 @@ Floats sums_of(const ConvGradArgs& g, const Part* parts, int64_t count, int64_t 
       const int64_t b = block % kBlocks;
       for (int64_t i = b * part.count / kBlocks; i < (b + 1) * part.count / kBlocks; ++i) {
         border.fill(part.x + i * g.in_h * g.in_w * g.in_c, image.get());
+        const float* a = part.a + i * positions * g.out_c;
+        if (border.whole_vectors()) {
+          add_window_sums(border, a, g.out_c, image.get(), lanes, sums.get() + block * size);
+          continue;
+        }
         border.patches(image.get(), lanes, patch.get());
-        add_sums_of_taps(part.a + i * positions * g.out_c, g.out_c, patch.get(), positions, lanes,
-                         sums.get() + block * size);
+        add_sums_of_taps(a, g.out_c, patch.get(), positions, lanes, sums.get() + block * size);
       }
     }
   });

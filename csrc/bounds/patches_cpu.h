@@ -18,6 +18,7 @@ struct Bordered {
   int64_t width() const { return (positions_w - 1) * stride_x + kernel_w; }
   int64_t pitch() const { return width() * channels; }
   int64_t line() const { return kernel_w * channels; }  // of taps
+  bool whole_vectors() const { return line() % kLanes == 0; }
   int64_t numbers() const { return height() * pitch(); }
 
   // Into the middle of `to`, whose border stays as it is.
@@ -32,7 +33,7 @@ struct Bordered {
   void patches(const float* image, int64_t lanes, float* to) const {
     if (line() == 4)
       patches_by(image, lanes, to, [](const float* from, float* out, int64_t) { std::memcpy(out, from, 16); });
-    else if (line() % kLanes == 0)
+    else if (whole_vectors())
       patches_by(image, lanes, to, [](const float* from, float* out, int64_t n) {
         for (int64_t i = 0; i < n; i += kLanes) store(out + i, load(from + i));
       });
@@ -54,5 +55,59 @@ struct Bordered {
       }
   }
 };
+
+// sums[o][taps] += the sum over positions of a[position][o] * taps of a bordered image, for kTaps vectors of one line
+// of taps, which start at `image` for the first position; rows of `lanes` numbers.
+template <int kTaps, int kOut>
+FR_HD void add_line_sums(const Bordered& s, const float* a, int64_t out_c, const float* image, int64_t lanes,
+                         float* sums) {
+  Vec acc[kOut][kTaps];
+#pragma GCC unroll 8
+  for (int o = 0; o < kOut; ++o)
+#pragma GCC unroll 4
+    for (int t = 0; t < kTaps; ++t) acc[o][t] = load(sums + o * lanes + t * kLanes);
+  const int64_t right = s.stride_x * s.channels, down = s.stride_y * s.pitch();
+  for (int64_t y = 0; y < s.positions_h; ++y, image += down) {
+    const float* at = image;
+    for (int64_t x = 0; x < s.positions_w; ++x, at += right, a += out_c) {
+      Vec v[kTaps];
+#pragma GCC unroll 4
+      for (int t = 0; t < kTaps; ++t) v[t] = load(at + t * kLanes);
+#pragma GCC unroll 8
+      for (int o = 0; o < kOut; ++o) {
+        const Vec w(a[o]);
+#pragma GCC unroll 4
+        for (int t = 0; t < kTaps; ++t) acc[o][t] = fmadd(w, v[t], acc[o][t]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int o = 0; o < kOut; ++o)
+#pragma GCC unroll 4
+    for (int t = 0; t < kTaps; ++t) store(sums + o * lanes + t * kLanes, acc[o][t]);
+}
+
+template <int kTaps>
+FR_HD void add_line_sums_of_channels(const Bordered& s, const float* a, int64_t out_c, const float* image,
+                                     int64_t lanes, float* sums) {
+  constexpr int kOut = kTaps <= 2 ? kGradChannels : kGradChannels / 2;
+  int64_t o = 0;
+  for (; o + kOut <= out_c; o += kOut) add_line_sums<kTaps, kOut>(s, a + o, out_c, image, lanes, sums + o * lanes);
+  for (; o < out_c; ++o) add_line_sums<kTaps, 1>(s, a + o, out_c, image, lanes, sums + o * lanes);
+}
+
+// All taps, where a line of them is whole vectors: without patches, from the image, which stays in the first cache.
+inline void add_window_sums(const Bordered& s, const float* a, int64_t out_c, const float* image, int64_t lanes,
+                            float* sums) {
+  for (int64_t ky = 0; ky < s.kernel_h; ++ky, image += s.pitch(), sums += s.line()) {
+    int64_t t = 0;
+    for (; t + 4 * kLanes <= s.line(); t += 4 * kLanes)
+      add_line_sums_of_channels<4>(s, a, out_c, image + t, lanes, sums + t);
+    const int64_t rest = (s.line() - t) / kLanes;
+    if (rest == 1) add_line_sums_of_channels<1>(s, a, out_c, image + t, lanes, sums + t);
+    if (rest == 2) add_line_sums_of_channels<2>(s, a, out_c, image + t, lanes, sums + t);
+    if (rest == 3) add_line_sums_of_channels<3>(s, a, out_c, image + t, lanes, sums + t);
+  }
+}
 
 FR_NS_END
