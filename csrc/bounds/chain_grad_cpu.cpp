@@ -213,20 +213,26 @@ class Worker {
     const ChainStep& s = step.forward;
     const int64_t wide = padded(s.channels), size = before(s), positions = positions_of(s), images = matrices_[i] * n;
     const Bordered border = bordered(s);
+    const bool direct = border.whole_vectors() && wide <= kMostTurned * kLanes;  // without patches
     const bool alone = by_neuron(g_, i) && lists_[i].count * 4 < size * 3;
     if (alone) living_neurons(i, images, sums + plan_.weight_at[i]);
     for (int64_t image = 0; image < images && !alone; ++image) {
       float* out = grads_[1].get() + image * size;
       border.fill(grads_[0].get() + image * after(s), bordered_[i].get());
-      border.patches(bordered_[i].get(), s.lanes, patch_.get());
-      convolve(patch_.get(), positions, s.lanes, plan_.turned[i].get(), wide, wide == s.channels ? out : spare_.get(),
-               [&] { fetch(32); });
+      const auto ahead = [&] { fetch(32); };
+      float* const found = wide == s.channels ? out : spare_.get();
+      if (direct) {
+        convolve_image(border, bordered_[i].get(), wide / kLanes, plan_.turned[i].get(), found, ahead);
+      } else {
+        border.patches(bordered_[i].get(), s.lanes, patch_.get());
+        convolve(patch_.get(), positions, s.lanes, plan_.turned[i].get(), wide, found, ahead);
+      }
       if (wide != s.channels)
         for (int64_t p = 0; p < positions; ++p) std::copy_n(spare_.get() + p * wide, s.channels, out + p * s.channels);
       if (step.to_weight == nullptr) continue;
       const float* scaled = scaled_[i].get() + image * size;
       float* own = sums + plan_.weight_at[i];
-      if (border.whole_vectors())
+      if (direct)
         add_window_sums(border, scaled, s.channels, bordered_[i].get(), s.lanes, own);
       else
         add_sums_of_taps(scaled, s.channels, patch_.get(), positions, s.lanes, own);

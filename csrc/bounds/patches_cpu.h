@@ -56,6 +56,71 @@ struct Bordered {
   }
 };
 
+#if defined(__AVX512F__)
+constexpr int kMostWindows = 8;
+constexpr int kMostTurned = 4;  // vectors
+#else
+constexpr int kMostWindows = 2;
+constexpr int kMostTurned = 1;
+#endif
+
+// out[p][0, kTaps vectors) = the window that starts at image + p * right, times turned [lines of taps][kTaps vectors].
+template <int kTaps, int kWindows>
+void window_products(const Bordered& s, const float* image, const float* turned, float* out) {
+  Vec acc[kWindows][kTaps];
+#pragma GCC unroll 8
+  for (int p = 0; p < kWindows; ++p)
+#pragma GCC unroll 4
+    for (int t = 0; t < kTaps; ++t) acc[p][t] = Vec(0.f);
+  const int64_t right = s.stride_x * s.channels;
+  for (int64_t ky = 0; ky < s.kernel_h; ++ky, image += s.pitch()) {
+    const float* at[kWindows];
+#pragma GCC unroll 8
+    for (int p = 0; p < kWindows; ++p) at[p] = image + p * right;
+    for (int64_t i = 0; i < s.line(); ++i, turned += kTaps * kLanes) {
+      Vec w[kTaps];
+#pragma GCC unroll 4
+      for (int t = 0; t < kTaps; ++t) w[t] = load(turned + t * kLanes);
+#pragma GCC unroll 8
+      for (int p = 0; p < kWindows; ++p) {
+        const Vec v(at[p][i]);
+#pragma GCC unroll 4
+        for (int t = 0; t < kTaps; ++t) acc[p][t] = fmadd(v, w[t], acc[p][t]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int p = 0; p < kWindows; ++p)
+#pragma GCC unroll 4
+    for (int t = 0; t < kTaps; ++t) store(out + (p * kTaps + t) * kLanes, acc[p][t]);
+}
+
+using WindowsFn = void (*)(const Bordered&, const float*, const float*, float*);
+template <int kTaps, int kWindows = kTaps <= 2 ? kMostWindows : kMostWindows - 2>
+WindowsFn windows_fn(int64_t count) {
+  if constexpr (kWindows > 1)
+    if (count < kWindows) return windows_fn<kTaps, kWindows - 1>(count);
+  return window_products<kTaps, kWindows>;
+}
+
+// The convolution of a bordered image, for at most kMostTurned vectors of channels, a few windows of a line at a time,
+// as many as go into it evenly; calls between() before each.
+template <int kTaps = 1, class Between>
+void convolve_image(const Bordered& s, const float* image, int64_t vectors, const float* turned, float* out,
+                    const Between& between) {
+  if constexpr (kTaps < kMostTurned)
+    if (vectors > kTaps) return convolve_image<kTaps + 1>(s, image, vectors, turned, out, between);
+  constexpr int64_t kMost = kTaps <= 2 ? kMostWindows : kMostWindows - 2;
+  const int64_t turns = (s.positions_w + kMost - 1) / kMost, per = (s.positions_w + turns - 1) / turns;
+  for (int64_t y = 0; y < s.positions_h; ++y, image += s.stride_y * s.pitch())
+    for (int64_t x = 0; x < s.positions_w; x += per) {
+      const int64_t count = std::min(per, s.positions_w - x);
+      between();
+      windows_fn<kTaps>(count)(s, image + x * s.stride_x * s.channels, turned, out);
+      out += count * kTaps * kLanes;
+    }
+}
+
 // sums[o][taps] += the sum over positions of a[position][o] * taps of a bordered image, for kTaps vectors of one line
 // of taps, which start at `image` for the first position; rows of `lanes` numbers.
 template <int kTaps, int kOut>
