@@ -233,7 +233,7 @@ void chain(const py::tuple& rows, const std::vector<std::array<int64_t, 19>>& st
 void chain_grad(const py::tuple& rows, const std::vector<std::array<int64_t, 19>>& steps,
                 const std::vector<std::array<uintptr_t, 3>>& grads, int64_t examples, uintptr_t center,
                 uintptr_t radius, uintptr_t from, uintptr_t starts, uintptr_t order, uintptr_t to_a,
-                uintptr_t to_center, uintptr_t to_radius) {
+                uintptr_t to_center, uintptr_t to_radius, bool living) {
   ChainGradArgs g;
   g.rows = rows_from(rows);
   if (g.rows.count == 0) return;
@@ -257,6 +257,7 @@ void chain_grad(const py::tuple& rows, const std::vector<std::array<int64_t, 19>
   g.to_a = pointer<float>(to_a, 1, "to_a");
   g.to_center = reinterpret_cast<float*>(to_center);
   g.to_radius = reinterpret_cast<float*>(to_radius);
+  g.living = living;
   without_gil(kReleaseGilAbove + 1, [&] { bounds().chain_grad(g); });
 }
 

@@ -192,6 +192,8 @@ struct ChainGradArgs {
   float* to_a = nullptr;            // [matrices of rows, count, length]
   float* to_center = nullptr;       // [examples, map], null: not wanted
   float* to_radius = nullptr;
+  bool living =
+      false;  // lines that are zero have no gradients (any numbers are returned), so their neurons can be left out
 };
 
 // The gradient of a convolution's weight: out[o][taps] = sum of a[o] * patch of x.

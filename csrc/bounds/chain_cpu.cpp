@@ -1,11 +1,11 @@
 // Rows of coefficients through a chain of activations and convolutions down to the input: a block of rows at a time, so
 // that the coefficients between the layers stay in a core's cache.
 #include <algorithm>
-#include <memory>
 #include <vector>
 
 #include "bounds/entry_cpu.h"
 #include "bounds/serial_cpu.h"
+#include "core/floats.h"
 #include "runtime/parallel.h"
 
 FR_NS_BEGIN
@@ -44,9 +44,7 @@ struct Buffers {
 class Block {
  public:
   Block(const ChainArgs& g, const Buffers& sizes)
-      : g_(g),
-        scaled_(new float[static_cast<size_t>(sizes.block * g.rows.sides * sizes.scaled)]),
-        spread_(new float[static_cast<size_t>(sizes.block * g.rows.sides * sizes.spread)]) {}
+      : g_(g), scaled_(sizes.block * g.rows.sides * sizes.scaled), spread_(sizes.block * g.rows.sides * sizes.spread) {}
 
   void run(int64_t begin, int64_t n) {
     const Rows& all = g_.rows;
@@ -139,7 +137,7 @@ class Block {
   }
 
   const ChainArgs& g_;
-  std::unique_ptr<float[]> scaled_, spread_;
+  Floats scaled_, spread_;
   int64_t y_[kMaxBlock], x_[kMaxBlock];
   float b_[2 * kMaxBlock];
   int matrices_ = 1;

@@ -6,16 +6,17 @@
 #include <memory>
 
 #include "bounds/entry_cpu.h"
+#include "bounds/live_cpu.h"
+#include "bounds/neurons_cpu.h"
 #include "bounds/serial_cpu.h"
 #include "bounds/taps.h"
+#include "core/floats.h"
 #include "runtime/parallel.h"
 
 FR_NS_BEGIN
 namespace {
 
 constexpr int64_t kRows = 16;  // at a time
-using Floats = std::unique_ptr<float[]>;
-Floats floats(int64_t n) { return Floats(new float[static_cast<size_t>(std::max<int64_t>(1, n))]); }
 
 int64_t positions_of(const ChainStep& s) { return s.map_height * s.map_width; }
 int64_t before(const ChainStep& s) { return positions_of(s) * s.channels; }
@@ -24,7 +25,7 @@ int64_t padded(int64_t channels) { return (channels + kLanes - 1) / kLanes * kLa
 
 // Sizes of the buffers, and the transposed weights [lanes][channels, padded].
 struct Plan {
-  int64_t longest = 0, patch = 0, spare = 0, weights = 0;
+  int64_t longest = 0, positions = 0, patch = 0, spare = 0, weights = 0;
   int64_t weight_at[kMaxChain];  // of each step in a block's sums
   Floats turned[kMaxChain];
 
@@ -34,14 +35,14 @@ struct Plan {
       const ChainStep& s = g.steps[i].forward;
       const int64_t wide = padded(s.channels);
       longest = std::max(longest, std::max(before(s), after(s)));
+      positions = std::max(positions, positions_of(s));
       patch = std::max(patch, positions_of(s) * patch_stride(s.lanes));
       spare = std::max(spare, positions_of(s) * wide);
       weight_at[i] = weights;
       if (g.steps[i].to_weight != nullptr) weights += s.channels * s.lanes;
-      turned[i] = floats(s.lanes * wide);
-      std::fill_n(turned[i].get(), s.lanes * wide, 0.f);
+      turned[i] = Floats::zeros(s.lanes * wide);
       for (int64_t o = 0; o < s.channels; ++o)
-        for (int64_t t = 0; t < s.lanes; ++t) turned[i][static_cast<size_t>(t * wide + o)] = s.weight[o * s.lanes + t];
+        for (int64_t t = 0; t < s.lanes; ++t) turned[i][t * wide + o] = s.weight[o * s.lanes + t];
     }
   }
 };
@@ -50,6 +51,14 @@ struct Plan {
 int64_t bordered_height(const ChainStep& s) { return (s.map_height - 1) * s.stride_y + s.kernel_h; }
 int64_t bordered_width(const ChainStep& s) { return (s.map_width - 1) * s.stride_x + s.kernel_w; }
 int64_t bordered(const ChainStep& s) { return bordered_height(s) * bordered_width(s) * s.out_channels; }
+// From one to the next: not a power of two, or their windows would meet in few places of the first cache.
+int64_t bordered_apart(const ChainStep& s) { return bordered(s) + 4 * kLanes; }
+
+// Whether the neurons' windows are whole vectors, so that single ones can be taken.
+bool by_neuron(const ChainGradArgs& g, int i) {
+  const ChainGradStep& step = g.steps[i];
+  return g.living && step.to_weight != nullptr && step.forward.kernel_w * step.forward.out_channels % kLanes == 0;
+}
 
 // Into the middle of `to`, whose border stays as it is.
 void inside_border(const ChainStep& s, const float* image, float* to) {
@@ -115,14 +124,24 @@ void convolve(const float* patch, int64_t positions, int64_t lanes, const float*
 class Worker {
  public:
   Worker(const ChainGradArgs& g, const Plan& plan)
-      : g_(g), plan_(plan), patch_(floats(plan.patch)), spare_(floats(plan.spare)) {
+      : g_(g), plan_(plan), patch_(Floats(plan.patch)), spare_(Floats(plan.spare)) {
     const int64_t rows = kRows * g.rows.sides;
-    for (Floats& f : grads_) f = floats(rows * plan.longest);
+    next_.reset(new int64_t[static_cast<size_t>(plan.positions)]);
+    for (Floats& f : grads_) f = Floats(rows * plan.longest);
     for (int i = 0; i < g.count; ++i) {
-      scaled_[i] = floats(rows * before(g.steps[i].forward));
-      if (g.steps[i].forward.kept == nullptr) spread_[i] = floats(rows * after(g.steps[i].forward));
-      bordered_[i] = floats(bordered(g.steps[i].forward));
-      std::fill_n(bordered_[i].get(), bordered(g.steps[i].forward), 0.f);
+      scaled_[i] = Floats(rows * before(g.steps[i].forward));
+      if (g.steps[i].forward.kept == nullptr) spread_[i] = Floats(rows * after(g.steps[i].forward));
+      const int64_t images = bordered_apart(g.steps[i].forward) * (by_neuron(g, i) ? rows : 1);
+      bordered_[i] = Floats::zeros(images);
+      if (by_neuron(g, i)) lists_[i].reserve(g.steps[i].forward);
+    }
+  }
+
+  void start(int64_t example) {
+    for (int i = 0; i < g_.count; ++i) {
+      if (!by_neuron(g_, i)) continue;
+      const ChainStep& s = g_.steps[i].forward;
+      lists_[i].find(s, LineMaps(s, g_.examples, example));
     }
   }
 
@@ -203,8 +222,10 @@ class Worker {
   void up(int i, int64_t n, float* sums) {
     const ChainGradStep& step = g_.steps[i];
     const ChainStep& s = step.forward;
-    const int64_t wide = padded(s.channels), size = before(s), positions = positions_of(s);
-    for (int64_t image = 0; image < matrices_[i] * n; ++image) {
+    const int64_t wide = padded(s.channels), size = before(s), positions = positions_of(s), images = matrices_[i] * n;
+    const bool alone = by_neuron(g_, i) && lists_[i].count * 4 < size * 3;
+    if (alone) living_neurons(i, images, sums + plan_.weight_at[i]);
+    for (int64_t image = 0; image < images && !alone; ++image) {
       float* out = grads_[1].get() + image * size;
       inside_border(s, grads_[0].get() + image * after(s), bordered_[i].get());
       patches(s, bordered_[i].get(), patch_.get());
@@ -227,8 +248,46 @@ class Worker {
     back_grad_rows(b, rows, n);
   }
 
+  // The part of `up` behind the activation, of the neurons that have lines; the others pass nothing on. The weights of
+  // a few channels and their gradients stay in the first cache while the positions go by.
+  void living_neurons(int i, int64_t images, float* sums) {
+    const ChainStep& s = g_.steps[i].forward;
+    const LiveList& live = lists_[i];
+    const int64_t size = before(s), apart = bordered_apart(s), positions = positions_of(s);
+    const WindowShape shape{s.kernel_h, s.kernel_w * s.out_channels, bordered_width(s) * s.out_channels};
+    for (int64_t image = 0; image < images; ++image)
+      inside_border(s, grads_[0].get() + image * after(s), bordered_[i].get() + image * apart);
+    std::fill_n(grads_[1].get(), images * size, 0.f);
+    const int64_t turns = (images + kNeuronRows - 1) / kNeuronRows, per = (images + turns - 1) / turns;
+    const int64_t block = std::max<int64_t>(1, 2048 / s.lanes);
+    for (int64_t first = 0; first < images; first += per) {
+      const int64_t rows = std::min(per, images - first);
+      const NeuronFn gradients = neuron_fn(rows);
+      std::copy_n(live.start.get(), positions, next_.get());
+      for (int64_t channels = block; channels < s.channels + block; channels += block)
+        for (int64_t p = 0; p < positions; ++p) {
+          const float* x[kNeuronRows];
+          const int64_t y = p / s.map_width * s.stride_y, left = p % s.map_width * s.stride_x;
+          const float* corner = bordered_[i].get() + first * apart + y * shape.pitch + left * s.out_channels;
+          for (int64_t r = 0; r < rows; ++r) x[r] = corner + r * apart;
+          int64_t k = next_[static_cast<size_t>(p)];
+          for (; k < live.start[static_cast<size_t>(p) + 1] && live.channel[static_cast<size_t>(k)] < channels; ++k) {
+            float factor[kNeuronRows], dots[kNeuronRows + 3];
+            const int64_t neuron = live.neuron[static_cast<size_t>(k)] + first * size;
+            const int64_t at = live.channel[static_cast<size_t>(k)] * s.lanes;
+            for (int64_t r = 0; r < rows; ++r) factor[r] = scaled_[i][neuron + r * size];
+            gradients(shape, x, factor, s.weight + at, sums + at, dots);
+            for (int64_t r = 0; r < rows; ++r) grads_[1][neuron + r * size] = dots[r];
+          }
+          next_[static_cast<size_t>(p)] = k;
+        }
+    }
+  }
+
   const ChainGradArgs& g_;
   const Plan& plan_;
+  LiveList lists_[kMaxChain];
+  std::unique_ptr<int64_t[]> next_;  // of each position's neurons, the one that comes next
   Floats patch_, spare_, grads_[2], scaled_[kMaxChain], spread_[kMaxChain], bordered_[kMaxChain];
   Rows rows_[kMaxChain];
   int matrices_[kMaxChain];
@@ -257,7 +316,7 @@ void clear(const ChainGradArgs& g, int64_t example) {
 void chain_grad_cpu(const ChainGradArgs& g) {
   const Plan plan(g);
   const int64_t per = std::max<int64_t>(4, (g.examples + 63) / 64), blocks = (g.examples + per - 1) / per;
-  const Floats sums = floats(blocks * plan.weights);
+  const Floats sums(blocks * plan.weights);
   parallel_for(blocks, 1, [&](int64_t first, int64_t last) {
     Worker worker(g, plan);
     for (int64_t i = first; i < last; ++i) {
@@ -265,6 +324,7 @@ void chain_grad_cpu(const ChainGradArgs& g) {
       std::fill_n(own, plan.weights, 0.f);
       for (int64_t e = i * per; e < std::min(g.examples, (i + 1) * per); ++e) {
         clear(g, e);
+        worker.start(e);
         worker.run(g.starts[e], g.starts[e + 1], own);
       }
     }
@@ -274,7 +334,7 @@ void chain_grad_cpu(const ChainGradArgs& g) {
     const int64_t size = g.steps[i].forward.channels * g.steps[i].forward.lanes;
     for (int64_t k = 0; k < size; ++k) {
       float sum = 0.f;
-      for (int64_t b = 0; b < blocks; ++b) sum += sums[static_cast<size_t>(b * plan.weights + plan.weight_at[i] + k)];
+      for (int64_t b = 0; b < blocks; ++b) sum += sums[b * plan.weights + plan.weight_at[i] + k];
       g.steps[i].to_weight[k] = sum;
     }
   }

@@ -2,16 +2,14 @@
 // summed in blocks of examples that do not depend on the threads.
 #include <algorithm>
 #include <cstring>
-#include <memory>
 
 #include "bounds/entry_cpu.h"
 #include "bounds/taps.h"
+#include "core/floats.h"
 #include "runtime/parallel.h"
 
 FR_NS_BEGIN
 namespace {
-
-using Floats = std::unique_ptr<float[]>;
 
 // The patch of every position of one example: [positions][patch_stride(lanes)], zero outside the image and beyond the
 // taps.
@@ -37,9 +35,9 @@ void patches(const ConvGradArgs& g, const float* x, int64_t lanes, float* to) {
 Floats sums_of(const ConvGradArgs& g, const float* x, const float* a, int64_t count, int64_t lanes) {
   const int64_t per = std::max<int64_t>(4, (count + 15) / 16), blocks = (count + per - 1) / per;
   const int64_t size = g.out_c * lanes, positions = g.out_h * g.out_w;
-  Floats partial(new float[static_cast<size_t>(std::max<int64_t>(1, blocks) * size)]());
+  Floats partial = Floats::zeros(std::max<int64_t>(1, blocks) * size);
   parallel_for(blocks, 1, [&](int64_t first, int64_t last) {
-    const Floats patch(new float[static_cast<size_t>(positions * patch_stride(lanes))]);
+    const Floats patch(positions * patch_stride(lanes));
     for (int64_t i = first * per; i < std::min(count, last * per); ++i) {
       patches(g, x + i * g.in_h * g.in_w * g.in_c, lanes, patch.get());
       add_sums_of_taps(a + i * positions * g.out_c, g.out_c, patch.get(), positions, lanes,
@@ -47,7 +45,7 @@ Floats sums_of(const ConvGradArgs& g, const float* x, const float* a, int64_t co
     }
   });
   for (int64_t b = 1; b < blocks; ++b)
-    for (int64_t k = 0; k < size; ++k) partial[static_cast<size_t>(k)] += partial[static_cast<size_t>(b * size + k)];
+    for (int64_t k = 0; k < size; ++k) partial[k] += partial[b * size + k];
   return partial;
 }
 
@@ -61,7 +59,7 @@ void conv_grad_cpu(const ConvGradArgs& g) {
   for (int64_t o = 0; o < g.out_c; ++o)
     for (int64_t c = 0; c < g.in_c; ++c)
       for (int64_t k = 0; k < area; ++k) {
-        const auto from = static_cast<size_t>(o * lanes + k * g.in_c + c);
+        const int64_t from = o * lanes + k * g.in_c + c;
         const int64_t to = (o * g.in_c + c) * area + k;
         const float r = g.weight == nullptr || g.weight[to] == 0.f ? 0.f : of_radius[from];
         g.out[to] = of_center[from] + (r != 0.f && g.weight[to] < 0.f ? -r : r);

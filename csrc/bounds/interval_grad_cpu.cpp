@@ -1,10 +1,10 @@
 // Gradients of the two products of an interval layer, W c and |W| r: tiles of both in registers, one read of W. Each
 // number has its own sums, in an order that depends on nothing else.
 #include <algorithm>
-#include <memory>
 
 #include "bounds/entry_cpu.h"
 #include "bounds/fma.h"
+#include "core/floats.h"
 #include "runtime/parallel.h"
 
 FR_NS_BEGIN
@@ -27,7 +27,7 @@ FR_HD void put(float* p, Vec v, int64_t n) { n >= kLanes ? store(p, v) : store_n
 // The gradients of centre and radius turned, kRows neurons side by side: neurons of one example lie a power of two
 // apart.
 struct Turned {
-  std::unique_ptr<float[]> center, radius;  // [m / kRows, rounded up][batch][kRows]
+  Floats center, radius;  // [m / kRows, rounded up][batch][kRows]
 
   static void turn(const float* from, int64_t batch, int64_t m, int64_t first, int64_t last, float* to) {
     for (int64_t tile = first; tile < last; ++tile)
@@ -39,8 +39,8 @@ struct Turned {
   }
   explicit Turned(const IntervalGradArgs& g) {
     const int64_t tiles = (g.m + kRows - 1) / kRows;
-    center.reset(new float[static_cast<size_t>(std::max<int64_t>(1, tiles * kRows * g.batch))]);
-    radius.reset(new float[static_cast<size_t>(std::max<int64_t>(1, tiles * kRows * g.radius_batch))]);
+    center = Floats(tiles * kRows * g.batch);
+    radius = Floats(tiles * kRows * g.radius_batch);
     parallel_for(tiles, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, g.batch * kRows)),
                  [&](int64_t first, int64_t last) {
                    turn(g.from_center, g.batch, g.m, first, last, center.get());

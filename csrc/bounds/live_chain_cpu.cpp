@@ -8,6 +8,7 @@
 #include "bounds/formulas.h"
 #include "bounds/live_cpu.h"
 #include "bounds/live_products.h"
+#include "core/floats.h"
 #include "runtime/parallel.h"
 
 FR_NS_BEGIN
@@ -21,7 +22,7 @@ struct Work {
   std::unique_ptr<LiveList[]> lists;
   std::unique_ptr<int32_t[]> inside;         // the last step's taps, relative to position (0, 0)
   std::unique_ptr<int32_t[]> column, place;  // of the outputs that are computed together
-  std::unique_ptr<float[]> from, to;
+  Floats from, to;
   int64_t taps = 0;
   bool apart = false;  // the sides have coefficients of their own
 
@@ -36,8 +37,8 @@ struct Work {
       apart = apart || s.slope_sides == 2;
     }
     apart = apart && g.rows.sides == 2;
-    from.reset(new float[static_cast<size_t>(most * kMostVectors * kLanes)]);
-    to.reset(new float[static_cast<size_t>(most * kMostVectors * kLanes)]);
+    from = Floats(most * kMostVectors * kLanes);
+    to = Floats(most * kMostVectors * kLanes);
     taps = last.kernel_h * last.kernel_w * last.out_channels;
     inside.reset(new int32_t[static_cast<size_t>(taps)]);
     column.reset(new int32_t[static_cast<size_t>(most)]);

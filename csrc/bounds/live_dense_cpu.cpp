@@ -8,6 +8,7 @@
 #include "bounds/fma.h"
 #include "bounds/formulas.h"
 #include "bounds/live_cpu.h"
+#include "core/floats.h"
 #include "runtime/parallel.h"
 
 FR_NS_BEGIN
@@ -93,8 +94,7 @@ PanelFn pick(int64_t rows, int64_t vectors) {
 
 class Worker {
  public:
-  explicit Worker(const ChainArgs& g)
-      : g_(g), s_(g.steps[0]), panel_(new float[static_cast<size_t>(s_.channels * kPanel)]) {
+  explicit Worker(const ChainArgs& g) : g_(g), s_(g.steps[0]), panel_(s_.channels * kPanel) {
     live_.reserve(s_);
     apart_ = g.rows.sides == 2 && (g.rows.side_stride != 0 || s_.slope_sides == 2);
     shared_ = g.rows.sides == 2 && !apart_;
@@ -209,7 +209,7 @@ class Worker {
   const ChainArgs& g_;
   const ChainStep& s_;
   const int64_t columns_ = s_.out_height * s_.out_width * s_.out_channels;
-  std::unique_ptr<float[]> panel_;
+  Floats panel_;
   LiveList live_;
   Tile tile_[kMostTiles];
   int tiles_ = 0;

@@ -1,11 +1,11 @@
 // Products of rows of coefficients with weights, and their gradients: panels of b's columns, packed, times a few rows
 // of a from registers. Each number has its own sum over all of `count`, in order.
 #include <algorithm>
-#include <memory>
 
 #include "bounds/entry_cpu.h"
 #include "bounds/fma.h"
 #include "bounds/pack.h"
+#include "core/floats.h"
 #include "runtime/parallel.h"
 
 FR_NS_BEGIN
@@ -72,7 +72,7 @@ TileFn tile_of(int64_t rows, int64_t width) {
 void product_cpu(const ProductArgs& g) {
   const int64_t groups = (g.rows + kGroup - 1) / kGroup, panels = (g.columns + kPanel - 1) / kPanel;
   parallel_for(groups * panels, 1, [&](int64_t first, int64_t last) {
-    const std::unique_ptr<float[]> panel(new float[static_cast<size_t>(std::max<int64_t>(1, g.count) * kPanel)]);
+    const Floats panel(g.count * kPanel);
     for (int64_t task = first, packed = -1; task < last; ++task) {
       const int64_t at = task / groups * kPanel, width = std::min(kPanel, g.columns - at);
       if (packed != at) pack_panel<kPanel>(g.b + at * g.b_column, g.b_step, g.b_column, g.count, width, panel.get());

@@ -8,6 +8,7 @@
 #include "bounds/entry_cpu.h"
 #include "bounds/fma.h"
 #include "bounds/pack.h"
+#include "core/floats.h"
 #include "runtime/parallel.h"
 
 FR_NS_BEGIN
@@ -208,16 +209,6 @@ void write(const SignProductArgs& g, const Signs& s, int64_t begin, int64_t end,
     for (int64_t row = c < full ? quads : 0; row < rows; ++row) out[c * g.out_column + row * g.out_row] = *sum(row, c);
 }
 
-// A piece of `count` floats that begins with a line of the cache.
-struct Aligned {
-  explicit Aligned(int64_t count) : room(new float[static_cast<size_t>(count + kLanes)]) {
-    const auto past = reinterpret_cast<uintptr_t>(room.get()) / sizeof(float) % kLanes;
-    data = room.get() + (kLanes - past) % kLanes;
-  }
-  std::unique_ptr<float[]> room;
-  float* data;
-};
-
 }  // namespace
 
 bool sign_product_cpu(const SignProductArgs& g) {
@@ -226,22 +217,22 @@ bool sign_product_cpu(const SignProductArgs& g) {
   const int64_t chunks = chunks_of(g), length = chunks * kChunk * kLanes, columns = kTiles * kLanes;
   const int64_t blocks = (g.rows + kBlock - 1) / kBlock;
   parallel_for((g.columns + columns - 1) / columns * blocks, 1, [&](int64_t first, int64_t last) {
-    const Aligned panels(kTiles * length), table(kGroups * kTable), sums(kTiles * kBlock * kLanes);
+    const Floats panels(kTiles * length), table(kGroups * kTable), sums(kTiles * kBlock * kLanes);
     for (int64_t task = first, packed = -1; task < last; ++task) {
       const int64_t at = task / blocks * columns, width = std::min(columns, g.columns - at);
       const int64_t begin = task % blocks * kBlock, end = std::min(g.rows, begin + kBlock);
       for (int64_t c = 0; c < width; c += kLanes) {
-        float *panel = panels.data + c / kLanes * length, *sum = sums.data + c * kBlock;
+        float *panel = panels.get() + c / kLanes * length, *sum = sums.get() + c * kBlock;
         if (packed != at) pack(g, signs, at + c, std::min<int64_t>(kLanes, width - c), panel);
         std::fill_n(sum, (end - begin) * kLanes, 0.f);
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
           const float* b = panel + chunk * kChunk * kLanes;
-          fill(b, g.count - chunk * kChunk, table.data);
-          add(signs, g, chunk, begin, end, b, table.data, sum);
+          fill(b, g.count - chunk * kChunk, table.get());
+          add(signs, g, chunk, begin, end, b, table.get(), sum);
         }
       }
       packed = at;
-      write(g, signs, begin, end, at, width, sums.data);
+      write(g, signs, begin, end, at, width, sums.get());
     }
   });
   return true;

@@ -33,23 +33,6 @@ struct Place {
   int64_t left;                  // of position 0
 };
 
-#if defined(__AVX512F__)
-// 4 x 4 taps of one number of four positions that lie side by side on the output, without overlap: line by line.
-FR_HD void add_quads(const SpreadArgs& g, const Place& at, int64_t left, const float* t, int64_t apart) {
-  const __m512 a = load(t).v, b = load(t + apart).v, c = load(t + 2 * apart).v, d = load(t + 3 * apart).v;
-  const __m512 ab = _mm512_shuffle_f32x4(a, b, 0x44), cd = _mm512_shuffle_f32x4(c, d, 0x44);  // lines 0 and 1
-  const __m512 AB = _mm512_shuffle_f32x4(a, b, 0xEE), CD = _mm512_shuffle_f32x4(c, d, 0xEE);
-  const Vec line[4] = {_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xDD),
-                       _mm512_shuffle_f32x4(AB, CD, 0x88), _mm512_shuffle_f32x4(AB, CD, 0xDD)};
-#pragma GCC unroll 4
-  for (int ky = 0; ky < 4; ++ky) {
-    if (ky < at.first_y || ky >= at.last_y) continue;
-    float* o = at.out + (at.top + ky) * g.out_w + left;
-    store(o, load(o) + line[ky]);
-  }
-}
-#endif
-
 // One line of taps of every position. Neighbours overlap, so they are visited in turns in which they do not: a load
 // would otherwise wait for the stores before it. The order is the same for every row of positions of this geometry.
 template <bool kQuad>
@@ -59,14 +42,6 @@ void add_lines(const SpreadArgs& g, const Place& at, const float* taps) {
     for (int64_t x = turn; x < g.in_w; x += turns) {
       const int64_t left = at.left + x * g.stride_x;
       const float* t = taps + x * g.lanes;
-#if defined(__AVX512F__)
-      if (kQuad && g.kernel_h == 4 && turns * g.stride_x == 4 && g.kernel_w == 4 && left >= 0 && left + 16 <= g.out_w &&
-          x + 3 * turns < g.in_w) {
-        add_quads(g, at, left, t, turns * g.lanes);
-        x += 3 * turns;
-        continue;
-      }
-#endif
       if (left >= 0 && left + g.kernel_w <= g.out_w) {
         for (int64_t ky = at.first_y; ky < at.last_y; ++ky) {
           float* o = at.out + ((at.top + ky) * g.out_w + left) * g.out_c;
@@ -102,8 +77,101 @@ FR_HD void add_row(const SpreadArgs& g, int64_t row, const float* taps) {
     add_lines<false>(g, at, taps);
 }
 
-template <int kTaps>
-void spread_range(const SpreadArgs& g, int64_t begin, int64_t end) {
+// Taps of four numbers a line, of one channel: positions whose lines do not overlap lie side by side on the output and
+// are kept as one line, and each line of the output is written once, as the sum of what belongs to it.
+class Lines {
+ public:
+  // Whether the lines of a row of positions lie side by side, and enough of them fit.
+  static bool serve(const SpreadArgs& g) {
+    return g.kernel_w * g.out_c == 4 && 4 % g.stride_x == 0 && g.pad_x < kLanes && g.origin_y == nullptr &&
+           Lines(g).numbers() <= kMost;
+  }
+  explicit Lines(const SpreadArgs& g)
+      : g_(g),
+        turns_(4 / g.stride_x),
+        slots_((g.kernel_h + g.stride_y - 1) / g.stride_y),
+        width_(kLanes + std::max(whole(4 * ((g.in_w + turns_ - 1) / turns_)), whole(g.out_w) + whole(g.pad_x))) {}
+
+  // From the example `item` on.
+  void start(int64_t item) {
+    std::memset(held_, 0, static_cast<size_t>(numbers()) * sizeof(float));
+    out_ = g_.out + item * g_.out_h * g_.out_w;
+    y_ = slot_ = 0;
+  }
+
+  // The taps of the next row of positions.
+  void add(const float* taps) {
+    for (int64_t turn = 0; turn < turns_; ++turn)
+      for (int64_t x = turn, at = kLanes; x < g_.in_w; x += 4 * turns_, at += kLanes) four(turn, x, at, taps);
+    const int64_t top = y_ * g_.stride_y - g_.pad_y;
+    const int64_t begin = y_ == 0 ? 0 : std::clamp<int64_t>(top, 0, g_.out_h);
+    const int64_t end = y_ + 1 == g_.in_h ? g_.out_h : std::clamp(top + g_.stride_y, begin, g_.out_h);
+    for (int64_t line = begin; line < end; ++line) write(line - top, out_ + line * g_.out_w);
+    if (++slot_ == slots_) slot_ = 0;
+    if (++y_ < g_.in_h) return;
+    y_ = 0;
+    out_ += g_.out_h * g_.out_w;
+  }
+
+ private:
+  static constexpr int64_t kMost = 8192;
+  static int64_t whole(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+  int64_t numbers() const { return slots_ * g_.kernel_h * turns_ * width_; }
+  float* line_of(int64_t slot, int64_t ky) { return held_ + (slot * g_.kernel_h + ky) * turns_ * width_; }
+
+  // The lines of positions x, x + turns, ... side by side; zero beyond the last.
+  void four(int64_t turn, int64_t x, int64_t at, const float* taps) {
+    const int64_t left = (g_.in_w - x + turns_ - 1) / turns_, apart = turns_ * g_.lanes;
+    const float* t = taps + x * g_.lanes;
+    float* to = line_of(slot_, 0) + turn * width_ + at;
+    const int64_t next = turns_ * width_;
+#if defined(__AVX512F__)
+    if (g_.kernel_h == 4) {
+      const __m512 zero = _mm512_setzero_ps();
+      const __m512 a = load(t).v, b = left > 1 ? load(t + apart).v : zero, c = left > 2 ? load(t + 2 * apart).v : zero,
+                   d = left > 3 ? load(t + 3 * apart).v : zero;
+      const __m512 ab = _mm512_shuffle_f32x4(a, b, 0x44), cd = _mm512_shuffle_f32x4(c, d, 0x44);  // lines 0 and 1
+      const __m512 AB = _mm512_shuffle_f32x4(a, b, 0xEE), CD = _mm512_shuffle_f32x4(c, d, 0xEE);
+      store(to, _mm512_shuffle_f32x4(ab, cd, 0x88));
+      store(to + next, _mm512_shuffle_f32x4(ab, cd, 0xDD));
+      store(to + 2 * next, _mm512_shuffle_f32x4(AB, CD, 0x88));
+      store(to + 3 * next, _mm512_shuffle_f32x4(AB, CD, 0xDD));
+      return;
+    }
+#endif
+    for (int64_t ky = 0; ky < g_.kernel_h; ++ky)
+      for (int64_t k = 0; k < std::min<int64_t>(4, left); ++k)
+        std::memcpy(to + ky * next + 4 * k, t + k * apart + 4 * ky, 4 * sizeof(float));
+  }
+
+  // A line of the output that no later row of positions reaches: line `tap` of this one's taps.
+  void write(int64_t tap, float* out) {
+    for (int64_t i = 0; i < g_.out_w; i += kLanes) {
+      Vec sum(0.f);
+      int64_t ky = tap, slot = slot_;
+      for (int64_t back = std::min(y_ + 1, slots_); back > 0; --back, ky += g_.stride_y) {
+        if (ky >= 0 && ky < g_.kernel_h) {
+          const float* held = line_of(slot, ky) + kLanes + i + g_.pad_x;
+          for (int64_t turn = 0; turn < turns_; ++turn) sum = sum + load(held + turn * (width_ - g_.stride_x));
+        }
+        slot = slot == 0 ? slots_ - 1 : slot - 1;
+      }
+      if (i + kLanes <= g_.out_w)
+        store(out + i, sum);
+      else
+        store_n(out + i, sum, static_cast<int>(g_.out_w - i));
+    }
+  }
+
+  const SpreadArgs& g_;
+  const int64_t turns_, slots_, width_;
+  float* out_ = nullptr;  // of this example
+  int64_t y_ = 0, slot_ = 0;
+  alignas(64) float held_[kMost];
+};
+
+template <int kTaps, class AddRow>
+void spread_range(const SpreadArgs& g, int64_t begin, int64_t end, const AddRow& add) {
   constexpr int kPositions = positions_for(kTaps);
   alignas(64) float taps[kSpreadBuffer];
   const int64_t stop = end * g.in_h * g.in_w;
@@ -122,10 +190,21 @@ void spread_range(const SpreadArgs& g, int64_t begin, int64_t end) {
       }
     }
     const int64_t rows = filled / g.in_w, used = rows * g.in_w;
-    for (int64_t row = 0; row < rows; ++row) add_row(g, base / g.in_w + row, taps + row * g.in_w * g.lanes);
+    for (int64_t row = 0; row < rows; ++row) add(base / g.in_w + row, taps + row * g.in_w * g.lanes);
     std::memmove(taps, taps + used * g.lanes, static_cast<size_t>((filled - used) * g.lanes) * sizeof(float));
     base += used;
     filled -= used;
+  }
+}
+
+template <int kTaps>
+void spread_rows(const SpreadArgs& g, int64_t begin, int64_t end) {
+  if (kTaps == 1 && Lines::serve(g)) {
+    Lines lines(g);
+    lines.start(begin);
+    spread_range<kTaps>(g, begin, end, [&](int64_t, const float* taps) { lines.add(taps); });
+  } else {
+    spread_range<kTaps>(g, begin, end, [&](int64_t row, const float* taps) { add_row(g, row, taps); });
   }
 }
 
@@ -134,14 +213,14 @@ void spread_range(const SpreadArgs& g, int64_t begin, int64_t end) {
 void spread_items(const SpreadArgs& g, int64_t begin, int64_t end) {
   using Fn = void (*)(const SpreadArgs&, int64_t, int64_t);
   const int64_t vectors = g.lanes / kLanes;
-  Fn f = spread_range<4>;
+  Fn f = spread_rows<4>;
 #if defined(__AVX512F__)
   if (vectors <= 3)
-    f = vectors == 1 ? spread_range<1> : vectors == 2 ? spread_range<2> : spread_range<3>;
+    f = vectors == 1 ? spread_rows<1> : vectors == 2 ? spread_rows<2> : spread_rows<3>;
   else if (vectors % 4 != 0 && vectors % 3 == 0)
-    f = spread_range<3>;
+    f = spread_rows<3>;
 #else
-  f = vectors == 1 ? spread_range<1> : spread_range<2>;
+  f = vectors == 1 ? spread_rows<1> : spread_rows<2>;
 #endif
   f(g, begin, end);
 }

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -216,6 +216,25 @@ def test_spread_is_the_adjoint_of_the_convolution(
     assert torch.equal(recorded, got)
     for g, v in zip(grads(recorded, [a, w], 3), grads(want, wide, 3), strict=True):
         near(g, v)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 3), st.integers(1, 20), st.tuples(st.integers(1, 6), st.integers(1, 19)), st.integers(1, 5), st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    st.tuples(st.integers(0, 2), st.integers(0, 3)), st.tuples(st.integers(0, 2), st.integers(0, 2)), st.integers(0, 2**16),
+)  # fmt: skip
+def test_spread_of_one_channel_four_wide(
+    count: int, o: int, positions: tuple[int, int], height: int, stride: tuple[int, int], padding: tuple[int, int], beyond: tuple[int, int], seed: int
+) -> None:  # fmt: skip
+    """Positions side by side as lines: every overlap, border and remainder."""
+    torch.manual_seed(seed)
+    kernel = (height, 4)
+    extra = [min(b, s - 1) for b, s in zip(beyond, stride, strict=True)]
+    size = [(n - 1) * s - 2 * p + k + b for n, s, p, k, b in zip(positions, stride, padding, kernel, extra, strict=True)]  # fmt: skip
+    assume(min(size) > 0 and all(p < k for p, k in zip(padding, kernel, strict=True)))
+    w, a = torch.randn(o, 1, *kernel), torch.randn(count, o, *positions)
+    got = ops.spread(a, w, stride, padding, size)
+    near(got, F.conv_transpose2d(a.double(), w.double(), None, stride, padding, extra))
 
 
 def test_spread_and_registration() -> None:

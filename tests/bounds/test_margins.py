@@ -152,6 +152,33 @@ def test_gradients_without_dead_neurons(
         taken.clear()
 
 
+@pytest.mark.parametrize("method", ["crown-ibp", "ibp-linear"])
+@pytest.mark.parametrize("sides", ["lower", "both"])
+@pytest.mark.parametrize("dead", [0.0, 0.2, 100.0])  # none, most, all
+def test_gradients_of_convolutions_without_dead_neurons(
+    method: str, sides: str, dead: float, taken: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows of whole vectors: neurons are taken one by one where few have lines; one side's and two sides' rows, in several turns."""
+    for batch, classes, kept in ((1, 2, 1 << 24), (3, 10, 0), (7, 10, 1 << 24), (2, 35, 1 << 24)):
+        monkeypatch.setattr(_bounds_chain, "_MOST_KEPT", kept)
+        torch.manual_seed(batch)
+        net = nn.Sequential(
+            nn.Conv2d(1, 16, 4, 2, 1), nn.ReLU(), nn.Conv2d(16, 21, (3, 4), (1, 2), (1, 0)), nn.ReLU(), nn.Conv2d(21, 5, 2), nn.ReLU(),
+            nn.Flatten(), nn.Linear(20, classes),
+        )  # fmt: skip
+        with torch.no_grad():
+            net[2].bias -= dead
+            net[0].bias[:4] -= 10 * dead
+            net[2].weight[3], net[2].bias[3] = 0.0, 0.0  # constant
+            net[2].weight[::2, ::3] = 0.0
+        x, y = torch.rand(batch, 1, 10, 12), torch.randint(classes, (batch,))
+        kwargs = {"method": method, "sides": sides, "clip": (0.0, 1.0)}
+        got = bounds_and_gradients(net, x, 0.03, y, torch.float32, True, **kwargs)
+        assert taken == [True, True]
+        near(got, bounds_and_gradients(net, x, 0.03, y, torch.float64, True, **kwargs))
+        taken.clear()
+
+
 def test_what_is_left_to_the_engine(taken: list[bool]) -> None:
     x = torch.rand(2, 1, 6, 6)
     tail = [nn.Flatten(), nn.Linear(36, 3)]
@@ -296,10 +323,11 @@ import torch
 import fastrobust as fr
 from torch import nn
 torch.manual_seed(1)
-net = nn.Sequential(nn.Conv2d(2, 7, 3, 2, 1), nn.ReLU(), nn.Conv2d(7, 5, 2), nn.ReLU(), nn.Flatten(), nn.Linear(80, 33), nn.ReLU(), nn.Linear(33, 12))
+net = nn.Sequential(nn.Conv2d(1, 7, 4, 2, 1), nn.ReLU(), nn.Conv2d(7, 8, 2), nn.ReLU(), nn.Conv2d(8, 5, 2), nn.ReLU(), nn.Flatten(), nn.Linear(45, 33), nn.ReLU(), nn.Linear(33, 12))
+net[4].bias.data -= 0.2  # neurons without lines
 for method in ("crown-ibp", "ibp-linear"):
     net.zero_grad()
-    found = fr.bounds.compute_bounds(net, torch.rand(5, 2, 9, 9), 0.05, method=method, labels=torch.arange(5))
+    found = fr.bounds.compute_bounds(net, torch.rand(5, 1, 11, 10), 0.05, method=method, labels=torch.arange(5))
     (found.lower.sum() - found.upper.sum()).backward()
     for v in (found.lower, found.upper, *(p.grad for p in net.parameters())):
         print(float(v.double().sum()), float(v.double().abs().sum()))

@@ -170,9 +170,10 @@ class _Through(torch.autograd.Function):
         return (None, None, None, None, None, g_a, g_b, *maps, *found)
 
 
-def chain_gradient(A: Tensor, example: Tensor, rows: Any, minus: Any, c: Tensor, r: Tensor, steps: list[ConvStep], g: Tensor, need: Any, between: Any, groups: Groups | None = None) -> tuple[Tensor, Any, Any, list[tuple[Any, ...]]]:  # fmt: skip
+def chain_gradient(A: Tensor, example: Tensor, rows: Any, minus: Any, c: Tensor, r: Tensor, steps: list[ConvStep], g: Tensor, need: Any, between: Any, groups: Groups | None = None, living: bool = False) -> tuple[Tensor, Any, Any, list[tuple[Any, ...]]]:  # fmt: skip
     """All gradients over a box in one call, a few rows of one example at a time: of the rows before ``rows`` and ``minus`` pick, of
-    c and r, and of slopes, intercepts and weight of each step. ``need``: whether those of c, r and each weight are wanted."""
+    c and r, and of slopes, intercepts and weight of each step. ``need``: whether those of c, r and each weight are wanted. living: lines
+    that are zero have no gradients (any numbers may be returned), so that their neurons are left out."""
     A, g, c, r, example = (dense(t) for t in (A, g, c, r, example))
     rows, minus = (None if t is None else t.contiguous() for t in (rows, minus))
     batch, count = steps[0].slopes.shape[1], g.shape[1]
@@ -186,7 +187,7 @@ def chain_gradient(A: Tensor, example: Tensor, rows: Any, minus: Any, c: Tensor,
     _C.bounds_chain_grad(
         rows_args(A, g, example, rows, minus, None, None, None), told,
         [(s.data_ptr(), i.data_ptr(), address(t)) for (s, i), t in zip(lines, taps, strict=True)], batch, c.data_ptr(), r.data_ptr(),
-        g.data_ptr(), starts.data_ptr(), address(order), to_a.data_ptr(), address(to_c), address(to_r),
+        g.data_ptr(), starts.data_ptr(), address(order), to_a.data_ptr(), address(to_c), address(to_r), living,
     )  # fmt: skip
     found: list[tuple[Any, ...]] = []
     for step, pair, t in zip(steps, lines, taps, strict=True):

@@ -251,7 +251,7 @@ def _gradients(
         steps = _steps(layers[:first], ws, lines)
         need = (input_too, input_too, [True] * first)
         to_a, to_c, to_r, through = chain.chain_gradient(
-            A, example, pick[0], pick[1], center, radius, steps, g, need, kept["between"], groups
+            A, example, pick[0], pick[1], center, radius, steps, g, need, kept["between"], groups, True
         )
         for i, (s, t, w) in zip(range(first - 1, -1, -1), through, strict=True):
             to_lines[i], to_w[i] = (s, t), w

@@ -1,0 +1,80 @@
+// Both gradients of one neuron of a convolution for a few rows: its weights and their gradient meet the rows' windows,
+// each of which is loaded once for the two.
+#pragma once
+
+#include "bounds/fma.h"
+#include "core/simd.h"
+
+FR_NS_BEGIN
+
+#if defined(__AVX512F__)
+constexpr int kNeuronRows = 9;  // at a time
+#else
+constexpr int kNeuronRows = 3;
+#endif
+
+// The lane sums of four vectors, one after the other.
+FR_HD void four_sums(Vec a, Vec b, Vec c, Vec d, float* to) {
+#if defined(__AVX512F__)
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c.v, d.v), _mm512_unpackhi_ps(c.v, d.v));
+  const __m512 quads = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xEE));
+  const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(quads), _mm512_extractf32x8_ps(quads, 1));
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+#else
+  to[0] = lane_sum(a), to[1] = lane_sum(b), to[2] = lane_sum(c), to[3] = lane_sum(d);
+#endif
+}
+
+// A window of a bordered image: `lines` of `line` numbers (whole vectors), `pitch` apart. The weights lie line by line.
+struct WindowShape {
+  int64_t lines, line, pitch;
+};
+
+// dots[r] = weight . x[r] and to_weight += factor[r] x[r] over the rows r; dots has room for whole groups of four.
+template <int kR>
+FR_HD void neuron_gradients(const WindowShape& s, const float* const* x, const float* factor, const float* weight,
+                            float* to_weight, float* dots) {
+  constexpr int kGroups = (kR + 3) / 4 * 4;
+  Vec sum[kGroups], f[kR];
+#pragma GCC unroll 12
+  for (int r = 0; r < kGroups; ++r) sum[r] = Vec(0.f);
+#pragma GCC unroll 9
+  for (int r = 0; r < kR; ++r) f[r] = Vec(factor[r]);
+  for (int64_t k = 0, at = 0; k < s.lines; ++k, at += s.pitch) {
+    const float* from[kR];
+#pragma GCC unroll 9
+    for (int r = 0; r < kR; ++r) from[r] = x[r] + at;
+    for (int64_t i = 0; i < s.line; i += kLanes) {
+      const Vec w = load(weight + i);
+      Vec even = load(to_weight + i), odd(0.f);
+#pragma GCC unroll 9
+      for (int r = 0; r < kR; ++r) {
+        Vec v = load(from[r] + i);
+#if defined(__AVX512F__)
+        asm("" : "+v"(v.v));  // one load for both products: loads are what this loop is short of
+#endif
+        sum[r] = fmadd(w, v, sum[r]);
+        if (r % 2 == 0)
+          even = fmadd(f[r], v, even);
+        else
+          odd = fmadd(f[r], v, odd);
+      }
+      store(to_weight + i, even + odd);
+    }
+    weight += s.line;
+    to_weight += s.line;
+  }
+#pragma GCC unroll 3
+  for (int r = 0; r < kGroups; r += 4) four_sums(sum[r], sum[r + 1], sum[r + 2], sum[r + 3], dots + r);
+}
+
+using NeuronFn = void (*)(const WindowShape&, const float* const*, const float*, const float*, float*, float*);
+template <int kR = kNeuronRows>
+NeuronFn neuron_fn(int64_t rows) {
+  if constexpr (kR > 1)
+    if (rows < kR) return neuron_fn<kR - 1>(rows);
+  return neuron_gradients<kR>;
+}
+
+FR_NS_END
