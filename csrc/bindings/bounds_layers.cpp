@@ -44,6 +44,29 @@ void product(uintptr_t a, uintptr_t b, uintptr_t out, int64_t rows, int64_t coun
   without_gil(rows * count * columns, [&] { bounds().product(g); });
 }
 
+// strides: (x_row, x_step, b_step, b_column, out_row, out_column); base with base_scale and base_row, or 0. False: not
+// done.
+bool sign_product(uintptr_t x, uintptr_t b, uintptr_t b_scale, uintptr_t scale, const std::array<uintptr_t, 3>& base,
+                  uintptr_t out, int64_t rows, int64_t count, int64_t columns, const std::array<int64_t, 6>& strides) {
+  SignProductArgs g;
+  g.x = pointer<const float>(x, rows * count, "x");
+  g.b = pointer<const float>(b, columns * count, "b");
+  g.b_scale = reinterpret_cast<const float*>(b_scale);
+  g.scale = pointer<const float>(scale, rows, "scale");
+  g.base = reinterpret_cast<const float*>(base[0]);
+  if (g.base != nullptr) {
+    g.base_scale = pointer<const float>(base[1], rows, "base_scale");
+    g.base_row = pointer<const int64_t>(base[2], rows, "base_row");
+  }
+  g.out = pointer<float>(out, rows * columns, "out");
+  g.rows = rows, g.count = count, g.columns = columns;
+  g.x_row = strides[0], g.x_step = strides[1], g.b_step = strides[2], g.b_column = strides[3];
+  g.out_row = strides[4], g.out_column = strides[5];
+  bool done = false;
+  without_gil(rows * count * columns / 4, [&] { done = bounds().sign_product(g); });
+  return done;
+}
+
 void pick_grad(uintptr_t from, uintptr_t pick, uintptr_t minus, uintptr_t out, int64_t count, int64_t length,
                int64_t rows) {
   PickGradArgs g;
@@ -117,6 +140,7 @@ void relu_box_grad(uintptr_t center, uintptr_t radius, bool shared, uintptr_t bi
 void bind_bounds_layers(py::module_& m) {
   m.def("bounds_conv_grad", &conv_grad);
   m.def("bounds_product", &product);
+  m.def("bounds_sign_product", &sign_product);
   m.def("bounds_pick_grad", &pick_grad);
   m.def("bounds_interval_grad", &interval_grad);
   m.def("bounds_relu_box", &relu_box);

@@ -294,6 +294,21 @@ struct ProductArgs {
   int64_t a_row = 0, a_step = 1, b_step = 0, b_column = 1;
 };
 
+// out = scale sign(x) b (+ base_scale base): x [rows, count] at x[row * x_row + k * x_step], b [count, columns], out
+// [rows, columns] likewise, with one stride of each 1. sign(0) is 0.
+struct SignProductArgs {
+  const float* x = nullptr;
+  const float* b = nullptr;
+  const float* b_scale = nullptr;     // [count] or null: of b's rows
+  const float* scale = nullptr;       // [rows]
+  const float* base = nullptr;        // [., columns] or null
+  const float* base_scale = nullptr;  // [rows]
+  const int64_t* base_row = nullptr;  // [rows]
+  float* out = nullptr;
+  int64_t rows = 0, count = 0, columns = 0;
+  int64_t x_row = 0, x_step = 1, b_step = 0, b_column = 1, out_row = 0, out_column = 1;
+};
+
 // Gradients of c' = W c and r' = |W| r from those of c' and r'.
 struct IntervalGradArgs {
   const float* center = nullptr;                      // [batch, n]

@@ -24,6 +24,7 @@ void conv_grad_cpu(const ConvGradArgs& a);
 void pick_grad_cpu(const PickGradArgs& a);
 void live_grad_cpu(const LiveGradArgs& a);
 void product_cpu(const ProductArgs& a);
+bool sign_product_cpu(const SignProductArgs& a);
 void interval_grad_cpu(const IntervalGradArgs& a);
 void relu_box_cpu(const ReluBoxArgs& a);
 void relu_box_grad_cpu(const ReluBoxGradArgs& a);

@@ -4,6 +4,7 @@
 
 #include "bounds/entry_cpu.h"
 #include "bounds/fma.h"
+#include "core/floats.h"
 #include "runtime/parallel.h"
 
 FR_NS_BEGIN
@@ -22,6 +23,31 @@ FR_HD Vec get(const float* p, int64_t n) {
   return kFull || n >= kLanes ? load(p) : load_n(p, static_cast<int>(std::max<int64_t>(0, n)));
 }
 FR_HD void put(float* p, Vec v, int64_t n) { n >= kLanes ? store(p, v) : store_n(p, v, static_cast<int>(n)); }
+
+// The gradients of centre and radius turned, kRows neurons side by side: neurons of one example lie a power of two
+// apart.
+struct Turned {
+  Floats center, radius;  // [m / kRows, rounded up][batch][kRows]
+
+  static void turn(const float* from, int64_t batch, int64_t m, int64_t first, int64_t last, float* to) {
+    for (int64_t tile = first; tile < last; ++tile)
+      for (int64_t k = 0; k < batch; ++k)
+        for (int r = 0; r < kRows; ++r) {
+          const int64_t j = tile * kRows + r;
+          to[(tile * batch + k) * kRows + r] = j < m ? from[k * m + j] : 0.f;
+        }
+  }
+  explicit Turned(const IntervalGradArgs& g) {
+    const int64_t tiles = (g.m + kRows - 1) / kRows;
+    center = Floats(tiles * kRows * g.batch);
+    radius = Floats(tiles * kRows * g.radius_batch);
+    parallel_for(tiles, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, g.batch * kRows)),
+                 [&](int64_t first, int64_t last) {
+                   turn(g.from_center, g.batch, g.m, first, last, center.get());
+                   turn(g.from_radius, g.radius_batch, g.m, first, last, radius.get());
+                 });
+  }
+};
 
 // a[row][k] * b[k][column], k < count, for kR rows and a panel of `width` columns; v(k, column vector) gives b.
 // a(row, k) at a[row * row_step + k * step].
@@ -45,17 +71,17 @@ FR_HD void product(const float* a, int64_t row_step, int64_t step, int64_t count
   }
 }
 
-// Rows [j, j + kR) of the weight's gradient in the columns [at, at + width).
-template <int kR, bool kFull>
-void weight_tile(const IntervalGradArgs& g, int64_t j, int64_t at, int64_t width) {
-  Vec mid[kR][kVectors], reach[kR][kVectors];
+// Rows [j, j + kRows) of the weight's gradient in the columns [at, at + width).
+template <bool kFull>
+void weight_tile(const IntervalGradArgs& g, const Turned& turned, int64_t j, int64_t at, int64_t width) {
+  Vec mid[kRows][kVectors], reach[kRows][kVectors];
   const auto from = [&](const float* x) {
     return [&g, x, at, width](int64_t k, int v)
                FR_INLINE_LAMBDA { return get<kFull>(x + k * g.n + at + v * kLanes, width - v * kLanes); };
   };
-  product<kR>(g.from_center + j, 1, g.m, g.batch, from(g.center), mid);
-  product<kR>(g.from_radius + j, 1, g.m, g.radius_batch, from(g.radius), reach);
-  for (int r = 0; r < kR; ++r)
+  product<kRows>(turned.center.get() + j * g.batch, 1, kRows, g.batch, from(g.center), mid);
+  product<kRows>(turned.radius.get() + j * g.radius_batch, 1, kRows, g.radius_batch, from(g.radius), reach);
+  for (int r = 0; r < kRows && j + r < g.m; ++r)
     for (int v = 0; v < kVectors && v * kLanes < width; ++v) {
       const int64_t to = (j + r) * g.n + at + v * kLanes, n = width - v * kLanes;
       const Vec zero(0.f), w = get(g.weight + to, n), s = reach[r][v];
@@ -89,10 +115,8 @@ void inputs(const IntervalGradArgs& g, const float* a, float* to, int64_t batch,
 }
 
 template <bool kFull>
-void panel(const IntervalGradArgs& g, int64_t at, int64_t width) {
-  int64_t j = 0;
-  for (; j + kRows <= g.m; j += kRows) weight_tile<kRows, kFull>(g, j, at, width);
-  for (; j < g.m; ++j) weight_tile<1, kFull>(g, j, at, width);
+void panel(const IntervalGradArgs& g, const Turned& turned, int64_t at, int64_t width) {
+  for (int64_t j = 0; j < g.m; j += kRows) weight_tile<kFull>(g, turned, j, at, width);
   inputs<false, kFull>(g, g.from_center, g.to_center, g.batch, at, width);
   inputs<true, kFull>(g, g.from_radius, g.to_radius, g.radius_batch, at, width);
 }
@@ -100,9 +124,10 @@ void panel(const IntervalGradArgs& g, int64_t at, int64_t width) {
 }  // namespace
 
 void interval_grad_cpu(const IntervalGradArgs& g) {
+  const Turned turned(g);
   parallel_for((g.n + kPanel - 1) / kPanel, 1, [&](int64_t first, int64_t last) {
     for (int64_t at = first * kPanel; at < std::min(g.n, last * kPanel); at += kPanel)
-      at + kPanel <= g.n ? panel<true>(g, at, kPanel) : panel<false>(g, at, g.n - at);
+      at + kPanel <= g.n ? panel<true>(g, turned, at, kPanel) : panel<false>(g, turned, at, g.n - at);
   });
 }
 

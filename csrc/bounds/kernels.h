@@ -27,6 +27,7 @@ struct BoundsTable {
   void (*pick_grad)(const PickGradArgs&);
   void (*live_grad)(const LiveGradArgs&);
   void (*product)(const ProductArgs&);
+  bool (*sign_product)(const SignProductArgs&);  // false: not done, too many zeros or NaN
   void (*interval_grad)(const IntervalGradArgs&);
   void (*relu_box)(const ReluBoxArgs&);
   void (*relu_box_grad)(const ReluBoxGradArgs&);

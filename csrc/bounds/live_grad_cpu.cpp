@@ -103,6 +103,11 @@ void example_block(const LiveGradArgs& g, int64_t example, int64_t first, int64_
       place[k] = ((item + k) / rows * g.count + row) * s.channels + first;
       some.from[k] = g.from + ((item + k) / rows * g.count + row) * n;
       std::copy_n(g.scaled + place[k], last - first, some.scaled[k]);
+      const int64_t next = std::min(place[k] + rows * s.channels, (g.matrices * g.count - 1) * s.channels + first);
+      for (int64_t c = 0; c < last - first; c += kLanes) {  // the next example's, most likely
+        __builtin_prefetch(g.scaled + next + c);
+        __builtin_prefetch(g.to_scaled + next + c, 1);
+      }
       std::fill_n(some.to_scaled[k], last - first, 0.f);
     }
     const RowsFn f = pick(count);

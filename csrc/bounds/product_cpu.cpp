@@ -4,8 +4,8 @@
 
 #include "bounds/entry_cpu.h"
 #include "bounds/fma.h"
+#include "bounds/pack.h"
 #include "core/floats.h"
-#include "core/quads.h"
 #include "runtime/parallel.h"
 
 FR_NS_BEGIN
@@ -20,34 +20,6 @@ constexpr int kRows = 3, kVectors = 1;
 #endif
 constexpr int64_t kPanel = int64_t{kVectors} * kLanes;
 constexpr int64_t kGroup = 16 * kRows;  // rows of one task
-
-// Four numbers of each of four columns, which lie `apart`, as four lines of four.
-FR_HD void turn_quads(const float* from, int64_t apart, float* to) {
-  Quad q[4];
-  for (int i = 0; i < 4; ++i) q[i] = load_quad(from + i * apart);
-  transpose(q);
-  for (int i = 0; i < 4; ++i) store_quad(to + i * kPanel, q[i]);
-}
-
-// b's columns [at, at + width) as [count][kPanel], zero beyond them.
-void pack(const ProductArgs& g, int64_t at, int64_t width, float* to) {
-  const float* b = g.b + at * g.b_column;
-  if (g.b_column == 1) {
-    for (int64_t k = 0; k < g.count; ++k)
-      for (int64_t v = 0; v < kPanel; v += kLanes) {
-        const int n = static_cast<int>(std::clamp<int64_t>(width - v, 0, kLanes));
-        const float* from = b + k * g.b_step + v;
-        store(to + k * kPanel + v, n == kLanes ? load(from) : load_n(from, n));
-      }
-    return;
-  }
-  const int64_t quads = g.b_step == 1 ? width / 4 * 4 : 0, lines = g.count / 4 * 4;
-  for (int64_t k = 0; k < lines; k += 4)
-    for (int64_t c = 0; c < quads; c += 4) turn_quads(b + c * g.b_column + k, g.b_column, to + k * kPanel + c);
-  for (int64_t k = 0; k < g.count; ++k)
-    for (int64_t c = k < lines ? quads : 0; c < kPanel; ++c)
-      to[k * kPanel + c] = c < width ? b[c * g.b_column + k * g.b_step] : 0.f;
-}
 
 template <int kR, int kV>
 void tile(const ProductArgs& g, const float* panel, int64_t row, int64_t at, int64_t width) {
@@ -103,7 +75,7 @@ void product_cpu(const ProductArgs& g) {
     const Floats panel(g.count * kPanel);
     for (int64_t task = first, packed = -1; task < last; ++task) {
       const int64_t at = task / groups * kPanel, width = std::min(kPanel, g.columns - at);
-      if (packed != at) pack(g, at, width, panel.get());
+      if (packed != at) pack_panel<kPanel>(g.b + at * g.b_column, g.b_step, g.b_column, g.count, width, panel.get());
       packed = at;
       const int64_t begin = task % groups * kGroup, end = std::min(g.rows, begin + kGroup);
       for (int64_t row = begin; row < end; row += kRows) tile_of(end - row, width)(g, panel.get(), row, at, width);

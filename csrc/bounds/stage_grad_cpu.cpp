@@ -14,19 +14,26 @@
 FR_NS_BEGIN
 namespace {
 
-// Where things lie in a block's sums, the links as steps of a chain, and the transposed weights.
+int64_t padded(int64_t channels) { return (channels + kLanes - 1) / kLanes * kLanes; }
+
+// A convolution, seen from the image that its adjoint wrote to.
+struct GradLink {
+  Bordered border;
+  Floats turned;  // the weight, [lanes][channels of the source, padded]
+  int64_t channels = 0, wide = 0, positions = 0, lanes = 0, weight_at = 0;
+  bool direct = false;  // without patches
+};
+
+// Where things lie in a block's sums, and the links.
 struct GradPlan {
   StagePlan stages;
-  std::unique_ptr<ChainStep[]> step;
-  std::unique_ptr<Floats[]> turned;
-  std::unique_ptr<int64_t[]> weight_at, lines_at;  // of each link, of each stage
+  std::unique_ptr<GradLink[]> link;
+  std::unique_ptr<int64_t[]> lines_at;  // of each stage
   int64_t sums = 0, patch = 0, spare = 0;
 
-  GradPlan(const GraphGradArgs& a, int64_t links)
+  GradPlan(const GraphGradArgs& a, int links)
       : stages(a.graph),
-        step(new ChainStep[static_cast<size_t>(links + 1)]),
-        turned(new Floats[static_cast<size_t>(links + 1)]),
-        weight_at(new int64_t[static_cast<size_t>(links + 1)]),
+        link(new GradLink[static_cast<size_t>(links + 1)]),
         lines_at(new int64_t[static_cast<size_t>(a.graph.count)]) {
     const GraphArgs& g = a.graph;
     for (int i = 0; i < g.count; ++i) {
@@ -37,17 +44,19 @@ struct GradPlan {
         const GraphLink& l = g.links[k];
         if (l.identity) continue;
         const GraphStage& from = g.stages[l.source];
-        ChainStep& c = step[static_cast<size_t>(k)];
-        c.map_height = from.map_height, c.map_width = from.map_width, c.channels = from.channels;
-        c.out_height = s.map_height, c.out_width = s.map_width, c.out_channels = s.channels;
-        c.weight = l.weight, c.lanes = l.lanes;
-        c.kernel_h = l.kernel_h, c.kernel_w = l.kernel_w, c.stride_y = l.stride_y, c.stride_x = l.stride_x;
-        c.pad_y = l.pad_y, c.pad_x = l.pad_x;
-        turned[static_cast<size_t>(k)] = turned_weight(c);
-        weight_at[static_cast<size_t>(k)] = sums;
+        GradLink& c = link[static_cast<size_t>(k)];
+        c.border = {from.map_height, from.map_width, s.map_height, s.map_width, s.channels, l.kernel_h,
+                    l.kernel_w,      l.stride_y,     l.stride_x,   l.pad_y,     l.pad_x};
+        c.channels = from.channels, c.wide = padded(from.channels), c.lanes = l.lanes;
+        c.positions = from.map_height * from.map_width;
+        c.direct = c.border.whole_vectors() && c.wide <= kMostTurned * kLanes;
+        c.turned = Floats::zeros(c.lanes * c.wide);
+        for (int64_t o = 0; o < c.channels; ++o)
+          for (int64_t t = 0; t < c.lanes; ++t) c.turned[t * c.wide + o] = l.weight[o * c.lanes + t];
+        c.weight_at = sums;
         sums += c.channels * c.lanes;
-        patch = std::max(patch, positions_of(c) * patch_stride(c.lanes));
-        spare = std::max(spare, positions_of(c) * padded(c.channels));
+        if (!c.direct) patch = std::max(patch, c.positions * patch_stride(c.lanes));
+        spare = std::max(spare, c.positions * c.wide);
       }
     }
   }
@@ -69,7 +78,7 @@ class Worker {
       grads_[static_cast<size_t>(i)] = Floats(plan.stages.block * g_.sides * size_of(s));
       for (int k = s.first; k < s.first + s.links; ++k)
         if (!g_.links[k].identity)
-          bordered_[static_cast<size_t>(k)] = Floats::zeros(bordered(plan.step[static_cast<size_t>(k)]));
+          bordered_[static_cast<size_t>(k)] = Floats::zeros(plan.link[static_cast<size_t>(k)].border.numbers());
     }
     std::fill_n(zeros_, kStageRows, 0);
   }
@@ -165,26 +174,31 @@ class Worker {
       add_to(result, from, l.sign, n_ * size);
       return;
     }
-    const ChainStep& c = plan_.step[static_cast<size_t>(k)];
-    const int64_t wide = padded(c.channels), positions = positions_of(c);
+    const GradLink& c = plan_.link[static_cast<size_t>(k)];
     const float* scaled = s.kept_out + (to * g_.rows + begin_) * size;
-    for (int64_t row = 0; row < n_; ++row) {
-      float* const border = bordered_[static_cast<size_t>(k)].get();
-      inside_border(c, from + row * target, border);
-      patches(c, border, patch_.get());
-      add_sums_of_taps(scaled + row * size, c.channels, patch_.get(), positions, c.lanes,
-                       sums + plan_.weight_at[static_cast<size_t>(k)]);
-      const bool direct = sets && wide == c.channels;
-      float* const place = direct ? result + row * size : spare_.get();
-      convolve(patch_.get(), positions, c.lanes, plan_.turned[static_cast<size_t>(k)].get(), wide, place);
-      if (direct) continue;
-      if (sets) std::fill_n(result + row * size, size, 0.f);
-      if (wide == c.channels) {
-        add_to(result + row * size, place, 1.f, size);
+    float* const border = bordered_[static_cast<size_t>(k)].get();
+    float* const own = sums + c.weight_at;
+    const auto nothing = [] {};
+    for (int64_t row = 0; row < n_; ++row, from += target, scaled += size, result += size) {
+      const bool in_place = sets && c.wide == c.channels;
+      float* const found = in_place ? result : spare_.get();
+      c.border.fill(from, border);
+      if (c.direct) {
+        convolve_image(c.border, border, c.wide / kLanes, c.turned.get(), found, nothing);
+        add_window_sums(c.border, scaled, c.channels, border, c.lanes, own);
+      } else {
+        c.border.patches(border, c.lanes, patch_.get());
+        convolve(patch_.get(), c.positions, c.lanes, c.turned.get(), c.wide, found, nothing);
+        add_sums_of_taps(scaled, c.channels, patch_.get(), c.positions, c.lanes, own);
+      }
+      if (in_place) continue;
+      if (sets) std::fill_n(result, size, 0.f);
+      if (c.wide == c.channels) {
+        add_to(result, found, 1.f, size);
         continue;
       }
-      for (int64_t p = 0; p < positions; ++p)
-        for (int64_t o = 0; o < c.channels; ++o) result[row * size + p * c.channels + o] += place[p * wide + o];
+      for (int64_t p = 0; p < c.positions; ++p)
+        for (int64_t o = 0; o < c.channels; ++o) result[p * c.channels + o] += found[p * c.wide + o];
     }
   }
 
@@ -244,8 +258,8 @@ void stage_grad_cpu(const GraphGradArgs& a) {
       total(plan.lines_at[static_cast<size_t>(i)] + size_of(s), 2 * size_of(s), a.stages[i].to_intercepts);
     }
     for (int k = s.first; k < s.first + s.links; ++k) {
-      const ChainStep& c = plan.step[static_cast<size_t>(k)];
-      if (!g.links[k].identity) total(plan.weight_at[static_cast<size_t>(k)], c.channels * c.lanes, a.to_weights[k]);
+      const GradLink& c = plan.link[static_cast<size_t>(k)];
+      if (!g.links[k].identity) total(c.weight_at, c.channels * c.lanes, a.to_weights[k]);
     }
   }
 }

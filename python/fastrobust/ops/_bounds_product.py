@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _C
-from ._bounds_rows import native
+from ._bounds_rows import address, native
 from ._library import nothing_intercepts
 
 _WIDE = _C.cpu_variant() == "v4"
@@ -51,6 +51,21 @@ def matrix_product(a: Tensor, b: Tensor) -> Tensor:
         return a @ b
     out = F.conv_transpose2d(_as_line(a), b.contiguous().view(k, n, 1, 1))
     return out.permute(0, 2, 3, 1).reshape(count, n)
+
+
+def sign_product(
+    x: Tensor, b: Tensor, scale: Tensor, out: Tensor, b_scale: Tensor | None = None, base: tuple[Tensor, Tensor, Tensor] | None = None
+) -> bool:  # fmt: skip
+    """out = scale * (x.sign() @ (b_scale * b)) for x (R, K), b (K, N) and out (R, N), one stride of each 1, scale (R,) and b_scale (K,).
+    base: (matrix, factor, row), to which factor[i] * matrix[row[i]] is added in out[i]. float32 on the CPU. False, and nothing is
+    written, where x has a NaN or more single zeros than pay."""
+    (count, k), n = x.shape, b.shape[1]
+    bases = (0, 0, 0) if base is None else tuple(t.data_ptr() for t in base)
+    done: bool = _C.bounds_sign_product(
+        x.data_ptr(), b.data_ptr(), address(b_scale), scale.data_ptr(), bases, out.data_ptr(), count, k, n,
+        (*x.stride(), *b.stride(), *out.stride()),
+    )  # fmt: skip
+    return done
 
 
 def _ours(a: Tensor, b: Tensor) -> bool:

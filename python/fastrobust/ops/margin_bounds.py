@@ -18,11 +18,13 @@ from . import _bounds_chain as chain
 from . import _bounds_conv as conv
 from . import linear_bounds as linear
 from ._bounds_live import LiveStep, concretize_live, leaving_out_pays, live_gradient
-from ._bounds_product import matrix_product
+from ._bounds_product import matrix_product, sign_product
 from ._bounds_rows import address, dense
 from .bounds import center_linear
 
 _CENTER = 0
+_MANY = 64  # rows from which on tables of sums pay
+_FEW = 0.6  # living neurons up to which leaving out the others pays more
 Image = tuple[int, int, int]
 
 
@@ -140,14 +142,18 @@ def _forward(
     box = (center, radius)
     for i in range(len(layers) - 1, -1, -1):
         s, t = lines[i].slopes, lines[i].intercepts
-        if kept is None or (i == 0 and layers[0].dense):
+        if kept is None or i == 0 or not layers[i].dense:
             live = _live_steps(layers[: i + 1], ws, lines)
             apart = rows.sides == 2 and adaptive
             if leaving_out_pays(live, per * (1 + apart), [known.living for known in reversed(lines[: i + 1])]):
-                below = None
+                below: Any = None
                 if kept is not None:
-                    below = kept["below"] = b.new_empty(1 + apart, *b.shape[1:], center.shape[1])
                     kept["given"].append((A, pick))
+                    if layers[i].dense:
+                        kept["below"] = b.new_empty(1 + apart, *b.shape[1:], center.shape[1])
+                        below = [kept["below"]]
+                    else:
+                        below = kept["between"] = chain.between_of(live, A.shape[0], b)
                 return concretize_live(A, b, rows.example, live, box, None, 1.0, pick[0], pick[1], below, groups)
         if not layers[i].dense:
             steps = _steps(layers[: i + 1], ws, lines)
@@ -220,35 +226,42 @@ def _gradients(
     to_b: list[Any] = [None] * (count + 1)
     to_lines: list[Any] = [None] * count
     example, groups = rows.example, kept["groups"]
-    to_c = to_r = None
+    to_c = to_r = through_center = None
     # the rows, from the input up
     A, pick, *_ = given.pop()
     first = count - len(given)  # layers below this one went through one kernel
-    if kept["below"] is not None:  # a dense layer without the neurons that have no lines
-        args = [kept["below"], g, example, None, None, center, radius, None, None, 1.0, None, None, []]
-        to_a, to_c, to_r = gradients.concretize_rows_kernel(args, [False] * 5 + [input_too] * 2, g, groups)
+    if layers[0].dense:
+        below = kept["below"]
         lined = (lines[0].slopes, lines[0].intercepts)
-        scaled = linear._back_kernel(A, torch.zeros_like(g), *lined, example, pick[0], pick[1], None, None, [])[0]
-        to_scaled, to_w[0] = live_gradient(_live_steps(layers[:1], ws, lines)[0], scaled, to_a, groups)
+        if below is None:
+            below, (A, pick, scaled) = A, given.pop()
+        else:
+            scaled = linear._back_kernel(A, torch.zeros_like(g), *lined, example, *pick, None, None, [])[0]
+        found = _from_signs(below, scaled, ws[0], kept["bs"][0], lines[0], radius[0], g, example) if shared else None
+        if found is not None:
+            to_scaled, to_w[0], through_center = found
+        else:
+            args = [below, g, example, None, None, center, radius, None, None, 1.0, None, None, []]
+            to_below, to_c, to_r = gradients.concretize_rows_kernel(args, [False] * 5 + [input_too] * 2, g, groups)
+            if kept["below"] is not None:
+                to_scaled, to_w[0] = live_gradient(_live_steps(layers[:1], ws, lines)[0], scaled, to_below, groups)
+            else:
+                to_scaled, to_w[0] = _product_gradient(scaled, ws[0], to_below)
         to_a, *to_lines[0] = gradients.back_rows_kernel(
             [A, g, *lined, example, *pick, None, None, []], to_scaled, g, groups
         )
-    elif first:
+        first = 1
+    else:
         steps = _steps(layers[:first], ws, lines)
         need = (input_too, input_too, [True] * first)
-        to_a, to_c, to_r, found = chain.chain_gradient(
+        to_a, to_c, to_r, through = chain.chain_gradient(
             A, example, pick[0], pick[1], center, radius, steps, g, need, kept["between"], groups, True
         )
-        for i, (s, t, w) in zip(range(first - 1, -1, -1), found, strict=True):
+        for i, (s, t, w) in zip(range(first - 1, -1, -1), through, strict=True):
             to_lines[i], to_w[i] = (s, t), w
-    else:
-        args = [A, g, example, *pick, center, radius, None, None, 1.0, None, None, []]
-        to_a, to_c, to_r = gradients.concretize_rows_kernel(args, [False] * 5 + [input_too] * 2, g, groups)
     for i in range(first, count):
         A, pick, scaled = given.pop()
-        flat = to_a.flatten(0, 1)
-        to_w[i] = matrix_product(scaled.flatten(0, 1).t(), flat)
-        to_scaled = matrix_product(flat, ws[i].t()).unflatten(0, scaled.shape[:2])
+        to_scaled, to_w[i] = _product_gradient(scaled, ws[i], to_a)
         args = [A, g, lines[i].slopes, lines[i].intercepts, example, *pick, None, None, []]
         to_a, *to_lines[i] = gradients.back_rows_kernel(args, to_scaled, g, groups)
     rows_of_last = len(parameters[count])
@@ -261,17 +274,56 @@ def _gradients(
     for i in range(count - 1, -1, -1):
         inputs = (center, radius[:1] if shared else radius) if i == 0 else lines[i - 1].next
         through = i > 0 or input_too
-        to_b[i], to_w[i], from_next = _layer_gradients(layers[i], ws[i], kept["bs"][i], inputs, lines[i], to_lines[i], from_next, adaptive, to_w[i], through)  # fmt: skip
+        to_b[i], to_w[i], from_next = _layer_gradients(layers[i], ws[i], kept["bs"][i], inputs, lines[i], to_lines[i], from_next, adaptive, to_w[i], through, None if i else through_center)  # fmt: skip
     if input_too:
         to_c, to_r = to_c + from_next[0], to_r + from_next[1]
     return to_c, to_r, to_w, to_b
 
 
+def _factors(g: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The derivative of the bounds of rows a with respect to a is f c + h sign(a) r: f and h (k R,) from g (sides, R), where k matrices
+    serve the sides."""
+    if len(g) == 1:
+        return g[0], -g[0]
+    if k == 2:
+        return g.view(-1), torch.cat([-g[0], g[1]])
+    return g[0] + g[1], g[1] - g[0]
+
+
+def _product_gradient(scaled: Tensor, w: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Of scaled (k, R, m) and W (m, n) from that of their product."""
+    g = g.flatten(0, 1)
+    to_scaled = matrix_product(g, w.t()).unflatten(0, scaled.shape[:2])
+    return to_scaled, matrix_product(scaled.flatten(0, 1).t(), g)
+
+
+def _from_signs(
+    A: Tensor, scaled: Tensor, w: Tensor, bias: Tensor | None, lines: _Lines, radius: Tensor, g: Tensor, example: Tensor
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """For rows A (k, R, n) = scaled W, scaled (k, R, m), that meet one radius (n,) in every example: gradients of ``scaled``, of W as
+    far as the radius goes and of W c (B, m), c the centres. With respect to a the derivative of a bound is f c + h sign(a) r: what c
+    multiplies is known from the intervals, and products with signs are cheap. None where this is not the way."""
+    k, rows, n = A.shape
+    m, batch = len(w), len(lines.center)
+    if min(rows, n) < _MANY or m < 16 or lines.living < _FEW:
+        return None
+    f, h = _factors(g, k)
+    flat, given = A.flatten(0, 1), scaled.flatten(0, 1)
+    to_scaled, to_w = torch.empty_like(given), torch.empty_like(w)
+    if not sign_product(flat.t(), given, radius, to_w.t(), h):
+        return None
+    center = lines.center if bias is None else lines.center - bias
+    sign_product(flat, w.t(), h, to_scaled, radius, (center, f, example.repeat(k)))
+    through = torch.bmm(f.view(k * batch, 1, -1), given.view(k * batch, -1, m)).view(k, batch, m)
+    return to_scaled.view(k, rows, m), to_w, through[0] if k == 1 else through.sum(0)
+
+
 def _layer_gradients(
     layer: Layer, w: Tensor, bias: Tensor | None, inputs: tuple[Tensor, Tensor], lines: _Lines, to_lines: Any, from_next: Any, adaptive: bool, to_w: Tensor,
-    through: bool,
+    through: bool, more: Tensor | None,
 ) -> tuple[Tensor, Tensor, tuple[Any, Any]]:  # fmt: skip
-    """Of the bias and the weight (plus ``to_w``, of the rows), and of centre and radius of the input where they go ``through``."""
+    """Of the bias and the weight (plus ``to_w``, of the rows), and of centre and radius of the input where they go ``through``. more:
+    what else the product with the centre has."""
     c, r = inputs
     batch, n = lines.center.shape
     one = len(r) != batch or lines.radius.stride(0) == 0
@@ -282,6 +334,8 @@ def _layer_gradients(
         lines.center.data_ptr(), lines.radius.data_ptr(), one, address(bias), layer.shape[0], batch, n, adaptive, tensors, g_c.data_ptr(),
         g_r.data_ptr(), to_bias.data_ptr(),
     )  # fmt: skip
+    if more is not None:
+        g_c += more
     to_c = to_r = None
     if layer.dense:
         to_c, to_r = (torch.empty_like(t) if through else None for t in (c, r))
