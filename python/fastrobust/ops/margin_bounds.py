@@ -19,7 +19,7 @@ from . import _bounds_conv as conv
 from . import linear_bounds as linear
 from ._bounds_live import LiveStep, concretize_live, leaving_out_pays, live_gradient
 from ._bounds_product import matrix_product, sign_product
-from ._bounds_rows import address, dense
+from ._bounds_rows import address, dense, turned
 from .bounds import center_linear
 
 _CENTER = 0
@@ -77,13 +77,13 @@ def _channels_last(weight: Tensor, image: Image) -> Tensor:
     """The weight of a dense layer (m, n) behind an image, with its columns in channels-last order."""
     if image[0] == 1 or image[1] * image[2] == 1:
         return dense(weight)
-    return weight.unflatten(1, image).movedim(1, -1).reshape(weight.shape)
+    return turned(weight, len(weight), image[0], image[1] * image[2]).view(weight.shape)
 
 
 def _channels_first(grad: Tensor, image: Image) -> Tensor:
     if image[0] == 1 or image[1] * image[2] == 1:
         return grad
-    return grad.view(-1, *image[1:], image[0]).movedim(-1, 1).reshape(grad.shape)
+    return turned(grad, len(grad), image[1] * image[2], image[0]).view(grad.shape)
 
 
 def _image(t: Tensor, shape: Image) -> Tensor:
