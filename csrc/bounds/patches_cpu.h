@@ -175,4 +175,33 @@ inline void add_window_sums(const Bordered& s, const float* a, int64_t out_c, co
   }
 }
 
+template <int kTaps, class Between>
+void convolve_with(const float* patch, int64_t positions, int64_t lanes, const float* turned, int64_t wide, float* out,
+                   const Between& between) {
+  constexpr int kPositions = positions_for(kTaps);
+  const int64_t stride = patch_stride(lanes);
+  int64_t p = 0;
+  for (; p + kPositions <= positions; p += kPositions) {
+    between();
+    all_products<kTaps, kPositions>(lanes, stride, wide, patch + p * stride, turned, out + p * wide);
+  }
+  for (; p < positions; ++p) all_products<kTaps, 1>(lanes, stride, wide, patch + p * stride, turned, out + p * wide);
+}
+
+// out[position][0, wide) = patch[position] * turned; calls between() now and then.
+template <class Between>
+void convolve(const float* patch, int64_t positions, int64_t lanes, const float* turned, int64_t wide, float* out,
+              const Between& between) {
+#if defined(__AVX512F__)
+  const int64_t vectors = wide / kLanes;
+  const auto f = vectors == 1   ? convolve_with<1, Between>
+                 : vectors == 2 ? convolve_with<2, Between>
+                 : vectors == 3 ? convolve_with<3, Between>
+                                : convolve_with<4, Between>;
+#else
+  const auto f = wide == kLanes ? convolve_with<1, Between> : convolve_with<2, Between>;
+#endif
+  f(patch, positions, lanes, turned, wide, out, between);
+}
+
 FR_NS_END
