@@ -236,7 +236,7 @@ def _gradients(
         if below is None:
             below, (A, pick, scaled) = A, given.pop()
         else:
-            scaled = linear._back_kernel(A, torch.zeros_like(g), *lined, example, *pick, None, None, [])[0]
+            scaled = linear._back_kernel(A, torch.zeros_like(g), *lined, example, pick[0], pick[1], None, None, [])[0]
         found = _from_signs(below, scaled, ws[0], kept["bs"][0], lines[0], radius[0], g, example) if shared else None
         if found is not None:
             to_scaled, to_w[0], through_center = found
@@ -254,10 +254,10 @@ def _gradients(
     else:
         steps = _steps(layers[:first], ws, lines)
         need = (input_too, input_too, [True] * first)
-        to_a, to_c, to_r, through = chain.chain_gradient(
+        to_a, to_c, to_r, of_steps = chain.chain_gradient(
             A, example, pick[0], pick[1], center, radius, steps, g, need, kept["between"], groups, True
         )
-        for i, (s, t, w) in zip(range(first - 1, -1, -1), through, strict=True):
+        for i, (s, t, w) in zip(range(first - 1, -1, -1), of_steps, strict=True):
             to_lines[i], to_w[i] = (s, t), w
     for i in range(first, count):
         A, pick, scaled = given.pop()
