@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _C
+from ._library import nothing_intercepts
+
 Groups = tuple[Tensor, Tensor | None]  # of ``by_example``
 SPREAD_BUFFER = 32768  # numbers that the kernel of the adjoint of a convolution holds (csrc/bounds/args.h)
 
@@ -23,6 +26,16 @@ def address(t: Tensor | None) -> int:
 
 def dense(t: Tensor) -> Tensor:
     return t.resolve_neg().contiguous()
+
+
+def turned(t: Tensor, count: int, rows: int, columns: int) -> Tensor:
+    """t, which is (count, rows, columns) in any shape, as (count, columns, rows)."""
+    t = dense(t)
+    if t.is_cpu and native(t) and nothing_intercepts():
+        out = t.new_empty(count, columns, rows)
+        _C.bounds_turn(t.data_ptr(), out.data_ptr(), count, rows, columns)
+        return out
+    return t.reshape(count, rows, columns).transpose(1, 2).contiguous()
 
 
 def rows_args(
