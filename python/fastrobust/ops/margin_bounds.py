@@ -227,25 +227,27 @@ def _gradients(
     A, pick, *_ = given.pop()
     first = count - len(given)  # layers below this one went through one kernel
     if layers[0].dense:
-        below = kept["below"]
+        below, scaled, found = kept["below"], None, None
         lined = (lines[0].slopes, lines[0].intercepts)
-        if below is None:
+        live = below is not None
+        if not live:
             below, (A, pick, scaled) = A, given.pop()
-        else:
-            scaled = linear._back_kernel(A, torch.zeros_like(g), *lined, example, *pick, None, None, [])[0]
-        found = _from_signs(below, scaled, ws[0], kept["bs"][0], lines[0], radius[0], g, example) if shared else None
-        if found is not None:
-            to_scaled, to_w[0], through_center = found
-        else:
+        if shared and lines[0].living >= _FEW:
+            if live:
+                scaled = linear._back_kernel(A, torch.zeros_like(g), *lined, example, *pick, None, None, [])[0]
+            found = _from_signs(below, scaled, ws[0], kept["bs"][0], lines[0], radius[0], g, example)
+        if found is None:
             args = [below, g, example, None, None, center, radius, None, None, 1.0, None, None, []]
             to_below, to_c, to_r = gradients.concretize_rows_kernel(args, [False] * 5 + [input_too] * 2, g, groups)
-            if kept["below"] is not None:
-                to_scaled, to_w[0] = live_gradient(_live_steps(layers[:1], ws, lines)[0], scaled, to_below, groups)
-            else:
-                to_scaled, to_w[0] = _product_gradient(scaled, ws[0], to_below)
-        to_a, *to_lines[0] = gradients.back_rows_kernel(
-            [A, g, *lined, example, *pick, None, None, []], to_scaled, g, groups
-        )
+        if live and found is None:
+            step = _live_steps(layers[:1], ws, lines)[0]
+            to_a, to_lines[0], to_w[0] = live_gradient(A, *pick, example, step, to_below, g, groups)
+            if pick[0] is not None:
+                to_w[count] = to_a
+        else:
+            to_scaled, to_w[0], through_center = found or (*_product_gradient(scaled, ws[0], to_below), None)
+            args = [A, g, *lined, example, *pick, None, None, []]
+            to_a, *to_lines[0] = gradients.back_rows_kernel(args, to_scaled, g, groups)
         first = 1
     else:
         steps = _steps(layers[:first], ws, lines)
@@ -261,7 +263,8 @@ def _gradients(
         args = [A, g, lines[i].slopes, lines[i].intercepts, example, *pick, None, None, []]
         to_a, *to_lines[i] = gradients.back_rows_kernel(args, to_scaled, g, groups)
     rows_of_last = len(parameters[count])
-    to_w[count] = gradients.pick_gradient(to_a[0], rows.plus, rows.minus, rows_of_last)
+    if to_w[count] is None:
+        to_w[count] = gradients.pick_gradient(to_a[0], rows.plus, rows.minus, rows_of_last)
     to_w[count] = _channels_first(to_w[count], layers[-1].shape)
     whole = g if len(g) == 1 else g.sum(0, keepdim=True)
     to_b[count] = gradients.pick_gradient(whole.view(-1, 1), rows.plus, rows.minus, rows_of_last).view(-1)
@@ -301,7 +304,7 @@ def _from_signs(
     multiplies is known from the intervals, and products with signs are cheap. None where this is not the way."""
     k, rows, n = A.shape
     m, batch = len(w), len(lines.center)
-    if min(rows, n) < _MANY or m < 16 or lines.living < _FEW:
+    if min(rows, n) < _MANY or m < 16:
         return None
     f, h = _factors(g, k)
     flat, given = A.flatten(0, 1), scaled.flatten(0, 1)
