@@ -136,7 +136,9 @@ def _forward(
     if last is None:
         b = A.new_zeros(rows.sides, len(rows.plus))
     else:
-        b = (last[rows.plus] if rows.minus is None else last[rows.plus] - last[rows.minus]).expand(rows.sides, -1)
+        b = A.new_empty(1, len(rows.plus))
+        _C.bounds_picked(last.data_ptr(), rows.plus.data_ptr(), address(rows.minus), b.data_ptr(), b.shape[1])
+        b = b.expand(rows.sides, -1)
     if kept is not None:
         kept.update(ws=ws, bs=bs, lines=lines, given=[], between=None, below=None, groups=groups)
     box = (center, radius)
