@@ -125,6 +125,19 @@ def forward_alone(given: Callable[[], Problem]) -> Call:
     return call
 
 
+def forward_and_backward(given: Callable[[], Problem]) -> Call:
+    net, x, _ = given()
+
+    def call() -> Tensor:
+        for p in net.parameters():
+            p.grad = None
+        out = net(x)
+        out.sum().backward()
+        return out.detach()
+
+    return call
+
+
 def linear_flops(name: str, method: str, batch: int) -> int:
     """Two operations for each multiplication that the rows need: margins to the input, and for methods that bound the
     hidden layers linearly every row of them (all neurons, as few are stable where weights are random), twice after the first
@@ -183,9 +196,10 @@ def linear_case(context: Context, name: str, method: str, batch: int) -> Case:
     elif name in PUBLISHED and (method == "crown-ibp" or name.startswith("FC1")):
         flops = living_flops(context, name, batch)
         floor = Floor(flops=flops, part=partial(forward_alone, given), part_name="forward")
-    elif name in CIFAR and method in ("fast-lin", "crown"):
-        floor = Floor(flops=row_flops(margins.ours(given, EPS[name], method, False)))
-    targets = [Target("auto_LiRPA", 20.0)] if name in MNIST else []
+    elif name in CIFAR and method != "ibp":
+        flops = row_flops(margins.ours(given, EPS[name], method, False))
+        floor = Floor(flops=flops, part=partial(forward_alone, given), part_name="forward")
+    targets = [Target("auto_LiRPA", 20.0 if name in MNIST else 5.0)]
     if name in ("FC1", "CNN"):
         targets.append(Target(FLOOR, 1 / 3))
     return Case(
@@ -200,15 +214,21 @@ def linear_case(context: Context, name: str, method: str, batch: int) -> Case:
     )
 
 
-def training_case(context: Context, name: str, batch: int) -> Case:
+def training_case(context: Context, name: str, batch: int, method: str = "crown-ibp") -> Case:
     given = once(partial(problem, context, name, batch, True))
-    flops = living_flops(context, name, batch) if name in PUBLISHED else linear_flops(name, "crown-ibp", batch)
+    if name in CIFAR:
+        flops = row_flops(margins.ours(once(partial(problem, context, name, batch, False)), EPS[name], method, False))
+    else:
+        flops = living_flops(context, name, batch) if name in PUBLISHED else linear_flops(name, method, batch)
+    floor = Floor(flops=3 * flops)
+    if method == "ibp":
+        floor = Floor(part=partial(forward_and_backward, given), part_name="forward and backward")
     return Case(
-        "crown-ibp bounds and backward",
+        f"{method} bounds and backward",
         {"model": name, "batch": batch},
-        Candidate(OURS, partial(margins.ours, given, EPS[name], "crown-ibp", True)),
-        (Candidate("auto_LiRPA", partial(margins.peer, given, EPS[name], "crown-ibp", True)),),
-        Floor(flops=3 * flops),
+        Candidate(OURS, partial(margins.ours, given, EPS[name], method, True)),
+        (Candidate("auto_LiRPA", partial(margins.peer, given, EPS[name], method, True)),),
+        floor,
         TOLERANCE,
         relative_difference,
         () if context.level == "smoke" else (Target("auto_LiRPA", 5.0),),
@@ -230,6 +250,10 @@ def cases(context: Context) -> Iterator[Case]:
     if smoke or context.at_least("default"):
         for name in ("FC1", "CNN", *trained):
             yield training_case(context, name, 2 if smoke else 100)
+    if context.at_least("default"):
+        for name in CIFAR:
+            for method in ("ibp", "crown-ibp"):
+                yield training_case(context, name, 8, method)
     yield from lines.cases(context)
 
 

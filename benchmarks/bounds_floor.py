@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastrobust.bounds import api
 from fastrobust.ops import bounds as ops
 
 
@@ -37,6 +38,8 @@ def row_flops(call: Callable[[], object]) -> int:
     with contextlib.ExitStack() as stack:
         for name, count in counts.items():
             stack.enter_context(counting(name, count))
+        for name in ("margins_of_plan", "margins_of_stages"):  # the engine tells of every product
+            stack.enter_context(mock.patch.object(api, name, lambda *a: None))
         call()
     return int(total[0])
 

@@ -142,13 +142,13 @@ ReluBoxArgs relu_box_from(uintptr_t center, uintptr_t radius, bool shared, uintp
   return g;
 }
 
-// Returns how many neurons have lines.
+// Returns how many neurons have lines, 0 without them (slopes 0).
 int64_t relu_box(uintptr_t center, uintptr_t radius, bool shared, uintptr_t bias, int64_t period, int64_t batch,
                  int64_t n, bool adaptive, uintptr_t slopes, uintptr_t intercepts, uintptr_t next_center,
                  uintptr_t next_radius) {
   ReluBoxArgs g = relu_box_from(center, radius, shared, bias, period, batch, n, adaptive);
-  g.slopes = pointer<float>(slopes, batch * n, "slopes");
-  g.intercepts = pointer<float>(intercepts, batch * n, "intercepts");
+  g.slopes = reinterpret_cast<float*>(slopes);
+  g.intercepts = pointer<float>(intercepts, slopes == 0 ? 0 : batch * n, "intercepts");
   g.next_center = reinterpret_cast<float*>(next_center);
   g.next_radius = reinterpret_cast<float*>(next_radius);
   std::vector<int64_t> living(static_cast<size_t>(batch));
@@ -162,8 +162,8 @@ void relu_box_grad(uintptr_t center, uintptr_t radius, bool shared, uintptr_t bi
                    uintptr_t to_radius, uintptr_t to_bias) {
   ReluBoxGradArgs g;
   g.forward = relu_box_from(center, radius, shared, bias, period, batch, n, adaptive);
-  g.from_slopes = pointer<const float>(from[0], batch * n, "slopes");
-  g.from_intercepts = pointer<const float>(from[1], batch * n, "intercepts");
+  g.from_slopes = reinterpret_cast<const float*>(from[0]);
+  g.from_intercepts = pointer<const float>(from[1], from[0] == 0 ? 0 : batch * n, "intercepts");
   g.from_center = reinterpret_cast<const float*>(from[2]);
   g.from_radius = reinterpret_cast<const float*>(from[3]);
   g.to_center = pointer<float>(to_center, batch * n, "to_center");

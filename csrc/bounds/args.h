@@ -128,6 +128,8 @@ struct ChainArgs {
 // are rows of one example that need the same windows of every map. Stages are activations (or linear nodes, with their
 // lines) in the order in which rows reach them, the network's input last; what a stage reads comes from earlier ones.
 // Whole maps, a box or a ball, kernels of 64 lines at most.
+// stage_rows takes the same with all neurons and any kernels: rows of whole maps one after the other, `example` of
+// each.
 struct GraphLink {
   int source = -1;        // stage; -1: the rows themselves, unit vectors at the start
   bool identity = false;  // else a convolution from this stage to the source, turned around
@@ -136,6 +138,7 @@ struct GraphLink {
   // source, kernel_h, kernel_w, channels]
   const float* weight = nullptr;
   int64_t kernel_h = 1, kernel_w = 1, stride_y = 1, stride_x = 1, pad_y = 0, pad_x = 0;
+  int64_t lanes = 0;  // of stage_rows, whose weights are those of SpreadArgs
 };
 struct GraphStage {
   const float* slopes = nullptr;  // [slope_sides, examples, map]; null: the input
@@ -145,6 +148,9 @@ struct GraphStage {
   int64_t map_height = 0, map_width = 0, channels = 0;
   int first = 0, links = 0;  // of GraphArgs::links
   int entry = -1;            // of GraphArgs::entries: rows that start here
+  // stage_rows: [1 or 2, rows, map], what arrives (where there are links) and what leaves, for the gradients; or null
+  float* kept_in = nullptr;
+  float* kept_out = nullptr;
 };
 struct GraphEntry {
   const float* a = nullptr;  // [sides_a, rows of a, map]
@@ -168,6 +174,22 @@ struct GraphArgs {
   int64_t channels = 0;              // of their image
   const float* b = nullptr;          // [sides, rows]
   ConcretizeArgs end;                // box or ball, and out; its rows and b are not used
+};
+
+// Gradients of stage_rows over a box, from those of its result. graph: as it was taken down, with all that was kept,
+// and `starts` [examples + 1] of the examples' rows. Of shared lines the gradients are those of all examples.
+struct GraphGradStage {
+  float* to_slopes = nullptr;      // [slope_sides, examples, map]
+  float* to_intercepts = nullptr;  // [2, examples, map]
+  float* to_a = nullptr;           // [1 or 2, rows, map]: of rows that start here; or null
+};
+struct GraphGradArgs {
+  GraphArgs graph;
+  const GraphGradStage* stages = nullptr;
+  float* const* to_weights = nullptr;  // of each link, [channels of the source, lanes]
+  const float* from = nullptr;         // [sides, rows]
+  float* to_center = nullptr;          // [examples, map], null: not wanted
+  float* to_radius = nullptr;
 };
 
 // Gradients of ChainArgs over whole images and a box, from those of its result. Rows are visited example by example, as
@@ -311,7 +333,7 @@ struct ReluBoxArgs {
   const float* center = nullptr;  // [batch, n]
   const float* radius = nullptr;
   const float* bias = nullptr;   // [period] or null
-  float* slopes = nullptr;       // [1 or 2, batch, n]
+  float* slopes = nullptr;       // [1 or 2, batch, n], null: no lines are wanted, nor intercepts
   float* intercepts = nullptr;   // [2, batch, n]
   float* next_center = nullptr;  // [batch, n], null: not wanted
   float* next_radius = nullptr;
@@ -323,7 +345,7 @@ struct ReluBoxArgs {
 // Its gradients.
 struct ReluBoxGradArgs {
   ReluBoxArgs forward;                     // without results
-  const float* from_slopes = nullptr;      // [1 or 2, batch, n]
+  const float* from_slopes = nullptr;      // [1 or 2, batch, n], null: there were no lines
   const float* from_intercepts = nullptr;  // [2, batch, n]
   const float* from_center = nullptr;      // [batch, n] of next_center, null: zero
   const float* from_radius = nullptr;

@@ -2,14 +2,13 @@
 // (where the way down did not keep them), and their gradients come back up, in a core's cache. Sums over examples are
 // formed in blocks that do not depend on the threads.
 #include <algorithm>
-#include <cstring>
 #include <memory>
 
 #include "bounds/entry_cpu.h"
 #include "bounds/live_cpu.h"
 #include "bounds/neurons_cpu.h"
+#include "bounds/patches_cpu.h"
 #include "bounds/serial_cpu.h"
-#include "bounds/taps.h"
 #include "core/floats.h"
 #include "runtime/parallel.h"
 
@@ -47,78 +46,17 @@ struct Plan {
   }
 };
 
-// An image with its border: what the taps touch.
-int64_t bordered_height(const ChainStep& s) { return (s.map_height - 1) * s.stride_y + s.kernel_h; }
-int64_t bordered_width(const ChainStep& s) { return (s.map_width - 1) * s.stride_x + s.kernel_w; }
-int64_t bordered(const ChainStep& s) { return bordered_height(s) * bordered_width(s) * s.out_channels; }
+Bordered bordered(const ChainStep& s) {
+  return {s.map_height, s.map_width, s.out_height, s.out_width, s.out_channels, s.kernel_h,
+          s.kernel_w,   s.stride_y,  s.stride_x,   s.pad_y,     s.pad_x};
+}
 // From one to the next: not a power of two, or their windows would meet in few places of the first cache.
-int64_t bordered_apart(const ChainStep& s) { return bordered(s) + 4 * kLanes; }
+int64_t bordered_apart(const ChainStep& s) { return bordered(s).numbers() + 4 * kLanes; }
 
 // Whether the neurons' windows are whole vectors, so that single ones can be taken.
 bool by_neuron(const ChainGradArgs& g, int i) {
   const ChainGradStep& step = g.steps[i];
   return g.living && step.to_weight != nullptr && step.forward.kernel_w * step.forward.out_channels % kLanes == 0;
-}
-
-// Into the middle of `to`, whose border stays as it is.
-void inside_border(const ChainStep& s, const float* image, float* to) {
-  const int64_t height = std::min(s.out_height, bordered_height(s) - s.pad_y), width = bordered_width(s);
-  const int64_t line = std::min(s.out_width, width - s.pad_x) * s.out_channels;
-  for (int64_t y = 0; y < height && line > 0; ++y)
-    std::copy_n(image + y * s.out_width * s.out_channels, line,
-                to + ((y + s.pad_y) * width + s.pad_x) * s.out_channels);
-}
-
-// The taps of every position of a bordered image, zero beyond them: [positions][patch_stride(lanes)].
-template <class Copy>
-void patches_by(const ChainStep& s, const float* image, float* to, const Copy& copy) {
-  const int64_t line = s.kernel_w * s.out_channels, row = bordered_width(s) * s.out_channels;
-  const int64_t taps = s.kernel_h * line;
-  for (int64_t y = 0; y < s.map_height; ++y)
-    for (int64_t x = 0; x < s.map_width; ++x, to += patch_stride(s.lanes)) {
-      const float* from = image + y * s.stride_y * row + x * s.stride_x * s.out_channels;
-      for (int64_t ky = 0; ky < s.kernel_h; ++ky) copy(from + ky * row, to + ky * line, line);
-      for (int64_t i = taps; i < s.lanes; ++i) to[i] = 0.f;
-    }
-}
-
-void patches(const ChainStep& s, const float* image, float* to) {
-  const int64_t line = s.kernel_w * s.out_channels;
-  if (line == 4)
-    patches_by(s, image, to, [](const float* from, float* out, int64_t) { std::memcpy(out, from, 16); });
-  else if (line % kLanes == 0)
-    patches_by(s, image, to, [](const float* from, float* out, int64_t n) {
-      for (int64_t i = 0; i < n; i += kLanes) store(out + i, load(from + i));
-    });
-  else
-    patches_by(s, image, to, [](const float* from, float* out, int64_t n) {
-      for (int64_t i = 0; i < n; ++i) out[i] = from[i];
-    });
-}
-
-template <int kTaps>
-void convolve_with(const float* patch, int64_t positions, int64_t lanes, const float* turned, int64_t wide,
-                   float* out) {
-  constexpr int kPositions = positions_for(kTaps);
-  const int64_t stride = patch_stride(lanes);
-  int64_t p = 0;
-  for (; p + kPositions <= positions; p += kPositions)
-    all_products<kTaps, kPositions>(lanes, stride, wide, patch + p * stride, turned, out + p * wide);
-  for (; p < positions; ++p) all_products<kTaps, 1>(lanes, stride, wide, patch + p * stride, turned, out + p * wide);
-}
-
-// out[position][0, wide) = patch[position] * turned
-void convolve(const float* patch, int64_t positions, int64_t lanes, const float* turned, int64_t wide, float* out) {
-#if defined(__AVX512F__)
-  const int64_t vectors = wide / kLanes;
-  const auto f = vectors == 1   ? convolve_with<1>
-                 : vectors == 2 ? convolve_with<2>
-                 : vectors == 3 ? convolve_with<3>
-                                : convolve_with<4>;
-#else
-  const auto f = wide == kLanes ? convolve_with<1> : convolve_with<2>;
-#endif
-  f(patch, positions, lanes, turned, wide, out);
 }
 
 class Worker {
@@ -161,6 +99,7 @@ class Worker {
       example_[k] = all.example[id];
       for (int side = 0; side < all.sides; ++side) from_[side * n + k] = g_.from[side * all.count + id];
     }
+    look_ahead(begin + n, n);
     Rows r = all;
     r.pick = pick_;
     r.minus = all.minus != nullptr ? minus_ : nullptr;
@@ -178,6 +117,27 @@ class Worker {
     for (int64_t m = 0; m < matrices; ++m)
       for (int64_t k = 0; k < n; ++k)
         std::copy_n(grads_[0].get() + (m * n + k) * length, length, g_.to_a + (m * all.count + id_[k]) * length);
+  }
+
+  // What the next rows, from `begin` on, read first: it is fetched into the second cache between products.
+  void look_ahead(int64_t begin, int64_t n) {
+    ranges_ = range_ = 0;
+    n = g_.order != nullptr ? 0 : std::min(n, g_.rows.count - begin);
+    if (n <= 0) return;
+    const auto add = [&](const float* rows, int64_t length) {
+      if (rows != nullptr) ahead_[ranges_++] = {rows + begin * length, n * length};
+    };
+    for (int i = 0; i < g_.count; ++i) add(g_.steps[i].forward.kept, after(g_.steps[i].forward));
+    if (g_.rows.pick == nullptr) add(g_.rows.a, g_.rows.length);
+  }
+  void fetch(int64_t lines) {
+    for (; range_ < ranges_; ++range_) {
+      Range& r = ahead_[range_];
+      for (; r.count > 0; r.count -= kLanes, r.from += kLanes) {
+        if (lines-- == 0) return;
+        __builtin_prefetch(r.from, 0, 2);
+      }
+    }
   }
 
   // Through the activation and the adjoint of the convolution; the rows that come out.
@@ -223,18 +183,30 @@ class Worker {
     const ChainGradStep& step = g_.steps[i];
     const ChainStep& s = step.forward;
     const int64_t wide = padded(s.channels), size = before(s), positions = positions_of(s), images = matrices_[i] * n;
+    const Bordered border = bordered(s);
+    const bool direct = border.whole_vectors() && wide <= kMostTurned * kLanes;  // without patches
     const bool alone = by_neuron(g_, i) && lists_[i].count * 4 < size * 3;
     if (alone) living_neurons(i, images, sums + plan_.weight_at[i]);
     for (int64_t image = 0; image < images && !alone; ++image) {
       float* out = grads_[1].get() + image * size;
-      inside_border(s, grads_[0].get() + image * after(s), bordered_[i].get());
-      patches(s, bordered_[i].get(), patch_.get());
-      convolve(patch_.get(), positions, s.lanes, plan_.turned[i].get(), wide, wide == s.channels ? out : spare_.get());
+      border.fill(grads_[0].get() + image * after(s), bordered_[i].get());
+      const auto ahead = [&] { fetch(32); };
+      float* const found = wide == s.channels ? out : spare_.get();
+      if (direct) {
+        convolve_image(border, bordered_[i].get(), wide / kLanes, plan_.turned[i].get(), found, ahead);
+      } else {
+        border.patches(bordered_[i].get(), s.lanes, patch_.get());
+        convolve(patch_.get(), positions, s.lanes, plan_.turned[i].get(), wide, found, ahead);
+      }
       if (wide != s.channels)
         for (int64_t p = 0; p < positions; ++p) std::copy_n(spare_.get() + p * wide, s.channels, out + p * s.channels);
-      if (step.to_weight != nullptr)
-        add_sums_of_taps(scaled_[i].get() + image * size, s.channels, patch_.get(), positions, s.lanes,
-                         sums + plan_.weight_at[i]);
+      if (step.to_weight == nullptr) continue;
+      const float* scaled = scaled_[i].get() + image * size;
+      float* own = sums + plan_.weight_at[i];
+      if (direct)
+        add_window_sums(border, scaled, s.channels, bordered_[i].get(), s.lanes, own);
+      else
+        add_sums_of_taps(scaled, s.channels, patch_.get(), positions, s.lanes, own);
     }
     BackGradArgs b;
     b.rows = rows_[i];
@@ -254,9 +226,10 @@ class Worker {
     const ChainStep& s = g_.steps[i].forward;
     const LiveList& live = lists_[i];
     const int64_t size = before(s), apart = bordered_apart(s), positions = positions_of(s);
-    const WindowShape shape{s.kernel_h, s.kernel_w * s.out_channels, bordered_width(s) * s.out_channels};
+    const Bordered border = bordered(s);
+    const WindowShape shape{s.kernel_h, border.line(), border.pitch()};
     for (int64_t image = 0; image < images; ++image)
-      inside_border(s, grads_[0].get() + image * after(s), bordered_[i].get() + image * apart);
+      border.fill(grads_[0].get() + image * after(s), bordered_[i].get() + image * apart);
     std::fill_n(grads_[1].get(), images * size, 0.f);
     const int64_t turns = (images + kNeuronRows - 1) / kNeuronRows, per = (images + turns - 1) / turns;
     const int64_t block = std::max<int64_t>(1, 2048 / s.lanes);
@@ -275,6 +248,7 @@ class Worker {
             float factor[kNeuronRows], dots[kNeuronRows + 3];
             const int64_t neuron = live.neuron[static_cast<size_t>(k)] + first * size;
             const int64_t at = live.channel[static_cast<size_t>(k)] * s.lanes;
+            fetch(8);
             for (int64_t r = 0; r < rows; ++r) factor[r] = scaled_[i][neuron + r * size];
             gradients(shape, x, factor, s.weight + at, sums + at, dots);
             for (int64_t r = 0; r < rows; ++r) grads_[1][neuron + r * size] = dots[r];
@@ -293,7 +267,17 @@ class Worker {
   int matrices_[kMaxChain];
   int64_t id_[kRows], pick_[kRows], minus_[kRows], example_[kRows];
   float from_[2 * kRows];
+  struct Range {
+    const float* from;
+    int64_t count;
+  };
+  Range ahead_[kMaxChain + 1];
+  int ranges_ = 0, range_ = 0;
 };
+
+void add(const float* FR_RESTRICT from, int64_t n, float* FR_RESTRICT to) {
+  for (int64_t i = 0; i < n; ++i) to[i] += from[i];
+}
 
 // The gradients of an example's maps are sums over its rows.
 void clear(const ChainGradArgs& g, int64_t example) {
@@ -315,29 +299,26 @@ void clear(const ChainGradArgs& g, int64_t example) {
 
 void chain_grad_cpu(const ChainGradArgs& g) {
   const Plan plan(g);
-  const int64_t per = std::max<int64_t>(4, (g.examples + 63) / 64), blocks = (g.examples + per - 1) / per;
+  // Blocks of about four examples, an even number of blocks for each of a few threads.
+  const int64_t blocks = std::clamp<int64_t>((g.examples / 4 + 7) / 8 * 8, 1, 64);
   const Floats sums(blocks * plan.weights);
   parallel_for(blocks, 1, [&](int64_t first, int64_t last) {
     Worker worker(g, plan);
     for (int64_t i = first; i < last; ++i) {
       float* own = sums.get() + i * plan.weights;
       std::fill_n(own, plan.weights, 0.f);
-      for (int64_t e = i * per; e < std::min(g.examples, (i + 1) * per); ++e) {
+      for (int64_t e = i * g.examples / blocks; e < (i + 1) * g.examples / blocks; ++e) {
         clear(g, e);
         worker.start(e);
         worker.run(g.starts[e], g.starts[e + 1], own);
       }
     }
   });
-  for (int i = 0; i < g.count; ++i) {
-    if (g.steps[i].to_weight == nullptr) continue;
-    const int64_t size = g.steps[i].forward.channels * g.steps[i].forward.lanes;
-    for (int64_t k = 0; k < size; ++k) {
-      float sum = 0.f;
-      for (int64_t b = 0; b < blocks; ++b) sum += sums[b * plan.weights + plan.weight_at[i] + k];
-      g.steps[i].to_weight[k] = sum;
-    }
-  }
+  for (int64_t b = 1; b < blocks; ++b) add(sums.get() + b * plan.weights, plan.weights, sums.get());
+  for (int i = 0; i < g.count; ++i)
+    if (g.steps[i].to_weight != nullptr)
+      std::copy_n(sums.get() + plan.weight_at[i], g.steps[i].forward.channels * g.steps[i].forward.lanes,
+                  g.steps[i].to_weight);
 }
 
 FR_NS_END

@@ -1,61 +1,64 @@
 // The gradient of a convolution's weight: a product of very many rows (taps x positions times positions x channels),
 // summed in blocks of examples that do not depend on the threads.
 #include <algorithm>
-#include <cstring>
 
 #include "bounds/entry_cpu.h"
-#include "bounds/taps.h"
+#include "bounds/patches_cpu.h"
 #include "core/floats.h"
 #include "runtime/parallel.h"
 
 FR_NS_BEGIN
 namespace {
 
-// The patch of every position of one example: [positions][patch_stride(lanes)], zero outside the image and beyond the
-// taps.
-void patches(const ConvGradArgs& g, const float* x, int64_t lanes, float* to) {
-  const int64_t stride = patch_stride(lanes);
-  std::memset(to, 0, static_cast<size_t>(g.out_h * g.out_w * stride) * sizeof(float));
-  const int64_t line = g.kernel_w * g.in_c;
-  for (int64_t y = 0; y < g.out_h; ++y)
-    for (int64_t c = 0; c < g.out_w; ++c) {
-      float* patch = to + (y * g.out_w + c) * stride;
-      const int64_t top = y * g.stride_y - g.pad_y, left = c * g.stride_x - g.pad_x;
-      const int64_t first = std::max<int64_t>(0, -left), last = std::min(g.kernel_w, g.in_w - left);
-      const int64_t last_y = std::min(g.kernel_h, g.in_h - top);
-      for (int64_t ky = std::max<int64_t>(0, -top); ky < last_y; ++ky) {
-        const float* from = x + ((top + ky) * g.in_w + left) * g.in_c;
-        float* row = patch + ky * line;
-        for (int64_t i = first * g.in_c; i < last * g.in_c; ++i) row[i] = from[i];
-      }
-    }
+// The products of one of the two maps.
+struct Part {
+  const float *x, *a;
+  int64_t count;
+};
+
+void add(const float* FR_RESTRICT from, int64_t n, float* FR_RESTRICT to) {
+  for (int64_t i = 0; i < n; ++i) to[i] += from[i];
 }
 
-// Sums of a times patches of x over `count` examples: [out_c][lanes].
-Floats sums_of(const ConvGradArgs& g, const float* x, const float* a, int64_t count, int64_t lanes) {
-  const int64_t per = std::max<int64_t>(4, (count + 15) / 16), blocks = (count + per - 1) / per;
+// Sums of a times patches of x over the examples: [parts][out_c][lanes].
+Floats sums_of(const ConvGradArgs& g, const Part* parts, int64_t count, int64_t lanes) {
+  const Bordered border{g.out_h,    g.out_w,    g.in_h,     g.in_w,  g.in_c, g.kernel_h,
+                        g.kernel_w, g.stride_y, g.stride_x, g.pad_y, g.pad_x};
+  constexpr int64_t kBlocks = 16;  // of examples of one part
   const int64_t size = g.out_c * lanes, positions = g.out_h * g.out_w;
-  Floats partial = Floats::zeros(std::max<int64_t>(1, blocks) * size);
-  parallel_for(blocks, 1, [&](int64_t first, int64_t last) {
-    const Floats patch(positions * patch_stride(lanes));
-    for (int64_t i = first * per; i < std::min(count, last * per); ++i) {
-      patches(g, x + i * g.in_h * g.in_w * g.in_c, lanes, patch.get());
-      add_sums_of_taps(a + i * positions * g.out_c, g.out_c, patch.get(), positions, lanes,
-                       partial.get() + i / per * size);
+  Floats sums = Floats::zeros(count * kBlocks * size);
+  parallel_for(count * kBlocks, 1, [&](int64_t first, int64_t last) {
+    const Floats patch(positions * patch_stride(lanes)), image = Floats::zeros(border.numbers());
+    for (int64_t block = first; block < last; ++block) {
+      const Part& part = parts[block / kBlocks];
+      const int64_t b = block % kBlocks;
+      for (int64_t i = b * part.count / kBlocks; i < (b + 1) * part.count / kBlocks; ++i) {
+        border.fill(part.x + i * g.in_h * g.in_w * g.in_c, image.get());
+        const float* a = part.a + i * positions * g.out_c;
+        if (border.whole_vectors()) {
+          add_window_sums(border, a, g.out_c, image.get(), lanes, sums.get() + block * size);
+          continue;
+        }
+        border.patches(image.get(), lanes, patch.get());
+        add_sums_of_taps(a, g.out_c, patch.get(), positions, lanes, sums.get() + block * size);
+      }
     }
   });
-  for (int64_t b = 1; b < blocks; ++b)
-    for (int64_t k = 0; k < size; ++k) partial[k] += partial[b * size + k];
-  return partial;
+  for (int64_t k = 0; k < count; ++k) {
+    float* own = sums.get() + k * kBlocks * size;
+    for (int64_t b = 1; b < kBlocks; ++b) add(own + b * size, size, own);
+    if (k > 0) std::copy_n(own, size, sums.get() + k * size);
+  }
+  return sums;
 }
 
 }  // namespace
 
 void conv_grad_cpu(const ConvGradArgs& g) {
   const int64_t area = g.kernel_h * g.kernel_w, lanes = (area * g.in_c + kLanes - 1) / kLanes * kLanes;
-  const Floats of_center = sums_of(g, g.x, g.a, g.count, lanes);
-  Floats of_radius;
-  if (g.weight != nullptr) of_radius = sums_of(g, g.radius, g.radius_a, g.radius_count, lanes);
+  const Part parts[] = {{g.x, g.a, g.count}, {g.radius, g.radius_a, g.radius_count}};
+  const Floats sums = sums_of(g, parts, g.weight != nullptr ? 2 : 1, lanes);
+  const float *of_center = sums.get(), *of_radius = of_center + g.out_c * lanes;
   for (int64_t o = 0; o < g.out_c; ++o)
     for (int64_t c = 0; c < g.in_c; ++c)
       for (int64_t k = 0; k < area; ++k) {

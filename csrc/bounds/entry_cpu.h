@@ -15,6 +15,8 @@ void chain_cpu(const ChainArgs& a);
 void live_chain_cpu(const ChainArgs& a);
 void live_dense_cpu(const ChainArgs& a);
 void live_graph_cpu(const GraphArgs& a);
+void stage_rows_cpu(const GraphArgs& a);
+void stage_grad_cpu(const GraphGradArgs& a);
 void chain_grad_cpu(const ChainGradArgs& a);
 int64_t interval_chain_work_cpu(const IntervalChainArgs& a);
 ChainResult interval_chain_cpu(const IntervalChainArgs& a);

@@ -18,6 +18,8 @@ struct BoundsTable {
   void (*live_chain)(const ChainArgs&);  // leaves out neurons without lines
   void (*live_dense)(const ChainArgs&);  // one step, a dense layer
   void (*live_graph)(const GraphArgs&);
+  void (*stage_rows)(const GraphArgs&);  // all neurons
+  void (*stage_grad)(const GraphGradArgs&);
   void (*chain_grad)(const ChainGradArgs&);
   int64_t (*interval_chain_work)(const IntervalChainArgs&);
   ChainResult (*interval_chain)(const IntervalChainArgs&);

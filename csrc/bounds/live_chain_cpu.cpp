@@ -143,6 +143,12 @@ class Block {
     }
   }
 
+  // Where the gradients take up row i of the block below the layer of a step; null: they do not.
+  float* kept_row(const ChainStep& s, int64_t i) const {
+    const int64_t row = (work_.apart ? side_[i] * g_.rows.count : 0) + row_[i];
+    return s.kept == nullptr ? nullptr : s.kept + row * s.out_height * s.out_width * s.out_channels;
+  }
+
   // Through the layer of step i to the activation of the next one: outputs that meet the same inputs together.
   void gather(int step) {
     const ChainStep& s = g_.steps[step];
@@ -152,6 +158,11 @@ class Block {
     const bool one = s.map_height == 1 && s.map_width == 1 && s.pad_y == 0 && s.pad_x == 0 &&
                      s.kernel_h == s.out_height && s.kernel_w == s.out_width;  // a dense layer
     int32_t *column = work_.column.get(), *place = work_.place.get();
+    float* kept[kM * kLanes];
+    for (int64_t i = 0; i < n_; ++i) {
+      kept[i] = kept_row(s, i);
+      if (kept[i] != nullptr) std::fill_n(kept[i], s.out_height * s.out_width * s.out_channels, 0.f);
+    }
     Run runs[kLongestRuns];
     for (int64_t top = 0, bottom; top < s.out_height; top = bottom) {
       bottom = one ? s.out_height : cell_end(top, s.pad_y, s.kernel_h, s.stride_y, s.out_height);
@@ -182,6 +193,11 @@ class Block {
         pieces(n, [&](int64_t at, int64_t size) {
           product_of<kM, Result::set>(size)(p, column + at, place + at, work_.to.get());
         });
+        for (int64_t k = 0; k < n && s.kept != nullptr; ++k) {
+          const float* from = work_.to.get() + place[k] * kM * kLanes;
+          const int64_t neuron = out.neuron[static_cast<size_t>(place[k])];
+          for (int64_t i = 0; i < n_; ++i) kept[i][neuron] = from[i];
+        }
         summed([&](Sums& sums) {
           for (int64_t k = 0; k < n; ++k)
             line(map, out.neuron[static_cast<size_t>(place[k])], work_.to.get() + place[k] * kM * kLanes, sums);
@@ -229,6 +245,10 @@ class Block {
     const ChainStep& s = g_.steps[g_.count - 1];
     const int64_t inputs = s.out_height * s.out_width * s.out_channels, base = example_ * inputs;
     const bool box = e.center != nullptr;
+    for (int64_t i = 0; i < n_ && s.kept != nullptr; ++i) {
+      float* row = kept_row(s, i);
+      for (int64_t k = 0; k < inputs; ++k) row[k] = work_.to[k * kM * kLanes + i];
+    }
     const float *middle = (box ? e.center : e.x) + base, *reach = (box ? e.radius : e.eps) + base;
     const auto end = [&](const auto& term) FR_INLINE_LAMBDA {
       each([&](int m) FR_INLINE_LAMBDA {

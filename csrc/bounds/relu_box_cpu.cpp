@@ -43,13 +43,15 @@ void relu_box_cpu(const ReluBoxArgs& g) {
       each(g, example, [&](int64_t at, int64_t i, int n) FR_INLINE_LAMBDA {
         const Vec c = get(g.center + at, n), r = get(g.radius + (g.shared ? i : at), n), b = get(bias.get() + i, n);
         const Vec l = c - r, u = c + r;
-        Vec slope_low, slope_up, low, up;
-        relu_lines(l, u, Vec(0.f), g.adaptive, slope_low, slope_up, low, up);
-        put(g.slopes + at, slope_low, n);
-        if (g.adaptive) put(g.slopes + all + at, slope_up, n);
-        put(g.intercepts + at, fmadd(slope_low, b, low), n);
-        put(g.intercepts + all + at, fmadd(slope_up, b, up), n);
-        living += __builtin_popcount(~bits(slope_up == Vec(0.f)) & ((1u << n) - 1));
+        if (g.slopes != nullptr) {
+          Vec slope_low, slope_up, low, up;
+          relu_lines(l, u, Vec(0.f), g.adaptive, slope_low, slope_up, low, up);
+          put(g.slopes + at, slope_low, n);
+          if (g.adaptive) put(g.slopes + all + at, slope_up, n);
+          put(g.intercepts + at, fmadd(slope_low, b, low), n);
+          put(g.intercepts + all + at, fmadd(slope_up, b, up), n);
+          living += __builtin_popcount(~bits(slope_up == Vec(0.f)) & ((1u << n) - 1));
+        }
         if (g.next_center == nullptr) return;
         Vec x = c, y = r;
         relu_center(x, y);
@@ -76,12 +78,16 @@ void relu_box_grad_cpu(const ReluBoxGradArgs& a) {
       each(g, example, [&](int64_t at, int64_t i, int n) FR_INLINE_LAMBDA {
         const Vec zero(0.f), half(0.5f), c = get(g.center + at, n), r = get(g.radius + (g.shared ? i : at), n),
                                          b = get(bias.get() + i, n), l = c - r, u = c + r;
-        const Vec to_low = get(a.from_intercepts + at, n), to_up = get(a.from_intercepts + all + at, n);
-        Vec slope_low, slope_up, low, up, to_l, to_u;
-        relu_lines(l, u, zero, g.adaptive, slope_low, slope_up, low, up);
-        const Vec to_slope = g.adaptive ? fmadd(b, to_up, get(a.from_slopes + all + at, n))
-                                        : fmadd(b, to_low + to_up, get(a.from_slopes + at, n));
-        relu_lines_grad(l, u, zero, to_slope, to_up, to_l, to_u);
+        Vec to_l = zero, to_u = zero, through = zero;  // through: what the lines bring to the bias
+        if (a.from_slopes != nullptr) {
+          const Vec to_low = get(a.from_intercepts + at, n), to_up = get(a.from_intercepts + all + at, n);
+          Vec slope_low, slope_up, low, up;
+          relu_lines(l, u, zero, g.adaptive, slope_low, slope_up, low, up);
+          const Vec to_slope = g.adaptive ? fmadd(b, to_up, get(a.from_slopes + all + at, n))
+                                          : fmadd(b, to_low + to_up, get(a.from_slopes + at, n));
+          relu_lines_grad(l, u, zero, to_slope, to_up, to_l, to_u);
+          through = fmadd(slope_low, to_low, slope_up * to_up);
+        }
         if (a.from_center != nullptr) {
           const Vec x = get(a.from_center + at, n), y = get(a.from_radius + at, n);
           to_l = to_l + select(l > zero, half * (x - y), zero);
@@ -93,7 +99,7 @@ void relu_box_grad_cpu(const ReluBoxGradArgs& a) {
           add(radius_sums + i, to_r, n);
         else
           put(a.to_radius + at, to_r, n);
-        add(bias_sums + i, fmadd(slope_low, to_low, fmadd(slope_up, to_up, to_c)), n);
+        add(bias_sums + i, through + to_c, n);
       });
     }
   });

@@ -83,7 +83,7 @@ class Lines {
  public:
   // Whether the lines of a row of positions lie side by side, and enough of them fit.
   static bool serve(const SpreadArgs& g) {
-    return g.kernel_w * g.out_c == 4 && 4 % g.stride_x == 0 && g.pad_x < kLanes && g.origin_y == nullptr &&
+    return g.kernel_w == 4 && g.out_c == 1 && 4 % g.stride_x == 0 && g.pad_x < kLanes && g.origin_y == nullptr &&
            Lines(g).numbers() <= kMost;
   }
   explicit Lines(const SpreadArgs& g)

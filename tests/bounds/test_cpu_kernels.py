@@ -196,7 +196,8 @@ def test_one_radius_for_every_example(batch: int, finish: int) -> None:
 # ---- the adjoint of a convolution ----
 
 ADJOINTS = [(16, 1, 4, 2, 1), (5, 3, 3, 1, 1), (8, 3, 4, 2, 1), (4, 1, 8, 3, 0), (7, 2, 3, 2, 0), (6, 16, 3, 1, 1),
-            (9, 16, 4, 2, 1), (3, 60, 3, 1, 0), (2, 300, 2, 1, 1), (5, 33, 3, 2, 1), (4, 16, 2, 3, 0), (3, 48, 5, 2, 2), (7, 14, 1, 2, 0)]  # fmt: skip
+            (9, 16, 4, 2, 1), (3, 60, 3, 1, 0), (2, 300, 2, 1, 1), (5, 33, 3, 2, 1), (4, 16, 2, 3, 0), (3, 48, 5, 2, 2), (7, 14, 1, 2, 0),
+            (5, 4, 1, 1, 0), (8, 4, 1, 3, 0), (5, 2, 2, 1, 1), (5, 2, 2, 2, 0)]  # four numbers a line, of several channels  # fmt: skip
 
 
 @pytest.mark.parametrize("count", [0, 1, 6])
@@ -271,6 +272,7 @@ def test_convolutions_at_once_equal_one_by_one(
     net.requires_grad_(False)
     calls = []
     monkeypatch.setattr(api, "margins_of_plan", lambda *a: None)  # the engine
+    monkeypatch.setattr(api, "margins_of_stages", lambda *a: None)
     through = ops.concretize_through
     monkeypatch.setattr(ops, "concretize_through", lambda *a: calls.append(len(a[3])) or through(*a))
     kwargs = {"eps": 0.02, "norm": norm, "clip": clip, "method": method, "labels": y, "sides": sides}
@@ -316,6 +318,7 @@ def test_gradients_through_convolutions_at_once(
     monkeypatch.setattr(_bounds_chain, "_CHUNK_NUMBERS", chunk)
     calls = []
     monkeypatch.setattr(api, "margins_of_plan", lambda *a: None)  # the engine
+    monkeypatch.setattr(api, "margins_of_stages", lambda *a: None)
     through = ops.concretize_through
     monkeypatch.setattr(ops, "concretize_through", lambda *a: calls.append(1) or through(*a))
 
@@ -359,6 +362,7 @@ def test_intervals_of_a_chain_equal_the_engine(
     merged = nn.Sequential(*net[:-2], net[-1])  # two linear layers at the end: the engine merges them
     assert intervals.chain_of(trace(merged, tuple(x.shape[1:]))) is None
     monkeypatch.setattr(api, "margins_of_chain", lambda *a: None)
+    monkeypatch.setattr(api, "margins_of_stages", lambda *a: None)
     want = compute_bounds(net, x, radius, clip=clip, method="ibp", labels=y)
     wide = compute_bounds(net.double(), x.double(), radius, clip=clip, method="ibp", labels=y)
     for other in (want, wide):
@@ -393,6 +397,7 @@ def test_small_batches_in_one_call(
     )
     monkeypatch.setattr(api, "small_margins", lambda *a: None)
     monkeypatch.setattr(api, "margins_of_chain", lambda *a: None)
+    monkeypatch.setattr(api, "margins_of_stages", lambda *a: None)
     want = compute_bounds(net.double(), x.double(), 0.03, clip=clip, method="ibp", labels=y, sides=sides)
     near(got.lower, want.lower)
     if sides == "both":

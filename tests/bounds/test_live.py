@@ -145,6 +145,7 @@ def test_bounds_without_dead_neurons_equal_the_others(
     calls = []
     through = ops.concretize_live
     monkeypatch.setattr(api, "margins_of_plan", lambda *a: None)  # the engine
+    monkeypatch.setattr(api, "margins_of_stages", lambda *a: None)
     monkeypatch.setattr(ops, "leaving_out_pays", lambda *a: True)
     monkeypatch.setattr(ops, "concretize_live", lambda *a: calls.append(len(a[3])) or through(*a))
     got = compute_bounds(net, x, **kwargs)
@@ -174,6 +175,7 @@ def test_it_is_chosen_where_many_neurons_are_dead(module: Any) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "leaving_out_pays", lambda *a: chosen.append(pays(*a)) or chosen[-1])
             patch.setattr(api, "margins_of_plan", api.margins_of_plan if module is margin_bounds else lambda *a: None)
+            patch.setattr(api, "margins_of_stages", lambda *a: None)
             compute_bounds(net, x, 0.01, method="crown-ibp", labels=y, sides="lower")
     assert not chosen[0] and chosen[-1]
 

@@ -155,10 +155,12 @@ def test_gradients_without_dead_neurons(
 @pytest.mark.parametrize("method", ["crown-ibp", "ibp-linear"])
 @pytest.mark.parametrize("sides", ["lower", "both"])
 @pytest.mark.parametrize("dead", [0.0, 0.2, 100.0])  # none, most, all
+@pytest.mark.parametrize("leave_out", [False, True])  # on the way down
 def test_gradients_of_convolutions_without_dead_neurons(
-    method: str, sides: str, dead: float, taken: list[bool], monkeypatch: pytest.MonkeyPatch
+    method: str, sides: str, dead: float, leave_out: bool, taken: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Windows of whole vectors: neurons are taken one by one where few have lines; one side's and two sides' rows, in several turns."""
+    monkeypatch.setattr(margin_bounds, "leaving_out_pays", lambda *a: leave_out)
     for batch, classes, kept in ((1, 2, 1 << 24), (3, 10, 0), (7, 10, 1 << 24), (2, 35, 1 << 24)):
         monkeypatch.setattr(_bounds_chain, "_MOST_KEPT", kept)
         torch.manual_seed(batch)

@@ -102,3 +102,40 @@ def test_holds_and_equals_float64(name: str, p: float, eps: float, clip: tuple[f
             assert (want.lower <= z.amin(0) + 1e-9).all() and (want.upper >= z.amax(0) - 1e-9).all()
             assert (outward.lower <= z.amin(0)).all() and (outward.upper >= z.amax(0)).all()
             assert none.lower.shape == (0, *got.lower.shape[1:])
+
+
+@pytest.mark.parametrize("p,q", [(1.0, math.inf), (2.0, 2.0), (3.0, 1.5)])
+@pytest.mark.parametrize("clip", [None, (0.0, 1.0)])
+def test_a_linear_layer_on_the_last_dimension_over_a_ball(p: float, q: float, clip: tuple[float, float] | None) -> None:
+    """Each number reads one row of the input, so its radius is eps times the dual norm of the scaled weights."""
+    torch.manual_seed(2)
+    layer, x = nn.Linear(6, 7), torch.rand(2, 5, 6) * 0.4 + 0.3
+    for eps in (0.1, torch.rand(2), torch.rand_like(x) / 5):
+        e = eps.view(2, 1, 1) if isinstance(eps, Tensor) and eps.dim() == 1 else eps
+        found = compute_bounds(layer, x, eps, norm=p, clip=clip, method="ibp")
+        scaled = (layer.weight * (e * torch.ones_like(x)).unsqueeze(-2)).norm(p=q, dim=-1)
+        low, up = layer(x) - scaled, layer(x) + scaled
+        if clip is not None:
+            box = compute_bounds(layer, x, eps, norm=math.inf, clip=clip, method="ibp")
+            assert box.upper is not None
+            low, up = torch.maximum(low, box.lower), torch.minimum(up, box.upper)
+        assert found.upper is not None
+        torch.testing.assert_close(found.lower, low, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found.upper, up, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [nn.AvgPool2d(2), nn.AvgPool2d((2, 3), divisor_override=5), nn.AvgPool2d(2, 1), nn.AvgPool2d(3, 2, 1), nn.AvgPool2d(3, 2, 1, count_include_pad=False),
+     nn.AvgPool2d(2, 2, ceil_mode=True), nn.AdaptiveAvgPool2d((2, 3)), nn.AdaptiveAvgPool2d(1)],
+)  # fmt: skip
+@pytest.mark.parametrize("size", [(6, 6), (7, 5)])
+def test_adjoints_of_pooling(pool: nn.Module, size: tuple[int, int]) -> None:
+    """Linear bounds of a pooling alone are its adjoint: against torch.func.vjp."""
+    torch.manual_seed(0)
+    x = torch.rand(1, 3, *size, dtype=torch.float64)
+    net = nn.Sequential(pool, nn.Flatten())
+    A = compute_bounds(net, x, 0.1, method="crown", return_linear=True).linear
+    assert A is not None and A.lower_A is not None
+    rows = torch.func.vmap(torch.func.vjp(net, x)[1])(torch.eye(net(x).shape[1], dtype=torch.float64).unsqueeze(1))[0]
+    torch.testing.assert_close(A.lower_A[0], rows[:, 0])

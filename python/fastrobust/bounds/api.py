@@ -17,6 +17,7 @@ from fastrobust.bounds.engine import METHODS, Engine
 from fastrobust.bounds.intervals import margins_of_chain, small_margins
 from fastrobust.bounds.margins import margins_of_plan
 from fastrobust.bounds.region import Region
+from fastrobust.bounds.stage_margins import margins_of_stages
 from fastrobust.bounds.trace import first_parameter, trace
 from fastrobust.ops.bounds import finite
 from fastrobust.ops.linear_bounds import check_norm
@@ -137,6 +138,8 @@ def compute_bounds(
             quick = margins_of_plan(graph, x, eps, clip, method, Rows(example, first, second, count), max_memory)
         elif second is not None:
             quick = margins_of_chain(graph, x, eps, clip, first, second, example, count)
+        if quick is None and (method != "ibp" or labels is not None):
+            quick = margins_of_stages(graph, x, eps, clip, method, Rows(example, first, second, count), max_memory)
         if quick is not None:
             low, up = _sides(quick.view(count, x.shape[0], -1), negative)
             if not all(t is None or finite(t) for t in (low, up)):

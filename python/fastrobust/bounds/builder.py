@@ -64,10 +64,12 @@ class Builder:
             raise self.fail(what, " because it mixes the examples of a batch")
         return tuple(out.shape[1:])
 
-    def monotone(self, x: Ref, f: Callable[[Tensor], Tensor], what: str, sums: bool = False) -> Ref:
+    def monotone(
+        self, x: Ref, f: Callable[[Tensor], Tensor], what: str, sums: bool = False, adjoint: Any = None
+    ) -> Ref:
         shape = self.per_example(f(self.meta(x)), what)
         taps = self.nodes[x.index].size if sums else 0
-        return self.add(G.Monotone((x.index,), shape, self.where, function=f, taps=taps))
+        return self.add(G.Monotone((x.index,), shape, self.where, function=f, taps=taps, adjoint=adjoint))
 
     def reshape(self, x: Ref, f: Callable[[Tensor], Tensor], what: str) -> Ref:
         return self.add(G.Reshape((x.index,), self.per_example(f(self.meta(x)), what), self.where))
@@ -209,7 +211,10 @@ class Builder:
         return self.affine(x, lambda: factor().view(-1, *tail), lambda: shift().view(-1, *tail), size)
 
     def avg_pool(self, x: Ref, args: tuple[Any, ...], what: str, f: Callable[..., Tensor]) -> Ref:
-        return self.monotone(x, lambda t: f(t, *args), what, True)
+        adjoint = None
+        if f in (F.avg_pool2d, F.adaptive_avg_pool2d) and len(self.shape(x)) == 3:
+            adjoint = _adjoint_of_pool(f, *args)
+        return self.monotone(x, lambda t: f(t, *args), what, True, adjoint)
 
     def max_pool(
         self, x: Ref, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool, one: bool = False
@@ -246,3 +251,23 @@ class Builder:
         if isinstance(b, Ref):
             raise self.fail("a division by a tensor that depends on the input")
         return self.affine(a, (lambda: b.double().reciprocal()) if isinstance(b, Tensor) else 1.0 / float(b))
+
+
+def _adjoint_of_pool(f: Callable[..., Tensor], size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False, count_include_pad: bool = True, divisor_override: Any = None) -> Callable[[Tensor, Tensor], Tensor]:  # fmt: skip
+    """torch's gradient of average pooling, which is differentiable itself: torch.func.vjp costs more than the pooling."""
+    if f is F.adaptive_avg_pool2d:
+        return lambda a, like: torch.ops.aten._adaptive_avg_pool2d_backward(a, like)
+    kernel, steps, pads = G.pair(size), G.pair(size if stride is None or stride == [] else stride), G.pair(padding)
+
+    def adjoint(a: Tensor, like: Tensor) -> Tensor:
+        (h, w), (rows, columns) = kernel, a.shape[2:]
+        if steps == kernel and pads == (0, 0) and like.shape[2:] == (h * rows, w * columns):  # windows side by side
+            one = (a / (divisor_override or h * w)).permute(0, 2, 3, 1)[:, :, None, :, None]
+            spread = one.expand(len(a), rows, h, columns, w, a.shape[1])
+            return spread.reshape(len(a), h * rows, w * columns, a.shape[1]).permute(0, 3, 1, 2)
+        out: Tensor = torch.ops.aten.avg_pool2d_backward(
+            a, like, kernel, steps, pads, ceil_mode, count_include_pad, divisor_override
+        )
+        return out
+
+    return adjoint

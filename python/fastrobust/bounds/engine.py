@@ -97,8 +97,7 @@ class Engine:
         before = self.boxes[first]
         if isinstance(node, (G.Dense, G.Conv)):
             at_input = self._at_input(first) and (isinstance(node, G.Conv) or len(node.shape) == 1)
-            whole = isinstance(node, G.Conv) or len(node.shape) == 1
-            self.exact[i] = at_input or (self.diagonal[first] and (whole or region.norm == math.inf))
+            self.exact[i] = at_input or self.diagonal[first]
             w, b = node.get_weight(), node.get_bias()
             conv = (node.stride, node.padding, node.dilation, node.groups) if isinstance(node, G.Conv) else ()
             if self.exact[i] and not at_input and region.norm != math.inf:

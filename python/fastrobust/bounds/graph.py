@@ -227,12 +227,17 @@ class Monotone(LinearNode):
 
     function: Callable[[Tensor], Tensor] = _nothing
     taps: int = 0  # terms of a sum; 0: values are only moved
+    adjoint: Callable[[Tensor, Tensor], Tensor] | None = (
+        None  # of (a, any tensor of the input's shape), where it is known
+    )
 
     def bias(self) -> Tensor | None:
         return None
 
     def transpose(self, a: Tensor, shapes: list[Shape]) -> list[Tensor]:
-        zero = torch.zeros(a.shape[0], *shapes[0], dtype=a.dtype, device=a.device)
+        zero = torch.zeros((), dtype=a.dtype, device=a.device).expand(a.shape[0], *shapes[0])
+        if self.adjoint is not None:
+            return [self.adjoint(a, zero)]
         return [torch.func.vjp(self.function, zero)[1](a)[0]]
 
     def interval(self, bounds: list[Ends]) -> Ends:
@@ -283,6 +288,7 @@ class Graph:
                 self.nodes[j].consumers.append(i)
         self.chain: Any = False  # of fastrobust.bounds.intervals; False: not looked for yet
         self.plan: Any = False  # of fastrobust.bounds.margins
+        self.staged: Any = False  # of fastrobust.bounds.stage_margins
         self.ancestor_size: dict[int, int] = {}
         seen: list[set[int]] = []
         for i, n in enumerate(self.nodes):

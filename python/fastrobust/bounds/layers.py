@@ -178,6 +178,12 @@ def _max_pool2d(b: Builder, x: Ref, kernel_size: Any, stride: Any = None, paddin
     return b.max_pool(x, kernel_size, stride, padding, dilation, ceil_mode, one)
 
 
+def _avg_pool2d(b: Builder, x: Ref, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False, count_include_pad: bool = True, divisor_override: Any = None) -> Ref:  # fmt: skip
+    return b.avg_pool(
+        x, (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override), "avg_pool2d", F.avg_pool2d
+    )
+
+
 def _softplus(b: Builder, x: Ref, beta: float = 1.0, threshold: float = 20.0) -> Ref:
     return b.activation(x, "softplus", (beta, threshold))
 
@@ -230,8 +236,8 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     F.conv1d: lambda b, *a, **k: _conv2d(b, *a, **{**k, "one": True}),
     F.batch_norm: _batch_norm, F.dropout: _functional_dropout,
     F.max_pool2d: _max_pool2d, torch.max_pool2d: _max_pool2d, F.max_pool1d: lambda b, *a, **k: _max_pool2d(b, *a, **{**k, "one": True}),
-    F.avg_pool2d: _positive_only("avg_pool2d", F.avg_pool2d, True), F.avg_pool1d: _positive_only("avg_pool1d", F.avg_pool1d, True),
-    F.adaptive_avg_pool2d: _positive_only("adaptive_avg_pool2d", F.adaptive_avg_pool2d, True),
+    F.avg_pool2d: _avg_pool2d, F.avg_pool1d: _positive_only("avg_pool1d", F.avg_pool1d, True),
+    F.adaptive_avg_pool2d: lambda b, x, size: b.avg_pool(x, (size,), "adaptive_avg_pool2d", F.adaptive_avg_pool2d),
     F.pad: lambda b, x, pad, mode="constant", value=None: b.pad(x, list(pad), mode, float(value or 0.0)),
 }  # fmt: skip
 METHODS: dict[str, Callable[..., Any]] = {

@@ -12,6 +12,7 @@ from fastrobust.bounds.chains import live_chain
 from fastrobust.ops import bounds as ops
 from fastrobust.ops.margin_bounds import Layer, Rows, relu_margins
 
+_LARGE = 1 << 21  # numbers of a weight
 _KINDS = {"crown-ibp": True, "ibp-linear": False}  # whether the lines are adaptive
 
 
@@ -75,13 +76,21 @@ def margins_of_plan(
     weights, biases = [n.get_weight() for n in nodes], [n.get_bias() for n in nodes]
     if not ops.direct() or any(t is not None and (not t.is_cpu or not ops.native(t)) for t in (*weights, *biases)):
         return None
+    if any(s.dense and _moves_too_much(s, w, count * rows.sides) for s, w in zip(plan.layers, weights, strict=False)):
+        return None  # the stages' way leaves the weight where it is
     c, r = ops.box_center(x, eps.to(x.dtype) if isinstance(eps, Tensor) else eps, clip)
-    c, r = _flat(c, plan.layers[0].shape_in), _flat(r, plan.layers[0].shape_in)
+    c, r = flat(c, plan.layers[0].shape_in), flat(r, plan.layers[0].shape_in)
     shared = clip is None and not isinstance(eps, Tensor) and not ops.needs_grad(c, r)
     return relu_margins(plan.layers, weights, biases, c, r, shared, rows, _KINDS[method])
 
 
-def _flat(t: Tensor, image: tuple[int, int, int]) -> Tensor:
+def _moves_too_much(layer: Layer, weight: Tensor, rows: int) -> bool:
+    """Whether bringing the weight behind an image into channels-last order moves more than bringing the rows into the weight's."""
+    image = layer.shape_in[0] > 1 and layer.shape_in[1] * layer.shape_in[2] > 1
+    return image and weight.numel() >= _LARGE and 2 * rows < weight.shape[0]
+
+
+def flat(t: Tensor, image: tuple[int, int, int]) -> Tensor:
     """(B, *shape) as (B, n), channels innermost."""
     if image[0] > 1 and image[1] * image[2] > 1:
         t = t.reshape(-1, *image).movedim(1, -1)

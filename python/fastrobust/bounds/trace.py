@@ -151,6 +151,12 @@ def first_parameter(model: nn.Module) -> Tensor | None:
     return None
 
 
+def traced_before(model: nn.Module) -> Any:
+    """The chain (fastrobust.bounds.intervals) of the model as it was last traced, which may be out of date; False: not known."""
+    hit = _CACHE.get(model, {}).get(False)
+    return False if hit is None else hit[1].chain
+
+
 def trace(model: nn.Module, shape: tuple[int, ...], exact: bool = False) -> G.Graph:
     """The graph of ``model`` for inputs of shape (B, *shape). ``exact``: layer by layer as the model computes (no normalisation
     folded into its convolution), with parameters in float64."""

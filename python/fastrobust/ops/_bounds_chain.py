@@ -7,6 +7,7 @@ below each convolution as the way down kept them, or goes down again where they 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from ..reference.bounds import Window
 from . import _bounds_autograd as gradients
 from . import _bounds_conv as conv
 from . import linear_bounds as linear
+from ._bounds_live import LiveStep
 from ._bounds_rows import Groups, address, by_example, dense, lanes_of, native, rows_args, spread_lanes, taps_of
 
 _CHUNK_NUMBERS = 1 << 20  # of the largest coefficients of a chunk in the backward pass: 4 MB
@@ -82,7 +84,7 @@ def through(A: Tensor, b: Tensor, example: Tensor, steps: list[ConvStep], box: P
     return out
 
 
-def between_of(steps: list[ConvStep], matrices: int, b: Tensor) -> list[Tensor] | None:
+def between_of(steps: Sequence[ConvStep | LiveStep], matrices: int, b: Tensor) -> list[Tensor] | None:
     """Room for the coefficients below each convolution; None where they are too many."""
     shapes = []
     for step in steps:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -66,15 +67,15 @@ def _told(step: LiveStep, turned: bool, below: Tensor | None) -> tuple[tuple[int
     return told, [slopes, intercepts, taps]
 
 
-def concretize_live(A: Tensor, b: Tensor, example: Tensor, steps: list[LiveStep], box: Pair | None, ball: Pair | None, q: float, rows: Tensor | None = None, minus: Tensor | None = None, below: Tensor | None = None, groups: Groups | None = None) -> Tensor:  # fmt: skip
+def concretize_live(A: Tensor, b: Tensor, example: Tensor, steps: list[LiveStep], box: Pair | None, ball: Pair | None, q: float, rows: Tensor | None = None, minus: Tensor | None = None, below: Sequence[Tensor | None] | None = None, groups: Groups | None = None) -> Tensor:  # fmt: skip
     """``concretize_through`` over whole maps and a box or a ball, leaving out neurons whose lines are zero: what a product takes from
-    them or gives to them changes nothing. float32 on the CPU, not recorded. below: for one dense step, room for the rows at the
-    input, (1 or 2, R, n)."""
+    them or gives to them changes nothing. float32 on the CPU, not recorded. below: for each step, room for the rows
+    below its layer, (1 or 2, R, n), which the gradients take up (``between_of``); zero where neurons have no lines."""
     A, b, example = dense(A), dense(b), dense(example)
     rows, minus = (None if t is None else t.contiguous() for t in (rows, minus))
     told, kept = [], []
-    for s in steps:
-        numbers, tensors = _told(s, s is not steps[-1], below)
+    for s, room in zip(steps, below or [None] * len(steps), strict=True):
+        numbers, tensors = _told(s, s is not steps[-1], room)
         told.append(numbers)
         kept.append(tensors)
     batch = steps[0].slopes.shape[1]

@@ -144,14 +144,18 @@ def _forward(
     box = (center, radius)
     for i in range(len(layers) - 1, -1, -1):
         s, t = lines[i].slopes, lines[i].intercepts
-        if kept is None or (i == 0 and layers[0].dense):
+        if kept is None or i == 0 or not layers[i].dense:
             live = _live_steps(layers[: i + 1], ws, lines)
             apart = rows.sides == 2 and adaptive
             if leaving_out_pays(live, per * (1 + apart), [known.living for known in reversed(lines[: i + 1])]):
-                below = None
+                below: Any = None
                 if kept is not None:
-                    below = kept["below"] = b.new_empty(1 + apart, *b.shape[1:], center.shape[1])
                     kept["given"].append((A, pick))
+                    if layers[i].dense:
+                        kept["below"] = b.new_empty(1 + apart, *b.shape[1:], center.shape[1])
+                        below = [kept["below"]]
+                    else:
+                        below = kept["between"] = chain.between_of(live, A.shape[0], b)
                 return concretize_live(A, b, rows.example, live, box, None, 1.0, pick[0], pick[1], below, groups)
         if not layers[i].dense:
             steps = _steps(layers[: i + 1], ws, lines)

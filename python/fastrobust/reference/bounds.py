@@ -82,7 +82,11 @@ def dual_norm(e: Tensor, weight: Tensor, q: float, layer: Callable[[Tensor, Tens
         return _power_sum_root(layer(e.pow(q), weight.abs().pow(q)), q)
     if conv:
         return _max_conv2d(e, weight.abs(), *conv)
-    return torch.stack([(weight.abs() * row).amax(1) for row in e]) if len(e) else e.new_zeros(0, len(weight))
+    return (
+        torch.stack([(row.unsqueeze(-2) * weight.abs()).amax(-1) for row in e])
+        if len(e)
+        else e.new_zeros(*e.shape[:-1], len(weight))
+    )
 
 
 def interval_ball_linear(x: Tensor, eps: float | Tensor, norm: float, clip: tuple[float, float] | None, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, params: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:  # fmt: skip

@@ -1,0 +1,207 @@
+// What the positions of a convolution read of an image with a border of zeros.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "bounds/taps.h"
+#include "core/simd.h"
+
+FR_NS_BEGIN
+
+struct Bordered {
+  int64_t positions_h, positions_w;    // of the convolution
+  int64_t image_h, image_w, channels;  // without the border
+  int64_t kernel_h, kernel_w, stride_y, stride_x, pad_y, pad_x;
+
+  int64_t height() const { return (positions_h - 1) * stride_y + kernel_h; }
+  int64_t width() const { return (positions_w - 1) * stride_x + kernel_w; }
+  int64_t pitch() const { return width() * channels; }
+  int64_t line() const { return kernel_w * channels; }  // of taps
+  bool whole_vectors() const { return line() % kLanes == 0; }
+  int64_t numbers() const { return height() * pitch(); }
+
+  // Into the middle of `to`, whose border stays as it is.
+  void fill(const float* image, float* to) const {
+    const int64_t lines = std::min(image_h, height() - pad_y);
+    const int64_t count = std::min(image_w, width() - pad_x) * channels;
+    for (int64_t y = 0; y < lines && count > 0; ++y)
+      std::copy_n(image + y * image_w * channels, count, to + (y + pad_y) * pitch() + pad_x * channels);
+  }
+
+  // The taps of every position of a bordered image, zero beyond them: [positions][patch_stride(lanes)].
+  void patches(const float* image, int64_t lanes, float* to) const {
+    if (line() == 4)
+      patches_by(image, lanes, to, [](const float* from, float* out, int64_t) { std::memcpy(out, from, 16); });
+    else if (whole_vectors())
+      patches_by(image, lanes, to, [](const float* from, float* out, int64_t n) {
+        for (int64_t i = 0; i < n; i += kLanes) store(out + i, load(from + i));
+      });
+    else
+      patches_by(image, lanes, to, [](const float* from, float* out, int64_t n) {
+        for (int64_t i = 0; i < n; ++i) out[i] = from[i];
+      });
+  }
+
+ private:
+  template <class Copy>
+  void patches_by(const float* image, int64_t lanes, float* to, const Copy& copy) const {
+    const int64_t n = line(), row = pitch(), taps = kernel_h * n;
+    for (int64_t y = 0; y < positions_h; ++y)
+      for (int64_t x = 0; x < positions_w; ++x, to += patch_stride(lanes)) {
+        const float* from = image + y * stride_y * row + x * stride_x * channels;
+        for (int64_t ky = 0; ky < kernel_h; ++ky) copy(from + ky * row, to + ky * n, n);
+        for (int64_t i = taps; i < lanes; ++i) to[i] = 0.f;
+      }
+  }
+};
+
+#if defined(__AVX512F__)
+constexpr int kMostWindows = 8;
+constexpr int kMostTurned = 4;  // vectors
+#else
+constexpr int kMostWindows = 2;
+constexpr int kMostTurned = 1;
+#endif
+
+// out[p][0, kTaps vectors) = the window that starts at image + p * right, times turned [lines of taps][kTaps vectors].
+template <int kTaps, int kWindows>
+void window_products(const Bordered& s, const float* image, const float* turned, float* out) {
+  Vec acc[kWindows][kTaps];
+#pragma GCC unroll 8
+  for (int p = 0; p < kWindows; ++p)
+#pragma GCC unroll 4
+    for (int t = 0; t < kTaps; ++t) acc[p][t] = Vec(0.f);
+  const int64_t right = s.stride_x * s.channels;
+  for (int64_t ky = 0; ky < s.kernel_h; ++ky, image += s.pitch()) {
+    const float* at[kWindows];
+#pragma GCC unroll 8
+    for (int p = 0; p < kWindows; ++p) at[p] = image + p * right;
+    for (int64_t i = 0; i < s.line(); ++i, turned += kTaps * kLanes) {
+      Vec w[kTaps];
+#pragma GCC unroll 4
+      for (int t = 0; t < kTaps; ++t) w[t] = load(turned + t * kLanes);
+#pragma GCC unroll 8
+      for (int p = 0; p < kWindows; ++p) {
+        const Vec v(at[p][i]);
+#pragma GCC unroll 4
+        for (int t = 0; t < kTaps; ++t) acc[p][t] = fmadd(v, w[t], acc[p][t]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int p = 0; p < kWindows; ++p)
+#pragma GCC unroll 4
+    for (int t = 0; t < kTaps; ++t) store(out + (p * kTaps + t) * kLanes, acc[p][t]);
+}
+
+using WindowsFn = void (*)(const Bordered&, const float*, const float*, float*);
+template <int kTaps, int kWindows = kTaps <= 2 ? kMostWindows : kMostWindows - 2>
+WindowsFn windows_fn(int64_t count) {
+  if constexpr (kWindows > 1)
+    if (count < kWindows) return windows_fn<kTaps, kWindows - 1>(count);
+  return window_products<kTaps, kWindows>;
+}
+
+// The convolution of a bordered image, for at most kMostTurned vectors of channels, a few windows of a line at a time,
+// as many as go into it evenly; calls between() before each.
+template <int kTaps = 1, class Between>
+void convolve_image(const Bordered& s, const float* image, int64_t vectors, const float* turned, float* out,
+                    const Between& between) {
+  if constexpr (kTaps < kMostTurned)
+    if (vectors > kTaps) return convolve_image<kTaps + 1>(s, image, vectors, turned, out, between);
+  constexpr int64_t kMost = kTaps <= 2 ? kMostWindows : kMostWindows - 2;
+  const int64_t turns = (s.positions_w + kMost - 1) / kMost, per = (s.positions_w + turns - 1) / turns;
+  for (int64_t y = 0; y < s.positions_h; ++y, image += s.stride_y * s.pitch())
+    for (int64_t x = 0; x < s.positions_w; x += per) {
+      const int64_t count = std::min(per, s.positions_w - x);
+      between();
+      windows_fn<kTaps>(count)(s, image + x * s.stride_x * s.channels, turned, out);
+      out += count * kTaps * kLanes;
+    }
+}
+
+// sums[o][taps] += the sum over positions of a[position][o] * taps of a bordered image, for kTaps vectors of one line
+// of taps, which start at `image` for the first position; rows of `lanes` numbers.
+template <int kTaps, int kOut>
+FR_HD void add_line_sums(const Bordered& s, const float* a, int64_t out_c, const float* image, int64_t lanes,
+                         float* sums) {
+  Vec acc[kOut][kTaps];
+#pragma GCC unroll 8
+  for (int o = 0; o < kOut; ++o)
+#pragma GCC unroll 4
+    for (int t = 0; t < kTaps; ++t) acc[o][t] = load(sums + o * lanes + t * kLanes);
+  const int64_t right = s.stride_x * s.channels, down = s.stride_y * s.pitch();
+  for (int64_t y = 0; y < s.positions_h; ++y, image += down) {
+    const float* at = image;
+    for (int64_t x = 0; x < s.positions_w; ++x, at += right, a += out_c) {
+      Vec v[kTaps];
+#pragma GCC unroll 4
+      for (int t = 0; t < kTaps; ++t) v[t] = load(at + t * kLanes);
+#pragma GCC unroll 8
+      for (int o = 0; o < kOut; ++o) {
+        const Vec w(a[o]);
+#pragma GCC unroll 4
+        for (int t = 0; t < kTaps; ++t) acc[o][t] = fmadd(w, v[t], acc[o][t]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int o = 0; o < kOut; ++o)
+#pragma GCC unroll 4
+    for (int t = 0; t < kTaps; ++t) store(sums + o * lanes + t * kLanes, acc[o][t]);
+}
+
+template <int kTaps>
+FR_HD void add_line_sums_of_channels(const Bordered& s, const float* a, int64_t out_c, const float* image,
+                                     int64_t lanes, float* sums) {
+  constexpr int kOut = kTaps <= 2 ? kGradChannels : kGradChannels / 2;
+  int64_t o = 0;
+  for (; o + kOut <= out_c; o += kOut) add_line_sums<kTaps, kOut>(s, a + o, out_c, image, lanes, sums + o * lanes);
+  for (; o < out_c; ++o) add_line_sums<kTaps, 1>(s, a + o, out_c, image, lanes, sums + o * lanes);
+}
+
+// All taps, where a line of them is whole vectors: without patches, from the image, which stays in the first cache.
+inline void add_window_sums(const Bordered& s, const float* a, int64_t out_c, const float* image, int64_t lanes,
+                            float* sums) {
+  for (int64_t ky = 0; ky < s.kernel_h; ++ky, image += s.pitch(), sums += s.line()) {
+    int64_t t = 0;
+    for (; t + 4 * kLanes <= s.line(); t += 4 * kLanes)
+      add_line_sums_of_channels<4>(s, a, out_c, image + t, lanes, sums + t);
+    const int64_t rest = (s.line() - t) / kLanes;
+    if (rest == 1) add_line_sums_of_channels<1>(s, a, out_c, image + t, lanes, sums + t);
+    if (rest == 2) add_line_sums_of_channels<2>(s, a, out_c, image + t, lanes, sums + t);
+    if (rest == 3) add_line_sums_of_channels<3>(s, a, out_c, image + t, lanes, sums + t);
+  }
+}
+
+template <int kTaps, class Between>
+void convolve_with(const float* patch, int64_t positions, int64_t lanes, const float* turned, int64_t wide, float* out,
+                   const Between& between) {
+  constexpr int kPositions = positions_for(kTaps);
+  const int64_t stride = patch_stride(lanes);
+  int64_t p = 0;
+  for (; p + kPositions <= positions; p += kPositions) {
+    between();
+    all_products<kTaps, kPositions>(lanes, stride, wide, patch + p * stride, turned, out + p * wide);
+  }
+  for (; p < positions; ++p) all_products<kTaps, 1>(lanes, stride, wide, patch + p * stride, turned, out + p * wide);
+}
+
+// out[position][0, wide) = patch[position] * turned; calls between() now and then.
+template <class Between>
+void convolve(const float* patch, int64_t positions, int64_t lanes, const float* turned, int64_t wide, float* out,
+              const Between& between) {
+#if defined(__AVX512F__)
+  const int64_t vectors = wide / kLanes;
+  const auto f = vectors == 1   ? convolve_with<1, Between>
+                 : vectors == 2 ? convolve_with<2, Between>
+                 : vectors == 3 ? convolve_with<3, Between>
+                                : convolve_with<4, Between>;
+#else
+  const auto f = wide == kLanes ? convolve_with<1, Between> : convolve_with<2, Between>;
+#endif
+  f(patch, positions, lanes, turned, wide, out, between);
+}
+
+FR_NS_END

@@ -1,0 +1,159 @@
+// Rows of coefficients down a graph of stages to the input with all neurons: a few rows at a time, so that what lies
+// between the stages stays in a core's cache.
+#include <algorithm>
+#include <memory>
+
+#include "bounds/entry_cpu.h"
+#include "bounds/serial_cpu.h"
+#include "bounds/stage_rows.h"
+#include "core/floats.h"
+#include "runtime/parallel.h"
+
+FR_NS_BEGIN
+namespace {
+
+class Block {
+ public:
+  Block(const GraphArgs& g, const StagePlan& plan)
+      : g_(g), plan_(plan), offset_(new int64_t[static_cast<size_t>(g.count)]) {
+    const int64_t rows = plan.block * g.sides;
+    int64_t at = 0;
+    for (int i = 0; i < g.count; ++i) {
+      offset_[static_cast<size_t>(i)] = at;
+      if (g.stages[i].kept_out == nullptr && i + 1 < g.count) at += rows * size_of(g.stages[i]);
+    }
+    scaled_ = Floats(at), values_ = Floats(rows * plan.widest), spare_ = Floats(rows * plan.widest);
+    std::fill_n(zeros_, kStageRows, 0);
+  }
+
+  void run(int64_t begin, int64_t n) {
+    begin_ = begin, n_ = n;
+    for (int side = 0; side < g_.sides; ++side) std::copy_n(g_.b + side * g_.rows + begin, n, b_ + side * n);
+    for (int i = 0; i < g_.count; ++i) {
+      const Rows r = arrive(i);
+      if (i + 1 < g_.count)
+        lines(i, r);
+      else
+        leave(r);
+    }
+  }
+
+ private:
+  // Where the rows of a stage begin that leave it, and how far its matrices are apart.
+  float* scaled(int i) const {
+    const GraphStage& s = g_.stages[i];
+    return s.kept_out != nullptr ? s.kept_out + begin_ * size_of(s) : scaled_.get() + offset_[static_cast<size_t>(i)];
+  }
+  int64_t apart(int i) const { return (g_.stages[i].kept_out != nullptr ? g_.rows : n_) * size_of(g_.stages[i]); }
+
+  // The sum of everything that reaches a stage.
+  Rows arrive(int i) {
+    const GraphStage& s = g_.stages[i];
+    const int64_t size = size_of(s);
+    const int matrices = plan_.in[static_cast<size_t>(i)];
+    Rows r;
+    r.count = n_, r.length = size, r.sides = g_.sides;
+    r.example = g_.example + begin_;
+    if (s.links == 0) {
+      const GraphEntry& e = g_.entries[s.entry];
+      r.a = e.a;
+      if (e.pick != nullptr)
+        r.pick = e.pick + begin_;
+      else
+        r.a += begin_ * size;
+      r.minus = e.minus != nullptr ? e.minus + begin_ : nullptr;
+      r.side_stride = e.side_stride;
+      return r;
+    }
+    float* to = s.kept_in != nullptr ? s.kept_in + begin_ * size : values_.get();
+    const int64_t step = (s.kept_in != nullptr ? g_.rows : n_) * size;
+    for (int m = 0; m < matrices; ++m) {
+      bool first = true;
+      for (int l = s.first; l < s.first + s.links; ++l) first = bring(g_.links[l], s, m, to + m * step, first);
+      if (s.entry >= 0) enter(g_.entries[s.entry], m, size, to + m * step);
+    }
+    r.a = to;
+    r.side_stride = matrices == 2 ? step : 0;
+    return r;
+  }
+
+  bool bring(const GraphLink& l, const GraphStage& s, int m, float* to, bool first) {
+    const GraphStage& from = g_.stages[l.source];
+    const float* a = scaled(l.source) + (plan_.out[static_cast<size_t>(l.source)] == 2 ? m : 0) * apart(l.source);
+    const int64_t numbers = n_ * size_of(s);
+    if (l.identity) {
+      if (first) std::fill_n(to, numbers, 0.f);
+      add_to(to, a, l.sign, numbers);
+      return false;
+    }
+    SpreadArgs p;
+    p.a = a, p.weight = l.weight, p.out = first ? to : spare_.get();
+    p.count = n_;
+    p.in_h = from.map_height, p.in_w = from.map_width, p.in_c = from.channels;
+    p.out_h = s.map_height, p.out_w = s.map_width, p.out_c = s.channels;
+    p.kernel_h = l.kernel_h, p.kernel_w = l.kernel_w, p.stride_y = l.stride_y, p.stride_x = l.stride_x;
+    p.pad_y = l.pad_y, p.pad_x = l.pad_x, p.lanes = l.lanes;
+    spread_items(p, 0, n_);
+    if (!first) add_to(to, spare_.get(), 1.f, numbers);
+    return false;
+  }
+
+  void enter(const GraphEntry& e, int m, int64_t size, float* to) const {
+    for (int64_t i = 0; i < n_; ++i) {
+      const float* a = e.a + m * e.side_stride;
+      add_to(to + i * size, a + (e.pick != nullptr ? e.pick[begin_ + i] : begin_ + i) * size, 1.f, size);
+      if (e.minus != nullptr) add_to(to + i * size, a + e.minus[begin_ + i] * size, -1.f, size);
+    }
+  }
+
+  void lines(int i, const Rows& r) {
+    const GraphStage& s = g_.stages[i];
+    const int matrices = plan_.out[static_cast<size_t>(i)];
+    float next[2 * kStageRows];
+    BackArgs back;
+    back.rows = r;
+    if (s.shared) back.rows.example = zeros_;
+    back.slopes = s.slopes, back.intercepts = s.intercepts;
+    back.examples = s.shared ? 1 : g_.examples;
+    back.slope_sides = s.slope_sides, back.sides_out = matrices;
+    back.b = b_, back.b_out = next;
+    // the kernel puts its matrices one after the other
+    const bool direct = matrices == 1 || apart(i) == n_ * size_of(s);
+    back.out = direct ? scaled(i) : spare_.get();
+    back_rows(back, 0, n_);
+    std::copy_n(next, g_.sides * n_, b_);
+    if (direct) return;
+    for (int m = 0; m < matrices; ++m)
+      std::copy_n(spare_.get() + m * n_ * size_of(s), n_ * size_of(s), scaled(i) + m * apart(i));
+  }
+
+  void leave(const Rows& r) {
+    float values[2 * kStageRows];
+    ConcretizeArgs c = g_.end;
+    c.rows = r;
+    c.b = b_, c.out = values;
+    concretize_rows(c, 0, n_);
+    for (int side = 0; side < g_.sides; ++side)
+      std::copy_n(values + side * n_, n_, g_.end.out + side * g_.rows + begin_);
+  }
+
+  const GraphArgs& g_;
+  const StagePlan& plan_;
+  std::unique_ptr<int64_t[]> offset_;
+  Floats scaled_, values_, spare_;
+  int64_t begin_ = 0, n_ = 0, zeros_[kStageRows];
+  float b_[2 * kStageRows];
+};
+
+}  // namespace
+
+void stage_rows_cpu(const GraphArgs& g) {
+  const StagePlan plan(g);
+  const int64_t blocks = (g.rows + plan.block - 1) / plan.block;
+  parallel_for(blocks, 1, [&](int64_t first, int64_t last) {
+    Block block(g, plan);
+    for (int64_t i = first; i < last; ++i) block.run(i * plan.block, std::min(plan.block, g.rows - i * plan.block));
+  });
+}
+
+FR_NS_END
