@@ -33,6 +33,13 @@ void conv_grad(const std::array<int64_t, 13>& sizes, uintptr_t x, uintptr_t a, u
   without_gil(g.count * g.out_h * g.out_w * taps * g.out_c, [&] { bounds().conv_grad(g); });
 }
 
+void turn(uintptr_t from, uintptr_t to, int64_t count, int64_t rows, int64_t columns) {
+  const int64_t numbers = count * rows * columns;
+  const auto* a = pointer<const float>(from, numbers, "from");
+  auto* out = pointer<float>(to, numbers, "to");
+  without_gil(numbers, [&] { bounds().turn(a, out, count, rows, columns); });
+}
+
 // strides: (a_row, a_step, b_step, b_column)
 void product(uintptr_t a, uintptr_t b, uintptr_t out, int64_t rows, int64_t count, int64_t columns,
              const std::array<int64_t, 4>& strides) {
@@ -176,6 +183,7 @@ void relu_box_grad(uintptr_t center, uintptr_t radius, bool shared, uintptr_t bi
 
 void bind_bounds_layers(py::module_& m) {
   m.def("bounds_conv_grad", &conv_grad);
+  m.def("bounds_turn", &turn);
   m.def("bounds_product", &product);
   m.def("bounds_sign_product", &sign_product);
   m.def("bounds_margin_rows", &margin_rows);

@@ -114,10 +114,13 @@ class Worker {
     concretize_grad_rows(c, 0, n);
     for (int i = g_.count - 1; i >= 0; --i) up(i, n, sums);
     const int64_t length = all.length, matrices = all.side_stride != 0 ? 2 : 1;
-    for (int64_t m = 0; m < matrices; ++m)
+    for (int64_t m = 0; m < matrices && !straight(); ++m)
       for (int64_t k = 0; k < n; ++k)
         std::copy_n(grads_[0].get() + (m * n + k) * length, length, g_.to_a + (m * all.count + id_[k]) * length);
   }
+
+  // Whether gradients of the rows lie one after the other where they go.
+  bool straight() const { return g_.order == nullptr && g_.rows.side_stride == 0; }
 
   // What the next rows, from `begin` on, read first: it is fetched into the second cache between products.
   void look_ahead(int64_t begin, int64_t n) {
@@ -214,7 +217,8 @@ class Worker {
     b.examples = g_.examples;
     b.slope_sides = s.slope_sides, b.sides_out = matrices_[i];
     b.from_out = grads_[1].get(), b.from_b = from_;
-    b.to_a = grads_[0].get(), b.to_slopes = step.to_slopes, b.to_intercepts = step.to_intercepts;
+    b.to_a = i == 0 && straight() ? g_.to_a + id_[0] * g_.rows.length : grads_[0].get();
+    b.to_slopes = step.to_slopes, b.to_intercepts = step.to_intercepts;
     int64_t rows[kRows];
     for (int64_t k = 0; k < n; ++k) rows[k] = k;
     back_grad_rows(b, rows, n);

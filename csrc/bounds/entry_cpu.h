@@ -23,6 +23,7 @@ ChainResult interval_chain_cpu(const IntervalChainArgs& a);
 void conv_grad_cpu(const ConvGradArgs& a);
 void pick_grad_cpu(const PickGradArgs& a);
 void live_grad_cpu(const LiveGradArgs& a);
+void turn_cpu(const float* from, float* to, int64_t count, int64_t rows, int64_t columns);
 void product_cpu(const ProductArgs& a);
 bool sign_product_cpu(const SignProductArgs& a);
 void interval_grad_cpu(const IntervalGradArgs& a);

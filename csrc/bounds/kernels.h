@@ -26,6 +26,7 @@ struct BoundsTable {
   void (*conv_grad)(const ConvGradArgs&);
   void (*pick_grad)(const PickGradArgs&);
   void (*live_grad)(const LiveGradArgs&);
+  void (*turn)(const float* from, float* to, int64_t count, int64_t rows, int64_t columns);  // [count, rows, columns]
   void (*product)(const ProductArgs&);
   bool (*sign_product)(const SignProductArgs&);  // false: not done, too many zeros or NaN
   void (*interval_grad)(const IntervalGradArgs&);

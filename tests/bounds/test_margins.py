@@ -20,6 +20,7 @@ from fastrobust.ops import _bounds_autograd as gradients
 from fastrobust.ops import _bounds_chain, margin_bounds
 from fastrobust.ops import _bounds_conv as conv
 from fastrobust.ops import bounds as ops
+from fastrobust.ops._bounds_rows import turned
 from variant_runs import outputs_by_variant
 
 NETS: dict[str, tuple[tuple[int, ...], Any]] = {
@@ -219,6 +220,13 @@ def test_a_network_that_is_no_number() -> None:
 
 
 # ---- the kernels ----
+@given(st.integers(0, 5), st.integers(0, 40), st.integers(0, 40), st.booleans())
+def test_matrices_turned(count: int, rows: int, columns: int, strided: bool) -> None:
+    t = torch.rand(count, rows, columns * 2)[:, :, ::2] if strided else torch.rand(count, rows, columns)
+    got = turned(t, count, rows, columns)
+    assert got.is_contiguous() and torch.equal(got, t.transpose(1, 2))
+
+
 @given(st.integers(1, 40), st.integers(1, 60), st.integers(1, 110), st.booleans(), st.booleans(), st.integers(0, 99))
 def test_products_in_any_layout(rows: int, count: int, columns: int, turn_a: bool, turn_b: bool, seed: int) -> None:
     torch.manual_seed(seed)

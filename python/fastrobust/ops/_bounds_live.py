@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _C
 from . import linear_bounds as linear
-from ._bounds_rows import Groups, address, by_example, dense, rows_args
+from ._bounds_rows import Groups, address, by_example, dense, rows_args, turned
 
 _MOST_LINES = 64  # of a kernel that meet one output (csrc/bounds/live_chain_cpu.cpp)
 _WIDE = _C.cpu_variant() == "v4"  # our products are as fast as the vendor's there
@@ -58,12 +58,17 @@ def _share(slopes: Tensor) -> float:
     return float(torch.count_nonzero(slopes)) / max(1, slopes.numel())
 
 
-def _told(step: LiveStep, turned: bool, below: Tensor | None) -> tuple[tuple[int, ...], list[Tensor]]:
+def _told(step: LiveStep, turn: bool, below: Tensor | None) -> tuple[tuple[int, ...], list[Tensor]]:
     """A step as the kernels are told of it, and the tensors that must stay alive meanwhile."""
     (c, h, w), (oc, oh, ow) = step.shape, step.shape_in
-    taps = step.weight.permute(2, 3, 1, 0).flatten(0, 2) if turned else step.weight.permute(0, 2, 3, 1).flatten(1)
-    slopes, intercepts, taps = dense(step.slopes), dense(step.intercepts), dense(taps)
-    told = (slopes.data_ptr(), slopes.shape[0], intercepts.data_ptr(), h, w, c, taps.data_ptr(), oh, ow, oc, *step.weight.shape[2:], *step.stride, *step.padding, taps.shape[1], 2 * turned, address(below))  # fmt: skip
+    slopes, intercepts, taps = (
+        dense(step.slopes),
+        dense(step.intercepts),
+        dense(step.weight.permute(0, 2, 3, 1).flatten(1)),
+    )
+    if turn:
+        taps = turned(taps, 1, *taps.shape)[0]
+    told = (slopes.data_ptr(), slopes.shape[0], intercepts.data_ptr(), h, w, c, taps.data_ptr(), oh, ow, oc, *step.weight.shape[2:], *step.stride, *step.padding, taps.shape[1], 2 * turn, address(below))  # fmt: skip
     return told, [slopes, intercepts, taps]
 
 

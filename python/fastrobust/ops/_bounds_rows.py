@@ -57,6 +57,16 @@ def _small(t: Tensor) -> bool:
     return t.is_cpu and t.is_contiguous() and not t.is_neg() and t.numel() <= 1 << 20 and nothing_intercepts()
 
 
+def turned(t: Tensor, count: int, rows: int, columns: int) -> Tensor:
+    """t, which is (count, rows, columns) in any shape, as (count, columns, rows)."""
+    t = dense(t)
+    if t.is_cpu and native(t) and nothing_intercepts():
+        out = t.new_empty(count, columns, rows)
+        _C.bounds_turn(t.data_ptr(), out.data_ptr(), count, rows, columns)
+        return out
+    return t.reshape(count, rows, columns).transpose(1, 2).contiguous()
+
+
 def rows_args(
     A: Tensor, b: Tensor, example: Tensor | None, rows: Tensor | None, minus: Tensor | None, corner_y: Tensor | None,
     corner_x: Tensor | None, window: Any,

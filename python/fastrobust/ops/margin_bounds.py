@@ -19,7 +19,7 @@ from . import _bounds_conv as conv
 from . import linear_bounds as linear
 from ._bounds_live import LiveStep, concretize_live, leaving_out_pays, live_gradient
 from ._bounds_product import matrix_product, sign_product
-from ._bounds_rows import address, dense
+from ._bounds_rows import address, dense, turned
 from .bounds import center_linear
 
 _CENTER = 0
@@ -77,13 +77,13 @@ def _channels_last(weight: Tensor, image: Image) -> Tensor:
     """The weight of a dense layer (m, n) behind an image, with its columns in channels-last order."""
     if image[0] == 1 or image[1] * image[2] == 1:
         return dense(weight)
-    return weight.unflatten(1, image).movedim(1, -1).reshape(weight.shape)
+    return turned(weight, len(weight), image[0], image[1] * image[2]).view(weight.shape)
 
 
 def _channels_first(grad: Tensor, image: Image) -> Tensor:
     if image[0] == 1 or image[1] * image[2] == 1:
         return grad
-    return grad.view(-1, *image[1:], image[0]).movedim(-1, 1).reshape(grad.shape)
+    return turned(grad, len(grad), image[1] * image[2], image[0]).view(grad.shape)
 
 
 def _image(t: Tensor, shape: Image) -> Tensor:
@@ -240,14 +240,16 @@ def _gradients(
             below, (A, pick, scaled) = A, given.pop()
         if shared and lines[0].living >= _FEW:
             if live:
-                scaled = linear._back_kernel(A, torch.zeros_like(g), *lined, example, *pick, None, None, [])[0]
+                scaled = linear._back_kernel(A, torch.zeros_like(g), *lined, example, pick[0], pick[1], None, None, [])[
+                    0
+                ]
             found = _from_signs(below, scaled, ws[0], kept["bs"][0], lines[0], radius[0], g, example)
         if found is None:
             args = [below, g, example, None, None, center, radius, None, None, 1.0, None, None, []]
             to_below, to_c, to_r = gradients.concretize_rows_kernel(args, [False] * 5 + [input_too] * 2, g, groups)
         if live and found is None:
             step = _live_steps(layers[:1], ws, lines)[0]
-            to_a, to_lines[0], to_w[0] = live_gradient(A, *pick, example, step, to_below, g, groups)
+            to_a, to_lines[0], to_w[0] = live_gradient(A, pick[0], pick[1], example, step, to_below, g, groups)
             if pick[0] is not None:
                 to_w[count] = to_a
         else:
@@ -258,10 +260,10 @@ def _gradients(
     else:
         steps = _steps(layers[:first], ws, lines)
         need = (input_too, input_too, [True] * first)
-        to_a, to_c, to_r, through = chain.chain_gradient(
+        to_a, to_c, to_r, of_steps = chain.chain_gradient(
             A, example, pick[0], pick[1], center, radius, steps, g, need, kept["between"], groups, True
         )
-        for i, (s, t, w) in zip(range(first - 1, -1, -1), through, strict=True):
+        for i, (s, t, w) in zip(range(first - 1, -1, -1), of_steps, strict=True):
             to_lines[i], to_w[i] = (s, t), w
     for i in range(first, count):
         A, pick, scaled = given.pop()
