@@ -7,6 +7,7 @@
 #include "bounds/fma.h"
 #include "bounds/line_grads.h"
 #include "bounds/live_cpu.h"
+#include "bounds/neurons_cpu.h"
 #include "bounds/window.h"
 #include "runtime/parallel.h"
 
@@ -34,10 +35,13 @@ struct Some {
 template <int kR>
 void neuron_rows(Some& s, int64_t neuron, int64_t begin, int64_t end, const float* weight, float* to_weight,
                  int64_t next) {
-  Vec sum[kR], factor[kR];
+  constexpr int kGroups = (kR + 3) / 4 * 4;
+  Vec sum[kGroups], factor[kR];
   const float* from[kR];
+#pragma GCC unroll 12
+  for (int r = 0; r < kGroups; ++r) sum[r] = Vec(0.f);
 #pragma GCC unroll 9
-  for (int r = 0; r < kR; ++r) sum[r] = Vec(0.f), factor[r] = Vec(s.scaled[r][neuron]), from[r] = s.from[r];
+  for (int r = 0; r < kR; ++r) factor[r] = Vec(s.scaled[r][neuron]), from[r] = s.from[r];
   const auto one = [&](int64_t at, const auto& get, const auto& put) FR_INLINE_LAMBDA {
     __builtin_prefetch(weight + next + at);
     __builtin_prefetch(to_weight + next + at, 1);
@@ -68,8 +72,10 @@ void neuron_rows(Some& s, int64_t neuron, int64_t begin, int64_t end, const floa
         at, [rest](const float* p) FR_INLINE_LAMBDA { return load_n(p, rest); },
         [rest](float* p, Vec v) FR_INLINE_LAMBDA { store_n(p, v, rest); });
   }
-#pragma GCC unroll 9
-  for (int r = 0; r < kR; ++r) s.to_scaled[r][neuron] += lane_sum(sum[r]);
+  float dots[kGroups];
+#pragma GCC unroll 3
+  for (int r = 0; r < kGroups; r += 4) four_sums(sum[r], sum[r + 1], sum[r + 2], sum[r + 3], dots + r);
+  for (int r = 0; r < kR; ++r) s.to_scaled[r][neuron] += dots[r];
 }
 
 using RowsFn = void (*)(Some&, int64_t, int64_t, int64_t, const float*, float*, int64_t);

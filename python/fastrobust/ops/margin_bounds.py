@@ -317,10 +317,11 @@ def _from_signs(
     f, h = _factors(g, k)
     flat, given = A.flatten(0, 1), scaled.flatten(0, 1)
     to_scaled, to_w = torch.empty_like(given), torch.empty_like(w)
-    if not sign_product(flat.t(), given, radius, to_w.t(), h):
+    base = lines.center if bias is None else lines.center - bias, f, example.repeat(k)
+    if not (
+        sign_product(flat.t(), given, radius, to_w.t(), h) and sign_product(flat, w.t(), h, to_scaled, radius, base)
+    ):
         return None
-    center = lines.center if bias is None else lines.center - bias
-    sign_product(flat, w.t(), h, to_scaled, radius, (center, f, example.repeat(k)))
     through = torch.bmm(f.view(k * batch, 1, -1), given.view(k * batch, -1, m)).view(k, batch, m)
     return to_scaled.view(k, rows, m), to_w, through[0] if k == 1 else through.sum(0)
 
