@@ -279,10 +279,6 @@ class Worker {
   int ranges_ = 0, range_ = 0;
 };
 
-void add(const float* FR_RESTRICT from, int64_t n, float* FR_RESTRICT to) {
-  for (int64_t i = 0; i < n; ++i) to[i] += from[i];
-}
-
 // The gradients of an example's maps are sums over its rows.
 void clear(const ChainGradArgs& g, int64_t example) {
   const auto zero = [&](float* p, int sides, int64_t map) {
@@ -318,7 +314,7 @@ void chain_grad_cpu(const ChainGradArgs& g) {
       }
     }
   });
-  for (int64_t b = 1; b < blocks; ++b) add(sums.get() + b * plan.weights, plan.weights, sums.get());
+  for (int64_t b = 1; b < blocks; ++b) add_numbers(sums.get() + b * plan.weights, plan.weights, sums.get());
   for (int i = 0; i < g.count; ++i)
     if (g.steps[i].to_weight != nullptr)
       std::copy_n(sums.get() + plan.weight_at[i], g.steps[i].forward.channels * g.steps[i].forward.lanes,

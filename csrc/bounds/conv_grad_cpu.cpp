@@ -16,10 +16,6 @@ struct Part {
   int64_t count;
 };
 
-void add(const float* FR_RESTRICT from, int64_t n, float* FR_RESTRICT to) {
-  for (int64_t i = 0; i < n; ++i) to[i] += from[i];
-}
-
 // Sums of a times patches of x over the examples: [parts][out_c][lanes].
 Floats sums_of(const ConvGradArgs& g, const Part* parts, int64_t count, int64_t lanes) {
   const Bordered border{g.out_h,    g.out_w,    g.in_h,     g.in_w,  g.in_c, g.kernel_h,
@@ -46,7 +42,7 @@ Floats sums_of(const ConvGradArgs& g, const Part* parts, int64_t count, int64_t 
   });
   for (int64_t k = 0; k < count; ++k) {
     float* own = sums.get() + k * kBlocks * size;
-    for (int64_t b = 1; b < kBlocks; ++b) add(own + b * size, size, own);
+    for (int64_t b = 1; b < kBlocks; ++b) add_numbers(own + b * size, size, own);
     if (k > 0) std::copy_n(own, size, sums.get() + k * size);
   }
   return sums;

@@ -56,6 +56,11 @@ struct Bordered {
   }
 };
 
+// Sums of one block of examples, to those of others.
+inline void add_numbers(const float* FR_RESTRICT from, int64_t n, float* FR_RESTRICT to) {
+  for (int64_t i = 0; i < n; ++i) to[i] += from[i];
+}
+
 #if defined(__AVX512F__)
 constexpr int kMostWindows = 8;
 constexpr int kMostTurned = 4;  // vectors

@@ -12,12 +12,19 @@
 FR_NS_BEGIN
 namespace {
 
-constexpr int kTogether = 3;  // rows of one example that share a read of its lines
+constexpr int kTogether = 3;       // rows of one example that share a read of its lines
+constexpr int64_t kMostRows = 16;  // that share lines in the first cache
+constexpr int64_t kColumns = 512;  // of them at a time
 
-// kSides bounds; kOut matrices written (1: shared or lower only); kTwo: a slope per side. kN rows of one example, one
-// alone if they are windows.
+// What the intercepts add up to.
+struct Sums {
+  Vec low, up;
+};
+
+// kSides bounds; kOut matrices written (1: shared or lower only); kTwo: a slope per side. kN rows of one example in the
+// columns [begin, end), one alone and whole if they are windows.
 template <int kSides, int kOut, bool kTwo, int kN>
-void back_row(const BackArgs& g, int64_t row) {
+void back_row(const BackArgs& g, int64_t row, int64_t begin, int64_t end, Sums* sums) {
   const Rows& r = g.rows;
   const int64_t maps = map_size(r), ex = example_of(r, row);
   const float *a0[kN], *less[kN];
@@ -34,7 +41,7 @@ void back_row(const BackArgs& g, int64_t row) {
   float* o1 = kOut == 2 ? o0 + r.count * r.length : nullptr;
   Vec low[kN], up[kN];
 #pragma GCC unroll 4
-  for (int k = 0; k < kN; ++k) low[k] = up[k] = Vec(0.f);
+  for (int k = 0; k < kN; ++k) low[k] = sums[k].low, up[k] = sums[k].up;
   const auto one = [&](int64_t at, int64_t map, int n) FR_INLINE_LAMBDA {
     const bool full = n == kLanes;
     const auto get = [&](const float* p) FR_INLINE_LAMBDA { return full ? load(p) : load_n(p, n); };
@@ -60,7 +67,8 @@ void back_row(const BackArgs& g, int64_t row) {
     }
   };
   for (int64_t line = 0; line < lines_of(r); ++line) {
-    const Segment s = segment_of(r, row, line);
+    Segment s = segment_of(r, row, line);
+    if (r.corner_y == nullptr) s = {begin, begin, end, end, begin};
     for (float* o : {o0, o1}) {
       if (o == nullptr) continue;
       if (s.begin > s.line_begin)
@@ -72,20 +80,28 @@ void back_row(const BackArgs& g, int64_t row) {
     if (i < s.end) one(i, map, static_cast<int>(s.end - i));
   }
 #pragma GCC unroll 4
-  for (int k = 0; k < kN; ++k) {
-    g.b_out[row + k] = g.b[row + k] + lane_sum(low[k]);
-    if (kSides == 2) g.b_out[r.count + row + k] = g.b[r.count + row + k] + lane_sum(up[k]);
-  }
+  for (int k = 0; k < kN; ++k) sums[k] = {low[k], up[k]};
 }
 
 template <int kSides, int kOut, bool kTwo>
 void back_range(const BackArgs& g, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end;) {
-    if (row + kTogether <= end && together(g.rows, row, kTogether)) {
-      back_row<kSides, kOut, kTwo, kTogether>(g, row);
-      row += kTogether;
-    } else {
-      back_row<kSides, kOut, kTwo, 1>(g, row++);
+  const Rows& r = g.rows;
+  for (int64_t row = begin, n; row < end; row += n) {
+    n = 1;
+    while (row + n < end && n < kMostRows && r.corner_y == nullptr && example_of(r, row + n) == example_of(r, row)) ++n;
+    Sums sums[kMostRows];
+    for (int64_t k = 0; k < n; ++k) sums[k] = {Vec(0.f), Vec(0.f)};
+    const int64_t columns = n > kTogether ? kColumns : r.length;
+    for (int64_t at = 0; at < r.length; at += columns) {
+      const int64_t stop = std::min(r.length, at + columns);
+      int64_t k = 0;
+      for (; k + kTogether <= n; k += kTogether)
+        back_row<kSides, kOut, kTwo, kTogether>(g, row + k, at, stop, sums + k);
+      for (; k < n; ++k) back_row<kSides, kOut, kTwo, 1>(g, row + k, at, stop, sums + k);
+    }
+    for (int64_t k = 0; k < n; ++k) {
+      g.b_out[row + k] = g.b[row + k] + lane_sum(sums[k].low);
+      if (kSides == 2) g.b_out[r.count + row + k] = g.b[r.count + row + k] + lane_sum(sums[k].up);
     }
   }
 }

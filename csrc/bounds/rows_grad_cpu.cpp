@@ -12,11 +12,17 @@
 FR_NS_BEGIN
 namespace {
 
+// The part of whole maps that is visited.
+struct Columns {
+  int64_t begin, end;
+};
+
 // Calls part(at, map, n) for every vector of a row that lies on the map, and sets the rest of `outs` to zero.
 template <class Part>
-FR_HD void each_vector(const Rows& r, int64_t row, float* out0, float* out1, const Part& part) {
+FR_HD void each_vector(const Rows& r, int64_t row, float* out0, float* out1, const Columns& columns, const Part& part) {
   for (int64_t line = 0; line < lines_of(r); ++line) {
-    const Segment s = segment_of(r, row, line);
+    Segment s = segment_of(r, row, line);
+    if (r.corner_y == nullptr) s = {columns.begin, columns.begin, columns.end, columns.end, columns.begin};
     for (float* o : {out0, out1}) {
       if (o == nullptr) continue;
       if (s.begin > s.line_begin)
@@ -39,11 +45,12 @@ FR_HD Vec coefficients(const float* a, const float* less, int64_t at, int n) {
   return less != nullptr ? v - get(less + at, n) : v;
 }
 
-constexpr int kTogether = 3;  // rows of one example that share a read of its lines and of their gradients
+constexpr int kTogether = 3;       // rows of one example that share a read of its lines and of their gradients
+constexpr int64_t kColumns = 512;  // of which as many stay in the first cache for all rows
 
 // Rows id[0, kN) of one example, one alone if they are windows. kTwo: a slope per side; kApart: a matrix for each side.
 template <bool kTwo, int kSides, bool kApart, int kN>
-void back_grad_row(const BackGradArgs& g, const int64_t* id) {
+void back_grad_row(const BackGradArgs& g, const int64_t* id, const Columns& columns) {
   const Rows& r = g.rows;
   const int64_t maps = map_size(r), ex = example_of(r, id[0]);
   const float *a[kN], *less[kN];
@@ -62,7 +69,7 @@ void back_grad_row(const BackGradArgs& g, const int64_t* id) {
   to_b[1] = to_b[0] + g.examples * maps;
   const int64_t other_from = g.sides_out == 2 ? r.count * r.length : 0;
   float* first = g.to_a + id[0] * r.length;
-  each_vector(r, id[0], first, kApart ? first + r.count * r.length : nullptr,
+  each_vector(r, id[0], first, kApart ? first + r.count * r.length : nullptr, columns,
               [&](int64_t at, int64_t map, int n) FR_INLINE_LAMBDA {
                 const Vec zero(0.f), sl = get(s[0] + map, n), su = get(s[1] + map, n), bl = get(b[0] + map, n),
                                      bu = get(b[1] + map, n);
@@ -96,10 +103,15 @@ void back_grad_row(const BackGradArgs& g, const int64_t* id) {
 
 template <bool kTwo, int kSides, bool kApart>
 void back_grad_some(const BackGradArgs& g, const int64_t* id, int64_t count) {
-  int64_t k = 0;
-  for (; k + kTogether <= count && g.rows.corner_y == nullptr; k += kTogether)
-    back_grad_row<kTwo, kSides, kApart, kTogether>(g, id + k);
-  for (; k < count; ++k) back_grad_row<kTwo, kSides, kApart, 1>(g, id + k);
+  const bool windows = g.rows.corner_y != nullptr;
+  const int64_t step = windows ? std::max<int64_t>(1, g.rows.length) : kColumns;
+  for (int64_t at = 0; at < g.rows.length; at += step) {
+    const Columns columns{at, std::min(g.rows.length, at + step)};
+    int64_t k = 0;
+    for (; k + kTogether <= count && !windows; k += kTogether)
+      back_grad_row<kTwo, kSides, kApart, kTogether>(g, id + k, columns);
+    for (; k < count; ++k) back_grad_row<kTwo, kSides, kApart, 1>(g, id + k, columns);
+  }
 }
 
 template <int kSides, bool kApart>
@@ -110,7 +122,7 @@ void concretize_grad_row(const ConcretizeGradArgs& g, int64_t row) {
   const float* less = r.minus != nullptr ? r.a + r.minus[row] * r.length : nullptr;
   float* out0 = g.to_a + row * r.length;
   float* out1 = kApart ? out0 + r.count * r.length : nullptr;
-  each_vector(r, row, out0, out1, [&](int64_t at, int64_t map, int n) FR_INLINE_LAMBDA {
+  each_vector(r, row, out0, out1, {0, r.length}, [&](int64_t at, int64_t map, int n) FR_INLINE_LAMBDA {
     const Vec zero(0.f), c = get(g.center + base + map, n), reach = get(g.radius + base + map, n);
     Vec add_c = zero, add_r = zero, out[2] = {zero, zero}, v = zero;
 #pragma GCC unroll 2

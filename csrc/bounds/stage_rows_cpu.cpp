@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "bounds/entry_cpu.h"
+#include "bounds/patches_cpu.h"
 #include "bounds/serial_cpu.h"
 #include "bounds/stage_rows.h"
 #include "core/floats.h"
@@ -12,10 +13,34 @@
 FR_NS_BEGIN
 namespace {
 
+// The adjoint of a convolution of stride 1 is a convolution by the turned kernel, which reads windows and writes every
+// number once; the adjoint proper adds each tap where it belongs, which costs more where a position has few channels.
+struct Gather {
+  Bordered border;
+  Floats weight;  // [kernel_h, kernel_w, channels of the source][channels of the stage]
+  bool serves = false;
+
+  void reset(const GraphLink& l, const GraphStage& from, const GraphStage& to) {
+    const int64_t up = l.kernel_h - 1 - l.pad_y, left = l.kernel_w - 1 - l.pad_x;
+    serves = kMostTurned > 1 && !l.identity && l.stride_y == 1 && l.stride_x == 1 && up >= 0 && left >= 0 &&
+             to.channels % kLanes == 0 && to.channels <= kMostTurned * kLanes;
+    if (!serves) return;
+    border = {
+        to.map_height, to.map_width, from.map_height, from.map_width, from.channels, l.kernel_h, l.kernel_w, 1, 1, up,
+        left};
+    const int64_t taps = l.kernel_h * l.kernel_w;
+    weight = Floats(taps * from.channels * to.channels);
+    for (int64_t k = 0; k < taps; ++k)
+      for (int64_t c = 0; c < from.channels; ++c)
+        std::copy_n(l.weight + c * l.lanes + (taps - 1 - k) * to.channels, to.channels,
+                    weight.get() + (k * from.channels + c) * to.channels);
+  }
+};
+
 class Block {
  public:
-  Block(const GraphArgs& g, const StagePlan& plan)
-      : g_(g), plan_(plan), offset_(new int64_t[static_cast<size_t>(g.count)]) {
+  Block(const GraphArgs& g, const StagePlan& plan, const Gather* gathers, int64_t bordered)
+      : g_(g), plan_(plan), gathers_(gathers), bordered_(bordered), offset_(new int64_t[static_cast<size_t>(g.count)]) {
     const int64_t rows = plan.block * g.sides;
     int64_t at = 0;
     for (int i = 0; i < g.count; ++i) {
@@ -86,6 +111,17 @@ class Block {
       add_to(to, a, l.sign, numbers);
       return false;
     }
+    if (const Gather& gather = gathers_[&l - g_.links]; gather.serves) {
+      float* out = first ? to : spare_.get();
+      std::fill_n(bordered_.get(), gather.border.numbers(), 0.f);
+      for (int64_t i = 0; i < n_; ++i) {
+        gather.border.fill(a + i * size_of(from), bordered_.get());
+        convolve_image(gather.border, bordered_.get(), s.channels / kLanes, gather.weight.get(), out + i * size_of(s),
+                       [] {});
+      }
+      if (!first) add_to(to, spare_.get(), 1.f, numbers);
+      return false;
+    }
     SpreadArgs p;
     p.a = a, p.weight = l.weight, p.out = first ? to : spare_.get();
     p.count = n_;
@@ -139,6 +175,8 @@ class Block {
 
   const GraphArgs& g_;
   const StagePlan& plan_;
+  const Gather* gathers_;  // of each link
+  Floats bordered_;
   std::unique_ptr<int64_t[]> offset_;
   Floats scaled_, values_, spare_;
   int64_t begin_ = 0, n_ = 0, zeros_[kStageRows];
@@ -149,9 +187,19 @@ class Block {
 
 void stage_rows_cpu(const GraphArgs& g) {
   const StagePlan plan(g);
+  int links = 0;
+  for (int i = 0; i < g.count; ++i) links = std::max(links, g.stages[i].first + g.stages[i].links);
+  const std::unique_ptr<Gather[]> gathers(new Gather[static_cast<size_t>(links + 1)]);
+  int64_t bordered = 0;
+  for (int i = 0; i < g.count; ++i)
+    for (int k = g.stages[i].first; k < g.stages[i].first + g.stages[i].links; ++k) {
+      gathers[static_cast<size_t>(k)].reset(g.links[k], g.stages[g.links[k].source], g.stages[i]);
+      if (gathers[static_cast<size_t>(k)].serves)
+        bordered = std::max(bordered, gathers[static_cast<size_t>(k)].border.numbers());
+    }
   const int64_t blocks = (g.rows + plan.block - 1) / plan.block;
   parallel_for(blocks, 1, [&](int64_t first, int64_t last) {
-    Block block(g, plan);
+    Block block(g, plan, gathers.get(), bordered);
     for (int64_t i = first; i < last; ++i) block.run(i * plan.block, std::min(plan.block, g.rows - i * plan.block));
   });
 }

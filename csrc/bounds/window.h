@@ -41,12 +41,5 @@ FR_HD float coefficient(const Rows& r, int64_t row, int64_t side_offset, int64_t
 // Rows that a thread takes at a time on the CPU.
 FR_HD int64_t grain_of(const Rows& r) { return r.length < 16384 ? 16384 / (r.length > 0 ? r.length : 1) : 1; }
 FR_HD int64_t example_of(const Rows& r, int64_t row) { return r.example != nullptr ? r.example[row] : row; }
-// Whether n rows from `row` on are whole maps of one example.
-FR_HD bool together(const Rows& r, int64_t row, int64_t n) {
-  if (r.corner_y != nullptr) return false;
-  for (int64_t k = 1; k < n; ++k)
-    if (example_of(r, row + k) != example_of(r, row)) return false;
-  return true;
-}
 
 FR_NS_END

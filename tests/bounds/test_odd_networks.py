@@ -22,7 +22,7 @@ C = nn.Conv2d
 class Net(nn.Module):
     """Parts and a function of them."""
 
-    def __init__(self, run: Callable[[Any, Tensor], Tensor], **parts: nn.Module) -> None:
+    def __init__(self, run: Callable[[Any, Tensor], Tensor], **parts: Any) -> None:
         super().__init__()
         self.run = run
         for name, part in parts.items():
@@ -70,6 +70,8 @@ NETS: dict[str, tuple[tuple[int, ...], Callable[[], nn.Module]]] = {
     "large kernels": ((1, 12, 12), lambda: sequence(C(1, 3, 11, 1, 5), nn.ReLU(), C(3, 20, 9, 3, 4), nn.ReLU())),
     "pools added": ((3, 8, 8), lambda: Net(lambda s, x: s.o(F.relu(F.avg_pool2d(s.a(x), 2) + F.avg_pool2d(s.b(x), 2)).flatten(1)), a=C(3, 4, 3, 1, 1), b=C(3, 4, 1), o=nn.LazyLinear(3))),
     "last dimension": ((5, 6), lambda: sequence(nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 4), nn.ReLU())),
+    "constants of one example": ((6,), lambda: Net(lambda s, x: s.b(F.relu(s.a(x) * s.f - s.f) + s.a(x)) / s.f, a=nn.Linear(6, 4), b=nn.Linear(4, 4), f=nn.Parameter(torch.rand(1, 4) + 0.5))),
+    "rectified vector": ((6,), lambda: nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU())),
     "linear": ((3, 4, 4), lambda: sequence()),
     "activation last": ((3, 6, 6), lambda: nn.Sequential(C(3, 4, 3), nn.ReLU(), C(4, 5, 3, 2, 1), nn.ReLU())),
     "activation first": ((3, 6, 6), lambda: sequence(nn.ReLU(), C(3, 4, 3), nn.ReLU(), C(4, 5, 3, 2, 1), nn.ReLU())),
@@ -139,3 +141,28 @@ def test_adjoints_of_pooling(pool: nn.Module, size: tuple[int, int]) -> None:
     assert A is not None and A.lower_A is not None
     rows = torch.func.vmap(torch.func.vjp(net, x)[1])(torch.eye(net(x).shape[1], dtype=torch.float64).unsqueeze(1))[0]
     torch.testing.assert_close(A.lower_A[0], rows[:, 0])
+
+
+def test_constants_that_are_trained_are_read_anew() -> None:
+    """A parameter that is subtracted, and values computed from parameters."""
+    torch.manual_seed(0)
+    p, w = nn.Parameter(torch.rand(4)), nn.Parameter(torch.randn(5, 4))
+    net = Net(lambda s, x: F.linear(F.relu(s.a(x) - s.p) * s.p.exp(), s.w * 2.0), a=nn.Linear(6, 4), p=p, w=w).eval()
+    net.a.bias.data += 2
+    x = torch.rand(2, 6)
+    for method in ("ibp", "crown-ibp", "crown"):
+        with torch.no_grad():
+            compute_bounds(net, x, 0.1, method=method)  # what was computed without gradients is not kept
+        for _ in range(2):
+            net.zero_grad()
+            found = compute_bounds(net, x, 0.1, method=method)
+            want = compute_bounds(net.double(), x.double(), 0.1, method=method)
+            net.float()
+            assert (found.lower - want.lower).abs().max() <= 1e-5
+            with torch.no_grad():
+                assert (compute_bounds(net, x, 0.0, method=method).lower - net(x)).abs().max() <= 1e-5
+            compute_bounds(net, x, 0.1, method=method).lower.sum().backward()
+            assert p.grad is not None and p.grad.abs().sum() > 0 and w.grad is not None
+            with torch.no_grad():
+                p *= 0.9
+                w *= 0.9

@@ -94,16 +94,19 @@ class Builder:
                 return lambda: v
             return lambda: torch.tensor(float(v), dtype=torch.float64)  # cast to what it meets
 
-        get_f, get_s = getter(factor), getter(shift)
         shape = (PROBE, *self.shape(x))
-        for get in (get_f, get_s):
+
+        def without_batch(get: G.Getter) -> G.Getter:
             t = get()
             if t is None:
-                continue
+                return get
             if t.dim() == len(shape) and t.shape[0] not in (1,):
                 raise self.fail("a constant with a batch dimension")
             if torch.broadcast_shapes(shape, tuple(t.shape)) != torch.Size(shape):
                 raise self.fail(f"a constant of shape {tuple(t.shape)} that enlarges a tensor of shape {shape[1:]}")
+            return (lambda: get().squeeze(0)) if t.dim() == len(shape) else get
+
+        get_f, get_s = without_batch(getter(factor)), without_batch(getter(shift))
         return self.add(
             G.Scale((x.index,), self.shape(x), self.where, get_factor=get_f, get_shift=get_s, get_shift_size=shift_size)
         )
@@ -239,7 +242,8 @@ class Builder:
                 raise self.fail(f"a sum of shapes {self.shape(a)} and {self.shape(b)}")
             return self.add(G.Sum((a.index, b.index), self.shape(a), self.where, signs=(1, sign)))
         if isinstance(a, Ref):
-            return self.affine(a, None, b if sign > 0 else (-b if isinstance(b, Tensor) else -float(b)))
+            minus = (lambda: -b) if isinstance(b, Tensor) else -float(b)  # read when the node runs
+            return self.affine(a, None, b if sign > 0 else minus)
         return self.affine(b, None if sign > 0 else -1.0, a)
 
     def multiply(self, a: Any, b: Any) -> Ref:

@@ -29,6 +29,8 @@ class Plan:
         if len(output.shape) != 1 or not graph.nodes[0].size:
             raise _Other
         self.top, below = _above(graph)
+        if not self.top:
+            raise _Other
         self.weights: list[Any] = []
         self.biases: list[Any] = []
         self.scales: list[tuple[Any, str]] = []

@@ -24,7 +24,9 @@ class _Tracer(fx.Tracer):
 
 
 class _Walk(Builder):
-    """Runs over the traced program."""
+    """Runs over the traced program. ``baked``: values that were computed from parameters, which a later call must compute again."""
+
+    baked = False
 
     def build(self) -> G.Graph:
         try:
@@ -35,6 +37,7 @@ class _Walk(Builder):
             raise ValueError(f"model: torch.fx cannot trace {type(self.model).__name__} ({error}); its forward must not branch on values") from error  # fmt: skip
         modules = dict(self.model.named_modules(remove_duplicate=False))
         env: dict[fx.Node, Any] = {}
+        self.held: set[fx.Node] = set()  # steps whose value is the module's own tensor, or computed from one
         placeholders = [n for n in traced.nodes if n.op == "placeholder"]
         required = [n for n in placeholders if not n.args]
         if len(required) > 1:
@@ -68,8 +71,13 @@ class _Walk(Builder):
             value = self.model
             for part in n.target.split("."):
                 value = getattr(value, part)
+            if isinstance(value, Tensor) and not n.target.startswith("_tensor_constant"):
+                self.held.add(n)
             return value
         touched = any(isinstance(v, Ref) for v in _flat((args, tuple(kwargs.values()))))
+        if not touched and (n.op == "call_module" or any(i in self.held for i in n.all_input_nodes)):
+            self.baked = True
+            self.held.add(n)
         if n.op == "call_module":
             m = modules[n.target]
             self.where = n.target
@@ -167,12 +175,14 @@ def trace(model: nn.Module, shape: tuple[int, ...], exact: bool = False) -> G.Gr
         return hit[1]
     if model._forward_hooks or model._forward_pre_hooks:
         raise unsupported(type(model).__name__ + " with forward hooks", "model")
-    built = _Walk(model, shape, not exact).build()
+    walk = _Walk(model, shape, not exact)
+    built = walk.build()
     if exact:
         for node in built.nodes:
             if isinstance(node, (G.Dense, G.Conv, G.ConvTranspose)):
                 node.get_weight, node.get_bias = _in_double(node.get_weight), _in_double(node.get_bias)
-    held[exact] = (key, built)
+    if not walk.baked:
+        held[exact] = (key, built)
     return built
 
 
