@@ -233,7 +233,9 @@ def _gradients(
     A, pick, *_ = given.pop()
     first = count - len(given)  # layers below this one went through one kernel
     if layers[0].dense:
-        below, scaled, found = kept["below"], None, None
+        below: Any = kept["below"]
+        scaled: Any = None
+        found = None
         lined = (lines[0].slopes, lines[0].intercepts)
         live = below is not None
         if not live:
