@@ -261,18 +261,21 @@ void chain_grad(const py::tuple& rows, const std::vector<std::array<int64_t, 19>
   without_gil(kReleaseGilAbove + 1, [&] { bounds().chain_grad(g); });
 }
 
-// tensors: scaled, from, starts, order or 0, to_scaled, to_weight
-void live_grad(const std::array<int64_t, 19>& step, int64_t examples, int64_t count, int64_t matrices,
-               const std::array<uintptr_t, 6>& tensors) {
+// tensors: from, from_b, starts, order or 0, to_a, to_slopes, to_intercepts, to_weight
+void live_grad(const std::array<int64_t, 19>& step, const py::tuple& rows, int64_t examples, int64_t matrices,
+               int64_t picked, const std::array<uintptr_t, 8>& tensors) {
   LiveGradArgs g;
   g.step = chain_step(step);
-  g.examples = examples, g.count = count, g.matrices = matrices;
-  g.scaled = pointer<const float>(tensors[0], count, "scaled");
-  g.from = pointer<const float>(tensors[1], count, "from");
+  g.rows = rows_from(rows);
+  g.examples = examples, g.matrices = matrices, g.picked = picked;
+  g.from = pointer<const float>(tensors[0], g.rows.count, "from");
+  g.from_b = pointer<const float>(tensors[1], g.rows.count, "from_b");
   g.starts = pointer<const int64_t>(tensors[2], 1, "starts");
   g.order = reinterpret_cast<const int64_t*>(tensors[3]);
-  g.to_scaled = pointer<float>(tensors[4], count, "to_scaled");
-  g.to_weight = pointer<float>(tensors[5], 1, "to_weight");
+  g.to_a = pointer<float>(tensors[4], 1, "to_a");
+  g.to_slopes = pointer<float>(tensors[5], examples, "to_slopes");
+  g.to_intercepts = pointer<float>(tensors[6], examples, "to_intercepts");
+  g.to_weight = pointer<float>(tensors[7], 1, "to_weight");
   without_gil(kReleaseGilAbove + 1, [&] { bounds().live_grad(g); });
 }
 

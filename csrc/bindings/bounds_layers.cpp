@@ -1,5 +1,6 @@
 // Layers of intervals and their gradients, on the CPU.
 #include <array>
+#include <cstring>
 #include <numeric>
 #include <vector>
 
@@ -72,6 +73,42 @@ bool sign_product(uintptr_t x, uintptr_t b, uintptr_t b_scale, uintptr_t scale, 
   bool done = false;
   without_gil(rows * count * columns / 4, [&] { done = bounds().sign_product(g); });
   return done;
+}
+
+// Margins: for each of `batch` labels the rows label minus other, `other` ascending. out [3][batch * (classes - 1)]:
+// example, label, other. False where a label is none.
+bool margin_rows(uintptr_t labels, int64_t batch, int64_t classes, uintptr_t out) {
+  const int64_t* label = pointer<const int64_t>(labels, batch, "labels");
+  const int64_t rows = batch * (classes - 1);
+  int64_t* to = pointer<int64_t>(out, rows, "out");
+  for (int64_t i = 0; i < batch; ++i) {
+    if (label[i] < 0 || label[i] >= classes) return false;
+    for (int64_t k = 0; k < classes; ++k)
+      if (k != label[i]) to[0] = i, to[rows] = label[i], to[2 * rows] = k, ++to;
+  }
+  return true;
+}
+
+// out[i] = from[pick[i]] - from[minus[i]]; minus or 0.
+void picked(uintptr_t from, uintptr_t pick, uintptr_t minus, uintptr_t out, int64_t count) {
+  const float* x = pointer<const float>(from, count, "from");
+  const int64_t* plus = pointer<const int64_t>(pick, count, "pick");
+  const int64_t* less = reinterpret_cast<const int64_t*>(minus);
+  float* to = pointer<float>(out, count, "out");
+  for (int64_t i = 0; i < count; ++i) to[i] = x[plus[i]] - (less != nullptr ? x[less[i]] : 0.f);
+}
+
+// Whether no number is infinite or NaN.
+bool all_finite(uintptr_t numbers, int64_t count) {
+  const float* x = pointer<const float>(numbers, count, "numbers");
+  constexpr uint32_t kExponent = 0x7f800000;
+  uint32_t found = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, x + i, sizeof bits);
+    found |= (bits & kExponent) == kExponent ? 1 : 0;
+  }
+  return found == 0;
 }
 
 void pick_grad(uintptr_t from, uintptr_t pick, uintptr_t minus, uintptr_t out, int64_t count, int64_t length,
@@ -149,6 +186,9 @@ void bind_bounds_layers(py::module_& m) {
   m.def("bounds_turn", &turn);
   m.def("bounds_product", &product);
   m.def("bounds_sign_product", &sign_product);
+  m.def("bounds_margin_rows", &margin_rows);
+  m.def("bounds_picked", &picked);
+  m.def("all_finite", &all_finite);
   m.def("bounds_pick_grad", &pick_grad);
   m.def("bounds_interval_grad", &interval_grad);
   m.def("bounds_relu_box", &relu_box);

@@ -272,17 +272,22 @@ struct PickGradArgs {
   int64_t count = 0, length = 0, rows = 0;
 };
 
-// Gradients of scaled W for rows behind an activation, of the neurons of each row's example that have lines; those of
-// others are zero. Rows are visited example by example, as in BackGradArgs.
+// Gradients of rows (A times a line's slope by sign) W, W of a dense layer, and of their bounds' part from intercepts:
+// of A, lines and W, of the neurons of each row's example that have lines. Rows are visited example by example, as in
+// BackGradArgs.
 struct LiveGradArgs {
-  ChainStep step;  // a dense layer, weight [channels][out map]
-  int64_t examples = 0, count = 0, matrices = 1;
-  const float* scaled = nullptr;    // [matrices, count, channels]
+  ChainStep step;  // weight [channels][out map]
+  Rows rows;
+  int64_t examples = 0, matrices = 1;
   const float* from = nullptr;      // [matrices, count, out map]
+  const float* from_b = nullptr;    // [sides, count]
   const int64_t* starts = nullptr;  // [examples + 1]
   const int64_t* order = nullptr;   // [count] or null
-  float* to_scaled = nullptr;       // like scaled
-  float* to_weight = nullptr;       // [channels][out map]
+  int64_t picked = 0;               // rows of A that `pick` and `minus` pick from, or 0: to_a [., count, channels]
+  float* to_a = nullptr;            // [picked, channels], or of each row
+  float* to_slopes = nullptr;
+  float* to_intercepts = nullptr;
+  float* to_weight = nullptr;  // [channels][out map]
 };
 
 // out = a b: a [rows, count] at a[row * a_row + k * a_step], b [count, columns] likewise, with one of b's strides 1.

@@ -4,7 +4,7 @@
 #include <cstring>
 
 #include "bounds/entry_cpu.h"
-#include "bounds/formulas.h"
+#include "bounds/line_grads.h"
 #include "bounds/serial_cpu.h"
 #include "bounds/window.h"
 #include "runtime/parallel.h"
@@ -84,22 +84,10 @@ void back_grad_row(const BackGradArgs& g, const int64_t* id, const Columns& colu
                     if (side == k)
                       v = coefficients(a[i] + k * r.side_stride,
                                        less[i] == nullptr ? less[i] : less[i] + k * r.side_stride, at, n);
-                    const auto positive = v >= zero;
-                    const Vec t(g.from_b[side * r.count + id[i]]), moved = t * v;
-                    // the line of this side serves positive coefficients, the other one negative
-                    const Vec own = select(positive, moved, zero), other = select(positive, zero, moved);
-                    add_b[side] = add_b[side] + own;
-                    add_b[1 - side] = add_b[1 - side] + other;
-                    out[k] = out[k] + t * (side == 0 ? by_sign(v, bl, bu) : by_sign(v, bu, bl));
-                    if (kTwo) {
-                      const Vec f = get(from + side * other_from, n), scaled = f * v;
-                      add_s[side] = add_s[side] + select(positive, scaled, zero);
-                      add_s[1 - side] = add_s[1 - side] + select(positive, zero, scaled);
-                      out[k] = out[k] + f * (side == 0 ? by_sign(v, sl, su) : by_sign(v, su, sl));
-                    } else if (side == k) {
-                      const Vec f = get(from + k * other_from, n);
-                      add_s[0] = add_s[0] + f * v;
-                      out[k] = out[k] + f * sl;
+                    intercept_grad(side, v, Vec(g.from_b[side * r.count + id[i]]), bl, bu, out[k], add_b);
+                    if (kTwo || side == k) {
+                      const Vec f = get(from + (kTwo ? side : k) * other_from, n);
+                      slope_grad<kTwo>(side, v, f, sl, su, out[k], add_s);
                     }
                   }
                   float* to = g.to_a + id[i] * r.length + at;

@@ -19,6 +19,7 @@ from fastrobust.bounds.margins import margins_of_plan
 from fastrobust.bounds.region import Region
 from fastrobust.bounds.stage_margins import margins_of_stages
 from fastrobust.bounds.trace import first_parameter, trace
+from fastrobust.ops.bounds import finite
 from fastrobust.ops.linear_bounds import check_norm
 from fastrobust.ops.margin_bounds import Rows
 
@@ -141,7 +142,7 @@ def compute_bounds(
             quick = margins_of_stages(graph, x, eps, clip, method, Rows(example, first, second, count), max_memory)
         if quick is not None:
             low, up = _sides(quick.view(count, x.shape[0], -1), negative)
-            if not _is_finite(low, up):
+            if not all(t is None or finite(t) for t in (low, up)):
                 explain_not_finite(model, low, up)
             return Bounds(low, up)
     if outward:
@@ -168,7 +169,7 @@ def compute_bounds(
             low, up = _sides(out.view(count, *shape), negative)
     if outward:
         low, up = None if low is None else O.round_down(low), None if up is None else O.round_up(up)
-    if not _is_finite(low, up):
+    if not all(t is None or finite(t) for t in (low, up)):
         explain_not_finite(model, low, up)
     linear = None
     if kept is not None:
@@ -186,10 +187,6 @@ def _sides(out: Tensor, negative: bool) -> tuple[Tensor | None, Tensor | None]:
     if negative:
         return None, -out[0]
     return out[0], out[1] if len(out) == 2 else None
-
-
-def _is_finite(*sides: Tensor | None) -> bool:
-    return all(t is None or math.isfinite(t.detach().sum().item()) for t in sides)
 
 
 def _linear_bounds(A: Tensor, b: Tensor, region: Region, outward: bool, count: int, negative: bool) -> LinearBounds:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastrobust.ops.bounds import finite, margin_rows
 from fastrobust.ops.linear_bounds import check_eps, check_norm
 
 
@@ -18,7 +19,7 @@ def check_inputs(x: Tensor, eps: float | Tensor, norm: float | str, clip: Any) -
         raise TypeError(f"x: got {x.dtype}, expected float32 or float64")
     if x.dim() < 2:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected (B, *shape)")
-    if not math.isfinite(x.detach().sum().item()) and not bool(torch.isfinite(x.detach()).all()):
+    if not finite(x):
         raise ValueError("x: holds NaN or infinite values, expected finite ones")
     check_eps(eps, x)
     if clip is not None:
@@ -68,19 +69,12 @@ def check_spec(
             raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected ({batch},)")
         if len(shape) != 1 or count < 2:
             raise ValueError(f"labels: the model's output has shape {shape} per example, expected (K,) with K >= 2")
-        labels = labels.to(device=device, dtype=torch.int64)
-        if batch:
+        labels = labels.to(device=device, dtype=torch.int64).contiguous()
+        found = margin_rows(labels, count)
+        if found is None:
             low, high = (t.item() for t in labels.aminmax())
-            if low < 0 or high >= count:
-                raise ValueError(f"labels: values in [{low}, {high}], expected [0, {count - 1}]")
-        others, own = torch.arange(count - 1, device=device), labels[:, None]
-        minus = others + (others >= own)
-        return (
-            _examples(batch, count - 1, device),
-            own.expand(-1, count - 1).contiguous().flatten(),
-            minus.flatten(),
-            None,
-        )
+            raise ValueError(f"labels: values in [{low}, {high}], expected [0, {count - 1}]")
+        return (*found, None)
     if spec is not None:
         if not isinstance(spec, Tensor) or spec.dtype != x.dtype:
             raise TypeError(

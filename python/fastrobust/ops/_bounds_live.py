@@ -95,21 +95,24 @@ def concretize_live(A: Tensor, b: Tensor, example: Tensor, steps: list[LiveStep]
     return out
 
 
-def live_gradient(step: LiveStep, scaled: Tensor, g: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
-    """Gradients of ``scaled`` (k, R, channels) and of the weight (channels, n), its columns channels last, of one dense step from
-    those of its rows at the input (k, R, n); zero for neurons without lines. groups: ``by_example`` of the rows."""
-    scaled, g, batch = dense(scaled), dense(g), step.slopes.shape[1]
+def live_gradient(
+    A: Tensor, rows: Tensor | None, minus: Tensor | None, example: Tensor, step: LiveStep, from_rows: Tensor, g: Tensor, groups: Groups
+) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:  # fmt: skip
+    """Gradients of rows that go through the lines and the dense layer of one step: of A (of the whole matrix where ``rows`` pick from
+    one, else (k, R, channels)), of slopes and intercepts, and of the weight (channels, n), its columns channels last; of lines and
+    weight only where a neuron has lines. From those of the rows at the input (k, R, n) and of the bounds, g (sides, R). groups:
+    ``by_example`` of the rows."""
+    A, from_rows, g = dense(A), dense(from_rows), dense(g)
+    rows, minus = (None if t is None else t.contiguous() for t in (rows, minus))
     told, kept = _told(step, False, None)
     starts, order = groups
-    to_scaled, to_weight = torch.empty_like(scaled), scaled.new_empty(scaled.shape[2], g.shape[2])
-    tensors = (
-        scaled.data_ptr(),
-        g.data_ptr(),
-        starts.data_ptr(),
-        address(order),
-        to_scaled.data_ptr(),
-        to_weight.data_ptr(),
-    )
-    _C.bounds_live_grad(told, batch, scaled.shape[1], scaled.shape[0], tensors)
-    del kept
-    return to_scaled, to_weight
+    picked = 0 if rows is None else A.shape[1]
+    to_a = A.new_empty(A.shape[1:] if picked else (A.shape[0], g.shape[1], A.shape[2]))
+    to_lines = torch.empty_like(kept[0]), torch.empty_like(kept[1])
+    to_weight = A.new_empty(A.shape[2], from_rows.shape[2])
+    tensors = [from_rows, g, starts, order, to_a, *to_lines, to_weight]
+    _C.bounds_live_grad(
+        told, rows_args(A, g, example, rows, minus, None, None, None), step.slopes.shape[1], from_rows.shape[0], picked,
+        list(map(address, tensors)),
+    )  # fmt: skip
+    return to_a, to_lines, to_weight

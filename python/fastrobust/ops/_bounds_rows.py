@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -26,6 +27,34 @@ def address(t: Tensor | None) -> int:
 
 def dense(t: Tensor) -> Tensor:
     return t.resolve_neg().contiguous()
+
+
+def finite(t: Tensor) -> bool:
+    """Whether no number is infinite or NaN."""
+    t = t.detach()
+    if _small(t) and native(t):
+        return bool(_C.all_finite(t.data_ptr(), t.numel()))
+    return math.isfinite(t.sum().item()) or bool(torch.isfinite(t).all())
+
+
+def margin_rows(labels: Tensor, classes: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """(example, label, other) of each row of margins z_y - z_j, j ascending without y; None where a label is out of range. labels:
+    (B,) int64."""
+    batch = len(labels)
+    if _small(labels):
+        out = torch.empty(3, batch * (classes - 1), dtype=torch.int64)
+        found = _C.bounds_margin_rows(labels.data_ptr(), batch, classes, out.data_ptr())
+        return (out[0], out[1], out[2]) if found else None
+    if batch and (int(labels.min()) < 0 or int(labels.max()) >= classes):
+        return None
+    others, own = torch.arange(classes - 1, device=labels.device), labels[:, None].expand(-1, classes - 1)
+    example = torch.arange(batch, device=labels.device)[:, None].expand(-1, classes - 1)
+    return example.flatten(), own.flatten(), (others + (others >= own)).flatten()
+
+
+def _small(t: Tensor) -> bool:
+    """Whether one thread of the compiled module is faster than torch's calls."""
+    return t.is_cpu and t.is_contiguous() and not t.is_neg() and t.numel() <= 1 << 20 and nothing_intercepts()
 
 
 def turned(t: Tensor, count: int, rows: int, columns: int) -> Tensor:

@@ -23,7 +23,7 @@ from ._bounds_graph import MOST_LINES, MOST_ROWS, GraphLink, GraphStage, concret
 from ._bounds_lines import interval_activation, relax, relax_behind
 from ._bounds_live import LiveStep, concretize_live, leaving_out_pays
 from ._bounds_product import product, product_with_transpose
-from ._bounds_rows import address, dense, native, spread_lanes
+from ._bounds_rows import address, dense, finite, margin_rows, native, spread_lanes
 from ._library import require_cuda_build, stream_of
 from .linear_bounds import (
     INF,
@@ -38,8 +38,8 @@ from .linear_bounds import (
 )
 
 __all__ = [
-    "MOST_LINES", "MOST_ROWS", "ConvStep", "GraphLink", "GraphStage", "LiveStep", "Window", "concretize", "concretize_graph", "concretize_live", "concretize_rows", "concretize_through", "direct", "interval_activation", "interval_ball_conv2d",
-    "interval_ball_linear", "interval_conv2d", "interval_linear", "leaving_out_pays", "linear_back_step", "native", "needs_grad", "product", "relax", "relax_behind", "spread", "spread_lanes",
+    "MOST_LINES", "MOST_ROWS", "ConvStep", "GraphLink", "GraphStage", "LiveStep", "Window", "concretize", "concretize_graph", "concretize_live", "concretize_rows", "concretize_through", "direct", "finite", "interval_activation", "interval_ball_conv2d",
+    "interval_ball_linear", "interval_conv2d", "interval_linear", "leaving_out_pays", "margin_rows", "linear_back_step", "native", "needs_grad", "product", "relax", "relax_behind", "spread", "spread_lanes",
 ]  # fmt: skip
 
 _TO_CENTER, _FROM_CENTER, _RELU_CENTER, _BOX, _BOX_ENDS = range(5)

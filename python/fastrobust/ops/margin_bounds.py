@@ -136,7 +136,9 @@ def _forward(
     if last is None:
         b = A.new_zeros(rows.sides, len(rows.plus))
     else:
-        b = (last[rows.plus] if rows.minus is None else last[rows.plus] - last[rows.minus]).expand(rows.sides, -1)
+        b = A.new_empty(1, len(rows.plus))
+        _C.bounds_picked(last.data_ptr(), rows.plus.data_ptr(), address(rows.minus), b.data_ptr(), b.shape[1])
+        b = b.expand(rows.sides, -1)
     if kept is not None:
         kept.update(ws=ws, bs=bs, lines=lines, given=[], between=None, below=None, groups=groups)
     box = (center, radius)
@@ -231,25 +233,31 @@ def _gradients(
     A, pick, *_ = given.pop()
     first = count - len(given)  # layers below this one went through one kernel
     if layers[0].dense:
-        below = kept["below"]
+        below: Any = kept["below"]
+        scaled: Any = None
+        found = None
         lined = (lines[0].slopes, lines[0].intercepts)
-        if below is None:
+        live = below is not None
+        if not live:
             below, (A, pick, scaled) = A, given.pop()
-        else:
-            scaled = linear._back_kernel(A, torch.zeros_like(g), *lined, example, pick[0], pick[1], None, None, [])[0]
-        found = _from_signs(below, scaled, ws[0], kept["bs"][0], lines[0], radius[0], g, example) if shared else None
-        if found is not None:
-            to_scaled, to_w[0], through_center = found
-        else:
+        if shared and lines[0].living >= _FEW:
+            if live:
+                scaled = linear._back_kernel(A, torch.zeros_like(g), *lined, example, pick[0], pick[1], None, None, [])[
+                    0
+                ]
+            found = _from_signs(below, scaled, ws[0], kept["bs"][0], lines[0], radius[0], g, example)
+        if found is None:
             args = [below, g, example, None, None, center, radius, None, None, 1.0, None, None, []]
             to_below, to_c, to_r = gradients.concretize_rows_kernel(args, [False] * 5 + [input_too] * 2, g, groups)
-            if kept["below"] is not None:
-                to_scaled, to_w[0] = live_gradient(_live_steps(layers[:1], ws, lines)[0], scaled, to_below, groups)
-            else:
-                to_scaled, to_w[0] = _product_gradient(scaled, ws[0], to_below)
-        to_a, *to_lines[0] = gradients.back_rows_kernel(
-            [A, g, *lined, example, *pick, None, None, []], to_scaled, g, groups
-        )
+        if live and found is None:
+            step = _live_steps(layers[:1], ws, lines)[0]
+            to_a, to_lines[0], to_w[0] = live_gradient(A, pick[0], pick[1], example, step, to_below, g, groups)
+            if pick[0] is not None:
+                to_w[count] = to_a
+        else:
+            to_scaled, to_w[0], through_center = found or (*_product_gradient(scaled, ws[0], to_below), None)
+            args = [A, g, *lined, example, *pick, None, None, []]
+            to_a, *to_lines[0] = gradients.back_rows_kernel(args, to_scaled, g, groups)
         first = 1
     else:
         steps = _steps(layers[:first], ws, lines)
@@ -265,7 +273,8 @@ def _gradients(
         args = [A, g, lines[i].slopes, lines[i].intercepts, example, *pick, None, None, []]
         to_a, *to_lines[i] = gradients.back_rows_kernel(args, to_scaled, g, groups)
     rows_of_last = len(parameters[count])
-    to_w[count] = gradients.pick_gradient(to_a[0], rows.plus, rows.minus, rows_of_last)
+    if to_w[count] is None:
+        to_w[count] = gradients.pick_gradient(to_a[0], rows.plus, rows.minus, rows_of_last)
     to_w[count] = _channels_first(to_w[count], layers[-1].shape)
     whole = g if len(g) == 1 else g.sum(0, keepdim=True)
     to_b[count] = gradients.pick_gradient(whole.view(-1, 1), rows.plus, rows.minus, rows_of_last).view(-1)
@@ -305,15 +314,16 @@ def _from_signs(
     multiplies is known from the intervals, and products with signs are cheap. None where this is not the way."""
     k, rows, n = A.shape
     m, batch = len(w), len(lines.center)
-    if min(rows, n) < _MANY or m < 16 or lines.living < _FEW:
+    if min(rows, n) < _MANY or m < 16:
         return None
     f, h = _factors(g, k)
     flat, given = A.flatten(0, 1), scaled.flatten(0, 1)
     to_scaled, to_w = torch.empty_like(given), torch.empty_like(w)
-    if not sign_product(flat.t(), given, radius, to_w.t(), h):
+    base = lines.center if bias is None else lines.center - bias, f, example.repeat(k)
+    if not (
+        sign_product(flat.t(), given, radius, to_w.t(), h) and sign_product(flat, w.t(), h, to_scaled, radius, base)
+    ):
         return None
-    center = lines.center if bias is None else lines.center - bias
-    sign_product(flat, w.t(), h, to_scaled, radius, (center, f, example.repeat(k)))
     through = torch.bmm(f.view(k * batch, 1, -1), given.view(k * batch, -1, m)).view(k, batch, m)
     return to_scaled.view(k, rows, m), to_w, through[0] if k == 1 else through.sum(0)
 
