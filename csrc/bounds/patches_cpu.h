@@ -131,30 +131,11 @@ void convolve_image(const Bordered& s, const float* image, int64_t vectors, cons
 template <int kTaps, int kOut>
 FR_HD void add_line_sums(const Bordered& s, const float* a, int64_t out_c, const float* image, int64_t lanes,
                          float* sums) {
-  Vec acc[kOut][kTaps];
-#pragma GCC unroll 8
-  for (int o = 0; o < kOut; ++o)
-#pragma GCC unroll 4
-    for (int t = 0; t < kTaps; ++t) acc[o][t] = load(sums + o * lanes + t * kLanes);
+  TapSums<kTaps, kOut> acc(sums, lanes);
   const int64_t right = s.stride_x * s.channels, down = s.stride_y * s.pitch();
-  for (int64_t y = 0; y < s.positions_h; ++y, image += down) {
-    const float* at = image;
-    for (int64_t x = 0; x < s.positions_w; ++x, at += right, a += out_c) {
-      Vec v[kTaps];
-#pragma GCC unroll 4
-      for (int t = 0; t < kTaps; ++t) v[t] = load(at + t * kLanes);
-#pragma GCC unroll 8
-      for (int o = 0; o < kOut; ++o) {
-        const Vec w(a[o]);
-#pragma GCC unroll 4
-        for (int t = 0; t < kTaps; ++t) acc[o][t] = fmadd(w, v[t], acc[o][t]);
-      }
-    }
-  }
-#pragma GCC unroll 8
-  for (int o = 0; o < kOut; ++o)
-#pragma GCC unroll 4
-    for (int t = 0; t < kTaps; ++t) store(sums + o * lanes + t * kLanes, acc[o][t]);
+  for (int64_t y = 0; y < s.positions_h; ++y, image += down)
+    for (int64_t x = 0; x < s.positions_w; ++x, a += out_c) acc.add(a, image + x * right);
+  acc.write(sums, lanes);
 }
 
 template <int kTaps>

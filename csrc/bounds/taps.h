@@ -58,30 +58,43 @@ FR_HD void all_products(int64_t in_c, int64_t stride, int64_t lanes, const float
 // Rows of patches lie this far apart: not a power of two, of which the first cache has few places.
 constexpr int64_t patch_stride(int64_t lanes) { return lanes + kLanes; }
 
+// Sums of kOut channels times kTaps vectors of taps, rows of `lanes` numbers, in registers.
+template <int kTaps, int kOut>
+struct TapSums {
+  Vec sum[kOut][kTaps];
+
+  FR_HD TapSums(const float* sums, int64_t lanes) {
+#pragma GCC unroll 8
+    for (int o = 0; o < kOut; ++o)
+#pragma GCC unroll 4
+      for (int t = 0; t < kTaps; ++t) sum[o][t] = load(sums + o * lanes + t * kLanes);
+  }
+  // sum[o] += a[o] * taps
+  FR_HD void add(const float* a, const float* taps) {
+    Vec v[kTaps];
+#pragma GCC unroll 4
+    for (int t = 0; t < kTaps; ++t) v[t] = load(taps + t * kLanes);
+#pragma GCC unroll 8
+    for (int o = 0; o < kOut; ++o) {
+      const Vec w(a[o]);
+#pragma GCC unroll 4
+      for (int t = 0; t < kTaps; ++t) sum[o][t] = fmadd(w, v[t], sum[o][t]);
+    }
+  }
+  FR_HD void write(float* sums, int64_t lanes) const {
+#pragma GCC unroll 8
+    for (int o = 0; o < kOut; ++o)
+#pragma GCC unroll 4
+      for (int t = 0; t < kTaps; ++t) store(sums + o * lanes + t * kLanes, sum[o][t]);
+  }
+};
+
 // sums[o][taps] += the sum over positions of a[position][o] * patch[position][taps]; rows of `lanes` numbers.
 template <int kTaps, int kOut>
 FR_HD void add_sums(const float* a, int64_t out_c, const float* patch, int64_t positions, int64_t lanes, float* sums) {
-  const int64_t stride = patch_stride(lanes);
-  Vec acc[kOut][kTaps];
-#pragma GCC unroll 8
-  for (int o = 0; o < kOut; ++o)
-#pragma GCC unroll 4
-    for (int t = 0; t < kTaps; ++t) acc[o][t] = load(sums + o * lanes + t * kLanes);
-  for (int64_t p = 0; p < positions; ++p) {
-    Vec v[kTaps];
-#pragma GCC unroll 4
-    for (int t = 0; t < kTaps; ++t) v[t] = load(patch + p * stride + t * kLanes);
-#pragma GCC unroll 8
-    for (int o = 0; o < kOut; ++o) {
-      const Vec w(a[p * out_c + o]);
-#pragma GCC unroll 4
-      for (int t = 0; t < kTaps; ++t) acc[o][t] = fmadd(w, v[t], acc[o][t]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int o = 0; o < kOut; ++o)
-#pragma GCC unroll 4
-    for (int t = 0; t < kTaps; ++t) store(sums + o * lanes + t * kLanes, acc[o][t]);
+  TapSums<kTaps, kOut> acc(sums, lanes);
+  for (int64_t p = 0; p < positions; ++p) acc.add(a + p * out_c, patch + p * patch_stride(lanes));
+  acc.write(sums, lanes);
 }
 
 template <int kTaps>

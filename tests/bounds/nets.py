@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+
+from fastrobust.bounds import api
 
 
 class Residual(nn.Module):
@@ -123,3 +127,17 @@ def points_of_set(x: Tensor, eps: Tensor | float, p: float, clip: tuple[float, f
     e = eps.view(-1, *[1] * (x.dim() - 1)) if isinstance(eps, Tensor) and eps.dim() == 1 else eps
     points = x + e * v
     return points if clip is None else points.clamp(*clip)
+
+
+def spied(monkeypatch: pytest.MonkeyPatch, name: str) -> list[bool]:
+    """Whether the function ``name`` of the interface took each call."""
+    calls: list[bool] = []
+    real = getattr(api, name)
+
+    def spy(*args: Any) -> Tensor | None:
+        out: Tensor | None = real(*args)
+        calls.append(out is not None)
+        return out
+
+    monkeypatch.setattr(api, name, spy)
+    return calls

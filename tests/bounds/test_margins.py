@@ -15,13 +15,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fastrobust import _C
-from fastrobust.bounds import api, compute_bounds
+from fastrobust.bounds import compute_bounds
 from fastrobust.ops import _bounds_autograd as gradients
 from fastrobust.ops import _bounds_chain, margin_bounds
 from fastrobust.ops import _bounds_conv as conv
 from fastrobust.ops import bounds as ops
 from fastrobust.ops._bounds_rows import turned
 from variant_runs import outputs_by_variant
+
+from .nets import spied
 
 NETS: dict[str, tuple[tuple[int, ...], Any]] = {
     "one layer": ((7,), lambda: [nn.Linear(7, 12), nn.ReLU(), nn.Linear(12, 5)]),
@@ -72,16 +74,7 @@ def near(got: list[Tensor], want: list[Tensor], tolerance: float = 2e-5) -> None
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether the op took each call in float32."""
-    calls: list[bool] = []
-    real = api.margins_of_plan
-
-    def spy(*args: Any) -> Tensor | None:
-        out = real(*args)
-        calls.append(out is not None)
-        return out
-
-    monkeypatch.setattr(api, "margins_of_plan", spy)
-    return calls
+    return spied(monkeypatch, "margins_of_plan")
 
 
 @pytest.mark.parametrize("name", NETS)

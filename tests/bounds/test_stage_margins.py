@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastrobust.bounds import api, compute_bounds
+from fastrobust.bounds import compute_bounds
 from variant_runs import outputs_by_variant
 
-from .nets import random_statistics
+from .nets import random_statistics, spied
 from .test_live_graph import IMAGE, Block, Forks, residual
 from .test_margins import bounds_and_gradients, near
 
@@ -77,16 +77,7 @@ def network(name: str) -> nn.Module:
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether the op took each call in float32."""
-    calls: list[bool] = []
-    real = api.margins_of_stages
-
-    def spy(*args: Any) -> Tensor | None:
-        out = real(*args)
-        calls.append(out is not None)
-        return out
-
-    monkeypatch.setattr(api, "margins_of_stages", spy)
-    return calls
+    return spied(monkeypatch, "margins_of_stages")
 
 
 @pytest.mark.parametrize("name", NETS)
