@@ -13,8 +13,10 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int kNarrow = 8, kWide = 6, kMaxVectors = 2;  // positions at one and at two vectors of channels
+constexpr int kAlone = kNarrow;                         // the same where the centre's product is alone
 #else
 constexpr int kNarrow = 2, kWide = 2, kMaxVectors = 1;
+constexpr int kAlone = 4;  // fewer sums than eight registers would wait for each other
 #endif
 
 // Padded copies of centre and radius, [batch][1 or 2][height][width][channels], and the weight as [taps][lanes].
@@ -144,12 +146,13 @@ void convolve(const IntervalConvArgs& g) {
     }
   });
   const bool wide = kMaxVectors > 1 && s.lanes > kLanes;
-  const int64_t positions = wide ? kWide : kNarrow, count = (total + positions - 1) / positions;
+  const int64_t narrow = g.radius == nullptr ? kAlone : kNarrow;
+  const int64_t positions = wide ? kWide : narrow, count = (total + positions - 1) / positions;
   const int64_t grain = std::max<int64_t>(1, 65536 / (positions * s.taps * s.lanes / kLanes));
   parallel_for(count, grain, [&](int64_t begin, int64_t end) {
     if (g.radius == nullptr)
       wide ? groups<kWide, kMaxVectors, false>(g, s, weight, images, begin, end)
-           : groups<kNarrow, 1, false>(g, s, weight, images, begin, end);
+           : groups<kAlone, 1, false>(g, s, weight, images, begin, end);
     else
       wide ? groups<kWide, kMaxVectors, true>(g, s, weight, images, begin, end)
            : groups<kNarrow, 1, true>(g, s, weight, images, begin, end);

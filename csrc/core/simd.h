@@ -134,6 +134,17 @@ typedef NativeD UnalignedD __attribute__((aligned(8), may_alias));
 #define FR_EACH _Pragma("GCC unroll 8") for (int i = 0; i < kRegs; ++i)
 #define FR_EACH2 _Pragma("GCC unroll 8") for (int i = 0; i < 2 * kRegs; ++i)
 
+// One load that broadcasts where a comes from memory; a sum with zero would add, shuffle, and lose the sign of -0.
+FR_HD NativeF splat(float a) {
+#if defined(__AVX__)
+  return (NativeF)_mm256_set1_ps(a);
+#elif defined(__x86_64__)
+  return (NativeF)_mm_set1_ps(a);
+#else
+  return (NativeF)vdupq_n_f32(a);
+#endif
+}
+
 struct Mask {
   NativeI r[kRegs];
 #define FR_MASK_OP(sign)                            \
@@ -150,13 +161,6 @@ struct Mask {
     return a;
   }
 };
-FR_HD bool any(Mask a) {
-  NativeI c = a.r[0];
-  FR_EACH c |= a.r[i];
-  int32_t bits = 0;
-  for (int i = 0; i < kWidth / 4; ++i) bits |= c[i];
-  return bits != 0;
-}
 FR_HD uint32_t bits(Mask a) {
   uint32_t b = 0;
 #if defined(__AVX__)
@@ -168,11 +172,22 @@ FR_HD uint32_t bits(Mask a) {
 #endif
   return b;
 }
+FR_HD bool any(Mask a) {
+#if defined(__x86_64__)
+  return bits(a) != 0;
+#else
+  NativeI c = a.r[0];
+  FR_EACH c |= a.r[i];
+  int32_t found = 0;
+  for (int i = 0; i < kWidth / 4; ++i) found |= c[i];
+  return found != 0;
+#endif
+}
 
 struct Vec {
   NativeF r[kRegs];
   Vec() = default;
-  FR_HD Vec(float a) { FR_EACH r[i] = NativeF{} + a; }
+  FR_HD Vec(float a) { FR_EACH r[i] = splat(a); }
 #define FR_ARITH(sign)                           \
   friend FR_HD Vec operator sign(Vec a, Vec b) { \
     FR_EACH a.r[i] = a.r[i] sign b.r[i];         \
@@ -235,6 +250,20 @@ FR_HD Vec load(const float* p) {
   return a;
 }
 FR_HD void store(float* p, Vec a) { FR_EACH* reinterpret_cast<UnalignedF*>(p + i * (kWidth / 4)) = a.r[i]; }
+#if defined(__AVX2__)
+// All bits of the lanes below n in register i.
+FR_HD __m256i lanes_below(int n, int i) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n - 8 * i), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+FR_HD Vec load_n(const float* p, int n) {
+  Vec a;
+  FR_EACH a.r[i] = (NativeF)_mm256_maskload_ps(p + 8 * i, lanes_below(n, i));
+  return a;
+}
+FR_HD void store_n(float* p, Vec a, int n) {
+  FR_EACH _mm256_maskstore_ps(p + 8 * i, lanes_below(n, i), (__m256)a.r[i]);
+}
+#else
 FR_HD Vec load_n(const float* p, int n) {
   float f[kLanes] = {};
   std::memcpy(f, p, static_cast<size_t>(n) * sizeof(float));
@@ -245,6 +274,7 @@ FR_HD void store_n(float* p, Vec a, int n) {
   store(f, a);
   std::memcpy(p, f, static_cast<size_t>(n) * sizeof(float));
 }
+#endif
 FR_HD void store_stream(float* p, Vec a) {
 #if defined(__AVX__)
   FR_EACH _mm256_stream_ps(p + 8 * i, (__m256)a.r[i]);

@@ -19,7 +19,7 @@ from fastrobust.ops import bounds as ops
 
 Step = tuple[G.Node, int]  # a layer and what its product returns (``ops.CENTER``, ``ops.RELU``)
 _WIDE = _C.cpu_variant() == "v4"  # our products are as fast as the vendor's there
-SMALL_BATCH = 128 if _WIDE else 16
+SMALL_BATCH = 128
 _MOST_WORK = 1 << 22  # numbers that a larger batch may use
 
 
@@ -29,6 +29,10 @@ class Chain:
     def __init__(self, graph: G.Graph, steps: list[Step]):
         self.steps, self.last = steps, cast(G.Dense, graph.nodes[graph.output])
         self.told = [_told(graph, *step) for step in steps]
+        # Examples up to which the kernel of small batches is the faster way. Convolutions read centre and radius at once there,
+        # which no two calls of the vendor's make up for.
+        one_call = _WIDE or any(isinstance(node, G.Conv) for node, _ in steps)
+        self.most = SMALL_BATCH if one_call else 32
         self.work: dict[int, int] = {}  # numbers that the kernel needs, by batch size
         self.layers: list[Any] = [None if isinstance(n, G.Reshape) else n for n, _ in steps] + [self.last]
 
@@ -77,7 +81,7 @@ def small_margins(model: nn.Module, x: Any, eps: Any, clip: Any, labels: Any, si
         return None
     graph = trace(model, tuple(x.shape[1:]))
     chain = chain_of(graph)
-    if chain is None or not graph.nodes[0].size or chain.last.shape[0] < 2:
+    if chain is None or batch > chain.most or not graph.nodes[0].size or chain.last.shape[0] < 2:
         return None
     parameters = chain.parameters()
     if not ops.direct(x, *parameters):
