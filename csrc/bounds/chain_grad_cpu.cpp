@@ -187,7 +187,7 @@ class Worker {
     const ChainStep& s = step.forward;
     const int64_t wide = padded(s.channels), size = before(s), positions = positions_of(s), images = matrices_[i] * n;
     const Bordered border = bordered(s);
-    const bool direct = border.whole_vectors() && wide <= kMostTurned * kLanes;  // without patches
+    const bool direct = border.whole_vectors() && wide <= kMostTaps * kLanes;  // without patches
     const bool alone = by_neuron(g_, i) && lists_[i].count * 4 < size * 3;
     if (alone) living_neurons(i, images, sums + plan_.weight_at[i]);
     for (int64_t image = 0; image < images && !alone; ++image) {

@@ -12,25 +12,26 @@ FR_NS_BEGIN
 FR_HD Vec fmadd(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
 FR_HD float lane_sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 #else
-FR_HD Vec fmadd(Vec a, Vec b, Vec c) {
+FR_HD NativeF fmadd_native(NativeF a, NativeF b, NativeF c) {
 #if defined(__FMA__)
-  for (int i = 0; i < kRegs; ++i) c.r[i] = (NativeF)_mm256_fmadd_ps((__m256)a.r[i], (__m256)b.r[i], (__m256)c.r[i]);
-  return c;
+  return (NativeF)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #elif defined(__aarch64__)
-  for (int i = 0; i < kRegs; ++i)
-    c.r[i] = (NativeF)vfmaq_f32((float32x4_t)c.r[i], (float32x4_t)a.r[i], (float32x4_t)b.r[i]);
-  return c;
+  return (NativeF)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
   return a * b + c;
 #endif
 }
+FR_HD Vec fmadd(Vec a, Vec b, Vec c) {
+  for (int i = 0; i < kRegs; ++i) c.r[i] = fmadd_native(a.r[i], b.r[i], c.r[i]);
+  return c;
+}
 // In the order of _mm512_reduce_add_ps: halves, quarters, eighths.
+FR_HD Quad quarters(Vec a) {
+  return fold(a, [](auto x, auto y) FR_INLINE_LAMBDA { return x + y; });
+}
 FR_HD float lane_sum(Vec a) {
-  float s[kLanes];
-  store(s, a);
-  for (int width = 8; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) s[i] += s[i + width];
-  return s[0];
+  const Quad s = quarters(a);
+  return (s[0] + s[2]) + (s[1] + s[3]);
 }
 #endif
 

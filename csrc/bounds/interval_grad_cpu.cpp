@@ -12,6 +12,8 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int kRows = 6, kVectors = 2;
+#elif defined(__AVX__) || defined(__aarch64__)
+constexpr int kRows = 6, kVectors = 1;
 #else
 constexpr int kRows = 2, kVectors = 1;
 #endif

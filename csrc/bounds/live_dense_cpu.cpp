@@ -17,7 +17,7 @@ namespace {
 #if defined(__AVX512F__)
 constexpr int kRows = 9, kVectors = 3;  // of a product in registers
 #elif defined(__AVX__) || defined(__aarch64__)
-constexpr int kRows = 3, kVectors = 2;
+constexpr int kRows = 6, kVectors = 1;
 #else
 constexpr int kRows = 3, kVectors = 1;
 #endif

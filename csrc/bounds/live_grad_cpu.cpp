@@ -8,17 +8,14 @@
 #include "bounds/line_grads.h"
 #include "bounds/live_cpu.h"
 #include "bounds/neurons_cpu.h"
+#include "bounds/parts.h"
 #include "bounds/window.h"
 #include "runtime/parallel.h"
 
 FR_NS_BEGIN
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kRows = 9;  // at a time
-#else
-constexpr int kRows = 3;
-#endif
+constexpr int kRows = kNeuronRows;      // at a time
 constexpr int64_t kBlock = 4 * kLanes;  // neurons of one task
 constexpr int64_t kColumns =
     28 * kLanes;  // at a time: the rows', the weight's and its gradient's stay in the first cache
@@ -36,45 +33,55 @@ template <int kR>
 void neuron_rows(Some& s, int64_t neuron, int64_t begin, int64_t end, const float* weight, float* to_weight,
                  int64_t next) {
   constexpr int kGroups = (kR + 3) / 4 * 4;
-  Vec sum[kGroups], factor[kR];
-  const float* from[kR];
+  Vec total[kGroups];
 #pragma GCC unroll 12
-  for (int r = 0; r < kGroups; ++r) sum[r] = Vec(0.f);
+  for (int r = 0; r < kGroups; ++r) total[r] = Vec(0.f);
+  const int64_t whole = begin + (end - begin) / kLanes * kLanes;
+#pragma GCC unroll 4
+  for (int part = 0; part < kParts; ++part) {
+    Part sum[kR], factor[kR];
+    const float* from[kR];
 #pragma GCC unroll 9
-  for (int r = 0; r < kR; ++r) factor[r] = Vec(s.scaled[r][neuron]), from[r] = s.from[r];
-  const auto one = [&](int64_t at, const auto& get, const auto& put) FR_INLINE_LAMBDA {
-    __builtin_prefetch(weight + next + at);
-    __builtin_prefetch(to_weight + next + at, 1);
-    const Vec w = get(weight + at);
-    Vec even = get(to_weight + at), odd(0.f);
+    for (int r = 0; r < kR; ++r) sum[r] = Part(0.f), factor[r] = Part(s.scaled[r][neuron]), from[r] = s.from[r];
+    const auto one = [&](int64_t at, const auto& get, const auto& put) FR_INLINE_LAMBDA {
+      const Part w = get(weight + at);
+      Part even = get(to_weight + at), odd(0.f);
 #pragma GCC unroll 9
-    for (int r = 0; r < kR; ++r) {
-      Vec x = get(from[r] + at);
-#if defined(__AVX512F__)
-      asm("" : "+v"(x.v));  // one load for both products: loads are what this loop is short of
-#endif
-      sum[r] = fmadd(w, x, sum[r]);
-      if (r % 2 == 0)
-        even = fmadd(factor[r], x, even);
-      else
-        odd = fmadd(factor[r], x, odd);
+      for (int r = 0; r < kR; ++r) {
+        const Part x = held(get(from[r] + at));  // one load for both products: loads are what this loop is short of
+        sum[r] = fmadd(w, x, sum[r]);
+        if (r % 2 == 0)
+          even = fmadd(factor[r], x, even);
+        else
+          odd = fmadd(factor[r], x, odd);
+      }
+      put(to_weight + at, even + odd);
+    };
+    for (int64_t at = begin; at < whole; at += kLanes) {
+      if (part == 0) {
+        __builtin_prefetch(weight + next + at);
+        __builtin_prefetch(to_weight + next + at, 1);
+      }
+      one(
+          at + part * kPartLanes, [](const float* p) FR_INLINE_LAMBDA { return load_part(p); },
+          [](float* p, Part v) FR_INLINE_LAMBDA { store_part(p, v); });
     }
-    put(to_weight + at, even + odd);
-  };
-  int64_t at = begin;
-  for (; at + kLanes <= end; at += kLanes)
-    one(
-        at, [](const float* p) FR_INLINE_LAMBDA { return load(p); },
-        [](float* p, Vec v) FR_INLINE_LAMBDA { store(p, v); });
-  if (at < end) {
-    const int rest = static_cast<int>(end - at);
-    one(
-        at, [rest](const float* p) FR_INLINE_LAMBDA { return load_n(p, rest); },
-        [rest](float* p, Vec v) FR_INLINE_LAMBDA { store_n(p, v, rest); });
+    if (whole < end) {
+      const int rest = static_cast<int>(end - whole);
+      one(
+          whole, [rest, part](const float* p) FR_INLINE_LAMBDA { return part_of(load_n(p, rest), part); },
+          [rest, part](float* p, Part v) FR_INLINE_LAMBDA {
+            Vec all = load_n(p, rest);
+            set_part(all, part, v);
+            store_n(p, all, rest);
+          });
+    }
+#pragma GCC unroll 9
+    for (int r = 0; r < kR; ++r) set_part(total[r], part, sum[r]);
   }
   float dots[kGroups];
 #pragma GCC unroll 3
-  for (int r = 0; r < kGroups; r += 4) four_sums(sum[r], sum[r + 1], sum[r + 2], sum[r + 3], dots + r);
+  for (int r = 0; r < kGroups; r += 4) four_sums(total[r], total[r + 1], total[r + 2], total[r + 3], dots + r);
   for (int r = 0; r < kR; ++r) s.to_scaled[r][neuron] += dots[r];
 }
 

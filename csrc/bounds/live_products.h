@@ -12,7 +12,7 @@ FR_NS_BEGIN
 #if defined(__AVX512F__)
 constexpr int kMostOut = 8, kMostVectors = 3;  // of a product in registers: outputs, vectors of rows
 #elif defined(__AVX__) || defined(__aarch64__)
-constexpr int kMostOut = 4, kMostVectors = 1;
+constexpr int kMostOut = 6, kMostVectors = 1;
 #else
 constexpr int kMostOut = 2, kMostVectors = 1;
 #endif
@@ -108,16 +108,16 @@ template <template <int> class Block, class Work>
 void over_rows(Work& work, int64_t group, int64_t items) {
   for (int64_t first = 0; first < items; first += kMostVectors * kLanes) {
     const int64_t n = std::min<int64_t>(items - first, kMostVectors * kLanes);
-    if constexpr (kMostVectors == 3) {
+    if constexpr (kMostVectors >= 3)
       if (n > 2 * kLanes) {
         Block<3>(work, group).run(first, n);
         continue;
       }
+    if constexpr (kMostVectors >= 2)
       if (n > kLanes) {
         Block<2>(work, group).run(first, n);
         continue;
       }
-    }
     Block<1>(work, group).run(first, n);
   }
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "bounds/fma.h"
+#include "bounds/parts.h"
 #include "core/simd.h"
 
 FR_NS_BEGIN
@@ -10,7 +11,7 @@ FR_NS_BEGIN
 #if defined(__AVX512F__)
 constexpr int kNeuronRows = 9;  // at a time
 #else
-constexpr int kNeuronRows = 3;
+constexpr int kNeuronRows = 5;
 #endif
 
 // The lane sums of four vectors, one after the other.
@@ -22,7 +23,9 @@ FR_HD void four_sums(Vec a, Vec b, Vec c, Vec d, float* to) {
   const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(quads), _mm512_extractf32x8_ps(quads, 1));
   _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
 #else
-  to[0] = lane_sum(a), to[1] = lane_sum(b), to[2] = lane_sum(c), to[3] = lane_sum(d);
+  Quad q[4] = {quarters(a), quarters(b), quarters(c), quarters(d)};
+  transpose(q);
+  store_quad(to, (q[0] + q[2]) + (q[1] + q[3]));
 #endif
 }
 
@@ -36,37 +39,40 @@ template <int kR>
 FR_HD void neuron_gradients(const WindowShape& s, const float* const* x, const float* factor, const float* weight,
                             float* to_weight, float* dots) {
   constexpr int kGroups = (kR + 3) / 4 * 4;
-  Vec sum[kGroups], f[kR];
+  Vec total[kGroups];
 #pragma GCC unroll 12
-  for (int r = 0; r < kGroups; ++r) sum[r] = Vec(0.f);
+  for (int r = 0; r < kGroups; ++r) total[r] = Vec(0.f);
+#pragma GCC unroll 4
+  for (int part = 0; part < kParts; ++part) {
+    Part sum[kR], f[kR];
 #pragma GCC unroll 9
-  for (int r = 0; r < kR; ++r) f[r] = Vec(factor[r]);
-  for (int64_t k = 0, at = 0; k < s.lines; ++k, at += s.pitch) {
-    const float* from[kR];
+    for (int r = 0; r < kR; ++r) sum[r] = Part(0.f), f[r] = Part(factor[r]);
+    const float* w_line = weight + part * kPartLanes;
+    float* to_line = to_weight + part * kPartLanes;
+    for (int64_t k = 0, at = part * kPartLanes; k < s.lines; ++k, at += s.pitch, w_line += s.line, to_line += s.line) {
+      const float* from[kR];
 #pragma GCC unroll 9
-    for (int r = 0; r < kR; ++r) from[r] = x[r] + at;
-    for (int64_t i = 0; i < s.line; i += kLanes) {
-      const Vec w = load(weight + i);
-      Vec even = load(to_weight + i), odd(0.f);
+      for (int r = 0; r < kR; ++r) from[r] = x[r] + at;
+      for (int64_t i = 0; i < s.line; i += kLanes) {
+        const Part w = load_part(w_line + i);
+        Part even = load_part(to_line + i), odd(0.f);
 #pragma GCC unroll 9
-      for (int r = 0; r < kR; ++r) {
-        Vec v = load(from[r] + i);
-#if defined(__AVX512F__)
-        asm("" : "+v"(v.v));  // one load for both products: loads are what this loop is short of
-#endif
-        sum[r] = fmadd(w, v, sum[r]);
-        if (r % 2 == 0)
-          even = fmadd(f[r], v, even);
-        else
-          odd = fmadd(f[r], v, odd);
+        for (int r = 0; r < kR; ++r) {
+          const Part v = held(load_part(from[r] + i));  // loads are what this loop is short of
+          sum[r] = fmadd(w, v, sum[r]);
+          if (r % 2 == 0)
+            even = fmadd(f[r], v, even);
+          else
+            odd = fmadd(f[r], v, odd);
+        }
+        store_part(to_line + i, even + odd);
       }
-      store(to_weight + i, even + odd);
     }
-    weight += s.line;
-    to_weight += s.line;
+#pragma GCC unroll 9
+    for (int r = 0; r < kR; ++r) set_part(total[r], part, sum[r]);
   }
 #pragma GCC unroll 3
-  for (int r = 0; r < kGroups; r += 4) four_sums(sum[r], sum[r + 1], sum[r + 2], sum[r + 3], dots + r);
+  for (int r = 0; r < kGroups; r += 4) four_sums(total[r], total[r + 1], total[r + 2], total[r + 3], dots + r);
 }
 
 using NeuronFn = void (*)(const WindowShape&, const float* const*, const float*, const float*, float*, float*);

@@ -61,13 +61,7 @@ inline void add_numbers(const float* FR_RESTRICT from, int64_t n, float* FR_REST
   for (int64_t i = 0; i < n; ++i) to[i] += from[i];
 }
 
-#if defined(__AVX512F__)
-constexpr int kMostWindows = 8;
-constexpr int kMostTurned = 4;  // vectors
-#else
-constexpr int kMostWindows = 2;
-constexpr int kMostTurned = 1;
-#endif
+constexpr int windows_for(int taps) { return kMostTaps == 4 ? (taps <= 2 ? 8 : 6) : positions_for(taps); }
 
 // out[p][0, kTaps vectors) = the window that starts at image + p * right, times turned [lines of taps][kTaps vectors].
 template <int kTaps, int kWindows>
@@ -101,21 +95,21 @@ void window_products(const Bordered& s, const float* image, const float* turned,
 }
 
 using WindowsFn = void (*)(const Bordered&, const float*, const float*, float*);
-template <int kTaps, int kWindows = kTaps <= 2 ? kMostWindows : kMostWindows - 2>
+template <int kTaps, int kWindows = windows_for(kTaps)>
 WindowsFn windows_fn(int64_t count) {
   if constexpr (kWindows > 1)
     if (count < kWindows) return windows_fn<kTaps, kWindows - 1>(count);
   return window_products<kTaps, kWindows>;
 }
 
-// The convolution of a bordered image, for at most kMostTurned vectors of channels, a few windows of a line at a time,
+// The convolution of a bordered image, for at most kMostTaps vectors of channels, a few windows of a line at a time,
 // as many as go into it evenly; calls between() before each.
 template <int kTaps = 1, class Between>
 void convolve_image(const Bordered& s, const float* image, int64_t vectors, const float* turned, float* out,
                     const Between& between) {
-  if constexpr (kTaps < kMostTurned)
+  if constexpr (kTaps < kMostTaps)
     if (vectors > kTaps) return convolve_image<kTaps + 1>(s, image, vectors, turned, out, between);
-  constexpr int64_t kMost = kTaps <= 2 ? kMostWindows : kMostWindows - 2;
+  constexpr int64_t kMost = windows_for(kTaps);
   const int64_t turns = (s.positions_w + kMost - 1) / kMost, per = (s.positions_w + turns - 1) / turns;
   for (int64_t y = 0; y < s.positions_h; ++y, image += s.stride_y * s.pitch())
     for (int64_t x = 0; x < s.positions_w; x += per) {
@@ -138,27 +132,15 @@ FR_HD void add_line_sums(const Bordered& s, const float* a, int64_t out_c, const
   acc.write(sums, lanes);
 }
 
-template <int kTaps>
-FR_HD void add_line_sums_of_channels(const Bordered& s, const float* a, int64_t out_c, const float* image,
-                                     int64_t lanes, float* sums) {
-  constexpr int kOut = kTaps <= 2 ? kGradChannels : kGradChannels / 2;
-  int64_t o = 0;
-  for (; o + kOut <= out_c; o += kOut) add_line_sums<kTaps, kOut>(s, a + o, out_c, image, lanes, sums + o * lanes);
-  for (; o < out_c; ++o) add_line_sums<kTaps, 1>(s, a + o, out_c, image, lanes, sums + o * lanes);
-}
-
 // All taps, where a line of them is whole vectors: without patches, from the image, which stays in the first cache.
 inline void add_window_sums(const Bordered& s, const float* a, int64_t out_c, const float* image, int64_t lanes,
                             float* sums) {
-  for (int64_t ky = 0; ky < s.kernel_h; ++ky, image += s.pitch(), sums += s.line()) {
-    int64_t t = 0;
-    for (; t + 4 * kLanes <= s.line(); t += 4 * kLanes)
-      add_line_sums_of_channels<4>(s, a, out_c, image + t, lanes, sums + t);
-    const int64_t rest = (s.line() - t) / kLanes;
-    if (rest == 1) add_line_sums_of_channels<1>(s, a, out_c, image + t, lanes, sums + t);
-    if (rest == 2) add_line_sums_of_channels<2>(s, a, out_c, image + t, lanes, sums + t);
-    if (rest == 3) add_line_sums_of_channels<3>(s, a, out_c, image + t, lanes, sums + t);
-  }
+  for (int64_t ky = 0; ky < s.kernel_h; ++ky, image += s.pitch(), sums += s.line())
+    blocks_of_taps(s.line(), [&](auto block, int64_t t) FR_INLINE_LAMBDA {
+      blocks_of_channels<block.value>(out_c, [&](auto channels, int64_t o) FR_INLINE_LAMBDA {
+        add_line_sums<block.value, channels.value>(s, a + o, out_c, image + t, lanes, sums + o * lanes + t);
+      });
+    });
 }
 
 template <int kTaps, class Between>
@@ -169,24 +151,23 @@ void convolve_with(const float* patch, int64_t positions, int64_t lanes, const f
   int64_t p = 0;
   for (; p + kPositions <= positions; p += kPositions) {
     between();
-    all_products<kTaps, kPositions>(lanes, stride, wide, patch + p * stride, turned, out + p * wide);
+    all_products<kTaps, kPositions>(lanes, stride, wide, patch + p * stride, turned, false, out + p * wide);
   }
-  for (; p < positions; ++p) all_products<kTaps, 1>(lanes, stride, wide, patch + p * stride, turned, out + p * wide);
+  for (; p < positions; ++p)
+    all_products<kTaps, 1>(lanes, stride, wide, patch + p * stride, turned, false, out + p * wide);
 }
 
 // out[position][0, wide) = patch[position] * turned; calls between() now and then.
 template <class Between>
 void convolve(const float* patch, int64_t positions, int64_t lanes, const float* turned, int64_t wide, float* out,
               const Between& between) {
-#if defined(__AVX512F__)
   const int64_t vectors = wide / kLanes;
-  const auto f = vectors == 1   ? convolve_with<1, Between>
-                 : vectors == 2 ? convolve_with<2, Between>
-                 : vectors == 3 ? convolve_with<3, Between>
-                                : convolve_with<4, Between>;
-#else
-  const auto f = wide == kLanes ? convolve_with<1, Between> : convolve_with<2, Between>;
-#endif
+  auto f = convolve_with<kTapBlock, Between>;
+  if constexpr (kTapBlock == 4)
+    if (vectors <= 3)
+      f = vectors == 1   ? convolve_with<1, Between>
+          : vectors == 2 ? convolve_with<2, Between>
+                         : convolve_with<3, Between>;
   f(patch, positions, lanes, turned, wide, out, between);
 }
 

@@ -6,6 +6,8 @@
 #include "bounds/entry_cpu.h"
 #include "bounds/serial_cpu.h"
 #include "bounds/taps.h"
+#include "core/floats.h"
+#include "core/quads.h"
 #include "runtime/parallel.h"
 
 FR_NS_BEGIN
@@ -13,11 +15,7 @@ namespace {
 
 constexpr int64_t kTarget = 6144;  // taps that stay in the first cache
 
-typedef float Quad __attribute__((vector_size(16), aligned(4), may_alias));
-
-FR_HD void add_quad(float* o, const float* v) {
-  *reinterpret_cast<Quad*>(o) = *reinterpret_cast<const Quad*>(o) + *reinterpret_cast<const Quad*>(v);
-}
+FR_HD void add_quad(float* o, const float* v) { store_quad(o, load_quad(o) + load_quad(v)); }
 
 FR_HD void add_to(float* FR_RESTRICT o, const float* FR_RESTRICT v, int64_t n) {
   int64_t i = 0;
@@ -83,8 +81,8 @@ class Lines {
  public:
   // Whether the lines of a row of positions lie side by side, and enough of them fit.
   static bool serve(const SpreadArgs& g) {
-    return g.kernel_w == 4 && g.out_c == 1 && 4 % g.stride_x == 0 && g.pad_x < kLanes && g.origin_y == nullptr &&
-           Lines(g).numbers() <= kMost;
+    return g.lanes == kLanes && g.kernel_w == 4 && g.out_c == 1 && 4 % g.stride_x == 0 && g.pad_x < kLanes &&
+           g.origin_y == nullptr && Lines(g).numbers() <= kMost;
   }
   explicit Lines(const SpreadArgs& g)
       : g_(g),
@@ -175,6 +173,10 @@ void spread_range(const SpreadArgs& g, int64_t begin, int64_t end, const AddRow&
   constexpr int kPositions = positions_for(kTaps);
   alignas(64) float taps[kSpreadBuffer];
   const int64_t stop = end * g.in_h * g.in_w;
+  const bool blocked = g.lanes > kTaps * kLanes && (end - begin) * g.in_h * g.in_w >= 16 * kPositions;
+  const Floats blocks(blocked ? g.in_c * g.lanes : 0);
+  if (blocked) block_weights<kTaps>(g.in_c, g.lanes, g.weight, blocks.get());
+  const float* weight = blocked ? blocks.get() : g.weight;
   const int64_t target = std::max<int64_t>(1, kTarget / (g.in_w * g.lanes)) * g.in_w;  // whole rows of positions
   int64_t base = begin * g.in_h * g.in_w, filled = 0;                                  // taps of [base, base + filled)
   while (base < stop) {
@@ -182,10 +184,10 @@ void spread_range(const SpreadArgs& g, int64_t begin, int64_t end, const AddRow&
     while (filled < wanted) {
       const float* a = g.a + (base + filled) * g.in_c;
       if (base + filled + kPositions <= stop) {
-        all_products<kTaps, kPositions>(g.in_c, g.in_c, g.lanes, a, g.weight, taps + filled * g.lanes);
+        all_products<kTaps, kPositions>(g.in_c, g.in_c, g.lanes, a, weight, blocked, taps + filled * g.lanes);
         filled += kPositions;
       } else {
-        all_products<kTaps, 1>(g.in_c, g.in_c, g.lanes, a, g.weight, taps + filled * g.lanes);
+        all_products<kTaps, 1>(g.in_c, g.in_c, g.lanes, a, weight, blocked, taps + filled * g.lanes);
         ++filled;
       }
     }
@@ -213,15 +215,13 @@ void spread_rows(const SpreadArgs& g, int64_t begin, int64_t end) {
 void spread_items(const SpreadArgs& g, int64_t begin, int64_t end) {
   using Fn = void (*)(const SpreadArgs&, int64_t, int64_t);
   const int64_t vectors = g.lanes / kLanes;
-  Fn f = spread_rows<4>;
-#if defined(__AVX512F__)
-  if (vectors <= 3)
-    f = vectors == 1 ? spread_rows<1> : vectors == 2 ? spread_rows<2> : spread_rows<3>;
-  else if (vectors % 4 != 0 && vectors % 3 == 0)
-    f = spread_rows<3>;
-#else
-  f = vectors == 1 ? spread_rows<1> : spread_rows<2>;
-#endif
+  Fn f = spread_rows<kTapBlock>;
+  if constexpr (kTapBlock == 4) {
+    if (vectors <= 3)
+      f = vectors == 1 ? spread_rows<1> : vectors == 2 ? spread_rows<2> : spread_rows<3>;
+    else if (vectors % 4 != 0 && vectors % 3 == 0)
+      f = spread_rows<3>;
+  }
   f(g, begin, end);
 }
 

@@ -49,7 +49,7 @@ struct GradPlan {
                     l.kernel_w,      l.stride_y,     l.stride_x,   l.pad_y,     l.pad_x};
         c.channels = from.channels, c.wide = padded(from.channels), c.lanes = l.lanes;
         c.positions = from.map_height * from.map_width;
-        c.direct = c.border.whole_vectors() && c.wide <= kMostTurned * kLanes;
+        c.direct = c.border.whole_vectors() && c.wide <= kMostTaps * kLanes;
         c.turned = Floats::zeros(c.lanes * c.wide);
         for (int64_t o = 0; o < c.channels; ++o)
           for (int64_t t = 0; t < c.lanes; ++t) c.turned[t * c.wide + o] = l.weight[o * c.lanes + t];

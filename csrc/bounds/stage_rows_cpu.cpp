@@ -22,8 +22,8 @@ struct Gather {
 
   void reset(const GraphLink& l, const GraphStage& from, const GraphStage& to) {
     const int64_t up = l.kernel_h - 1 - l.pad_y, left = l.kernel_w - 1 - l.pad_x;
-    serves = kMostTurned > 1 && !l.identity && l.stride_y == 1 && l.stride_x == 1 && up >= 0 && left >= 0 &&
-             to.channels % kLanes == 0 && to.channels <= kMostTurned * kLanes;
+    serves = kMostTaps > 1 && !l.identity && l.stride_y == 1 && l.stride_x == 1 && up >= 0 && left >= 0 &&
+             to.channels % kLanes == 0 && to.channels <= kMostTaps * kLanes;
     if (!serves) return;
     border = {
         to.map_height, to.map_width, from.map_height, from.map_width, from.channels, l.kernel_h, l.kernel_w, 1, 1, up,

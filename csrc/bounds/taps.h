@@ -1,23 +1,49 @@
 // Products of positions with taps, from registers: what convolutions, their adjoints and their gradients are made of.
 #pragma once
 
+#include <type_traits>
+
 #include "bounds/fma.h"
 #include "core/macros.h"
 
 FR_NS_BEGIN
 
+// How many positions, and of the gradients' sums how many channels, are in registers beside so many vectors of taps.
 #if defined(__AVX512F__)
-constexpr int positions_for(int taps) { return taps == 1 ? 12 : taps == 2 ? 12 : taps == 3 ? 8 : 6; }
-constexpr int kGradChannels = 8;  // of weight_sums at one or two vectors
+constexpr int kMostTaps = 4;
+constexpr int positions_for(int taps) { return taps <= 2 ? 12 : taps == 3 ? 8 : 6; }
+constexpr int channels_for(int taps) { return taps <= 2 ? 8 : 4; }
+#elif defined(__AVX__) || defined(__aarch64__)
+constexpr int kMostTaps = 2;
+constexpr int positions_for(int taps) { return taps == 1 ? 6 : 2; }
+constexpr int channels_for(int taps) { return taps == 1 ? 6 : 2; }
 #else
-constexpr int positions_for(int taps) { return taps == 1 ? 4 : 2; }
-constexpr int kGradChannels = 2;
+constexpr int kMostTaps = 1;
+constexpr int positions_for(int) { return 2; }
+constexpr int channels_for(int) { return 2; }
 #endif
+// Blocks that taps are taken in: two vectors at a time leave registers for few positions only.
+constexpr int kTapBlock = kMostTaps == 4 ? 4 : 1;
+
+// Calls f(vectors, first) for blocks of kTaps vectors of taps, the rest in one smaller block.
+template <int kTaps = kTapBlock, class F>
+FR_HD void blocks_of_taps(int64_t lanes, const F& f) {
+  int64_t t = 0;
+  for (; t + kTaps * kLanes <= lanes; t += kTaps * kLanes) f(std::integral_constant<int, kTaps>(), t);
+  const int64_t rest = (lanes - t) / kLanes;
+  if constexpr (kTaps > 1)
+    if (rest == 1) f(std::integral_constant<int, 1>(), t);
+  if constexpr (kTaps > 2)
+    if (rest == 2) f(std::integral_constant<int, 2>(), t);
+  if constexpr (kTaps > 3)
+    if (rest == 3) f(std::integral_constant<int, 3>(), t);
+}
 
 // taps[p][0, kTaps) = the sum over channels of a[p][c] * weight[c][0, kTaps), in vectors; rows of `lanes` numbers,
-// those of a `stride` apart.
+// those of a `stride` and those of the weight `apart`.
 template <int kTaps, int kPositions>
-FR_HD void products(int64_t in_c, int64_t stride, int64_t lanes, const float* a, const float* weight, float* taps) {
+FR_HD void products(int64_t in_c, int64_t stride, int64_t lanes, int64_t apart, const float* a, const float* weight,
+                    float* taps) {
   Vec acc[kPositions][kTaps];
 #pragma GCC unroll 12
   for (int p = 0; p < kPositions; ++p)
@@ -26,7 +52,7 @@ FR_HD void products(int64_t in_c, int64_t stride, int64_t lanes, const float* a,
   for (int64_t c = 0; c < in_c; ++c) {
     Vec w[kTaps];
 #pragma GCC unroll 4
-    for (int t = 0; t < kTaps; ++t) w[t] = load(weight + c * lanes + t * kLanes);
+    for (int t = 0; t < kTaps; ++t) w[t] = load(weight + c * apart + t * kLanes);
 #pragma GCC unroll 12
     for (int p = 0; p < kPositions; ++p) {
       const Vec v(a[p * stride + c]);
@@ -40,19 +66,27 @@ FR_HD void products(int64_t in_c, int64_t stride, int64_t lanes, const float* a,
     for (int t = 0; t < kTaps; ++t) store(taps + p * lanes + t * kLanes, acc[p][t]);
 }
 
-// All taps: blocks of kTaps vectors, the rest in one smaller block.
+// All taps: blocks of kTaps vectors, the rest in one smaller block. blocked: the weights are those of `block_weights`.
 template <int kTaps, int kPositions>
-FR_HD void all_products(int64_t in_c, int64_t stride, int64_t lanes, const float* a, const float* weight, float* taps) {
-  int64_t t = 0;
-  for (; t + kTaps * kLanes <= lanes; t += kTaps * kLanes)
-    products<kTaps, kPositions>(in_c, stride, lanes, a, weight + t, taps + t);
-  const int64_t rest = (lanes - t) / kLanes;
-  if constexpr (kTaps > 1)
-    if (rest == 1) products<1, kPositions>(in_c, stride, lanes, a, weight + t, taps + t);
-  if constexpr (kTaps > 2)
-    if (rest == 2) products<2, kPositions>(in_c, stride, lanes, a, weight + t, taps + t);
-  if constexpr (kTaps > 3)
-    if (rest == 3) products<3, kPositions>(in_c, stride, lanes, a, weight + t, taps + t);
+FR_HD void all_products(int64_t in_c, int64_t stride, int64_t lanes, const float* a, const float* weight, bool blocked,
+                        float* taps) {
+  const auto block = [&](auto width, int64_t t) FR_INLINE_LAMBDA {
+    constexpr int kWidth = width.value;
+    products<kWidth, kPositions>(in_c, stride, lanes, blocked ? kWidth * kLanes : lanes, a,
+                                 weight + (blocked ? t * in_c : t), taps + t);
+  };
+  blocks_of_taps<kTaps>(lanes, block);
+}
+
+// Rows of weights as blocks of kTaps vectors: rows of a block are next to each other, for a power of two apart they
+// would share few places of the first cache.
+template <int kTaps>
+void block_weights(int64_t in_c, int64_t lanes, const float* weight, float* to) {
+  for (int64_t t = 0; t < lanes; t += kTaps * kLanes) {
+    const int64_t width = lanes - t < kTaps * kLanes ? lanes - t : kTaps * kLanes;
+    for (int64_t c = 0; c < in_c; ++c)
+      for (int64_t k = 0; k < width; k += kLanes, to += kLanes) store(to, load(weight + c * lanes + t + k));
+  }
 }
 
 // Rows of patches lie this far apart: not a power of two, of which the first cache has few places.
@@ -97,25 +131,22 @@ FR_HD void add_sums(const float* a, int64_t out_c, const float* patch, int64_t p
   acc.write(sums, lanes);
 }
 
-template <int kTaps>
-FR_HD void add_sums_of_channels(const float* a, int64_t out_c, const float* patch, int64_t positions, int64_t lanes,
-                                float* sums) {
-  constexpr int kOut = kTaps <= 2 ? kGradChannels : kGradChannels / 2;
-  int64_t o = 0;
-  for (; o + kOut <= out_c; o += kOut) add_sums<kTaps, kOut>(a + o, out_c, patch, positions, lanes, sums + o * lanes);
-  for (; o < out_c; ++o) add_sums<kTaps, 1>(a + o, out_c, patch, positions, lanes, sums + o * lanes);
+// Calls f(channels, first) for blocks of as many channels as go beside kTaps vectors, the rest in one smaller block.
+template <int kTaps, int kOut = channels_for(kTaps), class F>
+FR_HD void blocks_of_channels(int64_t out_c, const F& f, int64_t o = 0) {
+  for (; o + kOut <= out_c; o += kOut) f(std::integral_constant<int, kOut>(), o);
+  if constexpr (kOut > 1)
+    if (o < out_c) blocks_of_channels<kTaps, kOut - 1>(out_c, f, o);
 }
 
-// Of any number of taps.
+// Of any number of channels and taps.
 inline void add_sums_of_taps(const float* a, int64_t out_c, const float* patch, int64_t positions, int64_t lanes,
                              float* sums) {
-  int64_t t = 0;
-  for (; t + 4 * kLanes <= lanes; t += 4 * kLanes)
-    add_sums_of_channels<4>(a, out_c, patch + t, positions, lanes, sums + t);
-  const int64_t rest = (lanes - t) / kLanes;
-  if (rest == 1) add_sums_of_channels<1>(a, out_c, patch + t, positions, lanes, sums + t);
-  if (rest == 2) add_sums_of_channels<2>(a, out_c, patch + t, positions, lanes, sums + t);
-  if (rest == 3) add_sums_of_channels<3>(a, out_c, patch + t, positions, lanes, sums + t);
+  blocks_of_taps(lanes, [&](auto block, int64_t t) FR_INLINE_LAMBDA {
+    blocks_of_channels<block.value>(out_c, [&](auto channels, int64_t o) FR_INLINE_LAMBDA {
+      add_sums<block.value, channels.value>(a + o, out_c, patch + t, positions, lanes, sums + o * lanes + t);
+    });
+  });
 }
 
 FR_NS_END

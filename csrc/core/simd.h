@@ -9,6 +9,9 @@
 
 #include "core/half.h"
 #include "core/macros.h"
+#if !defined(__CUDACC__)
+#include "core/quads.h"
+#endif
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -142,6 +145,15 @@ FR_HD NativeF splat(float a) {
   return (NativeF)_mm_set1_ps(a);
 #else
   return (NativeF)vdupq_n_f32(a);
+#endif
+}
+FR_HD NativeD splat(double a) {
+#if defined(__AVX__)
+  return (NativeD)_mm256_set1_pd(a);
+#elif defined(__x86_64__)
+  return (NativeD)_mm_set1_pd(a);
+#else
+  return (NativeD)vdupq_n_f64(a);
 #endif
 }
 
@@ -312,7 +324,7 @@ FR_HD Vec scale_exponent(Vec p, Vec t) {
 struct DVec {
   NativeD r[2 * kRegs];
   DVec() = default;
-  FR_HD DVec(double a) { FR_EACH2 r[i] = NativeD{} + a; }
+  FR_HD DVec(double a) { FR_EACH2 r[i] = splat(a); }
 #define FR_ARITH(sign)                              \
   friend FR_HD DVec operator sign(DVec a, DVec b) { \
     FR_EACH2 a.r[i] = a.r[i] sign b.r[i];           \
@@ -354,20 +366,36 @@ FR_HD void store(double* p, DVec a) { FR_EACH2* reinterpret_cast<UnalignedD*>(p 
 #undef FR_EACH
 #undef FR_EACH2
 
-// Sums and maxima over the lanes in one fixed order.
+// Sums and maxima over the lanes in one fixed order: halves onto each other.
 FR_HD double sum(DVec a) {
-  double s[kLanes];
-  store(s, a);
-  for (int width = 8; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) s[i] += s[i + width];
-  return s[0];
+#pragma GCC unroll 4
+  for (int n = kRegs; n > 0; n /= 2)
+#pragma GCC unroll 4
+    for (int i = 0; i < n; ++i) a.r[i] = a.r[i] + a.r[i + n];
+#if defined(__AVX__)
+  const __m128d s = _mm_add_pd(_mm256_castpd256_pd128((__m256d)a.r[0]), _mm256_extractf128_pd((__m256d)a.r[0], 1));
+  return s[0] + s[1];
+#else
+  return a.r[0][0] + a.r[0][1];
+#endif
+}
+// Lanes i, i + 4, i + 8 and i + 12 by op.
+template <class Op>
+FR_HD Quad fold(Vec a, const Op& op) {
+#pragma GCC unroll 4
+  for (int n = kRegs / 2; n > 0; n /= 2)
+#pragma GCC unroll 4
+    for (int i = 0; i < n; ++i) a.r[i] = op(a.r[i], a.r[i + n]);
+#if defined(__AVX__)
+  return op((Quad)_mm256_castps256_ps128((__m256)a.r[0]), (Quad)_mm256_extractf128_ps((__m256)a.r[0], 1));
+#else
+  return (Quad)a.r[0];
+#endif
 }
 FR_HD float max_lane(Vec a) {
-  float s[kLanes];
-  store(s, a);
-  float m = s[0];
-  for (int i = 1; i < kLanes; ++i) m = s[i] > m ? s[i] : m;
-  return m;
+  const auto larger = [](auto x, auto y) FR_INLINE_LAMBDA { return y > x ? y : x; };
+  const Quad m = fold(a, larger);
+  return larger(larger(m[0], m[2]), larger(m[1], m[3]));
 }
 #endif  // __AVX512F__
 

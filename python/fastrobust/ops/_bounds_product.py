@@ -12,9 +12,8 @@ from .. import _C
 from ._bounds_rows import address, native
 from ._library import nothing_intercepts
 
-_WIDE = _C.cpu_variant() == "v4"
-
-
+_VARIANT = _C.cpu_variant()
+_WIDE = _VARIANT == "v4"
 _MOST_COUNT = 2048  # numbers in a sum, of our kernel: a packed panel stays in the second cache
 
 
@@ -39,9 +38,9 @@ def product_with_transpose(a: Tensor, weight: Tensor, bias: Tensor | None = None
 
 
 def matrix_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b for a (R, K) and b (K, N), not recorded. Elsewhere than in our kernel large ones on the CPU run as the adjoint of a 1 x 1
+    """a @ b for a (R, K) and b (K, N), not recorded. With AVX-512, large ones outside our kernel run as the adjoint of a 1 x 1
     convolution: oneDNN uses AVX-512 on every processor that has it, the matrix library behind ``@`` only on some (twice as fast
-    there)."""
+    there). Without it, ``@`` is the faster one."""
     (count, k), n = a.shape, b.shape[1]
     if _ours(a, b):
         own = a.new_empty(count, n)
@@ -69,9 +68,9 @@ def sign_product(
 
 
 def _ours(a: Tensor, b: Tensor) -> bool:
-    """Whether the kernel is the fastest: packing b pays from some rows on."""
+    """Whether the kernel is the fastest: packing b pays from some rows on; with AVX2, ``@`` is better at rows that lie apart."""
     return (
-        _WIDE and a.is_cpu and native(a) and 0 < a.shape[1] <= _MOST_COUNT and a.shape[0] >= 8 and a.shape[0] * b.shape[1] >= 4096
+        (_WIDE or (_VARIANT == "v3" and a.stride(1) == 1)) and a.is_cpu and native(a) and 0 < a.shape[1] <= _MOST_COUNT and a.shape[0] >= 8 and a.shape[0] * b.shape[1] >= 4096
         and 1 in b.stride() and not a.is_neg() and not b.is_neg() and nothing_intercepts()
         and not (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad))
     )  # fmt: skip
@@ -94,8 +93,8 @@ class _Product(torch.autograd.Function):
 
 
 def _large(a: Tensor) -> bool:
-    """torch takes smaller inputs of a transposed convolution by a way of its own, which is slower than ``@``."""
-    return bool(a.is_cpu and native(a) and a.shape[0] >= 64 and a.shape[1] >= 32 and a.numel() > 20480 and _mkldnn())
+    """Whether a convolution serves. torch takes smaller inputs of a transposed convolution by a way of its own, which is slower than ``@``."""
+    return bool(_WIDE and a.is_cpu and native(a) and a.shape[0] >= 64 and a.shape[1] >= 32 and a.numel() > 20480 and _mkldnn())
 
 
 def _as_line(a: Tensor) -> Tensor:
