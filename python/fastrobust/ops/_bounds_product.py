@@ -93,8 +93,9 @@ class _Product(torch.autograd.Function):
 
 
 def _large(a: Tensor) -> bool:
-    """Whether a convolution serves. torch takes smaller inputs of a transposed convolution by a way of its own, which is slower than ``@``."""
-    return bool(_WIDE and a.is_cpu and native(a) and a.shape[0] >= 64 and a.shape[1] >= 32 and a.numel() > 20480 and _mkldnn())
+    """Whether a convolution serves. torch takes smaller inputs of a transposed one by a way of its own, which is slower than ``@``."""
+    large = a.shape[0] >= 64 and a.shape[1] >= 32 and a.numel() > 20480
+    return bool(_WIDE and large and a.is_cpu and native(a) and _mkldnn())
 
 
 def _as_line(a: Tensor) -> Tensor:
