@@ -32,7 +32,6 @@ FR_HD Part load_part(const float* p) { return *reinterpret_cast<const UnalignedF
 FR_HD void store_part(float* p, Part a) { *reinterpret_cast<UnalignedF*>(p) = a.r; }
 FR_HD Part part_of(Vec a, int part) { return a.r[part]; }
 FR_HD void set_part(Vec& a, int i, Part part) { a.r[i] = part.r; }
-FR_HD Part vabs(Part a) { return (NativeF)((NativeI)a.r & 0x7fffffff); }
 FR_HD Part fmadd(Part a, Part b, Part c) { return fmadd_native(a.r, b.r, c.r); }
 FR_HD Part held(Part a) {
 #if defined(__x86_64__)

@@ -98,6 +98,23 @@ def test_bounds_and_gradients_equal_the_engine(name: str, method: str, sides: st
         assert taken == [True, True, False, False]  # float64 is the engine's
 
 
+@pytest.mark.parametrize("name", [*NETS, "chain"])
+@pytest.mark.parametrize("method", ["ibp", "crown-ibp", "ibp-linear", "crown"])
+def test_parameters_may_be_stored_in_any_order(name: str, method: str) -> None:
+    torch.manual_seed(1)
+    chain = nn.Sequential(nn.Flatten(), nn.Linear(126, 30), nn.ReLU(), nn.Linear(30, 25), nn.ReLU(), nn.Linear(25, 5))
+    net = chain if name == "chain" else network(name)
+    for m in net.modules():
+        if isinstance(m, nn.Linear):
+            m.weight = nn.Parameter(m.weight.detach().t().contiguous().t())
+        elif isinstance(m, nn.Conv2d):
+            m.weight = nn.Parameter(m.weight.detach().contiguous(memory_format=torch.channels_last))
+    x = torch.rand(7, *IMAGE)
+    y = torch.randint(net(torch.zeros(1, *IMAGE)).shape[1], (7,))
+    got, want = (bounds_and_gradients(net, x, 0.05, y, d, True, method=method) for d in (torch.float32, torch.float64))
+    near(got, want, 1e-4)
+
+
 def test_intervals_of_chains_are_recorded_here(taken: list[bool]) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 5, 3, 2, 1), nn.ReLU(), nn.Conv2d(5, 4, 2), nn.ReLU(), nn.Flatten(), nn.Linear(24, 7), nn.ReLU(), nn.Linear(7, 4))  # fmt: skip

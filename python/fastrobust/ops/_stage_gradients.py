@@ -314,8 +314,9 @@ class _Backward:
         before = self.stages[link.source].shape
         if link.dense:
             c, r = channels_first(c, before), channels_first(r, before)
+            c, r, w, g_c, g_r = tensors = [dense(t) for t in (c, r, w, g_c, g_r)]
             to_c, to_r = ((torch.empty_like(t) if wanted else None) for t in (c, r))
-            to_w, tensors = torch.zeros_like(w), [dense(t) for t in (c, r, w, g_c, g_r)]
+            to_w = torch.zeros_like(w)
             _C.bounds_interval_grad(
                 *(t.data_ptr() for t in tensors), to_w.data_ptr(), address(to_c), address(to_r), c.shape[0], r.shape[0], c.shape[1], stage.size
             )  # fmt: skip
