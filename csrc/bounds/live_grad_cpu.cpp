@@ -44,18 +44,8 @@ void neuron_rows(Some& s, int64_t neuron, int64_t begin, int64_t end, const floa
 #pragma GCC unroll 9
     for (int r = 0; r < kR; ++r) sum[r] = Part(0.f), factor[r] = Part(s.scaled[r][neuron]), from[r] = s.from[r];
     const auto one = [&](int64_t at, const auto& get, const auto& put) FR_INLINE_LAMBDA {
-      const Part w = get(weight + at);
-      Part even = get(to_weight + at), odd(0.f);
-#pragma GCC unroll 9
-      for (int r = 0; r < kR; ++r) {
-        const Part x = held(get(from[r] + at));  // one load for both products: loads are what this loop is short of
-        sum[r] = fmadd(w, x, sum[r]);
-        if (r % 2 == 0)
-          even = fmadd(factor[r], x, even);
-        else
-          odd = fmadd(factor[r], x, odd);
-      }
-      put(to_weight + at, even + odd);
+      const auto row = [&](int r) FR_INLINE_LAMBDA { return get(from[r] + at); };
+      put(to_weight + at, both_products(get(weight + at), get(to_weight + at), factor, row, sum));
     };
     for (int64_t at = begin; at < whole; at += kLanes) {
       if (part == 0) {

@@ -29,6 +29,23 @@ FR_HD void four_sums(Vec a, Vec b, Vec c, Vec d, float* to) {
 #endif
 }
 
+// sum[r] += w row(r) and, returned, to + the sum of f[r] row(r) over the rows r. Each is loaded once for the two: loads
+// are what loops over this are short of.
+template <int kR, class Row>
+FR_HD Part both_products(Part w, Part to, const Part (&f)[kR], const Row& row, Part (&sum)[kR]) {
+  Part odd(0.f);
+#pragma GCC unroll 9
+  for (int r = 0; r < kR; ++r) {
+    const Part x = held(row(r));
+    sum[r] = fmadd(w, x, sum[r]);
+    if (r % 2 == 0)
+      to = fmadd(f[r], x, to);
+    else
+      odd = fmadd(f[r], x, odd);
+  }
+  return to + odd;
+}
+
 // A window of a bordered image: `lines` of `line` numbers (whole vectors), `pitch` apart. The weights lie line by line.
 struct WindowShape {
   int64_t lines, line, pitch;
@@ -54,18 +71,8 @@ FR_HD void neuron_gradients(const WindowShape& s, const float* const* x, const f
 #pragma GCC unroll 9
       for (int r = 0; r < kR; ++r) from[r] = x[r] + at;
       for (int64_t i = 0; i < s.line; i += kLanes) {
-        const Part w = load_part(w_line + i);
-        Part even = load_part(to_line + i), odd(0.f);
-#pragma GCC unroll 9
-        for (int r = 0; r < kR; ++r) {
-          const Part v = held(load_part(from[r] + i));  // loads are what this loop is short of
-          sum[r] = fmadd(w, v, sum[r]);
-          if (r % 2 == 0)
-            even = fmadd(f[r], v, even);
-          else
-            odd = fmadd(f[r], v, odd);
-        }
-        store_part(to_line + i, even + odd);
+        const auto row = [&](int r) FR_INLINE_LAMBDA { return load_part(from[r] + i); };
+        store_part(to_line + i, both_products(load_part(w_line + i), load_part(to_line + i), f, row, sum));
       }
     }
 #pragma GCC unroll 9
