@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 _TORCH = os.path.dirname(torch.__file__)
 _ASKS = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::item", "aten::allclose")
+_SHAPES = frozenset("aten::" + n for n in "new_empty new_zeros new_ones new_full empty_like zeros_like ones_like full_like new_empty_strided".split())  # noqa: E501  # fmt: skip
 _RANDOM = torch.Tag.nondeterministic_seeded
 _DYNAMIC = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
@@ -216,7 +217,7 @@ class Recorder(TorchDispatchMode):
         schema = func._schema
         given = list(inside((args, kwargs)))
         try:
-            tracked = any(_storage(t) in self.values for t in given)
+            tracked = schema.name not in _SHAPES and any(_storage(t) in self.values for t in given)
         except (RuntimeError, NotImplementedError):
             raise UnreadableModelError(f"model: {schema.name} works on tensors without plain storage (sparse, quantised){self.at()}") from None  # fmt: skip
         if func.tags and _RANDOM in func.tags and not _still(schema.name, args):
@@ -414,6 +415,13 @@ def _eager() -> Any:
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
 
 
+@contextlib.contextmanager
+def without_recording(x: Tensor) -> Iterator[None]:
+    """The model runs as in a record: outside inference mode and autocast, nothing compiled."""
+    with torch.inference_mode(False), torch.autocast(x.device.type, enabled=False), _eager():
+        yield
+
+
 def record(model: Any, x: Tensor, *, named: bool = False) -> Recording:
     """Calls ``model(x)`` on a copy of x (a batch as the model takes it) and returns what happened. No statistics, random state or
     parameter moves: what would move them raises. ``named``: steps know the module and the line they come from.
@@ -422,7 +430,7 @@ def record(model: Any, x: Tensor, *, named: bool = False) -> Recording:
     numbers, layers in training mode, writes into tensors that outlive the call.
     """
     x = x.detach()
-    with torch.inference_mode(False), torch.autocast(x.device.type, enabled=False), _eager():
+    with without_recording(x):
         x = x.clone(memory_format=torch.preserve_format)
         recorder = Recorder(model, named)
         source = recorder.start(x)

@@ -1,0 +1,158 @@
+"""Is the graph the model? Compared on real inputs, by a plain forward through the nodes that shares nothing with the bounds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastrobust._record import without_recording
+from fastrobust.bounds import graph as G
+from fastrobust.reference import relaxations
+
+
+class ModelMismatchError(ValueError):
+    """What was bounded is not what the model computes: no bound of it is returned."""
+
+
+def evaluate(graph: G.Graph, x: Tensor) -> tuple[Tensor, float]:
+    """The graph's outputs for x (B, *shape), and the largest number on the way, which rounding is relative to."""
+    values: list[Tensor] = []
+    largest = 0.0
+    for i, node in enumerate(graph.nodes):
+        if i not in graph.ancestors[graph.output] and i:
+            values.append(x)
+            continue
+        given = [values[j] for j in node.inputs]
+        y = x if isinstance(node, G.Input) else _value(node, given)
+        values.append(y)
+        if y.numel():
+            largest = max(largest, float(y.abs().amax()))
+    return values[graph.output], largest
+
+
+def _value(node: G.Node, given: list[Tensor]) -> Tensor:
+    t = given[0]
+    out: Tensor
+    if isinstance(node, G.Dense):
+        return F.linear(t, node.get_weight().to(t.dtype), _cast(node.get_bias(), t))
+    if isinstance(node, G.Conv):
+        return F.conv2d(t, node.get_weight().to(t.dtype), _cast(node.get_bias(), t), node.stride, node.padding, node.dilation, node.groups)  # noqa: E501  # fmt: skip
+    if isinstance(node, G.ConvTranspose):
+        w, b = node.get_weight().to(t.dtype), _cast(node.get_bias(), t)
+        return F.conv_transpose2d(t, w, b, node.stride, node.padding, node.output_padding, node.groups, node.dilation)
+    if isinstance(node, G.Scale):
+        f, s = node.get_factor(), node.get_shift()
+        out = t if f is None else t * f.to(t)
+        return out if s is None else out + s.to(t)
+    if isinstance(node, G.Sum):
+        out = torch.zeros_like(t)
+        for sign, v in zip(node.signs, given, strict=True):
+            out = out + sign * v
+        return out
+    if isinstance(node, G.Concat):
+        return torch.cat(given, node.dim + 1)
+    if isinstance(node, G.Reshape):
+        return t.reshape(len(t), *node.shape)
+    if isinstance(node, G.Monotone):
+        return node.function(t)
+    if isinstance(node, G.MaxPool):
+        return node.pool(t)
+    assert isinstance(node, G.Activation)
+    return relaxations.value(t, node.activation, node.params)
+
+
+def _cast(b: Tensor | None, t: Tensor) -> Tensor | None:
+    return None if b is None else b.to(t.dtype)
+
+
+def check_graph(model: Any, graph: G.Graph, x: Tensor, every: bool = False) -> None:
+    """Raises ModelMismatchError where the graph's outputs are not the model's: on x's first two examples and on points around and
+    far from them (``every``: on all of x), in one batch, so that a model that mixes the examples of a batch is seen, too."""
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        base = (x if every else x[:2]).detach()
+        if not len(base):
+            base = x.new_zeros(1, *x.shape[1:])
+        # Points on both sides of kinks, the same in every run: no random state is touched.
+        wave = torch.sin(torch.arange(base[0].numel(), dtype=torch.float64) * 12.9898 + 4.1414) * 43758.5453
+        wave = (2 * (wave - wave.floor()) - 1).to(x).view(1, *x.shape[1:])
+        size = base.abs().amax() + 1e-3
+        points = torch.cat([base, base + 0.1 * size * wave, -base, 4 * size * wave]) if not every else torch.cat([base, base[:1] + size * wave])  # noqa: E501  # fmt: skip
+        got, largest = evaluate(graph, points)
+        compare(_outputs(model, points), got, largest)
+
+
+def _outputs(model: Any, points: Tensor) -> Any:
+    """Of all points as a batch; one by one from a model with a batch of one written out (exported networks)."""
+    with without_recording(points):
+        try:
+            return model(points.clone())
+        except (RuntimeError, ValueError, AssertionError, IndexError):
+            return torch.cat([model(p.clone()) for p in points.split(1)])
+
+
+def compare(want: Any, got: Tensor, largest: float, name: str = "model") -> None:
+    """Raises ModelMismatchError where ``want``, the model's outputs, are not ``got``, up to rounding of numbers up to ``largest``."""
+    if not isinstance(want, Tensor):
+        raise ModelMismatchError(f"{name}: returned {type(want).__name__} for a batch, and one tensor for one example")
+    n = len(got)
+    if want.numel() != got.numel() or want.dim() == 0 or len(want) != n:
+        raise ModelMismatchError(
+            f"{name}: returns shape {tuple(want.shape)} for {n} examples and {tuple(got.shape[1:])} for each alone; "
+            "it mixes the examples of a batch"
+        )
+    want = want.reshape(got.shape).to(got.dtype)
+    bad = ~torch.isfinite(want)
+    if bad.any():  # not finite: the bounds say so themselves
+        if not torch.equal(bad, ~torch.isfinite(got)):
+            keep = ~(bad | ~torch.isfinite(got))
+            want, got = want[keep], got[keep]
+        else:
+            want, got = want[~bad], got[~bad]
+    if not want.numel():
+        return
+    unit = 2.0**-23 if got.dtype == torch.float32 else 2.0**-52
+    room = 4096 * unit * (float(want.abs().amax()) + largest)
+    far = float((want - got).abs().amax())
+    if not far <= room:
+        raise ModelMismatchError(
+            f"{name}: its outputs differ by {far:.3g} from what was read of it (rounding explains {room:.1g}), so no bound is returned; "
+            "does it mix the examples of a batch, leave torch (numpy), or change between calls?"
+        )
+
+
+def check_contained(
+    model: Any, x: Tensor, z: Tensor | None, rows: tuple[Tensor | None, Tensor | None], ends: tuple[Any, Any]
+) -> None:  # fmt: skip
+    """Raises ModelMismatchError where the model's outputs for the examples x, which the input set holds, lie outside the bounds by
+    more than rounding explains. z: those outputs, where they are known. rows: labels or spec of x; ends: (lower, upper) of x."""
+    labels, spec = rows
+    low, up = ends
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        z = _outputs(model, x.detach()) if z is None else z.detach()
+        z = z.reshape(len(x), -1).to(x.dtype)
+        if labels is not None:
+            own = z.gather(1, labels.view(-1, 1).to(z.device))
+            others = torch.arange(z.shape[1], device=z.device) != labels.view(-1, 1).to(z.device)
+            z = (own - z)[others].view(len(x), -1)
+        elif spec is not None:
+            z = (spec.detach().to(z) @ z.unsqueeze(-1)).squeeze(-1)
+        z = z.reshape(next(e for e in ends if e is not None).shape)
+        worst = 0.0
+        for t in (None if low is None else low.detach() - z, None if up is None else z - up.detach()):
+            if t is not None and t.numel():
+                worst = max(worst, float(t.amax()))
+        if worst <= 1e-6 * float(z.abs().amax()) if z.numel() else True:
+            return
+        from fastrobust.bounds.trace import trace  # which checks with this module
+
+        largest = evaluate(trace(model, x, every=True).graph, x.detach())[1]
+        unit = 2.0**-23 if x.dtype == torch.float32 else 2.0**-52
+        room = 4096 * unit * (float(z.abs().amax()) + largest)
+        if worst > room:
+            raise ModelMismatchError(
+                f"model: its own output lies {worst:.3g} outside the bounds (rounding explains {room:.1g}), so they are not returned; "
+                "does forward change from call to call?"
+            )
