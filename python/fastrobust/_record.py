@@ -22,7 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 _TORCH = os.path.dirname(torch.__file__)
 _ASKS = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::item", "aten::allclose")
-_SHAPES = frozenset("aten::" + n for n in "new_empty new_zeros new_ones new_full empty_like zeros_like ones_like full_like new_empty_strided".split())  # noqa: E501  # fmt: skip
+_SHAPES = frozenset(
+    f"aten::{kind}" for kind in (
+        "new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided", "empty_like", "zeros_like", "ones_like", "full_like",
+    )
+)  # fmt: skip
 _RANDOM = torch.Tag.nondeterministic_seeded
 _DYNAMIC = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
@@ -67,8 +71,10 @@ class Place(NamedTuple):
 
 
 def place_of(t: Tensor) -> Place:
-    size = tuple(t.shape)
-    return Place(size, tuple(0 if n == 1 else s for n, s in zip(size, t.stride(), strict=True)), t.storage_offset())
+    size, stride = tuple(t.shape), t.stride()
+    if 1 in size:
+        stride = tuple([0 if n == 1 else s for n, s in zip(size, stride, strict=True)])
+    return Place(size, stride, t.storage_offset())
 
 
 @dataclass(slots=True, eq=False)
@@ -150,7 +156,23 @@ def inside(v: Any) -> Iterator[Any]:
             yield from inside(i)
 
 
+def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
+    """Those in the arguments of an operation, which nests them in lists at most."""
+    found: list[Tensor] = []
+    for a in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(a, Tensor):
+            found.append(a)
+        elif isinstance(a, (list, tuple)):
+            found += [t for t in a if isinstance(t, Tensor)]
+    return found
+
+
 class Recorder(TorchDispatchMode):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """The compiler is told to stand aside where it is loaded (``_eager``); torch's own way would load it."""
+        return False
+
     def __init__(self, model: Any, named: bool):
         super().__init__()
         self.steps: list[Step] = []
@@ -214,80 +236,118 @@ class Recorder(TorchDispatchMode):
     # -- operations ----------------------------------------------------------------------------------------------------
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        schema = func._schema
-        given = list(inside((args, kwargs)))
+        schema, values = func._schema, self.values
+        name = schema.name
+        given = _tensors(args, kwargs)
         try:
-            tracked = schema.name not in _SHAPES and any(_storage(t) in self.values for t in given)
+            storages = [_storage(t) for t in given]
         except (RuntimeError, NotImplementedError):
-            raise UnreadableModelError(f"model: {schema.name} works on tensors without plain storage (sparse, quantised){self.at()}") from None  # fmt: skip
-        if func.tags and _RANDOM in func.tags and not _still(schema.name, args):
-            raise UnreadableModelError(f"model: {schema.name.removeprefix('aten::')} draws random numbers{self.at()}; is the model in training mode? call model.eval() first")  # fmt: skip
-        if tracked and (schema.name in _ASKS or any(t in func.tags for t in _DYNAMIC)):
-            raise UnreadableModelError(f"model: forward branches on values of its input ({schema.name.removeprefix('aten::')}{self.at()}); what it does at other points of the input set would not be seen")  # fmt: skip
+            raise UnreadableModelError(
+                f"model: {_short(name)} works on tensors without plain storage (sparse, quantised){self.at()}"
+            ) from None
+        tracked = name not in _SHAPES and any(s in values for s in storages)
+        tags = func.tags
+        if tags:
+            if _RANDOM in tags and not _still(name, args):
+                raise UnreadableModelError(
+                    f"model: {_short(name)} draws random numbers{self.at()}; is the model in training mode? call model.eval() first"
+                )
+            if tracked and (_DYNAMIC[0] in tags or _DYNAMIC[1] in tags):
+                raise self._asks(name)
+        if tracked and name in _ASKS:
+            raise self._asks(name)
         if schema.is_mutable:
             return self._write(func, args, kwargs, tracked)
-        marked = (replaced(args, self.marker), replaced(kwargs, self.marker)) if tracked else None
-        out = func(*args, **kwargs)
-        outs = list(inside(out))
-        if marked is None:
-            for t in outs:
-                s = _storage(t)
-                if any(s == _storage(g) for g in given) and s not in self.fresh:
-                    for g in given:  # a view of a tensor from before the call
-                        if _storage(g) == s and (s, place_of(g)) not in self.derived:
-                            self._base(g, s, place_of(g))
-                    self.derived.add((s, place_of(t)))
-                else:
-                    self.fresh.add(s)
-                    self.kept.append(t)
+        if not tracked:
+            out = func(*args, **kwargs)
+            self._constants(out, given, storages)
             return out
+        key: list[Any] = [func]
+        marked = [self._marked(v, key) for v in args], {k: self._marked(v, key) for k, v in kwargs.items()}
+        out = func(*args, **kwargs)
         results: list[Value | None] = []
         new = False
-        for t in outs:
-            s = _storage(t)
-            if s in self.values:  # a view: its place says all
+        for t in (out,) if isinstance(out, Tensor) else inside(out):
+            if _storage(t) in values:  # a view: its place says all
                 results.append(None)
-                continue
-            new = True
-            results.append(self.start(t))
+            else:
+                new = True
+                results.append(self.start(t))
         if new:
-            self._add(schema.name, func, marked[0], marked[1], results)
+            self._add(_short(name), func, *marked, results, key)
         return out
 
-    def _add(self, name: str, func: Any, args: Any, kwargs: Any, results: list[Value | None]) -> Step:
-        name = name.removeprefix("aten::")
-        step = Step(name, func, args, kwargs, results)
+    def _asks(self, name: str) -> UnreadableModelError:
+        return UnreadableModelError(
+            f"model: forward branches on values of its input ({_short(name)}{self.at()}); what it does at other points of the input "
+            "set would not be seen"
+        )
+
+    def _constants(self, out: Any, given: list[Tensor], storages: list[int]) -> None:
+        """Results that do not depend on the input: new tensors of the call, or views of what was there before."""
+        for t in (out,) if isinstance(out, Tensor) else inside(out):
+            s = _storage(t)
+            if s in self.fresh:
+                continue
+            if s not in storages:
+                self.fresh.add(s)
+                self.kept.append(t)
+                continue
+            for g, own in zip(given, storages, strict=True):
+                if own == s:
+                    self._base(g, s, place_of(g))
+            self.derived.add((s, place_of(t)))
+
+    def _marked(self, v: Any, key: list[Any]) -> Any:
+        """``v`` with Read and Constant in place of tensors; ``key`` is told of everything in it."""
+        if isinstance(v, Tensor):
+            m = self.marker(v)
+            key.append(_key(m))
+            return m
+        if isinstance(v, (list, tuple)):
+            key.append(len(v))
+            return [self._marked(i, key) for i in v]
+        key.append(v)
+        return v
+
+    def _add(self, name: str, func: Any, args: Any, kwargs: Any, results: list[Value | None], key: list[Any]) -> None:
+        step = Step(name, func, tuple(args), kwargs, results)
         if self.names is not None:
             step.where, step.line, step.module = self._frame(name)
         self.steps.append(step)
-        for c in inside((args, kwargs)):
-            if isinstance(c, Constant):
-                self.held.append(c.tensor)
-                if c.base is None:
-                    self.computed = True
-                    self.read.setdefault(_storage(c.tensor), []).append(step)
-        self.key.append((func, _key(args), _key(kwargs)))
-        return step
+        self.key.append(tuple(key))
+        for c in (*step.args, *kwargs.values()):
+            for i in c if isinstance(c, list) else (c,):
+                if isinstance(i, Constant):
+                    self.held.append(i.tensor)
+                    if i.base is None:
+                        self.computed = True
+                        self.read.setdefault(_storage(i.tensor), []).append(step)
 
     def _write(self, func: Any, args: Any, kwargs: Any, tracked: bool) -> Any:
         schema = func._schema
+        name = _short(schema.name)
         targets: list[Tensor] = []
         for i, a in enumerate(schema.arguments):
             if a.alias_info is not None and a.alias_info.is_write:
-                t = args[i] if i < len(args) else kwargs.get(a.name)
-                targets += [t] if isinstance(t, Tensor) else list(inside(t))
+                targets += _tensors((args[i] if i < len(args) else kwargs.get(a.name),), None)
         for t in targets:
             s = _storage(t)
             if s not in self.values and s not in self.fresh:
-                raise UnreadableModelError(f"model: forward writes into a tensor that it keeps ({schema.name.removeprefix('aten::')}{self.at()}), as layers in training mode do; call model.eval() first, or compute it anew")  # fmt: skip
+                raise UnreadableModelError(
+                    f"model: forward writes into a tensor that it keeps ({name}{self.at()}), as layers in training mode do; "
+                    "call model.eval() first, or compute it anew"
+                )
         if not tracked:
             self._spare(targets)
             return func(*args, **kwargs)
-        if len(targets) != 1 or schema.name.removeprefix("aten::") in ("set_", "resize_", "resize_as_"):
-            raise UnreadableModelError(f"model: {schema.name.removeprefix('aten::')} cannot be followed{self.at()}")
+        if len(targets) != 1 or name in ("set_", "resize_", "resize_as_"):
+            raise UnreadableModelError(f"model: {name} cannot be followed{self.at()}")
         target = targets[0]
         s = _storage(target)
-        marked = (replaced(args, self.marker), {k: replaced(v, self.marker) for k, v in kwargs.items() if k != "out"})
+        key: list[Any] = [func]
+        given = {k: v for k, v in kwargs.items() if k != "out"}
+        marked = [self._marked(v, key) for v in args], {k: self._marked(v, key) for k, v in given.items()}
         old = self.values.get(s)
         self._spare(targets)
         before = None
@@ -295,9 +355,8 @@ class Recorder(TorchDispatchMode):
             whole = target.untyped_storage().nbytes() // target.element_size()
             before = torch.as_strided(target.detach(), (whole,), (1,), 0).clone()
         out = func(*args, **kwargs)
-        name = schema.name.removeprefix("aten::")
         v = self.value(target)
-        self._add(name[:-1] if name.endswith("_") else name, func, marked[0], marked[1], [v])
+        self._add(name[:-1] if name.endswith("_") else name, func, *marked, [v], key)
         known = old.place if old is not None else Place((before.numel(),), (1,), 0)  # type: ignore[union-attr]
         if v.place.numel == known.numel and v.place.dense() and known.dense() and v.place.offset == known.offset:
             self.values[s] = v
@@ -305,7 +364,7 @@ class Recorder(TorchDispatchMode):
             w = self.values[s] = Value(self.count, known, target.dtype)
             self.count += 1
             first: Any = Read(old, known) if old is not None else Constant(before, None)  # type: ignore[arg-type]
-            self._add("overlay", "overlay", (first, Read(v, v.place), known), {}, [w])
+            self._add("overlay", "overlay", (first, Read(v, v.place), known), {}, [w], ["overlay", v.place, known])
         self.kept.append(target)
         return out
 
@@ -329,7 +388,7 @@ class Recorder(TorchDispatchMode):
             self.fresh.add(_storage(out))
             self.kept.append(out)
             return out
-        self._add("leaf", module, (marked,), {}, [self.start(out)])
+        self._add("leaf", module, (marked,), {}, [self.start(out)], [module, _key(marked)])
         return out
 
     # -- words ---------------------------------------------------------------------------------------------------------
@@ -373,6 +432,10 @@ def _still(name: str, args: Any) -> bool:
     if name == "aten::native_dropout":
         return len(args) > 2 and args[2] is False
     return False
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("aten::")
 
 
 def _storage(t: Tensor) -> int:

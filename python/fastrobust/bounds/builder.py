@@ -62,7 +62,9 @@ class Builder:
     def fail(self, what: str, why: str = "") -> UnsupportedLayerError:
         return unsupported(what, self.where, (f" ({self.line})" if self.line else "") + why)
 
-    def linear(self, x: Ref, f: Callable[[Tensor], Tensor], shape: tuple[int, ...], taps: int, adjoint: Any = None) -> Ref:
+    def linear(
+        self, x: Ref, f: Callable[[Tensor], Tensor], shape: tuple[int, ...], taps: int, adjoint: Any = None
+    ) -> Ref:
         """f takes (N, *shape of x), with coefficients that are not negative."""
         return self.add(G.Monotone((x.index,), shape, self.where, function=f, taps=taps, adjoint=adjoint))
 

@@ -113,10 +113,13 @@ class Lowering(Builder):
         source, shape = torch.full((known.numel,), -1), per_example(known.size)
         if isinstance(old, Read):
             base = self.read(Read(old.value, old.value.place))
-            order = torch.full((known.numel,), -1)
-            order[torch.arange(known.numel)] = torch.arange(known.numel)
+            order = torch.arange(known.numel)
             order[where] = known.numel + torch.arange(len(where))
-            both = self.add(G.Concat((self.flat(base.ref).index, self.flat(patch.ref).index), (known.numel + len(where),), self.where))
+            both = self.add(
+                G.Concat(
+                    (self.flat(base.ref).index, self.flat(patch.ref).index), (known.numel + len(where),), self.where
+                )
+            )
             return self.pick(both, order, shape)
         source[where] = torch.arange(len(where))
         out = self.pick(patch.ref, source, shape)
@@ -152,7 +155,7 @@ class Lowering(Builder):
         if base is t or tuple(base.shape) == tuple(t.shape) and place_of(base) == place_of(t):
             return lambda: base
         size = tuple(t.shape)
-        if t.dim() == 2 and place_of(base.t()) == place_of(t) if base.dim() == 2 else False:
+        if base.dim() == 2 and place_of(base.t()) == place_of(t):
             return lambda: base.t()
         if t.is_contiguous() and base.is_contiguous() and t.numel() == base.numel():
             return lambda: base.reshape(size)
@@ -218,10 +221,7 @@ def _sum(sign: int, swapped: bool = False) -> Callable[[Lowering, Args], Ref]:
         x, y = (a["other"], a["self"]) if swapped else (a["self"], a["other"])
         first, second = _operand(b, x, b.size), _operand(b, y, b.size)
         alpha = float(a.get("alpha", 1))
-        if swapped:
-            second = _scaled(b, second, alpha)
-        else:
-            second = _scaled(b, second, alpha)
+        second = _scaled(b, second, alpha)
         if isinstance(first, Ref) and isinstance(second, Ref):
             return b.add(G.Sum((first.index, second.index), b.shape(first), b.where, signs=(1, sign)))
         if isinstance(first, Ref):
@@ -386,7 +386,9 @@ def _reduced(mean: bool) -> Callable[[Lowering, Args], Ref]:
         x = a["self"]
         _same_kind(b, a)
         dims = a.get("dim")
-        dims = list(range(len(x.size))) if dims is None or dims == [] else [dims] if isinstance(dims, int) else list(dims)
+        dims = (
+            list(range(len(x.size))) if dims is None or dims == [] else [dims] if isinstance(dims, int) else list(dims)
+        )
         dims = sorted(d % len(x.size) + 1 for d in dims)
         size, out = x.size, per_example(b.size)
         kept = tuple(1 if d + 1 in dims else n for d, n in enumerate(size))
@@ -419,7 +421,9 @@ def _matmul(b: Lowering, x: Any, y: Any, size: tuple[int, ...]) -> Ref:
         n, k = x.size
         return b.dense(b.to_shape(x.ref, (k,) if n == 1 else (n, k)), b.matrix(y, True), lambda: None)
     turned = b.moved(y, lambda t: t.t())
-    out = Tracked(_matmul(b, turned, Constant(x.tensor.t(), None) if x.base is None else _turned(x), size[::-1]), size[::-1])
+    out = Tracked(
+        _matmul(b, turned, Constant(x.tensor.t(), None) if x.base is None else _turned(x), size[::-1]), size[::-1]
+    )
     return b.moved(out, lambda t: t.t()).ref
 
 
@@ -437,7 +441,13 @@ def _with_bias(b: Lowering, y: Ref, a: Args, key: str = "self") -> Ref:
         return b.add(G.Sum((y.index, other.index), b.shape(y), b.where, signs=(1, 1)))
     get = b.constant(bias)
     node = b.nodes[y.index]
-    if isinstance(node, G.Dense) and alpha == 1 and beta == 1 and bias.tensor.dim() == 1 and y.index == len(b.nodes) - 1:
+    if (
+        isinstance(node, G.Dense)
+        and alpha == 1
+        and beta == 1
+        and bias.tensor.dim() == 1
+        and y.index == len(b.nodes) - 1
+    ):
         node.get_bias = get
         return y
     return b.affine(y, None, _scaled(b, b.per_example_constant(bias, b.size), beta))
@@ -509,7 +519,9 @@ def _convolution(b: Lowering, a: Args) -> Ref:
     if a["transposed"]:
         out = b.conv_transpose(ref, get_w, get_b, tuple(a["stride"]), tuple(a["padding"]), tuple(a["output_padding"]), groups, tuple(a["dilation"]), spatial == 1)  # noqa: E501  # fmt: skip
     else:
-        out = b.conv(ref, get_w, get_b, tuple(a["stride"]), tuple(a["padding"]), tuple(a["dilation"]), groups, spatial == 1)
+        out = b.conv(
+            ref, get_w, get_b, tuple(a["stride"]), tuple(a["padding"]), tuple(a["dilation"]), groups, spatial == 1
+        )
     return b.to_shape(out, per_example(b.size))
 
 
@@ -527,7 +539,9 @@ def _maps(b: Lowering, x: Tracked, dims: int = 2) -> Ref:
 
 
 def _avg_pool2d(b: Lowering, a: Args) -> Ref:
-    args = tuple(a[k] for k in ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"))
+    args = tuple(
+        a[k] for k in ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+    )
     args = (args[0], args[1] or None, *args[2:])
     return b.to_shape(b.avg_pool(_maps(b, a["self"]), args, F.avg_pool2d), per_example(b.size))
 
@@ -585,8 +599,8 @@ def _cat(b: Lowering, a: Args) -> Ref:
             parts.append(b.to_shape(t.ref, size[1:] if lead else size))
             continue
         inner, b.size = b.size, size
-        get = b.constant(t)
-        parts.append(b.to_shape(_fixed(b, lambda g=get, s=per_example(size): g().reshape(s)), size[1:] if lead else size))
+        get, own = b.constant(t), per_example(size)
+        parts.append(b.to_shape(_fixed(b, lambda g=get, s=own: g().reshape(s)), size[1:] if lead else size))
         b.size = inner
     shape = b.size[1:] if lead else b.size
     if len(parts) == 1:
@@ -662,12 +676,13 @@ def _by_matrix(b: Lowering, a: Args) -> Ref:
 
 
 _MOVING = (
-    "flip roll rot90 repeat index_select gather take index _unsafe_index constant_pad_nd reflection_pad1d reflection_pad2d "
-    "reflection_pad3d replication_pad1d replication_pad2d replication_pad3d pixel_shuffle pixel_unshuffle channel_shuffle "
-    "native_channel_shuffle upsample_nearest1d upsample_nearest2d _upsample_nearest_exact1d _upsample_nearest_exact2d im2col tril "
-    "triu repeat_interleave diag_embed unfold_copy permute_copy slice_copy expand_copy view_copy narrow_copy select_copy t_copy "
-    "transpose_copy squeeze_copy unsqueeze_copy as_strided_copy alias_copy detach_copy diagonal_copy"
-).split()
+    "flip", "roll", "rot90", "repeat", "index_select", "gather", "take", "index", "_unsafe_index", "constant_pad_nd", "reflection_pad1d",
+    "reflection_pad2d", "reflection_pad3d", "replication_pad1d", "replication_pad2d", "replication_pad3d", "pixel_shuffle",
+    "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle", "upsample_nearest1d", "upsample_nearest2d",
+    "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "im2col", "tril", "triu", "repeat_interleave", "diag_embed", "unfold_copy",
+    "permute_copy", "slice_copy", "expand_copy", "view_copy", "narrow_copy", "select_copy", "t_copy", "transpose_copy", "squeeze_copy",
+    "unsqueeze_copy", "as_strided_copy", "alias_copy", "detach_copy", "diagonal_copy",
+)  # fmt: skip
 HANDLERS: dict[str, Callable[[Lowering, Args], Ref]] = {
     "add": _sum(1), "sub": _sum(-1), "subtract": _sum(-1), "rsub": _sum(-1, swapped=True), "mul": _mul, "multiply": _mul,
     "div": _div, "divide": _div, "true_divide": _div, "neg": lambda b, a: b.affine(a["self"].ref, -1.0),

@@ -11,7 +11,6 @@ import weakref
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.nn.modules import module as _module
@@ -92,12 +91,17 @@ def first_parameter(model: Any) -> Tensor | None:
     return None
 
 
-def kept_graph(model: nn.Module, shape: tuple[int, ...]) -> G.Graph | None:
-    """The graph of a model of torch's own layers, where it is known and cannot have changed."""
-    hit = _CACHE.get(model, {}).get(False)
-    if hit is None or hit.shape != shape or not isinstance(hit.key, _Attributes) or hit.key.values != _attributes(model):
+def plain_graph(model: Any, x: Tensor) -> G.Graph | None:
+    """The graph of a model of torch's own layers alone; None for any other, which has to be recorded at every call."""
+    values = _attributes(model) if isinstance(model, nn.Module) else None
+    first = first_parameter(model)
+    if values is None or first is None or (first.dtype, first.device) != (x.dtype, x.device):
         return None
-    return hit.graph
+    hit = _CACHE.get(model, {}).get(False)
+    known = hit is not None and hit.shape == tuple(x.shape[1:]) and isinstance(hit.key, _Attributes)
+    if hit is not None and known and hit.key.values == values:
+        return hit.graph
+    return trace(model, x).graph
 
 
 @dataclass(slots=True)
