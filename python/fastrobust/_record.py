@@ -74,7 +74,7 @@ def place_of(t: Tensor) -> Place:
     size, stride = tuple(t.shape), t.stride()
     if 1 in size:
         stride = tuple([0 if n == 1 else s for n, s in zip(size, stride, strict=True)])
-    return Place(size, stride, t.storage_offset())
+    return Place(size, stride, int(t.storage_offset()))
 
 
 @dataclass(slots=True, eq=False)
@@ -252,7 +252,8 @@ class Recorder(TorchDispatchMode):
                 raise UnreadableModelError(
                     f"model: {_short(name)} draws random numbers{self.at()}; is the model in training mode? call model.eval() first"
                 )
-            if tracked and (_DYNAMIC[0] in tags or _DYNAMIC[1] in tags):
+            fixed = name == "aten::index" and not any(_storage(t) in values for t in given[1:])  # at constant places
+            if tracked and not fixed and (_DYNAMIC[0] in tags or _DYNAMIC[1] in tags):
                 raise self._asks(name)
         if tracked and name in _ASKS:
             raise self._asks(name)
@@ -473,16 +474,21 @@ def current() -> Recorder | None:
     return mode if isinstance(mode, Recorder) else None
 
 
-def _eager() -> Any:
-    """Compiled parts run as they are written, where anything can have been compiled."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def without_recording(x: Tensor) -> Iterator[None]:
-    """The model runs as in a record: outside inference mode and autocast, nothing compiled."""
-    with torch.inference_mode(False), torch.autocast(x.device.type, enabled=False), _eager():
-        yield
+def without_recording(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """The model runs as in a record: outside inference mode (which has operations of its own) and autocast, nothing compiled."""
+    inference, autocast = torch.is_inference_mode_enabled(), torch.is_autocast_enabled(x.device.type)
+    compiled = "torch._dynamo" in sys.modules
+    if not (inference or autocast or compiled):
+        return contextlib.nullcontext()
+    stack = contextlib.ExitStack()
+    if inference:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())  # leaving inference mode turns recording on
+    if autocast:
+        stack.enter_context(torch.autocast(x.device.type, enabled=False))
+    if compiled:  # compiled parts run as they are written
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+    return stack
 
 
 def record(model: Any, x: Tensor, *, named: bool = False) -> Recording:

@@ -159,7 +159,8 @@ def compute_bounds(
         if quick is None and (method != "ibp" or labels is not None):
             quick = margins_of_stages(graph, x, eps, clip, method, Rows(example, first, second, count), max_memory)
         if quick is not None:
-            low, up = _sides(quick.view(count, x.shape[0], -1), negative)
+            like = graph.result if labels is None else (-1,)
+            low, up = _sides(quick.view(count, x.shape[0], *like), negative)
             if not all(t is None or finite(t) for t in (low, up)):
                 explain_not_finite(model, low, up)
             _compare(check, model, x, traced.output, labels, spec, low, up)
@@ -182,10 +183,12 @@ def compute_bounds(
             out, kept = engine.final(example, plus, minus, matrix, count, return_linear, negative)
             if intersect and engine.kind is not None:
                 out = engine.intersected(out, example, plus, minus, matrix, count, negative)
-            shape = (x.shape[0], *output.shape) if plain else (x.shape[0], -1 if x.shape[0] else 0)
+            shape = (x.shape[0], *graph.result) if plain else (x.shape[0], -1 if x.shape[0] else 0)
             if x.shape[0] == 0 and not plain:
                 shape = (0, output.size - 1 if labels is not None else _rows_of_spec(spec))
             low, up = _sides(out.view(count, *shape), negative)
+    if plain:
+        low, up = (None if t is None else t.reshape(x.shape[0], *graph.result) for t in (low, up))
     if outward:
         low, up = None if low is None else O.round_down(low), None if up is None else O.round_up(up)
     if not all(t is None or finite(t) for t in (low, up)):

@@ -35,10 +35,19 @@ class Ref:
         self.index = index
 
 
+class Tracked:
+    """A tensor that depends on the input: a node, and the tensor's size for a batch of one."""
+
+    __slots__ = ("ref", "size")
+
+    def __init__(self, ref: Ref, size: tuple[int, ...]):
+        self.ref, self.size = ref, size
+
+
 def per_example(size: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of one example of a tensor of ``size`` that a batch of one gave: without the dimension of the batch, or all of it
-    where the model has done away with that."""
-    return tuple(size[1:]) if size and size[0] == 1 else tuple(size)
+    where the model has done away with that; (1,) of single numbers."""
+    return tuple(size[1:] if size and size[0] == 1 else size) or (1,)
 
 
 class Builder:
@@ -47,6 +56,7 @@ class Builder:
         self.nodes: list[G.Node] = [G.Input((), shape, "input")]
         self.single: set[int] = set()  # nodes that one operation alone reads
         self.where, self.line = "", ""
+        self.size: tuple[int, ...] = ()  # of the result of the operation that is lowered
 
     # -- helpers -------------------------------------------------------------------------------------------------------
     def add(self, node: G.Node) -> Ref:
@@ -135,7 +145,7 @@ class Builder:
                 t = v()
                 if torch.broadcast_shapes(shape, tuple(t.shape)) != torch.Size(shape):
                     raise self.fail(f"a constant of shape {tuple(t.shape)} that enlarges a tensor of shape {shape}")
-                return v  # type: ignore[no-any-return]
+                return v
             number = torch.tensor(float(v), dtype=torch.float64)  # cast to what it meets
             return lambda: number
 
