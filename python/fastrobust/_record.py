@@ -1,9 +1,9 @@
 """What a model does with one input, as it runs: the one front end of all families that read models.
 
-``record`` calls the model on a real input below autograd, where every operation of torch passes, whoever calls it: flags, shapes,
-loops, hooks, patched forwards and values read from anywhere are what they are in that call. Views need no operations of their
-own: a tensor is a place (size, stride, offset) in a storage, and each write leaves a new ``Value`` there. So names that share
-memory see each other's in-place changes here as they do in torch.
+``record`` calls the model on a real input below autograd, where every operation of torch passes, whoever calls it:
+flags, shapes, loops, hooks, patched forwards and values read from anywhere are what they are in that call. Views need
+no operations of their own: a tensor is a place (size, stride, offset) in a storage, and each write leaves a new
+``Value`` there. So names that share memory see each other's in-place changes here as they do in torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ _TORCH = os.path.dirname(torch.__file__)
 _ASKS = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::item", "aten::allclose")
 _SHAPES = frozenset(
     f"aten::{kind}" for kind in (
-        "new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided", "empty_like", "zeros_like", "ones_like", "full_like",
+        "new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided", "empty_like", "zeros_like",
+        "ones_like", "full_like",
     )
 )  # fmt: skip
 _RANDOM = torch.Tag.nondeterministic_seeded
@@ -98,8 +99,8 @@ class Read(NamedTuple):
 
 
 class Constant(NamedTuple):
-    """A tensor that does not depend on the input. ``base``: the tensor that existed before the call and that it is, or shows in
-    another order; None for one that the call computed, which belongs to this call alone."""
+    """A tensor that does not depend on the input. ``base``: the tensor that existed before the call and that it is, or
+    shows in another order; None for one that the call computed, which belongs to this call alone."""
 
     tensor: Tensor
     base: Tensor | None
@@ -107,8 +108,9 @@ class Constant(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Step:
-    """One operation. ``name``: of the schema without the underscore of in-place forms, or "overlay" (old, new): the elements of old,
-    with those at new's place taken from new. In-place operations are recorded as their functional forms."""
+    """One operation. ``name``: of the schema without the underscore of in-place forms, or "overlay" (old, new): the
+    elements of old, with those at new's place taken from new. In-place operations are recorded as their functional
+    forms."""
 
     name: str
     func: Any
@@ -250,7 +252,8 @@ class Recorder(TorchDispatchMode):
         if tags:
             if _RANDOM in tags and not _still(name, args):
                 raise UnreadableModelError(
-                    f"model: {_short(name)} draws random numbers{self.at()}; is the model in training mode? call model.eval() first"
+                    f"model: {_short(name)} draws random numbers{self.at()}; is the model in training mode? call "
+                    f"model.eval() first"
                 )
             fixed = name == "aten::index" and not any(_storage(t) in values for t in given[1:])  # at constant places
             if tracked and not fixed and (_DYNAMIC[0] in tags or _DYNAMIC[1] in tags):
@@ -280,7 +283,8 @@ class Recorder(TorchDispatchMode):
 
     def _asks(self, name: str) -> UnreadableModelError:
         return UnreadableModelError(
-            f"model: forward branches on values of its input ({_short(name)}{self.at()}); what it does at other points of the input "
+            f"model: forward branches on values of its input ({_short(name)}{self.at()}); what it does at other "
+            f"points of the input "
             "set would not be seen"
         )
 
@@ -336,7 +340,8 @@ class Recorder(TorchDispatchMode):
             s = _storage(t)
             if s not in self.values and s not in self.fresh:
                 raise UnreadableModelError(
-                    f"model: forward writes into a tensor that it keeps ({name}{self.at()}), as layers in training mode do; "
+                    f"model: forward writes into a tensor that it keeps ({name}{self.at()}), as layers in training "
+                    f"mode do; "
                     "call model.eval() first, or compute it anew"
                 )
         if not tracked:
@@ -475,7 +480,8 @@ def current() -> Recorder | None:
 
 
 def without_recording(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """The model runs as in a record: outside inference mode (which has operations of its own) and autocast, nothing compiled."""
+    """The model runs as in a record: outside inference mode (which has operations of its own) and autocast, nothing
+    compiled."""
     inference, autocast = torch.is_inference_mode_enabled(), torch.is_autocast_enabled(x.device.type)
     compiled = "torch._dynamo" in sys.modules
     if not (inference or autocast or compiled):
@@ -492,11 +498,12 @@ def without_recording(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def record(model: Any, x: Tensor, *, named: bool = False) -> Recording:
-    """Calls ``model(x)`` on a copy of x (a batch as the model takes it) and returns what happened. No statistics, random state or
-    parameter moves: what would move them raises. ``named``: steps know the module and the line they come from.
+    """Calls ``model(x)`` on a copy of x (a batch as the model takes it) and returns what happened. No statistics,
+    random state or parameter moves: what would move them raises. ``named``: steps know the module and the line they
+    come from.
 
-    Raises UnreadableModelError, which names the line, where one call cannot stand for all others: branches on values, random
-    numbers, layers in training mode, writes into tensors that outlive the call.
+    Raises UnreadableModelError, which names the line, where one call cannot stand for all others: branches on values,
+    random numbers, layers in training mode, writes into tensors that outlive the call.
     """
     x = x.detach()
     with without_recording(x):

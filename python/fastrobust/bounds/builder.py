@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +14,12 @@ from fastrobust.bounds import graph as G
 from fastrobust.reference.relaxations import parameters_of
 
 SUPPORTED = (
-    "linear layers and products with constant matrices, convolutions and transposed ones, batch normalisation (eval), dropout (eval), "
-    "ReLU, LeakyReLU, PReLU, ReLU6, Hardtanh, Hardsigmoid, Sigmoid, Tanh, Softplus, ELU, SELU, CELU, SiLU, GELU, arctan, abs, clamp, "
-    "maximum, minimum; average and maximum pooling, max and min over dimensions; +, -, * and / with constants, sums of branches, mean, sum, "
+    "linear layers and products with constant matrices, convolutions and transposed ones, batch normalisation "
+    "(eval), dropout (eval), "
+    "ReLU, LeakyReLU, PReLU, ReLU6, Hardtanh, Hardsigmoid, Sigmoid, Tanh, Softplus, ELU, SELU, CELU, SiLU, GELU, "
+    "arctan, abs, clamp, "
+    "maximum, minimum; average and maximum pooling, max and min over dimensions; +, -, * and / with constants, sums "
+    "of branches, mean, sum, "
     "cat, stack, views, permutations, slices, index by constants, pad, interpolation, in-place forms of all of these"
 )
 
@@ -45,9 +49,14 @@ class Tracked:
 
 
 def per_example(size: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of one example of a tensor of ``size`` that a batch of one gave: without the dimension of the batch, or all of it
-    where the model has done away with that; (1,) of single numbers."""
+    """The shape of one example of a tensor of ``size`` that a batch of one gave: without the dimension of the batch,
+    or all of it where the model has done away with that; (1,) of single numbers."""
     return tuple(size[1:] if size and size[0] == 1 else size) or (1,)
+
+
+def _on_device(t: Tensor) -> Callable[[torch.device], Tensor]:
+    """t, copied to each device once."""
+    return functools.cache(t.to)
 
 
 class Builder:
@@ -82,8 +91,8 @@ class Builder:
         return x if self.shape(x) == shape else self.add(G.Reshape((x.index,), shape, self.where))
 
     def pick(self, x: Ref, places: Tensor, shape: tuple[int, ...], permutation: Any = None) -> Ref:
-        """The numbers of x at flat ``places`` (-1: zero), as ``shape``. permutation: (sizes, dims) where the places are those of x
-        viewed as sizes and permuted."""
+        """The numbers of x at flat ``places`` (-1: zero), as ``shape``. permutation: (sizes, dims) where the places
+        are those of x viewed as sizes and permuted."""
         inner, n = self.shape(x), self.nodes[x.index].size
         if len(places) == n and bool((places == torch.arange(n)).all()):
             return self.to_shape(x, shape)
@@ -110,20 +119,20 @@ class Builder:
                 lambda a, like: F.pad(a.flatten(1), (first, last)).reshape(len(a), *inner),
             )
         kept = places >= 0
-        at, blank = places[kept], bool((~kept).any())
-        into = torch.nonzero(kept).flatten()
-        most = int(torch.bincount(at).max()) if len(at) else 0
+        blank = bool((~kept).any())
+        most = int(torch.bincount(places[kept]).max()) if len(places[kept]) else 0
+        at, into = _on_device(places[kept]), _on_device(torch.nonzero(kept).flatten())
 
         def gathered(t: Tensor) -> Tensor:
-            got = t.flatten(1).index_select(1, at.to(t.device))
+            got = t.flatten(1).index_select(1, at(t.device))
             if blank:
-                got = got.new_zeros(len(t), len(places)).index_copy(1, into.to(t.device), got)
+                got = got.new_zeros(len(t), len(places)).index_copy(1, into(t.device), got)
             return got.reshape(len(t), *shape)
 
         def spread(a: Tensor, like: Tensor) -> Tensor:
             a = a.flatten(1)
-            a = a.index_select(1, into.to(a.device)) if blank else a
-            return a.new_zeros(len(a), n).index_add(1, at.to(a.device), a).reshape(len(a), *inner)
+            a = a.index_select(1, into(a.device)) if blank else a
+            return a.new_zeros(len(a), n).index_add(1, at(a.device), a).reshape(len(a), *inner)
 
         return self.linear(x, gathered, shape, most if most > 1 else 0, spread)
 
@@ -150,7 +159,8 @@ class Builder:
             return lambda: number
 
         return self.add(
-            G.Scale((x.index,), shape, self.where, get_factor=getter(factor), get_shift=getter(shift), get_shift_size=shift_size)
+            G.Scale((x.index,), shape, self.where, get_factor=getter(factor), get_shift=getter(shift),
+            get_shift_size=shift_size)
         )  # fmt: skip
 
     # -- layers with weights -------------------------------------------------------------------------------------------
@@ -166,23 +176,57 @@ class Builder:
             return x, weight
         return self.to_shape(x, (shape[0], 1, shape[1])), lambda: weight().unsqueeze(2)
 
-    def conv(self, x: Ref, weight: G.Getter, bias: G.Getter, stride: Any, padding: Any, dilation: Any, groups: int, one: bool) -> Ref:  # noqa: E501  # fmt: skip
+    def conv(
+        self, x: Ref, weight: G.Getter, bias: G.Getter, stride: Any, padding: Any, dilation: Any, groups: int, one: bool
+    ) -> Ref:
         if one:
             stride, padding, dilation = (1, *stride), (0, *padding), (1, *dilation)
         x, weight = self._flat_kernel(x, weight, one)
         w = torch.empty(weight().shape, device="meta")
         out = F.conv2d(self.meta(x), w, None, stride, padding, dilation, groups).shape[1:]
-        node = G.Conv((x.index,), tuple(out), self.where, get_weight=weight, get_bias=bias, stride=stride, padding=padding, dilation=dilation, groups=groups)  # noqa: E501  # fmt: skip
+        node = G.Conv(
+            (x.index,),
+            tuple(out),
+            self.where,
+            get_weight=weight,
+            get_bias=bias,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+        )
         y = self.add(node)
         return self.to_shape(y, (out[0], out[2])) if one else y
 
-    def conv_transpose(self, x: Ref, weight: G.Getter, bias: G.Getter, stride: Any, padding: Any, extra: Any, groups: int, dilation: Any, one: bool) -> Ref:  # noqa: E501  # fmt: skip
+    def conv_transpose(
+        self,
+        x: Ref,
+        weight: G.Getter,
+        bias: G.Getter,
+        stride: Any,
+        padding: Any,
+        extra: Any,
+        groups: int,
+        dilation: Any,
+        one: bool,
+    ) -> Ref:
         if one:
             stride, padding, extra, dilation = (1, *stride), (0, *padding), (0, *extra), (1, *dilation)
         x, weight = self._flat_kernel(x, weight, one)
         w = torch.empty(weight().shape, device="meta")
         out = F.conv_transpose2d(self.meta(x), w, None, stride, padding, extra, groups, dilation).shape[1:]
-        node = G.ConvTranspose((x.index,), tuple(out), self.where, get_weight=weight, get_bias=bias, stride=stride, padding=padding, output_padding=extra, dilation=dilation, groups=groups)  # noqa: E501  # fmt: skip
+        node = G.ConvTranspose(
+            (x.index,),
+            tuple(out),
+            self.where,
+            get_weight=weight,
+            get_bias=bias,
+            stride=stride,
+            padding=padding,
+            output_padding=extra,
+            dilation=dilation,
+            groups=groups,
+        )
         y = self.add(node)
         return self.to_shape(y, (out[0], out[2])) if one else y
 
@@ -199,7 +243,14 @@ class Builder:
             return s if m.bias is None else s + m.bias()
 
         source = self.nodes[x.index]
-        if self.fold and isinstance(source, (G.Conv, G.Dense)) and len(source.shape) == dims + 1 and x.index in self.single and source.shape[0] == m.var().numel() and len(source.shape) != 2:  # noqa: E501  # fmt: skip
+        if (
+            self.fold
+            and isinstance(source, (G.Conv, G.Dense))
+            and len(source.shape) == dims + 1
+            and x.index in self.single
+            and source.shape[0] == m.var().numel()
+            and len(source.shape) != 2
+        ):
             get_w, get_b = source.get_weight, source.get_bias
 
             def weight() -> Tensor:
@@ -226,13 +277,31 @@ class Builder:
 
     def max_pool(self, x: Ref, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool) -> Ref:
         kernel, stride, padding, dilation = (G.pair(v) for v in (kernel, stride, padding, dilation))
-        node = G.MaxPool((x.index,), (), self.where, kernel=kernel, stride=stride, padding=padding, dilation=dilation, ceil_mode=bool(ceil_mode))  # noqa: E501  # fmt: skip
+        node = G.MaxPool(
+            (x.index,),
+            (),
+            self.where,
+            kernel=kernel,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            ceil_mode=bool(ceil_mode),
+        )
         node.shape = tuple(node.pool(self.meta(x)).shape[1:])
         return self.add(node)
 
 
-def _adjoint_of_pool(f: Callable[..., Tensor], size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False, count_include_pad: bool = True, divisor_override: Any = None) -> Callable[[Tensor, Tensor], Tensor]:  # fmt: skip
-    """torch's gradient of average pooling, which is differentiable itself: torch.func.vjp costs more than the pooling."""
+def _adjoint_of_pool(
+    f: Callable[..., Tensor],
+    size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: Any = None,
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """torch's gradient of average pooling, which is differentiable itself: torch.func.vjp costs more than the
+    pooling."""
     if f is F.adaptive_avg_pool2d:
         return lambda a, like: torch.ops.aten._adaptive_avg_pool2d_backward(a, like)
     kernel, steps, pads = G.pair(size), G.pair(size if stride is None or stride == [] else stride), G.pair(padding)

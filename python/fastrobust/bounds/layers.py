@@ -88,7 +88,9 @@ def bmm(b: Lowering, a: Args) -> Ref:
     elif count > 256:
         raise b.fail(f"a product with {count} different matrices")
     else:
-        at = lambda v, i: b.moved(v, operator.itemgetter(i)) if isinstance(v, Tracked) else Constant(v.tensor[i], v.base)  # noqa: E731, E501  # fmt: skip
+        at = lambda v, i: (
+            b.moved(v, operator.itemgetter(i)) if isinstance(v, Tracked) else Constant(v.tensor[i], v.base)
+        )  # noqa: E731, E501
         parts = [b.flat(matmul(b, at(x, i), at(y, i), size[1:])).index for i in range(count)]
         n = size[1] * size[2]
         joined = b.add(G.Concat(tuple(parts), (n * count,), b.where)) if count > 1 else Ref(parts[0])
@@ -119,7 +121,17 @@ def convolution(b: Lowering, a: Args) -> Ref:
         get_b = None if one[1] is None else lambda: one[1]().repeat(n)
     get_b = get_b or (lambda: None)
     if a["transposed"]:
-        out = b.conv_transpose(ref, get_w, get_b, tuple(a["stride"]), tuple(a["padding"]), tuple(a["output_padding"]), groups, tuple(a["dilation"]), spatial == 1)  # noqa: E501  # fmt: skip
+        out = b.conv_transpose(
+            ref,
+            get_w,
+            get_b,
+            tuple(a["stride"]),
+            tuple(a["padding"]),
+            tuple(a["output_padding"]),
+            groups,
+            tuple(a["dilation"]),
+            spatial == 1,
+        )
     else:
         out = b.conv(
             ref, get_w, get_b, tuple(a["stride"]), tuple(a["padding"]), tuple(a["dilation"]), groups, spatial == 1
@@ -129,7 +141,9 @@ def convolution(b: Lowering, a: Args) -> Ref:
 
 def batch_norm(b: Lowering, a: Args) -> Ref:
     if a.get("training") or a.get("running_mean") is None:
-        raise ValueError(f"model: BatchNorm at '{b.where}' is in training mode or has no running statistics; call model.eval() first")  # fmt: skip
+        raise ValueError(
+            f"model: BatchNorm at '{b.where}' is in training mode or has no running statistics; call model.eval() first"
+        )
     get = lambda key: None if a.get(key) is None else b.constant(a[key])  # noqa: E731
     parts = SimpleNamespace(mean=get("running_mean"), var=get("running_var"), weight=get("weight"), bias=get("bias"))
     return b.batch_norm(
@@ -151,13 +165,20 @@ def avg_pool2d(b: Lowering, a: Args) -> Ref:
 
 
 def adaptive_avg_pool2d(b: Lowering, a: Args) -> Ref:
-    return b.to_shape(b.avg_pool(as_maps(b, a["self"]), (tuple(a["output_size"]),), F.adaptive_avg_pool2d), per_example(b.size))  # fmt: skip
+    return b.to_shape(
+        b.avg_pool(as_maps(b, a["self"]), (tuple(a["output_size"]),), F.adaptive_avg_pool2d), per_example(b.size)
+    )
 
 
 def max_pool2d(b: Lowering, a: Args) -> Ref:
     keys = ("kernel_size", "stride", "padding", "dilation")
     kernel, stride, padding, dilation = (tuple(a[k]) if a[k] else None for k in keys)
-    return b.to_shape(b.max_pool(as_maps(b, a["self"]), kernel, stride or kernel, padding or (0, 0), dilation or (1, 1), a["ceil_mode"]), per_example(b.size))  # noqa: E501  # fmt: skip
+    return b.to_shape(
+        b.max_pool(
+            as_maps(b, a["self"]), kernel, stride or kernel, padding or (0, 0), dilation or (1, 1), a["ceil_mode"]
+        ),
+        per_example(b.size),
+    )
 
 
 def adaptive_max_pool2d(b: Lowering, a: Args) -> Ref:

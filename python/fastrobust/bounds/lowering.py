@@ -1,5 +1,6 @@
-"""From a Recording to a Graph: what each operation of torch becomes. Handlers get the operation's arguments by the names of its
-schema, inputs that depend on x as ``Tracked`` and the others as ``Constant``."""
+"""From a Recording to a Graph: what each operation of torch becomes. Handlers get the operation's arguments by the
+names of its schema, inputs that depend on x as ``Tracked`` and the others as ``Constant``.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +29,11 @@ class Lowering(Builder):
     def build(self) -> G.Graph:
         out = self.recording.output
         if not isinstance(out, Read):
-            kind = "a tensor that does not depend on the input" if isinstance(out, Constant) else type(self.recording.result).__name__  # fmt: skip
+            kind = (
+                "a tensor that does not depend on the input"
+                if isinstance(out, Constant)
+                else type(self.recording.result).__name__
+            )
             raise ValueError(f"model: forward returns {kind}, expected one tensor that depends on the input")
         wanted, reads = {out.value}, {out.value: 1}
         needed: list[Step] = []
@@ -130,7 +135,13 @@ class Lowering(Builder):
         return Tracked(self.pick(x.ref, out.flatten().long() - 1, per_example(tuple(out.shape))), tuple(out.shape))
 
     def expanded(self, x: Tracked, size: tuple[int, ...]) -> Ref:
-        return x.ref if x.size == size else self.moved(x, lambda t: t.expand(size)).ref if math.prod(x.size) != math.prod(size) else self.to_shape(x.ref, per_example(size))  # noqa: E501  # fmt: skip
+        return (
+            x.ref
+            if x.size == size
+            else self.moved(x, lambda t: t.expand(size)).ref
+            if math.prod(x.size) != math.prod(size)
+            else self.to_shape(x.ref, per_example(size))
+        )
 
     # -- constants -----------------------------------------------------------------------------------------------------
     def constant(self, c: Any) -> Any:

@@ -1,4 +1,6 @@
-"""Is the graph the model? Compared on real inputs, by a plain forward through the nodes that shares nothing with the bounds."""
+"""Is the graph the model? Compared on real inputs, by a plain forward through the nodes that shares nothing with the
+bounds.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,15 @@ def _value(node: G.Node, given: list[Tensor]) -> Tensor:
     if isinstance(node, G.Dense):
         return F.linear(t, node.get_weight().to(t.dtype), _cast(node.get_bias(), t))
     if isinstance(node, G.Conv):
-        return F.conv2d(t, node.get_weight().to(t.dtype), _cast(node.get_bias(), t), node.stride, node.padding, node.dilation, node.groups)  # noqa: E501  # fmt: skip
+        return F.conv2d(
+            t,
+            node.get_weight().to(t.dtype),
+            _cast(node.get_bias(), t),
+            node.stride,
+            node.padding,
+            node.dilation,
+            node.groups,
+        )
     if isinstance(node, G.ConvTranspose):
         w, b = node.get_weight().to(t.dtype), _cast(node.get_bias(), t)
         return F.conv_transpose2d(t, w, b, node.stride, node.padding, node.output_padding, node.groups, node.dilation)
@@ -69,8 +79,9 @@ def _cast(b: Tensor | None, t: Tensor) -> Tensor | None:
 
 
 def check_graph(model: Any, graph: G.Graph, x: Tensor, every: bool = False) -> None:
-    """Raises ModelMismatchError where the graph's outputs are not the model's: on x's first two examples and on points around and
-    far from them (``every``: on all of x), in one batch, so that a model that mixes the examples of a batch is seen, too."""
+    """Raises ModelMismatchError where the graph's outputs are not the model's: on x's first two examples and on points
+    around and far from them (``every``: on all of x), in one batch, so that a model that mixes the examples of a batch
+    is seen, too."""
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         base = (x if every else x[:2]).detach()
         if not len(base):
@@ -79,7 +90,11 @@ def check_graph(model: Any, graph: G.Graph, x: Tensor, every: bool = False) -> N
         wave = torch.sin(torch.arange(base[0].numel(), dtype=torch.float64) * 12.9898 + 4.1414) * 43758.5453
         wave = (2 * (wave - wave.floor()) - 1).to(x).view(1, *x.shape[1:])
         size = base.abs().amax() + 1e-3
-        points = torch.cat([base, base + 0.1 * size * wave, -base, 4 * size * wave]) if not every else torch.cat([base, base[:1] + size * wave])  # noqa: E501  # fmt: skip
+        points = (
+            torch.cat([base, base + 0.1 * size * wave, -base, 4 * size * wave])
+            if not every
+            else torch.cat([base, base[:1] + size * wave])
+        )
         got, largest = evaluate(graph, points)
         compare(_outputs(model, points), got, largest)
 
@@ -94,7 +109,8 @@ def _outputs(model: Any, points: Tensor) -> Any:
 
 
 def compare(want: Any, got: Tensor, largest: float, name: str = "model") -> None:
-    """Raises ModelMismatchError where ``want``, the model's outputs, are not ``got``, up to rounding of numbers up to ``largest``."""
+    """Raises ModelMismatchError where ``want``, the model's outputs, are not ``got``, up to rounding of numbers up to
+    ``largest``."""
     if not isinstance(want, Tensor):
         raise ModelMismatchError(f"{name}: returned {type(want).__name__} for a batch, and one tensor for one example")
     n = len(got)
@@ -118,7 +134,8 @@ def compare(want: Any, got: Tensor, largest: float, name: str = "model") -> None
     far = float((want - got).abs().amax())
     if not far <= room:
         raise ModelMismatchError(
-            f"{name}: its outputs differ by {far:.3g} from what was read of it (rounding explains {room:.1g}), so no bound is returned; "
+            f"{name}: its outputs differ by {far:.3g} from what was read of it (rounding explains {room:.1g}), so no "
+            f"bound is returned; "
             "does it mix the examples of a batch, leave torch (numpy), or change between calls?"
         )
 
@@ -126,8 +143,9 @@ def compare(want: Any, got: Tensor, largest: float, name: str = "model") -> None
 def check_contained(
     model: Any, x: Tensor, z: Tensor | None, rows: tuple[Tensor | None, Tensor | None], ends: tuple[Any, Any]
 ) -> None:  # fmt: skip
-    """Raises ModelMismatchError where the model's outputs for the examples x, which the input set holds, lie outside the bounds by
-    more than rounding explains. z: those outputs, where they are known. rows: labels or spec of x; ends: (lower, upper) of x."""
+    """Raises ModelMismatchError where the model's outputs for the examples x, which the input set holds, lie outside
+    the bounds by more than rounding explains. z: those outputs, where they are known. rows: labels or spec of x; ends:
+    (lower, upper) of x."""
     labels, spec = rows
     low, up = ends
     with torch.no_grad():
@@ -149,7 +167,14 @@ def check_contained(
                 z = (z.gather(1, own) - z)[others].view(len(x), -1)
             elif spec is not None:
                 z = (spec.detach().to(z) @ z.unsqueeze(-1)).squeeze(-1)
-            gaps = [t for t in (None if low is None else low.detach().reshape(z.shape) - z, None if up is None else z - up.detach().reshape(z.shape)) if t is not None and t.numel()]  # noqa: E501  # fmt: skip
+            gaps = [
+                t
+                for t in (
+                    None if low is None else low.detach().reshape(z.shape) - z,
+                    None if up is None else z - up.detach().reshape(z.shape),
+                )
+                if t is not None and t.numel()
+            ]
             worst = max((float(t.amax()) for t in gaps), default=0.0)
             size = float(z.abs().amax()) if z.numel() else 0.0
         if not worst > 1e-6 * size:
@@ -161,6 +186,7 @@ def check_contained(
         room = 4096 * unit * (size + largest)
         if worst > room:
             raise ModelMismatchError(
-                f"model: its own output lies {worst:.3g} outside the bounds (rounding explains {room:.1g}), so they are not returned; "
+                f"model: its own output lies {worst:.3g} outside the bounds (rounding explains {room:.1g}), so they "
+                f"are not returned; "
                 "does forward change from call to call?"
             )

@@ -1,8 +1,8 @@
 """The graph of a model: recorded as it runs, lowered, kept while nothing changes, and compared with the model itself.
 
-A model made of torch's own layers alone does what its attributes say, so its graph is kept while those stay. Any other model may read
-anything in its forward: it is recorded anew at every call (one forward of one example), and the graph is kept while the record
-stays the same.
+A model made of torch's own layers alone does what its attributes say, so its graph is kept while those stay. Any other
+model may read anything in its forward: it is recorded anew at every call (one forward of one example), and the graph
+is kept while the record stays the same.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class _Kept:
 _CACHE: weakref.WeakKeyDictionary[nn.Module, dict[bool, _Kept]] = weakref.WeakKeyDictionary()
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_backward_hooks")
 _READ: dict[type, tuple[str, ...]] = {  # what the common layers read in forward; of others all attributes are compared
-    nn.Sequential: (), nn.Linear: (), nn.ReLU: ("inplace",), nn.Sigmoid: (), nn.Tanh: (), nn.Identity: (), nn.Flatten: ("start_dim", "end_dim"),
+    nn.Sequential: (), nn.Linear: (), nn.ReLU: ("inplace",), nn.Sigmoid: (), nn.Tanh: (), nn.Identity: (),
+    nn.Flatten: ("start_dim", "end_dim"),
     nn.Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode", "_reversed_padding_repeated_twice"),
 }  # fmt: skip
 
@@ -56,9 +57,14 @@ def _attributes(model: nn.Module) -> tuple[Any, ...] | None:
         own = m.__dict__
         if read is None and not kind.__module__.startswith("torch.nn.modules."):
             return None
-        if "forward" in own or "__call__" in own or own.get("_compiled_call_impl") is not None or own["_forward_hooks"] or own["_forward_pre_hooks"]:  # noqa: E501  # fmt: skip
+        if (
+            "forward" in own
+            or own.get("_compiled_call_impl") is not None
+            or own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+        ):
             return None
-        out.append(id(m))
+        out += (id(m), kind.forward)
         if read is not None:
             out.extend([own.get(k) for k in read])
         else:
@@ -110,16 +116,22 @@ class _Attributes:
 
 
 def trace(model: Any, x: Tensor, exact: bool = False, every: bool = False) -> Traced:
-    """The graph of ``model`` for inputs like x (B, *shape), checked against the model on examples of x when it is new (``every``: at
-    every call, on all of x). ``exact``: layer by layer as the model computes (no normalisation folded into its convolution), with
-    parameters in float64."""
+    """The graph of ``model`` for inputs like x (B, *shape), checked against the model on examples of x when it is new
+    (``every``: at every call, on all of x). ``exact``: layer by layer as the model computes (no normalisation folded
+    into its convolution), with parameters in float64."""
     model = unwrapped(model)
     shape = tuple(x.shape[1:])
     plain = _attributes(model) if isinstance(model, nn.Module) else None
     cached = isinstance(model, nn.Module)
     held = _CACHE.setdefault(model, {}) if cached else {}
     hit = held.get(exact)
-    if hit is not None and hit.shape == shape and plain is not None and isinstance(hit.key, _Attributes) and hit.key.values == plain:  # noqa: E501  # fmt: skip
+    if (
+        hit is not None
+        and hit.shape == shape
+        and plain is not None
+        and isinstance(hit.key, _Attributes)
+        and hit.key.values == plain
+    ):
         if every:
             check_graph(model, hit.graph, x, True)
         return Traced(hit.graph, None)
@@ -155,9 +167,13 @@ def _recorded(model: Any, one: Tensor, named: bool) -> Any:
     except TypeError as error:
         if "positional argument" in str(error) and "forward" in str(error):
             raise ValueError(f"model: forward needs more than one input ({error}), expected one") from error
-        raise ValueError(f"model: failed on one example of shape {tuple(one.shape)} ({type(error).__name__}: {error})") from error  # noqa: E501  # fmt: skip
+        raise ValueError(
+            f"model: failed on one example of shape {tuple(one.shape)} ({type(error).__name__}: {error})"
+        ) from error
     except (RuntimeError, ValueError, IndexError, AttributeError, AssertionError) as error:
-        raise ValueError(f"model: failed on one example of shape {tuple(one.shape)} ({type(error).__name__}: {error})") from error  # noqa: E501  # fmt: skip
+        raise ValueError(
+            f"model: failed on one example of shape {tuple(one.shape)} ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _in_double(get: G.Getter) -> G.Getter:
