@@ -28,6 +28,7 @@ _SHAPES = frozenset(
         "ones_like", "full_like",
     )
 )  # fmt: skip
+_MOVES = ("set_", "resize_", "resize_as_")  # to other memory
 _RANDOM = torch.Tag.nondeterministic_seeded
 _DYNAMIC = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
@@ -344,10 +345,12 @@ class Recorder(TorchDispatchMode):
                     f"mode do; "
                     "call model.eval() first, or compute it anew"
                 )
+        if name not in _MOVES and (name == "detach_" or torch.Tag.inplace_view in func.tags):
+            return func(*args, **kwargs)  # another shape of the same numbers
         if not tracked:
             self._spare(targets)
             return func(*args, **kwargs)
-        if len(targets) != 1 or name in ("set_", "resize_", "resize_as_"):
+        if len(targets) != 1 or name in _MOVES:
             raise UnreadableModelError(f"model: {name} cannot be followed{self.at()}")
         target = targets[0]
         s = _storage(target)
@@ -360,6 +363,7 @@ class Recorder(TorchDispatchMode):
         if old is None:  # a tensor of the call itself, constant up to here
             whole = target.untyped_storage().nbytes() // target.element_size()
             before = torch.as_strided(target.detach(), (whole,), (1,), 0).clone()
+            marked = replaced(marked[0], self._copied(s)), replaced(marked[1], self._copied(s))
         out = func(*args, **kwargs)
         v = self.value(target)
         self._add(name[:-1] if name.endswith("_") else name, func, *marked, [v], key)
@@ -377,12 +381,13 @@ class Recorder(TorchDispatchMode):
     def _spare(self, targets: list[Tensor]) -> None:
         """Constants that a step has read keep the numbers that it read."""
         for s in {_storage(t) for t in targets}:
-
-            def keep(c: Any, s: int = s) -> Any:
-                return Constant(c.tensor.clone(), None) if isinstance(c, Constant) and _storage(c.tensor) == s else c
-
             for step in self.read.pop(s, ()):
-                step.args, step.kwargs = replaced(step.args, keep), replaced(step.kwargs, keep)
+                step.args, step.kwargs = replaced(step.args, self._copied(s)), replaced(step.kwargs, self._copied(s))
+
+    @staticmethod
+    def _copied(s: int) -> Any:
+        """Of what was read of the storage s, which is about to be written."""
+        return lambda c: Constant(c.tensor.clone(), None) if isinstance(c, Constant) and _storage(c.tensor) == s else c
 
     # -- modules that stay whole ---------------------------------------------------------------------------------------
     def leaf(self, module: nn.Module, x: Tensor, run: Any) -> Tensor:

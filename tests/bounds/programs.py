@@ -38,6 +38,7 @@ def _into_fresh(target: str, source: str, k: int) -> Action:
         out = torch.zeros(len(s[source]), N) if k % 2 else torch.empty_like(s[source]).fill_(0.5)
         out[:, k:] = s[source][:, k:]
         out[:, :1] += 0.25
+        out = out if k < 3 else torch.full((1, N), 0.5).expand(len(out), N).clone().add_(out)
         s[target] = out
 
     return act

@@ -21,7 +21,7 @@ class Net(nn.Module):
     def __init__(self, run: Callable[[Any, Tensor], Any], **parts: Any) -> None:
         super().__init__()
         self.a, self.b, self.act = nn.Linear(6, 6), nn.Linear(6, 4), nn.ReLU(inplace=True)
-        self.run = run
+        self.rnn, self.run = nn.RNN(2, 4, batch_first=True), run
         for name, part in parts.items():
             setattr(self, name, part)
 
@@ -87,6 +87,10 @@ MODELS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "no gradient inside": lambda m, x: m.b(x.detach().mul_(2.0)),
     "single numbers": lambda m, x: F.relu(x).sum(1),
     "frames as examples": lambda m, x: F.conv1d(x.reshape(-1, 1, 3), m.b.weight[:2, None, :2]).reshape(len(x), -1),
+    "recurrent": lambda m, x: m.rnn(x.view(-1, 3, 2))[0][:, -1],
+    "turned in place": lambda m, x: m.b(
+        x.view(-1, 2, 3).clone().transpose_(1, 2).reshape(-1, 6).unsqueeze_(1).squeeze_(1)
+    ),
     "by hand": lambda m, x: (x - x.new_tensor(0.3)) / torch.tensor([0.2] * 6) - 2 * x.flip(1).roll(1, 1),
 }
 

@@ -19,63 +19,68 @@ class ModelMismatchError(ValueError):
     """What was bounded is not what the model computes: no bound of it is returned."""
 
 
-def evaluate(graph: G.Graph, x: Tensor) -> tuple[Tensor, float]:
-    """The graph's outputs for x (B, *shape), and the largest number on the way, which rounding is relative to."""
+def evaluate(graph: G.Graph, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The graph's outputs for x (B, *shape), and the largest sum of sizes of terms on the way of each example, (B,): what
+    rounding is relative to."""
     values: list[Tensor] = []
-    largest = 0.0
+    largest = x.new_zeros(len(x))
     for i, node in enumerate(graph.nodes):
-        if i not in graph.ancestors[graph.output] and i:
+        if i and i not in graph.ancestors[graph.output]:
             values.append(x)
             continue
         given = [values[j] for j in node.inputs]
-        y = x if isinstance(node, G.Input) else _value(node, given)
+        sums = isinstance(node, (G.Dense, G.Conv, G.ConvTranspose, G.Scale, G.Sum))
+        y = x if isinstance(node, G.Input) else _value(node, given, False)
+        size = _value(node, [t.abs() for t in given], True) if sums else y
         values.append(y)
         if y.numel():
-            largest = max(largest, float(y.abs().amax()))
+            largest = torch.maximum(largest, size.abs().flatten(1).amax(1))
     return values[graph.output], largest
 
 
-def _value(node: G.Node, given: list[Tensor]) -> Tensor:
+def _value(node: G.Node, given: list[Tensor], absolute: bool) -> Tensor:
+    """The node's value; ``absolute``: with the sizes of all its constants, for a bound of its terms."""
     t = given[0]
+
+    def read(get: G.Getter) -> Any:
+        v = get()
+        return None if v is None else v.to(t).abs() if absolute else v.to(t)
+
     out: Tensor
-    if isinstance(node, G.Dense):
-        return F.linear(t, node.get_weight().to(t.dtype), _cast(node.get_bias(), t))
-    if isinstance(node, G.Conv):
-        return F.conv2d(
-            t,
-            node.get_weight().to(t.dtype),
-            _cast(node.get_bias(), t),
-            node.stride,
-            node.padding,
-            node.dilation,
-            node.groups,
-        )
-    if isinstance(node, G.ConvTranspose):
-        w, b = node.get_weight().to(t.dtype), _cast(node.get_bias(), t)
-        return F.conv_transpose2d(t, w, b, node.stride, node.padding, node.output_padding, node.groups, node.dilation)
-    if isinstance(node, G.Scale):
-        f, s = node.get_factor(), node.get_shift()
-        out = t if f is None else t * f.to(t)
-        return out if s is None else out + s.to(t)
-    if isinstance(node, G.Sum):
-        out = torch.zeros_like(t)
-        for sign, v in zip(node.signs, given, strict=True):
-            out = out + sign * v
-        return out
-    if isinstance(node, G.Concat):
-        return torch.cat(given, node.dim + 1)
-    if isinstance(node, G.Reshape):
-        return t.reshape(len(t), *node.shape)
-    if isinstance(node, G.Monotone):
-        return node.function(t)
-    if isinstance(node, G.MaxPool):
-        return node.pool(t)
+    match node:
+        case G.Dense():
+            return F.linear(t, read(node.get_weight), read(node.get_bias))
+        case G.Conv():
+            w, b = read(node.get_weight), read(node.get_bias)
+            return F.conv2d(t, w, b, node.stride, node.padding, node.dilation, node.groups)
+        case G.ConvTranspose():
+            w, b = read(node.get_weight), read(node.get_bias)
+            more = node.output_padding, node.groups, node.dilation
+            return F.conv_transpose2d(t, w, b, node.stride, node.padding, *more)
+        case G.Scale():
+            f, s = read(node.get_factor), read(node.get_shift)
+            out = t if f is None else t * f
+            return out if s is None else out + s
+        case G.Sum():
+            out = torch.zeros_like(t)
+            for sign, v in zip(node.signs, given, strict=True):
+                out = out + (v if absolute else sign * v)
+            return out
+        case G.Concat():
+            return torch.cat(given, node.dim + 1)
+        case G.Reshape():
+            return t.reshape(len(t), *node.shape)
+        case G.Monotone():
+            return node.function(t)
+        case G.MaxPool():
+            return node.pool(t)
     assert isinstance(node, G.Activation)
     return relaxations.value(t, node.activation, node.params)
 
 
-def _cast(b: Tensor | None, t: Tensor) -> Tensor | None:
-    return None if b is None else b.to(t.dtype)
+def _room(t: Tensor, largest: Tensor) -> Tensor:
+    """What rounding explains where sums of terms up to ``largest`` were taken."""
+    return 512 * (2.0**-23 if t.dtype == torch.float32 else 2.0**-52) * largest
 
 
 def check_graph(model: Any, graph: G.Graph, x: Tensor, every: bool = False) -> None:
@@ -108,9 +113,9 @@ def _outputs(model: Any, points: Tensor) -> Any:
             return torch.cat([model(p.clone()) for p in points.split(1)])
 
 
-def compare(want: Any, got: Tensor, largest: float, name: str = "model") -> None:
-    """Raises ModelMismatchError where ``want``, the model's outputs, are not ``got``, up to rounding of numbers up to
-    ``largest``."""
+def compare(want: Any, got: Tensor, largest: Tensor, name: str = "model") -> None:
+    """Raises ModelMismatchError where ``want``, the model's outputs, are not ``got`` (B, ...), up to rounding of terms up
+    to ``largest`` (B,). Examples whose outputs are not finite are left to the bounds, which say so."""
     if not isinstance(want, Tensor):
         raise ModelMismatchError(f"{name}: returned {type(want).__name__} for a batch, and one tensor for one example")
     n = len(got)
@@ -119,24 +124,17 @@ def compare(want: Any, got: Tensor, largest: float, name: str = "model") -> None
             f"{name}: returns shape {tuple(want.shape)} for {n} examples and {tuple(got.shape[1:])} for each alone; "
             "it mixes the examples of a batch"
         )
-    want = want.reshape(got.shape).to(got.dtype)
-    bad = ~torch.isfinite(want)
-    if bad.any():  # not finite: the bounds say so themselves
-        if not torch.equal(bad, ~torch.isfinite(got)):
-            keep = ~(bad | ~torch.isfinite(got))
-            want, got = want[keep], got[keep]
-        else:
-            want, got = want[~bad], got[~bad]
-    if not want.numel():
+    if not got.numel():
         return
-    unit = 2.0**-23 if got.dtype == torch.float32 else 2.0**-52
-    room = 4096 * unit * (float(want.abs().amax()) + largest)
-    far = float((want - got).abs().amax())
-    if not far <= room:
+    far = (want.reshape(got.shape).to(got.dtype) - got).abs().flatten(1).amax(1)
+    room = _room(got, largest)
+    bad = torch.isfinite(far) & torch.isfinite(room) & (far > room)
+    if bad.any():
+        worst = int((far / room).where(bad, 0).argmax())
         raise ModelMismatchError(
-            f"{name}: its outputs differ by {far:.3g} from what was read of it (rounding explains {room:.1g}), so no "
-            f"bound is returned; "
-            "does it mix the examples of a batch, leave torch (numpy), or change between calls?"
+            f"{name}: its outputs differ by {float(far[worst]):.3g} from what was read of it (rounding explains "
+            f"{float(room[worst]):.1g}), so no bound is returned; does it mix the examples of a batch, leave torch "
+            "(numpy), or change between calls?"
         )
 
 
@@ -182,8 +180,7 @@ def check_contained(
         from fastrobust.bounds.trace import trace  # which checks with this module
 
         largest = evaluate(trace(model, x, every=True).graph, x)[1]
-        unit = 2.0**-23 if x.dtype == torch.float32 else 2.0**-52
-        room = 4096 * unit * (size + largest)
+        room = float(_room(x, largest).amax())
         if worst > room:
             raise ModelMismatchError(
                 f"model: its own output lies {worst:.3g} outside the bounds (rounding explains {room:.1g}), so they "
