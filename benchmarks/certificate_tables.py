@@ -116,7 +116,7 @@ def network(folder: Path, path: str, activation: str, shape: torch.Size) -> nn.M
     if not file.is_file():
         print(f"{path:<42} skipped: no {file.name}")
         return None
-    return load_model(str(file), activation, tuple(shape))
+    return load_model(file, layout="cnn" if "_cnn_" in path else "fc1", activation=activation, shape=tuple(shape))
 
 
 def one_shot(folder: Path, rows: list[OneShot], images: int | None, table: TableFile) -> None:

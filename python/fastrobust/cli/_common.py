@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -26,13 +32,39 @@ class Parser(argparse.ArgumentParser):
         raise BadArguments(f"{self.prog}: {message} (see {self.prog} --help)")
 
 
+# of bad input; whatever else comes may be a fault of ours, and its kind is shown
+EXPECTED = (BadArguments, ValueError, TypeError, OSError, ImportError)
+
+
 def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
         text = f"out of memory; try a smaller --batch-size ({text.split('. ')[0]})"
+    elif not isinstance(error, EXPECTED):
+        text = f"{type(error).__name__}: {text}"
     if len(text) > 400:
         text = text[:397] + "..."
     return text if text.startswith("fastrobust") else f"fastrobust: error: {text}"
+
+
+@contextlib.contextmanager
+def plain_warnings() -> Iterator[None]:
+    """A warning is one line on stderr, shown once however many batches repeat it with other figures."""
+    shown: set[tuple[type[Warning], str]] = set()
+
+    def show(message: Warning | str, category: type[Warning], *_: Any) -> None:
+        text = " ".join(str(message).split())
+        key = (category, re.sub(r"\d[\d.e+-]*", "#", text))
+        if key not in shown:
+            shown.add(key)
+            # a bar stands on the line
+            print("\r\033[K" * sys.stderr.isatty() + f"fastrobust: warning: {text}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show  # type: ignore[assignment]
+        for category in (UserWarning, RuntimeWarning):
+            warnings.simplefilter("always", category)
+        yield
 
 
 def number(text: str) -> float:
@@ -81,6 +113,8 @@ def output(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"{path} is a folder, expected a file to write")
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {path.parent} to write {path.name} in")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{path} cannot be written")
     return path
 
 
