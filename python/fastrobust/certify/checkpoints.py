@@ -262,13 +262,14 @@ def _chain_of(path: Any, state: dict[str, Tensor], activation: str | None) -> st
     """Weights without a model are refused, but for those of a Sequential that alternates linear layers and one other module:
     there only the activation is open, and what is assumed is said."""
     places = [int(name[: -len(".weight")]) for name in state if re.fullmatch(r"\d+\.weight", name)]
-    linear = all(re.fullmatch(r"\d+\.(weight|bias)", k) and t.dim() == (1 + k.endswith("t")) for k, t in state.items())
+    dims = {"weight": 2, "bias": 1}
+    linear = all(re.fullmatch(r"\d+\.(weight|bias)", k) and t.dim() == dims[k.split(".")[1]] for k, t in state.items())
     if not linear or places != list(range(min(places, default=2), 2 * len(places) + 1, 2)) or min(places) > 1:
         raise ValueError(
             f"model: {path} holds weights alone, which do not say strides, padding, pooling, activations or the order of "
             "layers: give --factory module:function, which builds the model, or --layout if it is one of fc1, cnn, dense"
         )
-    if activation is None:
+    if activation is None and len(places) > 1:
         warnings.warn(
             f"{path} holds weights alone: taken as a chain of linear layers with ReLU between them; if it is another "
             "network, give --factory; if not, --layout dense --activation relu says so",
