@@ -55,7 +55,7 @@ def plain_warnings() -> Iterator[None]:
     def show(message: Warning | str, category: type[Warning], *_: Any) -> None:
         text = " ".join(str(message).split())
         key = (category, re.sub(r"\d[\d.e+-]*", "#", text))
-        if key not in shown:
+        if issubclass(category, UserWarning | RuntimeWarning) and key not in shown:
             shown.add(key)
             # a bar stands on the line
             print("\r\033[K" * sys.stderr.isatty() + f"fastrobust: warning: {text}", file=sys.stderr)
