@@ -47,6 +47,9 @@ def run(text: str, space: dict[str, object], name: str) -> int:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_examples_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FASTROBUST_CACHE", str(tmp_path))
+    if any("train_digits" in text for text in examples(path)):
+        pytest.importorskip("sklearn", reason="the digits need scikit-learn")
     torch.manual_seed(1)  # pages that print figures seed themselves
     space: dict[str, object] = {"__name__": "__main__"}
     with warnings.catch_warnings():
