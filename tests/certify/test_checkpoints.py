@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import pathlib
+import sys
 from collections import OrderedDict
 
 import pytest
@@ -206,3 +208,16 @@ def test_options_that_contradict(tmp_path: pathlib.Path) -> None:
     for options in ({"factory": "a:b", "layout": "cnn"}, {"layout": "vgg"}, {"activation": "sine"}):
         with pytest.raises(ValueError, match=next(iter(options))):
             load_model(tmp_path / "any.pt", **options)
+
+
+def test_a_pickle_of_classes_that_are_not_here(nets: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (nets / "gone_nets.py").write_text("from torch import nn\nclass Net(nn.Linear): pass\n")
+    monkeypatch.syspath_prepend(str(nets))
+    torch.save(importlib.import_module("gone_nets").Net(3, 2), nets / "net.pt")
+    assert load_model(nets / "net.pt", trust=True).out_features == 2
+    for text in ("", None):  # the class is no more, and then the file is not
+        (nets / "gone_nets.py").unlink() if text is None else (nets / "gone_nets.py").write_text(text)
+        monkeypatch.delitem(sys.modules, "gone_nets", raising=False)
+        importlib.invalidate_caches()
+        with pytest.raises(ValueError, match="classes that cannot be imported here.*--factory"):
+            load_model(nets / "net.pt", trust=True)

@@ -150,6 +150,8 @@ def read(path: str | pathlib.Path, trust: bool = False) -> tuple[nn.Module | dic
             f"model: {path} is {'an' if kind[0] == 'e' else 'a'} {kind}, whose layers cannot be told apart; give the module "
             "itself (torch.save(model), with --trust), or its weights (torch.save(model.state_dict())) with --factory"
         )
+    if trust:
+        _look_here()
     try:
         content: Any = torch.load(file, map_location="cpu", weights_only=not trust)
     except Exception as reason:
@@ -170,6 +172,11 @@ def _unreadable(file: pathlib.Path, trust: bool, reason: Exception) -> str:
         return (
             f"model: {file} is a pickle of {found.group(1)}; loading a pickle runs whatever code it holds: trust it (--trust) "
             "if you trust its author, or save the state dictionary alone"
+        )
+    if trust and isinstance(reason, AttributeError | ImportError):
+        return (
+            f"model: {file} is a pickle of classes that cannot be imported here ({reason}); run it beside the file that defines "
+            "them, or save the state dictionary and give --factory"
         )
     if file.stat().st_size == 0:
         return f"model: {file} is empty"
@@ -231,10 +238,15 @@ def made_by(factory: str) -> nn.Module:
 
 
 def _module(name: str) -> Any:
-    here = str(pathlib.Path.cwd())  # the installed command does not look there by itself, python -m does
-    if here not in sys.path:
-        sys.path.insert(0, here)
+    _look_here()
     return importlib.import_module(name)
+
+
+def _look_here() -> None:
+    """Imports find the current folder, as they do for python -m and not for an installed command."""
+    here = str(pathlib.Path.cwd())
+    if here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)
 
 
 def _file_module(file: pathlib.Path) -> Any:

@@ -83,7 +83,12 @@ def bound_curve(
         )
     ax = _axes(ax)
     ax.plot(budgets.cpu(), found.radius.cpu(), label="polyhedral envelope (PEC)")
-    ax.plot(budgets.cpu(), torch.where(found.certified, budgets, 0.0).cpu(), linestyle="--", label="linear bounds (KW / Fast-Lin)")
+    ax.plot(
+        budgets.cpu(),
+        torch.where(found.certified, budgets, 0.0).cpu(),
+        linestyle="--",
+        label="linear bounds (KW / Fast-Lin)",
+    )
     ax.set_xlabel("eps")
     ax.set_ylabel("certified radius")
     ax.legend()
