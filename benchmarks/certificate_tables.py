@@ -32,8 +32,8 @@ from .table_file import TableFile
 
 COLUMNS = ("CTE", "CRE Lin", "CRE IBP", "ACB Lin", "ACB IBP", "ACB PEC")
 MEANING = (
-    "CTE: clean test error, CRE: certified robust error (percent), ACB: average certified bound; by linear bounds (Lin), "
-    "intervals (IBP), polyhedral envelope certification (PEC)"
+    "CTE: clean test error, CRE: certified robust error (percent), ACB: average certified bound; by linear "
+    "bounds (Lin), intervals (IBP), polyhedral envelope certification (PEC)"
 )
 
 

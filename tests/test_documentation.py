@@ -1,4 +1,4 @@
-"""The Python examples of the README and of docs/ run as a reader has them: page by page from the top, with nothing given."""
+"""The Python examples of the README and of docs/ run as a reader has them: page by page from the top, nothing given."""
 
 from __future__ import annotations
 

@@ -63,6 +63,16 @@ def test_weights_go_into_the_model_of_a_factory(nets: pathlib.Path, factory: str
     assert found.built == f"Sequential of {factory}, 4 tensors of {sum(p.numel() for p in net.parameters())} numbers loaded strictly"  # fmt: skip
 
 
+def test_a_factory_in_a_file_imports_its_neighbours(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "its_width.py").write_text("WIDTH = 6\n")
+    (tmp_path / "wide_nets.py").write_text(
+        "from torch import nn\nfrom its_width import WIDTH\ndef net(): return nn.Linear(WIDTH, 2)\n"
+    )
+    torch.save(nn.Linear(6, 2).state_dict(), tmp_path / "w.pt")
+    assert load_model(tmp_path / "w.pt", factory=f"{tmp_path}/wide_nets.py:net").in_features == 6
+
+
 @pytest.mark.parametrize("name", ["padded", "Skip"])
 def test_weights_alone_are_not_guessed_at(nets: pathlib.Path, name: str) -> None:
     torch.save(made(name).state_dict(), nets / "w.pt")

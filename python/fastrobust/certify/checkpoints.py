@@ -1,7 +1,7 @@
 """Models from what people have on disk: whole modules, and weights together with the model that they belong to.
 
-A state dictionary does not say strides, paddings, pooling, activations or the order of its layers. It is loaded into the
-model that ``factory`` builds, or into a ``layout`` that is named; nothing is concluded from the shapes of weights.
+A state dictionary does not say strides, paddings, pooling, activations or the order of its layers. It is loaded into
+the model that ``factory`` builds, or into a ``layout`` that is named; nothing is concluded from the shapes of weights.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ _HELD_BY = ("state_dict", "model_state_dict", "model", "net")  # keys under whic
 _PREFIXES = {"module.": "DataParallel", "_orig_mod.": "torch.compile"}
 _OTHER_FILES = {
     ".onnx": "an ONNX network: convert it with onnx2torch and save its weights, or the module",
-    ".safetensors": "a safetensors file: torch.save(safetensors.torch.load_file(path), 'weights.pt') makes a state dictionary",
+    ".safetensors": "a safetensors file: torch.save(safetensors.torch.load_file(path), 'w.pt') makes a state dictionary",
     ".h5": "a Keras or HDF5 file: convert the model to torch",
     ".npz": "an archive of numpy arrays: build the model, and torch.save it or its state dictionary",
 }
 
 
 class Loaded(NamedTuple):
-    """A model in evaluation mode, the kind of file that it comes from, and what was built for weights ("" for a module)."""
+    """A model in evaluation mode, the kind of its file, and what was built for weights ("" for a module)."""
 
     model: nn.Module
     kind: str
@@ -147,8 +147,8 @@ def read(path: str | pathlib.Path, trust: bool = False) -> tuple[nn.Module | dic
     kind = file_kind(file)
     if kind != "pickle":
         raise ValueError(
-            f"model: {path} is {'an' if kind[0] == 'e' else 'a'} {kind}, whose layers cannot be told apart; give the module "
-            "itself (torch.save(model), with --trust), or its weights (torch.save(model.state_dict())) with --factory"
+            f"model: {path} is {'an' if kind[0] == 'e' else 'a'} {kind}, whose layers cannot be told apart; give the "
+            "module itself (torch.save(model), with --trust), or its weights (torch.save(model.state_dict())) with --factory"
         )
     if trust:
         _look_here()
@@ -170,13 +170,13 @@ def _unreadable(file: pathlib.Path, trust: bool, reason: Exception) -> str:
     found = re.search(r"GLOBAL ([\w.]+)", str(reason)) if isinstance(reason, pickle.UnpicklingError) else None
     if found and not trust:
         return (
-            f"model: {file} is a pickle of {found.group(1)}; loading a pickle runs whatever code it holds: trust it (--trust) "
-            "if you trust its author, or save the state dictionary alone"
+            f"model: {file} is a pickle of {found.group(1)}; loading a pickle runs whatever code it holds: trust it "
+            "(--trust) if you trust its author, or save the state dictionary alone"
         )
     if trust and isinstance(reason, AttributeError | ImportError):
         return (
-            f"model: {file} is a pickle of classes that cannot be imported here ({reason}); run it beside the file that defines "
-            "them, or save the state dictionary and give --factory"
+            f"model: {file} is a pickle of classes that cannot be imported here ({reason}); run it beside the file "
+            "that defines them, or save the state dictionary and give --factory"
         )
     if file.stat().st_size == 0:
         return f"model: {file} is empty"
@@ -242,16 +242,17 @@ def _module(name: str) -> Any:
     return importlib.import_module(name)
 
 
-def _look_here() -> None:
+def _look_here(folder: pathlib.Path = pathlib.Path()) -> None:
     """Imports find the current folder, as they do for python -m and not for an installed command."""
-    here = str(pathlib.Path.cwd())
-    if here not in sys.path and "" not in sys.path:
+    here = str(folder.resolve())
+    if here not in sys.path:
         sys.path.insert(0, here)
 
 
 def _file_module(file: pathlib.Path) -> Any:
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file}")
+    _look_here(file.parent)  # for its own imports
     spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -271,15 +272,16 @@ def _fill(model: nn.Module, state: dict[str, Tensor], what: str) -> None:
 
 
 def _chain_of(path: Any, state: dict[str, Tensor], activation: str | None) -> str:
-    """Weights without a model are refused, but for those of a Sequential that alternates linear layers and one other module:
-    there only the activation is open, and what is assumed is said."""
+    """Weights without a model are refused, but for those of a Sequential that alternates linear layers and one other
+    module: there only the activation is open, and what is assumed is said."""
     places = [int(name[: -len(".weight")]) for name in state if re.fullmatch(r"\d+\.weight", name)]
     dims = {"weight": 2, "bias": 1}
     linear = all(re.fullmatch(r"\d+\.(weight|bias)", k) and t.dim() == dims[k.split(".")[1]] for k, t in state.items())
     if not linear or places != list(range(min(places, default=2), 2 * len(places) + 1, 2)) or min(places) > 1:
         raise ValueError(
-            f"model: {path} holds weights alone, which do not say strides, padding, pooling, activations or the order of "
-            "layers: give --factory module:function, which builds the model, or --layout if it is one of fc1, cnn, dense"
+            f"model: {path} holds weights alone, which do not say strides, padding, pooling, activations or the order "
+            "of layers: give --factory module:function, which builds the model, or --layout if it is one of "
+            f"{', '.join(LAYOUTS)}"
         )
     if activation is None and len(places) > 1:
         warnings.warn(

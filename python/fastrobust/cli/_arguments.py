@@ -20,9 +20,9 @@ from ._common import BadArguments
 Clip = tuple[float, float] | None
 # what both commands and the Python API do without being told
 CLIP_RULE = (
-    "By default an answer errs to the safe side: in Python an attack stays inside the image box (clip=(0, 1)) and a bound or "
-    "certificate holds on the whole ball (clip=None). Both commands take the box [0, 1], which their images lie in, and say "
-    "so; --clip and --no-clip change it, as clip= does in Python."
+    "By default an answer errs to the safe side: in Python an attack stays inside the image box (clip=(0, 1)) and a "
+    "bound or certificate holds on the whole ball (clip=None). Both commands take the box [0, 1], which their images "
+    "lie in, and say so; --clip and --no-clip change it, as clip= does in Python."
 )
 
 
@@ -30,13 +30,13 @@ def add_model(parser: argparse.ArgumentParser, seed: str) -> None:
     add = parser.add_argument_group("the model").add_argument
     add(
         "--model", type=Path, metavar="FILE",
-        help="weights (a state_dict) with --factory or --layout, or with --trust a pickled nn.Module; attack also takes a "
-        "TorchScript file or an exported program (.pt2). It maps images in [0, 1] to logits (default: a small CNN trained "
-        "on the digits at first use)",
+        help="weights (a state_dict) with --factory or --layout, or with --trust a pickled nn.Module; attack also takes "
+        "a TorchScript file or an exported program (.pt2). It maps images in [0, 1] to logits (default: a small CNN "
+        "trained on the digits at first use)",
     )  # fmt: skip
     add(
         "--factory", metavar="MODULE:NAME",
-        help="package.module:callable or file.py:callable that builds the model; the weights are loaded into it strictly",
+        help="package.module:callable or file.py:callable that builds the model; weights are loaded into it strictly",
     )  # fmt: skip
     add(
         "--layout", type=str.lower, choices=tuple(checkpoints.LAYOUTS),
@@ -81,7 +81,8 @@ def add_running(group: argparse._ArgumentGroup, batch_size: int) -> None:
     add("--device", type=common.device, default="auto", help="cpu, cuda, cuda:N (default: a GPU if there is one)")
     add("--threads", type=common.count, metavar="N", help="CPU threads (default: torch's)")
     add(
-        "--progress", action=argparse.BooleanOptionalAction, default=None, help="a bar over images (default: on a terminal)"
+        "--progress", action=argparse.BooleanOptionalAction, default=None,
+        help="a bar over images (default: on a terminal)",
     )  # fmt: skip
 
 
@@ -172,7 +173,8 @@ def model_failures(model: str, x: Tensor) -> Iterator[None]:
     except (RuntimeError, AssertionError, NotImplementedError, IndexError, AttributeError) as error:
         hint = ""
         if "exported program" in model:
-            hint = "; an exported program needs a dynamic batch: export with dynamic_shapes=({0: torch.export.Dim('batch')},)"
+            batch = "dynamic_shapes=({0: torch.export.Dim('batch')},)"
+            hint = f"; an exported program needs a dynamic batch: export with {batch}"
         elif x.dim() == 4 and x.shape[3] in (1, 3) and x.shape[1] not in (1, 3):
             hint = "; their channels come last, and are expected before height and width"
         lines = str(error).strip().splitlines() or [type(error).__name__]

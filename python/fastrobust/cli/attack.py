@@ -129,8 +129,8 @@ def _setting(args: argparse.Namespace, eps: float, images: data.Images, given: s
     return {
         "attack": args.attack, "norm": args.norm, "eps": eps, "steps": steps, "step_size": step_size,
         "restarts": args.restarts, "loss": args.loss, "reported_loss": loss, "target": args.targeted, "targets": args.targets,
-        "early_stop": args.early_stop, "keep": args.keep, "clip": shared.clip_of(args), "normalize": args.normalize, "seed": args.seed,
-        "batch_size": args.batch_size, "model": given.name, "built": given.built, "data": shared.data_text(images),
+        "early_stop": args.early_stop, "keep": args.keep, "clip": shared.clip_of(args), "normalize": args.normalize,
+        "seed": args.seed, "batch_size": args.batch_size, "model": given.name, "built": given.built, "data": shared.data_text(images),
         "device": shared.device_text(args.device), "first": args.first, "version": info["version"], "torch": info["torch"],
     }  # fmt: skip
 
