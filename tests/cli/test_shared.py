@@ -217,18 +217,22 @@ def test_models_that_do_not_return_logits(run: Run, mine: Path, command: str) ->
 def test_warnings_are_plain_lines_said_once(
     run: Run, mine: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
-    def loud(*_: object) -> None:
-        for number in (3, 4):
-            warnings.warn(f"the gradient of {number} of 9 images\n is zero", stacklevel=1)
+    owner = _attack_run if command == "attack" else cli._arguments
+    real, batch = owner.check_classes, iter(range(3, 9))
 
-    if command == "attack":
-        real = _attack_run.check_classes
-        monkeypatch.setattr(_attack_run, "check_classes", lambda *a: (loud(), real(*a)))
-    else:
-        real = cli._arguments.check_classes
-        monkeypatch.setattr(cli._arguments, "check_classes", lambda *a: (loud(), real(*a)))
-    status, _, err = run(*COMMANDS[command], *OWN, "--batch-size", "2")
-    assert status == 0 and err == "fastrobust: warning: the gradient of 3 of 9 images is zero\n"
+    def loud(*given: object) -> None:
+        warnings.warn(f"the gradient of {next(batch)} images\n is zero", stacklevel=1)
+        warnings.warn("a model of chance", RuntimeWarning, stacklevel=1)
+        warnings.warn("old", DeprecationWarning, stacklevel=1)
+        real(*given)
+
+    monkeypatch.setattr(owner, "check_classes", loud)
+    status, _, err = run(*COMMANDS[command], *OWN, "--batch-size", "3")
+    assert status == 0 and err.splitlines() == [
+        "fastrobust: warning: the gradient of 3 images is zero",
+        "fastrobust: warning: a model of chance",
+        "fastrobust: warning: came 2 more times with other figures: the gradient of 3 images is zero...",
+    ]
 
 
 def test_plain_warnings_of_weak_attacks(run: Run, mine: Path) -> None:

@@ -49,22 +49,26 @@ def one_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def plain_warnings() -> Iterator[None]:
-    """A warning is one line on stderr, shown once however many batches repeat it with other figures."""
-    shown: set[tuple[type[Warning], str]] = set()
+    """A warning is one line on stderr, said once; at the end, how often it came again with other figures (of batches)."""
+    shown: dict[tuple[type[Warning], str], list[str]] = {}
 
     def show(message: Warning | str, category: type[Warning], *_: Any) -> None:
         text = " ".join(str(message).split())
-        key = (category, re.sub(r"\d[\d.e+-]*", "#", text))
-        if issubclass(category, UserWarning | RuntimeWarning) and key not in shown:
-            shown.add(key)
+        seen = shown.setdefault((category, re.sub(r"\d[\d.e+-]*", "#", text)), [])
+        if issubclass(category, UserWarning | RuntimeWarning) and not seen:
             # a bar stands on the line
             print("\r\033[K" * sys.stderr.isatty() + f"fastrobust: warning: {text}", file=sys.stderr)
+        seen.append(text)
 
     with warnings.catch_warnings():
         warnings.showwarning = show  # type: ignore[assignment]
         for category in (UserWarning, RuntimeWarning):
             warnings.simplefilter("always", category)
         yield
+    for (category, _), texts in shown.items():
+        if len(set(texts)) > 1 and issubclass(category, UserWarning | RuntimeWarning):
+            again = f"came {len(texts) - 1} more times with other figures: {texts[0][:60]}..."
+            print(f"fastrobust: warning: {again}", file=sys.stderr)
 
 
 def number(text: str) -> float:
