@@ -53,20 +53,22 @@ def plain_warnings() -> Iterator[None]:
     shown: dict[tuple[type[Warning], str], list[str]] = {}
 
     def show(message: Warning | str, category: type[Warning], *_: Any) -> None:
+        if not issubclass(category, UserWarning | RuntimeWarning):
+            return
         text = " ".join(str(message).split())
         seen = shown.setdefault((category, re.sub(r"\d[\d.e+-]*", "#", text)), [])
-        if issubclass(category, UserWarning | RuntimeWarning) and not seen:
+        if not seen:
             # a bar stands on the line
             print("\r\033[K" * sys.stderr.isatty() + f"fastrobust: warning: {text}", file=sys.stderr)
         seen.append(text)
 
     with warnings.catch_warnings():
         warnings.showwarning = show  # type: ignore[assignment]
-        for category in (UserWarning, RuntimeWarning):
-            warnings.simplefilter("always", category)
+        for kind in (UserWarning, RuntimeWarning):
+            warnings.simplefilter("always", kind)
         yield
-    for (category, _), texts in shown.items():
-        if len(set(texts)) > 1 and issubclass(category, UserWarning | RuntimeWarning):
+    for texts in shown.values():
+        if len(set(texts)) > 1:
             again = f"came {len(texts) - 1} more times with other figures: {texts[0][:60]}..."
             print(f"fastrobust: warning: {again}", file=sys.stderr)
 
