@@ -120,29 +120,20 @@ def convolution(b: Lowering, a: Args) -> Ref:
         get_w = lambda: one[0]().repeat(n, *[1] * (spatial + 1))  # noqa: E731
         get_b = None if one[1] is None else lambda: one[1]().repeat(n)
     get_b = get_b or (lambda: None)
+    each = lambda key: tuple(a[key]) * (spatial if len(a[key]) == 1 else 1)  # noqa: E731 -- one number stands for all
+    stride, padding, dilation = each("stride"), each("padding"), each("dilation")
     if a["transposed"]:
-        out = b.conv_transpose(
-            ref,
-            get_w,
-            get_b,
-            tuple(a["stride"]),
-            tuple(a["padding"]),
-            tuple(a["output_padding"]),
-            groups,
-            tuple(a["dilation"]),
-            spatial == 1,
-        )
+        more = each("output_padding"), groups, dilation, spatial == 1
+        out = b.conv_transpose(ref, get_w, get_b, stride, padding, *more)
     else:
-        out = b.conv(
-            ref, get_w, get_b, tuple(a["stride"]), tuple(a["padding"]), tuple(a["dilation"]), groups, spatial == 1
-        )
+        out = b.conv(ref, get_w, get_b, stride, padding, dilation, groups, spatial == 1)
     return b.to_shape(out, per_example(b.size))
 
 
 def batch_norm(b: Lowering, a: Args) -> Ref:
     if a.get("training") or a.get("running_mean") is None:
         raise ValueError(
-            f"model: BatchNorm at '{b.where}' is in training mode or has no running statistics; call model.eval() first"
+            f"model: a normalisation at '{b.where}' is in training mode or has no running statistics; call model.eval() first"
         )
     get = lambda key: None if a.get(key) is None else b.constant(a[key])  # noqa: E731
     parts = SimpleNamespace(mean=get("running_mean"), var=get("running_var"), weight=get("weight"), bias=get("bias"))
