@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,16 @@ from fastrobust.bounds.builder import Builder, Ref, Tracked, per_example
 from fastrobust.bounds.operations import HANDLERS
 
 
+class _Patchwork(NamedTuple):
+    """A value written in parts: of each element the place among the flat sources, one behind the other, or -1: in
+    rest."""
+
+    sources: list[Ref]
+    places: Tensor
+    rest: Tensor | None
+    shape: tuple[int, ...]
+
+
 class Lowering(Builder):
     """``baked``: the graph holds values that this call computed, so that the next call needs a graph of its own."""
 
@@ -24,6 +34,7 @@ class Lowering(Builder):
         super().__init__(shape, fold)
         self.recording, self.baked = recording, False
         self.refs: dict[Value, Ref] = {recording.input: Ref(0)}
+        self.patches: dict[Value, _Patchwork] = {}
         self.views: dict[tuple[Value, Place], Ref] = {}
 
     def build(self) -> G.Graph:
@@ -56,7 +67,7 @@ class Lowering(Builder):
         if step.name == "overlay":
             result = step.results[0]
             assert result is not None
-            self.refs[result] = self._overlay(*step.args)
+            self.patches[result] = self._overlay(*step.args)
             return
         if step.name == "leaf":
             raise self.fail(type(step.func).__name__)
@@ -83,9 +94,9 @@ class Lowering(Builder):
     # -- where tensors lie ---------------------------------------------------------------------------------------------
     def read(self, r: Read) -> Tracked:
         v, place = r
-        if v not in self.refs:
+        if v not in self.refs and v not in self.patches:
             raise self.fail("a second result of an operation (the places of a maximum, saved statistics)")
-        base = self.refs[v]
+        base = self.value(v)
         if place == v.place:
             return Tracked(base, place.size)
         if r not in self.views:
@@ -98,28 +109,39 @@ class Lowering(Builder):
             self.views[r] = self.pick(base, logical[wanted], per_example(place.size), _permutation(v.place, place))
         return Tracked(self.views[r], place.size)
 
-    def _overlay(self, old: Read | Constant, new: Read, known: Place) -> Ref:
+    def _overlay(self, old: Read | Constant, new: Read, known: Place) -> _Patchwork:
         span = int(known.positions().max()) + 1
         at = torch.full((span,), -1)
         at[known.positions().flatten()] = torch.arange(known.numel)
         where = at[new.place.positions().flatten()]
-        patch = self.read(Read(new.value, new.value.place))
-        source, shape = torch.full((known.numel,), -1), per_example(known.size)
-        if isinstance(old, Read):
-            base = self.read(Read(old.value, old.value.place))
-            order = torch.arange(known.numel)
-            order[where] = known.numel + torch.arange(len(where))
-            both = self.add(
-                G.Concat(
-                    (self.flat(base.ref).index, self.flat(patch.ref).index), (known.numel + len(where),), self.where
-                )
-            )
-            return self.pick(both, order, shape)
-        source[where] = torch.arange(len(where))
-        out = self.pick(patch.ref, source, shape)
-        rest = old.tensor.clone()
-        rest[where] = 0
-        return self.affine(out, None, self.constant(Constant(rest.view(shape), None)))
+        sources: list[Ref] = []
+        rest: Tensor | None = None
+        if isinstance(old, Constant):
+            places, rest = torch.full((known.numel,), -1), old.tensor
+        elif old.value in self.patches:
+            before = self.patches[old.value]
+            sources, places, rest = list(before.sources), before.places.clone(), before.rest
+        else:
+            sources, places = [self.flat(self.value(old.value))], torch.arange(known.numel)
+        first = sum(self.nodes[r.index].size for r in sources)
+        places[where] = first + torch.arange(len(where))
+        sources.append(self.flat(self.read(Read(new.value, new.value.place)).ref))
+        return _Patchwork(sources, places, rest, per_example(known.size))
+
+    def value(self, v: Value) -> Ref:
+        """The node of a value; of one written in parts, made when it is read."""
+        if v not in self.refs and v in self.patches:
+            sources, places, rest, shape = self.patches[v]
+            total = sum(self.nodes[r.index].size for r in sources)
+            parts = tuple(r.index for r in sources)
+            both = sources[0] if len(sources) == 1 else self.add(G.Concat(parts, (total,), self.where))
+            out = self.pick(both, places, shape)
+            still = places < 0
+            if rest is not None and bool(still.any()):
+                shift = torch.where(still.to(rest.device), rest, torch.zeros_like(rest)).view(shape)
+                out = self.affine(out, None, self.constant(Constant(shift, None)))
+            self.refs[v] = out
+        return self.refs[v]
 
     def flat(self, x: Ref) -> Ref:
         return self.to_shape(x, (self.nodes[x.index].size,))
