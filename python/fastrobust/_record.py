@@ -9,6 +9,7 @@ no operations of their own: a tensor is a place (size, stride, offset) in a stor
 from __future__ import annotations
 
 import contextlib
+import functools
 import linecache
 import os
 import sys
@@ -21,16 +22,33 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
 
 _TORCH = os.path.dirname(torch.__file__)
-_ASKS = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::item", "aten::allclose")
-_SHAPES = frozenset(
-    f"aten::{kind}" for kind in (
-        "new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided", "empty_like", "zeros_like",
-        "ones_like", "full_like",
-    )
+_ASKS = ("_local_scalar_dense", "is_nonzero", "equal", "item", "allclose")
+_SHAPES = (
+    "new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided", "empty_like", "zeros_like", "ones_like",
+    "full_like",
 )  # fmt: skip
 _MOVES = ("set_", "resize_", "resize_as_")  # to other memory
-_RANDOM = torch.Tag.nondeterministic_seeded
-_DYNAMIC = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+
+
+class _Kind(NamedTuple):
+    """What there is to know of an operation before it runs."""
+
+    name: str
+    writes: bool
+    view: bool
+    random: bool
+    asks: bool  # Python gets to know values
+    shapes: bool  # no value of its tensors matters
+
+
+@functools.cache
+def _kind(func: Any) -> _Kind:
+    name, tags, returns = func._schema.name.removeprefix("aten::"), func.tags, func._schema.returns
+    asks = name in _ASKS or torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags
+    # The noise of rrelu is nothing where it does not train.
+    writes = func._schema.is_mutable and name != "rrelu_with_noise"
+    view = not writes and bool(returns) and all(r.alias_info is not None for r in returns)
+    return _Kind(name, writes, view, torch.Tag.nondeterministic_seeded in tags, asks, name in _SHAPES)
 
 
 class UnreadableModelError(ValueError):
@@ -239,55 +257,53 @@ class Recorder(TorchDispatchMode):
     # -- operations ----------------------------------------------------------------------------------------------------
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        schema, values = func._schema, self.values
-        name = schema.name
+        values, kind = self.values, _kind(func)
         given = _tensors(args, kwargs)
         try:
-            storages = [_storage(t) for t in given]
+            storages = [t.untyped_storage()._cdata for t in given]
         except (RuntimeError, NotImplementedError):
             raise UnreadableModelError(
-                f"model: {_short(name)} works on tensors without plain storage (sparse, quantised){self.at()}"
+                f"model: {kind.name} works on tensors without plain storage (sparse, quantised){self.at()}"
             ) from None
-        tracked = name not in _SHAPES and any(s in values for s in storages)
-        tags = func.tags
-        if tags:
-            if _RANDOM in tags and not _still(name, args):
-                raise UnreadableModelError(
-                    f"model: {_short(name)} draws random numbers{self.at()}; is the model in training mode? call "
-                    f"model.eval() first"
-                )
-            fixed = name == "aten::index" and not any(_storage(t) in values for t in given[1:])  # at constant places
-            if tracked and not fixed and (_DYNAMIC[0] in tags or _DYNAMIC[1] in tags):
-                raise self._asks(name)
-        if tracked and name in _ASKS:
-            raise self._asks(name)
-        if schema.is_mutable and name != "aten::rrelu_with_noise":  # its noise is nothing where it does not train
+        tracked = False
+        if not kind.shapes:
+            for s in storages:
+                if s in values:
+                    tracked = True
+                    break
+        if kind.random and not _still(kind.name, args):
+            raise UnreadableModelError(
+                f"model: {kind.name} draws random numbers{self.at()}; is the model in training mode? call model.eval() "
+                "first"
+            )
+        # At constant places an index is as long as those say.
+        if tracked and kind.asks and not (kind.name == "index" and not any(s in values for s in storages[1:])):
+            raise UnreadableModelError(
+                f"model: forward branches on values of its input ({kind.name}{self.at()}); what it does at other points "
+                "of the input set would not be seen"
+            )
+        if kind.writes:
             return self._write(func, args, kwargs, tracked)
         if not tracked:
             out = func(*args, **kwargs)
             self._constants(out, given, storages)
             return out
+        if kind.view:  # its place says all
+            return func(*args, **kwargs)
         key: list[Any] = [func]
         marked = [self._marked(v, key) for v in args], {k: self._marked(v, key) for k, v in kwargs.items()}
         out = func(*args, **kwargs)
         results: list[Value | None] = []
         new = False
         for t in (out,) if isinstance(out, Tensor) else inside(out):
-            if _storage(t) in values:  # a view: its place says all
+            if _storage(t) in values:  # a view that does not call itself one
                 results.append(None)
             else:
                 new = True
                 results.append(self.start(t))
         if new:
-            self._add(_short(name), func, *marked, results, key)
+            self._add(kind.name, func, *marked, results, key)
         return out
-
-    def _asks(self, name: str) -> UnreadableModelError:
-        return UnreadableModelError(
-            f"model: forward branches on values of its input ({_short(name)}{self.at()}); what it does at other "
-            f"points of the input "
-            "set would not be seen"
-        )
 
     def _constants(self, out: Any, given: list[Tensor], storages: list[int]) -> None:
         """Results that do not depend on the input: new tensors of the call, or views of what was there before."""
@@ -331,8 +347,7 @@ class Recorder(TorchDispatchMode):
                         self.read.setdefault(_storage(i.tensor), []).append(step)
 
     def _write(self, func: Any, args: Any, kwargs: Any, tracked: bool) -> Any:
-        schema = func._schema
-        name = _short(schema.name)
+        schema, name = func._schema, _kind(func).name
         targets: list[Tensor] = []
         for i, a in enumerate(schema.arguments):
             if a.alias_info is not None and a.alias_info.is_write:
@@ -438,15 +453,11 @@ class Recorder(TorchDispatchMode):
 
 def _still(name: str, args: Any) -> bool:
     """Operations that draw numbers only when they train, and do not train."""
-    if name in ("aten::rrelu_with_noise", "aten::rrelu_with_noise_"):
+    if name in ("rrelu_with_noise", "rrelu_with_noise_"):
         return len(args) < 5 or not args[4]
-    if name == "aten::native_dropout":
+    if name == "native_dropout":
         return len(args) > 2 and args[2] is False
     return False
-
-
-def _short(name: str) -> str:
-    return name.removeprefix("aten::")
 
 
 def _storage(t: Tensor) -> int:
