@@ -56,7 +56,7 @@ class UnreadableModelError(ValueError):
 
 
 class Place(NamedTuple):
-    """Where in its storage a tensor lies, in elements; strides of dimensions of size 1 count as 0."""
+    """Where in its storage a tensor lies, in elements."""
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -91,10 +91,7 @@ class Place(NamedTuple):
 
 
 def place_of(t: Tensor) -> Place:
-    size, stride = tuple(t.shape), t.stride()
-    if 1 in size:
-        stride = tuple([0 if n == 1 else s for n, s in zip(size, stride, strict=True)])
-    return Place(size, stride, int(t.storage_offset()))
+    return Place(tuple(t.shape), t.stride(), int(t.storage_offset()))
 
 
 @dataclass(slots=True, eq=False)
@@ -225,18 +222,22 @@ class Recorder(TorchDispatchMode):
         return v
 
     def marker(self, t: Tensor) -> Read | Constant:
+        return self._told(t)[0]
+
+    def _told(self, t: Tensor) -> tuple[Read | Constant, Any]:
+        """What stands for t in a step, and in the key of the recording."""
         s = _storage(t)
         v = self.values.get(s)
-        place = place_of(t)
         if v is not None:
             if t.dtype != v.dtype:
                 raise UnreadableModelError(f"model: reads numbers of {v.dtype} as {t.dtype}{self.at()}")
-            return Read(v, place)
+            place = place_of(t)
+            return Read(v, place), (v.index, place)
         if s in self.fresh:
             self.kept.append(t)
-            return Constant(t, None)
-        base = self._base(t, s, place)
-        return Constant(t, base)
+            return Constant(t, None), s
+        place = place_of(t)
+        return Constant(t, self._base(t, s, place)), (s, place, t.requires_grad)
 
     def _base(self, t: Tensor, s: int, place: Place) -> Tensor | None:
         base = self.bases.get((s, place))
@@ -323,8 +324,8 @@ class Recorder(TorchDispatchMode):
     def _marked(self, v: Any, key: list[Any]) -> Any:
         """``v`` with Read and Constant in place of tensors; ``key`` is told of everything in it."""
         if isinstance(v, Tensor):
-            m = self.marker(v)
-            key.append(_key(m))
+            m, told = self._told(v)
+            key.append(told)
             return m
         if isinstance(v, (list, tuple)):
             key.append(len(v))
@@ -407,14 +408,14 @@ class Recorder(TorchDispatchMode):
     # -- modules that stay whole ---------------------------------------------------------------------------------------
     def leaf(self, module: nn.Module, x: Tensor, run: Any) -> Tensor:
         """One step for a whole module: ``run(x)`` is not looked into."""
-        marked = self.marker(x)
+        marked, told = self._told(x)
         with _disable_current_modes():
             out: Tensor = run(x)
         if isinstance(marked, Constant):
             self.fresh.add(_storage(out))
             self.kept.append(out)
             return out
-        self._add("leaf", module, (marked,), {}, [self.start(out)], [module, _key(marked)])
+        self._add("leaf", module, (marked,), {}, [self.start(out)], [module, told])
         return out
 
     # -- words ---------------------------------------------------------------------------------------------------------
@@ -462,18 +463,6 @@ def _still(name: str, args: Any) -> bool:
 
 def _storage(t: Tensor) -> int:
     return t.untyped_storage()._cdata
-
-
-def _key(v: Any) -> Any:
-    if isinstance(v, Read):
-        return (v.value.index, v.place)
-    if isinstance(v, Constant):
-        return (_storage(v.tensor), place_of(v.tensor), v.tensor.requires_grad)
-    if isinstance(v, (list, tuple)):
-        return tuple(map(_key, v))
-    if isinstance(v, dict):
-        return tuple((k, _key(i)) for k, i in v.items())
-    return v
 
 
 def unwrapped(model: Any) -> Any:
@@ -528,6 +517,7 @@ def record(model: Any, x: Tensor, *, named: bool = False) -> Recording:
         source = recorder.start(x)
         with recorder:
             result = unwrapped(model)(x)
-        output = replaced(result, recorder.marker) if not isinstance(result, Tensor) else recorder.marker(result)
-    key = (*recorder.key, _key(output))
+        told: list[Any] = []
+        output = recorder._marked(result, told) if not isinstance(result, dict) else replaced(result, recorder.marker)
+    key = (*recorder.key, *told)
     return Recording(recorder.steps, source, output, result, recorder.computed, key, recorder.held)
