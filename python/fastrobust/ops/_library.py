@@ -19,6 +19,11 @@ def below_autograd(op: Callable[..., Any], *args: Any) -> Any:
         return op(*args)
 
 
+def is_recorded() -> bool:
+    """True while a graph is made of what runs: torch.compile, export, jit.trace, and modes that see every operator."""
+    return _is_compiling() or _tracing() is not None or bool(_dispatch_modes())
+
+
 def define(
     name: str,
     schema: str,
@@ -58,6 +63,7 @@ def _is_direct(arg: Any) -> bool:
 
 
 _is_compiling = torch.compiler.is_compiling
+_tracing = torch._C._get_tracing_state
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _functorch_level = torch._C._functorch.peek_interpreter_stack
@@ -67,11 +73,17 @@ def nothing_intercepts() -> bool:
     """True when no tracing, mode or transform is active, so that the compiled module may be called directly."""
     return (
         not _is_compiling()
+        and _tracing() is None
         and not _dispatch_modes()
         and not _function_modes()
         and _functorch_level() is None
         and forward_ad._current_level < 0
     )
+
+
+def is_transformed() -> bool:
+    """True inside torch.func's transforms and forward-mode differentiation."""
+    return _functorch_level() is not None or forward_ad._current_level >= 0
 
 
 def stream_of(device: torch.device) -> tuple[int, int]:
