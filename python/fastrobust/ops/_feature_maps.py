@@ -43,7 +43,8 @@ class ConvGeometry:
     @staticmethod
     def of(stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1) -> ConvGeometry:
         """From arguments as torch.nn.functional.conv2d takes them."""
-        if type(stride) is type(padding) is type(dilation) is type(groups) is int:
+        # A compiler would look into the cache.
+        if type(stride) is type(padding) is type(dilation) is type(groups) is int and not torch.compiler.is_compiling():
             return _of_ints(stride, padding, dilation, groups)
         return ConvGeometry._of(stride, padding, dilation, groups)
 
