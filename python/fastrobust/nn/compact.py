@@ -77,7 +77,7 @@ def _cut(model: nn.Module, first: str, norm: str | None, relu: bool, second: str
     made = (a.packed().to_dense() != 0).flatten(1).any(1)
     read = (b.packed().to_dense() != 0).any(0).flatten(1).any(1)
     # What an empty row becomes: its bias, normalised.
-    constant = torch.zeros(a.out_channels, device=made.device) if a.bias is None else a.bias.clone()
+    constant = a.scores.new_zeros(a.out_channels) if a.bias is None else a.bias.clone()
     if norm is not None:
         alpha, beta = norm_affine(model.get_submodule(norm))
         constant = constant * alpha + beta
@@ -107,6 +107,7 @@ def _slice(model: nn.Module, name: str, alive: Tensor, dim: int) -> None:
     new = BinaryMaskedConv2d(
         sizes[0], sizes[1], old.kernel_size, g.stride, g.padding, g.dilation, g.groups, old.bias is not None,
         keep=int(mask.sum()), absolute=old.absolute, device=old.scores.device,
+        dtype=old.scores.dtype,
     )  # fmt: skip
     new.scores.copy_(old.scores.index_select(dim, index))
     new.signs.copy_(old.signs.index_select(dim, index))
@@ -121,7 +122,8 @@ def _slice(model: nn.Module, name: str, alive: Tensor, dim: int) -> None:
 def _slice_norm(model: nn.Module, name: str, alive: Tensor) -> None:
     old = model.get_submodule(name)
     assert isinstance(old, nn.BatchNorm2d)
-    new = nn.BatchNorm2d(int(alive.sum()), old.eps, old.momentum, old.affine, True).to(alive.device)
+    dtype = None if old.running_mean is None else old.running_mean.dtype
+    new = nn.BatchNorm2d(int(alive.sum()), old.eps, old.momentum, old.affine, True, alive.device, dtype)
     for key, value in old.state_dict().items():
         new.state_dict()[key].copy_(value[alive] if value.dim() else value)
     parent, _, leaf = name.rpartition(".")

@@ -123,6 +123,10 @@ _ARGS = "Tensor scores, Tensor signs, int keep, bool absolute, int[] stride, int
 
 
 def _lists(scores: Tensor, signs: Tensor, keep: int, absolute: bool) -> PackedWeight:
+    if signs.shape != scores.shape or signs.device != scores.device:
+        raise ValueError(
+            f"signs: got {tuple(signs.shape)} on {signs.device}, expected {tuple(scores.shape)} on {scores.device} as scores"
+        )
     lists = _kept.get(scores)
     if lists is None:
         lists = _kept[scores] = KeptLists()
