@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import fastrobust as fr
 from fastrobust import nn as fnn
+from fastrobust.nn.masked import MaskedLayer
 from fastrobust.ops import _scored_conv as kept
 from fastrobust.reference import binary as reference
 
@@ -25,14 +26,14 @@ OPTIMISERS = {
 }
 
 
-def fresh(layer: fnn.MaskedLayer) -> Tensor:
+def fresh(layer: MaskedLayer) -> Tensor:
     """The masked weight from the present scores, signs and magnitude, by the reference alone."""
     scores = layer.scores.detach().clone()
     mask = reference.topk_mask(scores.abs() if layer.absolute else scores, layer.keep)
     return (layer.signs * mask).to(scores.dtype) * layer.magnitude
 
 
-def check(layer: fnn.MaskedLayer, x: Tensor, grad: bool) -> None:
+def check(layer: MaskedLayer, x: Tensor, grad: bool) -> None:
     with torch.set_grad_enabled(grad):
         y = layer(x)
     torch.testing.assert_close(
@@ -40,7 +41,7 @@ def check(layer: fnn.MaskedLayer, x: Tensor, grad: bool) -> None:
     )
 
 
-def optimiser_step(layer: fnn.MaskedLayer, x: Tensor, name: str) -> None:
+def optimiser_step(layer: MaskedLayer, x: Tensor, name: str) -> None:
     optimiser = OPTIMISERS[name](layer.parameters())
     layer(x).square().sum().backward()
     optimiser.step()
@@ -48,7 +49,7 @@ def optimiser_step(layer: fnn.MaskedLayer, x: Tensor, name: str) -> None:
 
 
 @torch.no_grad()
-def change(layer: fnn.MaskedLayer, what: str, at: int) -> None:
+def change(layer: MaskedLayer, what: str, at: int) -> None:
     scores, flat = layer.scores, layer.scores.data.view(-1)
     one = at % scores.numel()
     if what == "data, all":

@@ -65,7 +65,9 @@ def _squeeze(tensors: list[Tensor]) -> bytes:
 def _unsqueeze(data: bytes, entries: tuple[TensorEntry, ...]) -> dict[str, Tensor]:
     """The tensors, unpacked to the size the header says and not a byte further."""
     size = sum(e.bytes for e in entries)
-    unpacking = lzma.LZMADecompressor(format=lzma.FORMAT_RAW, filters=_FILTERS)
+    # Nothing can repeat what lies further back than the start, so the window need not be larger.
+    window = {"dict_size": min(64 << 20, max(4096, size))}
+    unpacking = lzma.LZMADecompressor(format=lzma.FORMAT_RAW, filters=[{**_FILTERS[0], **window}])
     try:
         raw = unpacking.decompress(data, max_length=size + 1)
     except lzma.LZMAError as error:
