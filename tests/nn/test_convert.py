@@ -83,7 +83,8 @@ def test_what_is_left_out_is_named() -> None:
     net = nn.ModuleDict({
         "plain": nn.Conv2d(2, 3, 3), "named": Named(2, 3, 3), "own": Standardised(2, 3, 3), "padded": Padded(2, 3, 3),
         "norm": weight_norm(nn.Linear(3, 4)), "attention": nn.MultiheadAttention(4, 2), "line": nn.Conv1d(2, 3, 3),
-        "up": nn.ConvTranspose2d(2, 3, 3), "table": table, "tied": tied, "patched": patched, "layer_norm": nn.LayerNorm((3, 4)),
+        "up": nn.ConvTranspose2d(2, 3, 3), "table": table, "tied": tied, "patched": patched,
+        "layer_norm": nn.LayerNorm((3, 4)),
         "masked": fnn.BinaryMaskedLinear(3, 3), "lazy": nn.LazyLinear(3), "last": nn.Linear(3, 3),
     })  # fmt: skip
     with pytest.warns(

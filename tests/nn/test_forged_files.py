@@ -66,7 +66,7 @@ json_values = st.recursive(
 
 @given(data=st.data())
 def test_any_field_may_be_anything(data: st.DataObject, written) -> None:
-    """A file with one field changed is refused, or it is a file of this architecture: then it runs and saves as itself."""
+    """A file with one field changed is refused, or is one of this architecture: then it runs and saves as itself."""
     path, good, payload = written
     header = copy.deepcopy(good)
     group = data.draw(st.sampled_from(["layers", "tensors", "whole"]))

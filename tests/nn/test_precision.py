@@ -1,4 +1,4 @@
-"""Types under autocast and another default type, on every path; and tensors that do not fit never reach the compiled code."""
+"""Types under autocast and another default type, on every path; what does not fit never reaches the compiled code."""
 
 from __future__ import annotations
 
@@ -38,11 +38,16 @@ def test_functions_are_float32_under_autocast(path: str, dtype: torch.dtype, las
     x = x.contiguous(memory_format=torch.channels_last) if last else x
     packed, flat = fr.ops.pack(w), fr.ops.pack(w.flatten(1))
     rows = torch.randn(4, 45)
+
+    def everything() -> list[Tensor]:
+        fused = fr.ops.masked_conv2d(x, packed, bias, padding=1, relu=True)
+        return [fused, fr.ops.masked_conv2d(x, packed), fr.ops.masked_linear(rows, flat)]
+
     for _ in range(2):
-        want = fr.ops.masked_conv2d(x, packed, bias, padding=1, relu=True), fr.ops.masked_conv2d(x, packed), fr.ops.masked_linear(rows, flat)  # fmt: skip
+        want = everything()
         given = x.clone(memory_format=torch.preserve_format).requires_grad_()
         with torch.autocast("cpu", dtype=dtype):
-            ours = fr.ops.masked_conv2d(x, packed, bias, padding=1, relu=True), fr.ops.masked_conv2d(x, packed), fr.ops.masked_linear(rows, flat)  # fmt: skip
+            ours = everything()
             (grad,) = torch.autograd.grad(fr.ops.masked_conv2d(given, packed).square().sum(), given)
             halves = fr.ops.masked_conv2d(x.to(dtype), packed, bias.to(dtype), padding=1, relu=True)
             linear = fr.ops.masked_linear(rows.to(dtype), flat, residual=torch.zeros(4, 7, dtype=dtype))

@@ -1,5 +1,5 @@
-"""Masked layers and ops under torch.func, twice differentiated, compiled, traced and exported: against a dense twin in plain
-torch whose weights pass gradients straight through the mask."""
+"""Masked layers and ops under torch.func, twice differentiated, compiled, traced and exported: against a dense twin in
+plain torch whose weights pass gradients straight through the mask."""
 
 from __future__ import annotations
 
@@ -107,9 +107,13 @@ def test_functions_under_torch_func() -> None:
     ):
         close(f(ours), f(want))
     close(torch.vmap(lambda a: fr.ops.masked_conv2d(a[None], packed)[0])(x), F.conv2d(x, w))
-    flat = fr.ops.pack(w.flatten(1))
-    close(torch.vmap(torch.func.grad(lambda a: fr.ops.masked_linear(a, flat).square().sum()))(x[:, :, :3, :3].flatten(1)),
-          torch.vmap(torch.func.grad(lambda a: F.linear(a, w.flatten(1)).square().sum()))(x[:, :, :3, :3].flatten(1)))  # fmt: skip
+    flat, rows = fr.ops.pack(w.flatten(1)), x[:, :, :3, :3].flatten(1)
+    for kind in (torch.func.grad, torch.func.hessian):
+        ours_, want_ = (
+            torch.vmap(kind(lambda a, f=f: f(a).square().sum()))(rows)
+            for f in (lambda a: fr.ops.masked_linear(a, flat), lambda a: F.linear(a, w.flatten(1)))
+        )
+        close(ours_, want_)
 
 
 def test_traced_and_exported_models_choose_the_mask_when_they_run(path: str) -> None:

@@ -1,7 +1,7 @@
 """The header of packed files: what it lists, written as JSON and read back with every value checked.
 
-A checksum is no signature, so a header may say anything. Nothing is made of what it says before all of it has been found to be
-of the right types, in range and consistent.
+A checksum is no signature, so a header may say anything. Nothing is made of what it says before all of it has been
+found to be of the right types, in range and consistent.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def is_storable(value: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class LayerEntry:
-    """A masked layer: the bytes of its mask, and the seed of its signs, or None where the signs of the kept weights follow."""
+    """A masked layer: the bytes of its mask, and the seed of its signs; None where those of the kept ones follow."""
 
     name: str
     shape: tuple[int, ...]
@@ -87,7 +87,7 @@ class Header:
         lists = _fields(given, "its header", "layers", "tensors")
         require(all(type(entries) is list for entries in lists), "one whose header has no lists of layers and tensors")
         header = Header(tuple(map(_layer, lists[0])), tuple(map(_tensor, lists[1])))
-        names = [entry.name for entry in (*header.layers, *header.tensors)]
+        names = [entry.name for entry in header.layers] + [entry.name for entry in header.tensors]
         require(len(names) == len(set(names)), "one that lists a name twice")
         require(bool(header.layers), "one without masked layers")
         return header

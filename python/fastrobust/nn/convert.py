@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,18 +43,18 @@ def convert(
     equation 5.11 (see `allocate`, which also explains `method`).
     first_dense, last_dense: leave the first or the last of these layers, in the order of definition, as it is; r then
     speaks of the others. The authors prune all.
-    signs "weights": the signs of the given weights, 0 where a weight is 0; "random": drawn anew from a seed, which makes
-    packed files smaller. init, score_range, absolute: see BinaryMaskedConv2d.
+    signs "weights": the signs of the given weights, 0 where a weight is 0; "random": drawn anew from a seed, which
+    makes packed files smaller. init, score_range, absolute: see BinaryMaskedConv2d.
 
     Subclasses are converted if they do not override forward. A layer held under several names becomes one masked layer,
-    and layers that share a weight share scores and signs. Biases stay the ordinary parameters they are; types, devices,
-    train and eval mode, requires_grad (the scores have that of the weight) and hooks of the layers are kept. A model that
-    is itself a layer gives a masked layer.
+    and layers that share a weight share scores and signs. Biases stay the ordinary parameters they are; types,
+    devices, train and eval mode, requires_grad (the scores have that of the weight) and hooks of the layers are kept. A
+    model that is itself a layer gives a masked layer.
     Other layers with weights stay as they are. The result's `left_out` says which by name, and why; what was not asked
     for by first_dense or last_dense is in a UserWarning too.
 
-    Raises ValueError when there is no layer to convert, or for padding that is not zeros or differs by side; TypeError for
-    weights that are neither float32 nor float64.
+    Raises ValueError when there is no layer to convert, or for padding that is not zeros or differs by side; TypeError
+    for weights that are neither float32 nor float64.
     """
     if signs not in ("weights", "random"):
         raise ValueError(f"signs: expected 'weights' or 'random', got {signs!r}")
@@ -97,7 +97,7 @@ def convert(
         masked.sign_seed = first.sign_seed
         masked.scores.requires_grad_(layer.weight.requires_grad)
     model = replace_layers(model, new)
-    model.left_out = left_out
+    model.__dict__["left_out"] = left_out
     if told:
         warnings.warn(f"convert: left as they are: {told}", UserWarning, stacklevel=2)
     return model
@@ -172,7 +172,7 @@ def _check_layer(layer: nn.Module, name: str) -> tuple[int, ...]:
 def mask_layer(
     layer: nn.Module, keep: int, init: str = "binary", score_range: float = 0.01, absolute: bool = False, name: str = ""
 ) -> MaskedLayer:
-    """A masked layer of the geometry of a Conv2d or Linear, with its bias, type, device, mode and hooks, and fresh signs
+    """A masked layer of the geometry of a Conv2d or Linear, with its bias, type, device, mode and hooks, and new signs
     and scores. Raises as `convert`, naming the layer `name`."""
     padding = _check_layer(layer, name)
     assert isinstance(layer, (nn.Conv2d, nn.Linear))
@@ -185,10 +185,10 @@ def mask_layer(
         masked = BinaryMaskedLinear(layer.in_features, layer.out_features, False, **options)
     else:
         masked = BinaryMaskedConv2d(
-            layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, padding, layer.dilation,  # type: ignore[arg-type]
-            layer.groups, False, **options,
+            layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, padding,  # type: ignore[arg-type]
+            layer.dilation, layer.groups, False, **options,  # type: ignore[arg-type]
         )  # fmt: skip
-    masked.bias = layer.bias
+    masked.bias = cast("nn.Parameter | None", layer.bias)
     return _adopt(masked, layer)
 
 
@@ -200,8 +200,8 @@ def _adopt(new: Any, old: nn.Module) -> Any:
 
 
 def replace_layers(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """`model`, changed in place, with other modules wherever it holds these: under every name, and in the plain lists and
-    dicts of its modules."""
+    """`model`, changed in place, with other modules wherever it holds these: under every name, and in the plain lists
+    and dicts of its modules."""
 
     seen: set[int] = set()
 
@@ -220,7 +220,9 @@ def replace_layers(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.M
     if model in new:
         return new[model]
     for module in list(model.modules()):
-        module._modules.update({name: new[child] for name, child in module._modules.items() if child in new})
+        module._modules.update(
+            {name: new[child] for name, child in module._modules.items() if child is not None and child in new}
+        )
         own = {name: value for name, value in module.__dict__.items() if name not in _MODULE_STATE}
         module.__dict__.update({name: replaced(value) for name, value in own.items()})
     return model
@@ -230,7 +232,7 @@ def replace_layers(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.M
 def dense_copy(model: nn.Module) -> nn.Module:
     """The ordinary model with the masked weights written out: its state_dict loads wherever the dense one does.
 
-    A masked layer under several names becomes one dense layer; masked layers that share scores and signs share the weight.
+    A masked layer under several names becomes one dense layer; those that share scores and signs share the weight.
     Biases, types, devices, modes, requires_grad and hooks are kept.
     """
     model = copy.deepcopy(model)

@@ -199,8 +199,8 @@ class MaskedLayer(nn.Module):
             return out if self.bias is None else out + self.bias.to(x.dtype).reshape(1, -1, 1, 1)
         packed = self._lists(False)
         ops.check_operand(x, packed)
-        weight = _Weight(packed, self.channel_scale(x.dtype), self.keep, self.absolute, g)
-        found: Tensor = _MaskedConv.apply(x, self.scores, self.bias, self.signs, weight)
+        taken = _Weight(packed, self.channel_scale(x.dtype), self.keep, self.absolute, g)
+        found: Tensor = _MaskedConv.apply(x, self.scores, self.bias, self.signs, taken)
         return found
 
     def unmasked_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -233,10 +233,10 @@ class BinaryMaskedConv2d(MaskedLayer):
 
     dtype: of the scores and the bias, float32 or float64; torch's default type.
 
-    x: (N, C, H, W) float32, NCHW or channels_last; returns (N, K, H', W') of the type of x. Under torch.autocast x may be
-    float16 or bfloat16 and is taken as float32.
-    Differentiable any number of times in x (sparse), scores (straight-through, a dense weight gradient) and bias, also by
-    the transforms of torch.func; torch.compile, export and jit.trace record one op that chooses the mask.
+    x: (N, C, H, W) float32, NCHW or channels_last; returns (N, K, H', W') of the type of x. Under torch.autocast x may
+    be float16 or bfloat16 and is taken as float32.
+    Differentiable any number of times in x (sparse), scores (straight-through, a dense weight gradient) and bias, also
+    by the transforms of torch.func; torch.compile, export and jit.trace record one op that chooses the mask.
     """
 
     def __init__(

@@ -62,14 +62,14 @@ def _squeeze(tensors: list[Tensor]) -> bytes:
     return lzma.compress(data, format=lzma.FORMAT_RAW, filters=_FILTERS)
 
 
-def _unsqueeze(data: bytes, entries: tuple[TensorEntry, ...]) -> dict[str, Tensor]:
+def _unsqueeze(data: memoryview, entries: tuple[TensorEntry, ...]) -> dict[str, Tensor]:
     """The tensors, unpacked to the size the header says and not a byte further."""
     size = sum(e.bytes for e in entries)
     # Nothing can repeat what lies further back than the start, so the window need not be larger.
     window = {"dict_size": min(64 << 20, max(4096, size))}
     unpacking = lzma.LZMADecompressor(format=lzma.FORMAT_RAW, filters=[{**_FILTERS[0], **window}])
     try:
-        raw = unpacking.decompress(data, max_length=size + 1)
+        raw = unpacking.decompress(bytes(data), max_length=size + 1)
     except lzma.LZMAError as error:
         raise ValueError(f"path: expected a packed model, got one whose tensors do not unpack ({error})") from None
     require(len(raw) >= size, "one whose tensors end early")
@@ -97,8 +97,8 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> int:
 
     Of a masked layer the mask, the signs and the magnitude are stored, not the scores: the file is for running the model,
     not for training it further. Signs that were drawn by the layer are stored as their seed, others (`convert` with
-    signs="weights") with one bit for each kept weight. The rest of the state_dict is stored exactly. The file is complete
-    or absent: it is written beside `path` and moved there; its mode is that of the file it replaces or what umask says.
+    signs="weights") with one bit for each kept weight. The rest of the state_dict is stored exactly. The file is
+    complete or absent: it is written beside `path` and moved there; its mode is that of the file it replaces or what umask says.
     Raises ValueError when there is no masked layer, or for state that is no ordinary tensor.
     """
     layers = masked_layers(model)
@@ -164,7 +164,7 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """A copy of `model` with the weights and tensors of a file from `save_packed`.
 
     model: the same architecture; a layer that the file holds masked may be masked or an ordinary Conv2d or Linear.
-    The copy computes what the saved model did, bit for bit: its state is the file's, nothing missing and nothing left over.
+    The copy computes what the saved model did, bit for bit: its state is the file's, nothing missing, nothing left over.
     The file is checked whole, and against the model, before anything of the size it says is made.
     Raises ValueError for a file that is damaged, forged, of another version or kind, or of another architecture. The
     checksum tells damage, not who wrote the file.

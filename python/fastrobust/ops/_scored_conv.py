@@ -1,11 +1,12 @@
 """Convolutions whose mask is chosen from scores, and the index lists kept between calls.
 
-What trains scores need not raise their version: fused optimisers and writes through `.data` do not. So lists are kept beside a
-copy of what they were made of, and are used again only while that is still what is there.
+What trains scores need not raise their version: fused optimisers and writes through `.data` do not. So lists are kept
+beside a copy of what they were made of, and are used again only while that is still what is there.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,20 +31,28 @@ class _Watched:
     """A tensor and a copy of what it held."""
 
     def __init__(self, t: Tensor) -> None:
-        self.there, self.copy = t.detach(), t.detach().clone()
-        self.sample: tuple[Tensor, Tensor] | None = None
-        size = t.numel() * t.element_size()
-        dense = t.is_contiguous() or t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)
-        if dense and size > COMPARED_BYTES:
-            count = COMPARED_BYTES // _LINE
-            memory = self.there.as_strided((t.numel(),), (1,)).view(torch.uint8)
-            lines = memory.as_strided((count, _LINE), (size // count, 1))
-            self.sample = lines, lines.clone()
+        # Bits are compared faster as long words, of memory without gaps.
+        parts = _words(t.detach())
+        self.whole = [(part, part.clone()) for part in parts]
+        count, words = COMPARED_BYTES // _LINE, parts[0]
+        self.sample = self.whole
+        if words.dtype == torch.int64 and words.numel() * 8 > COMPARED_BYTES:
+            lines = words.as_strided((count, _LINE // 8), (words.numel() // count, 1))
+            self.sample = [(lines, lines.clone())]
 
     def same(self, whole: bool) -> bool:
-        if whole or self.sample is None:
-            return torch.equal(self.there, self.copy)
-        return torch.equal(*self.sample)
+        return all(torch.equal(*pair) for pair in (self.whole if whole else self.sample))
+
+
+def _words(t: Tensor) -> list[Tensor]:
+    """The memory of t as int64, and what is left over as bytes; t itself where it has gaps or begins inside a word."""
+    dense = t.is_contiguous() or t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)
+    if not dense or t.storage_offset() * t.element_size() % 8:
+        return [t]
+    memory = t.as_strided((t.numel(),), (1,)).view(torch.uint8)
+    whole = memory.numel() // 8 * 8
+    left = memory[whole:]
+    return [memory[:whole].view(torch.int64), *([left] if left.numel() else [])]
 
 
 class _Steps:
@@ -61,41 +70,50 @@ def _count_step(*_: Any) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
+@dataclasses.dataclass
+class _Made:
+    """Lists and what they were made of."""
+
+    key: tuple[Any, ...]
+    scores: _Watched
+    signs: _Watched
+    packed: PackedWeight
+    steps: int  # at which all of it was last compared
+
+
 class KeptLists:
     """The index lists of signs * topk_mask(scores), made anew when what they were made of changed.
 
     A change is seen for certain when torch counts it (versions), when the memory is another, after any step of a
-    torch.optim.Optimizer, and always with `whole`, which compares every entry. Otherwise a write past torch's counting is
-    seen when it changes one of the entries that are compared (see COMPARED_BYTES); on CUDA, where comparing would stop
+    torch.optim.Optimizer, and always with `whole`, which compares every entry. Otherwise a write past torch's counting
+    is seen when it changes one of the entries that are compared (see COMPARED_BYTES); on CUDA, where comparing would stop
     the device, only `whole` and optimiser steps compare.
     """
 
     def __init__(self) -> None:
-        self.key: tuple[Any, ...] | None = None
+        self.made: _Made | None = None  # replaced as a whole: threads may share a model
 
     def get(self, scores: Tensor, signs: Tensor, keep: int, absolute: bool, whole: bool) -> PackedWeight | None:
         """The lists, or None when they have to be made."""
-        if self.key is None or self.key != _key(scores, signs, keep, absolute):
+        made, steps = self.made, _Steps.count
+        if made is None or made.key != _key(scores, signs, keep, absolute):
             return None
-        steps = _Steps.count
-        if whole or steps != self.steps or scores.device.type == "cpu":
-            whole = whole or steps != self.steps or scores.is_inference()
-            if not (self.scores.same(whole) and self.signs.same(whole)):
+        whole = whole or steps != made.steps or scores.is_inference()
+        if whole or scores.device.type == "cpu":
+            if not (made.scores.same(whole) and made.signs.same(whole)):
                 return None
-            self.steps = steps
-        return self.packed
+            made.steps = steps
+        return made.packed
 
     def put(self, scores: Tensor, signs: Tensor, keep: int, absolute: bool, mask: Tensor) -> PackedWeight:
-        packed = masks.pack(signs * mask)
+        steps, packed = _Steps.count, masks.pack(signs * mask)
         with torch.inference_mode(False), torch.no_grad():
-            self.scores, self.signs = _Watched(scores), _Watched(signs)
-        self.steps, self.packed = _Steps.count, packed
-        self.key = _key(scores, signs, keep, absolute)
+            watched = _Watched(scores), _Watched(signs)
+        self.made = _Made(_key(scores, signs, keep, absolute), *watched, packed, steps)
         return packed
 
     def drop(self) -> None:
-        self.__dict__.clear()
-        self.key = None
+        self.made = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Derived data: copies and pickles make it anew.
@@ -125,7 +143,8 @@ _ARGS = "Tensor scores, Tensor signs, int keep, bool absolute, int[] stride, int
 def _lists(scores: Tensor, signs: Tensor, keep: int, absolute: bool) -> PackedWeight:
     if signs.shape != scores.shape or signs.device != scores.device:
         raise ValueError(
-            f"signs: got {tuple(signs.shape)} on {signs.device}, expected {tuple(scores.shape)} on {scores.device} as scores"
+            f"signs: got {tuple(signs.shape)} on {signs.device}, expected {tuple(scores.shape)} on {scores.device}, "
+            "as scores"
         )
     lists = _kept.get(scores)
     if lists is None:
@@ -225,8 +244,8 @@ _grad_op = define(
 def scored_conv2d(x: Tensor, scores: Tensor, signs: Tensor, keep: int, absolute: bool, g: ConvGeometry) -> Tensor:
     """conv2d(x, signs * topk_mask(scores, keep)), of |scores| with `absolute`; as one op that graphs can hold.
 
-    x: (N, C, H, W) float32. scores, signs: (K, C / groups, kh, kw), or (K, C) for 1x1 maps. Differentiable any number of
-    times in x and, straight through the mask, in the scores.
+    x: (N, C, H, W) float32. scores, signs: (K, C / groups, kh, kw), or (K, C) for 1x1 maps. Differentiable any number
+    of times in x and, straight through the mask, in the scores.
     """
     out: Tensor = _conv_op(x, scores, signs, keep, absolute, g.stride, g.padding, g.dilation, g.groups)
     return out

@@ -171,8 +171,8 @@ def masked_conv2d(
     Only the kept weights are visited, forward and in the gradient of x; where a cost model finds torch's dense
     convolution faster, that is called instead (FASTROBUST_BINARY=sparse|dense overrides). float64 takes the dense path.
     Under torch.autocast float16 and bfloat16 arguments are taken too, as float32: the result is float32 on every path.
-    Differentiable, any number of times, in x, bias, scale, shift and residual; inside the transforms of torch.func and in
-    forward mode as torch's dense convolution.
+    Differentiable, any number of times, in x, bias, scale, shift and residual; inside the transforms of torch.func and
+    in forward mode as torch's dense convolution.
     Raises TypeError or ValueError for arguments that do not fit together.
     """
     plain = bias is scale is shift is residual is None and not relu
