@@ -8,6 +8,7 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -89,6 +90,35 @@ def test_forward_mode() -> None:
         ours = torch.autograd.forward_ad.unpack_dual(model(dual)).tangent
         want = torch.autograd.forward_ad.unpack_dual(twin(model, dict(model.named_parameters()), dual)).tangent
     close(ours, want)
+
+
+def test_several_gradients_at_once(path: str) -> None:
+    model, x = masked(), torch.randn(2, 4, 8, 7, requires_grad=True)
+    packed = fr.ops.pack(torch.randn(5, 4, 8, 7).sign())
+    for y in (model(x), fr.ops.masked_conv2d(x, packed, relu=True).flatten(1)):
+        wanted = torch.eye(y.numel()).reshape(-1, *y.shape)
+        params = [x, *model.parameters()]
+        together = torch.autograd.grad(y, params, wanted, is_grads_batched=True, retain_graph=True, allow_unused=True)
+        for i, v in enumerate(wanted):
+            one = torch.autograd.grad(y, params, v, retain_graph=True, allow_unused=True)
+            close([t[i] for t in together if t is not None], [t for t in one if t is not None])
+
+
+def test_checkpointed_and_stacked_models() -> None:
+    model, x = masked(), torch.randn(3, 4, 8, 7)
+    again = x.clone().requires_grad_()
+    y = torch.utils.checkpoint.checkpoint(model, again, use_reentrant=False)
+    given = x.clone().requires_grad_()
+    params = list(model.parameters())
+    ours = torch.autograd.grad(y.square().sum(), [again, *params])
+    close(ours, torch.autograd.grad(model(given).square().sum(), [given, *params]))
+    models = [masked() for _ in range(3)]
+    for m in models:
+        for p in m.parameters():
+            nn.init.normal_(p)
+    stacked = torch.func.stack_module_state(models)
+    outs = torch.vmap(lambda p, b: torch.func.functional_call(models[0], (p, b), (x,)))(*stacked)
+    close(outs, torch.stack([m(x) for m in models]))
 
 
 def test_functions_under_torch_func() -> None:

@@ -204,7 +204,7 @@ class _Conv(torch.autograd.Function):
         x, scores, signs = ctx.saved_tensors
         grad_x = grad_scores = None
         if ctx.needs_input_grad[0]:
-            grad_x = _grad_op(grad, scores, signs, *ctx.args, *x.shape[2:])
+            grad_x = binary.for_batches(_grad_op, grad)(grad, scores, signs, *ctx.args, *x.shape[2:])
         if ctx.needs_input_grad[1]:
             grad_scores = scores_grad(grad, x, scores, signs, ctx.args[1], _geometry(ctx.args[2:]))
         return grad_x, grad_scores, *([None] * 7)
@@ -255,7 +255,8 @@ def scored_input_grad(
     grad: Tensor, scores: Tensor, signs: Tensor, keep: int, absolute: bool, g: ConvGeometry, size: Sequence[int]
 ) -> Tensor:
     """Gradient of `scored_conv2d` with respect to x of map size `size`, differentiable in turn."""
-    out: Tensor = _grad_op(grad, scores, signs, keep, absolute, g.stride, g.padding, g.dilation, g.groups, *size)
+    geometry = g.stride, g.padding, g.dilation, g.groups
+    out: Tensor = binary.for_batches(_grad_op, grad)(grad, scores, signs, keep, absolute, *geometry, *size)
     return out
 
 

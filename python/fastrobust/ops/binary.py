@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -109,7 +109,7 @@ class _Conv(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             through = grad if scale is None else grad * scale.reshape(1, -1, 1, 1)
-            grad_x = _grad_op(through, ptr, index, *ctx.rest, *ctx.size)
+            grad_x = for_batches(_grad_op, through)(through, ptr, index, *ctx.rest, *ctx.size)
         grad_shift = grad.sum(dim=(0, 2, 3)) if ctx.needs_input_grad[9] else None
         return grad_x, *([None] * 8), grad_shift, grad if ctx.needs_input_grad[10] else None, None
 
@@ -295,7 +295,13 @@ def conv_input_grad(
     """Gradient of `conv_forward` with respect to x of map size `size`."""
     if scale is not None:
         grad = grad * scale.reshape(1, -1, 1, 1)
-    return below_autograd(_grad_op, grad, *_arguments(packed, g), *size)
+    return below_autograd(for_batches(_grad_op, grad), grad, *_arguments(packed, g), *size)
+
+
+def for_batches(op: Callable[..., Any], grad: Tensor) -> Callable[..., Any]:
+    """`op` for a gradient that may be several (is_grads_batched): torch then calls the registered op for each."""
+    found: Callable[..., Any] = op.op if torch._C._functorch.is_legacy_batchedtensor(grad) else op  # type: ignore[attr-defined]
+    return found
 
 
 def conv_weight_grad(grad: Tensor, x: Tensor, shape: tuple[int, ...], g: ConvGeometry) -> Tensor:
