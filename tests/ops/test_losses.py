@@ -232,28 +232,6 @@ def test_training_step_through_a_model() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_second_derivative_is_pretended(name) -> None:
-    logits, *others = inputs(name, 5, 3, 6)
-    z = logits.requires_grad_()
-    (grad,) = torch.autograd.grad(getattr(ops, name)(z, *others).value.sum(), z, create_graph=True)
-    with pytest.raises(RuntimeError):
-        torch.autograd.grad(grad.square().sum(), z)
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_no_forward_mode_derivative_is_pretended(name, dtype) -> None:
-    logits, *others = inputs(name, 5, 3, 6)
-    others = [o.to(dtype) if o.is_floating_point() else o for o in others]
-    z = logits.to(dtype)
-    with pytest.raises((NotImplementedError, RuntimeError)):
-        torch.func.jvp(lambda z: getattr(ops, name)(z, *others).value, (z,), (torch.ones_like(z),))
-    with torch.autograd.forward_ad.dual_level(), pytest.raises((NotImplementedError, RuntimeError)):
-        getattr(ops, name)(torch.autograd.forward_ad.make_dual(z, torch.ones_like(z)), *others)
-    assert getattr(ops, name)(z, *others).value.isfinite().all()
-
-
-@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_modes_without_gradients(name, mode, dtype) -> None:
