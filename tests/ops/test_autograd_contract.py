@@ -66,7 +66,11 @@ class Default(AbstractContextManager[None]):
         torch.set_default_device(None)
 
 
-AROUND: dict[str, Callable[[], Any]] = {"nothing": nullcontext, "device": lambda: torch.device("cpu"), "default": Default}
+AROUND: dict[str, Callable[[], Any]] = {
+    "nothing": nullcontext,
+    "device": lambda: torch.device("cpu"),
+    "default": Default,
+}
 
 
 @pytest.mark.parametrize("around", AROUND)
@@ -159,14 +163,18 @@ def test_gradient_penalty_trains_as_it_would_by_formulas(name: str, dtype: torch
 
     def penalty(loss: Callable[..., Tensor]) -> list[Tensor]:
         image = x.clone().requires_grad_()
-        (g,) = torch.autograd.grad((loss(name, net(image), *others) * torch.tensor([1.0, -2.0, 0.5])).sum(), image, create_graph=True)  # noqa: E501
+        (g,) = torch.autograd.grad(
+            (loss(name, net(image), *others) * torch.tensor([1.0, -2.0, 0.5])).sum(), image, create_graph=True
+        )  # noqa: E501
         return list(torch.autograd.grad(g.square().sum(), list(net.parameters()), allow_unused=True))
 
     for got, want in zip(penalty(ours), penalty(written_out), strict=True):
         if want is None or got is None:  # the last bias shifts all logits or the margin's gradient does not know it
             assert all(t is None or not t.abs().max() > 1e-5 for t in (got, want))
             continue
-        torch.testing.assert_close(got, want, rtol=2e-4 if dtype == torch.float32 else 1e-9, atol=1e-5 if dtype == torch.float32 else 1e-11)  # noqa: E501
+        torch.testing.assert_close(
+            got, want, rtol=2e-4 if dtype == torch.float32 else 1e-9, atol=1e-5 if dtype == torch.float32 else 1e-11
+        )  # noqa: E501
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -289,7 +297,11 @@ class Everything(nn.Module):
 
 
 def arguments(seed: int) -> tuple[Tensor, ...]:
-    return (*images(seed, 3, (3, 4, 5)), torch.rand(3, generator=torch.Generator().manual_seed(seed)) + 0.1, logits(seed).float())
+    return (
+        *images(seed, 3, (3, 4, 5)),
+        torch.rand(3, generator=torch.Generator().manual_seed(seed)) + 0.1,
+        logits(seed).float(),
+    )
 
 
 def spoil_free_memory() -> None:

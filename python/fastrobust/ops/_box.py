@@ -33,23 +33,28 @@ def parse_box(clip: Any, x: Tensor, name: str = "clip") -> tuple[float, float] |
     """(lo, hi) of a clip of two numbers or None; a Box where a side is a tensor, an array or a list."""
     if clip is None:
         return -INF, INF
+    if type(clip) is tuple and len(clip) == 2 and type(clip[0]) is type(clip[1]) is float and clip[0] <= clip[1]:
+        return clip
     try:
         sides = list(clip)
     except TypeError:
         sides = []
-    if len(sides) != 2 or not any(isinstance(side, (Tensor, np.ndarray, list, tuple)) and _many(side) for side in sides):
+    if len(sides) != 2 or not any(isinstance(side, (Tensor, np.ndarray, list, tuple)) for side in sides):
         return ck.parse_clip(clip, name)
+    if not any(map(_many, sides)):
+        return ck.parse_clip([side.item() if hasattr(side, "item") else side for side in sides], name)
     lo, hi = (_side(side, name, x) for side in sides)
+    lo, hi = _inwards(lo, x.dtype, INF), _inwards(hi, x.dtype, -INF)
     if ck.has_values(lo) and ck.has_values(hi) and lo.device.type == "cpu" and not bool((lo <= hi).all()):
-        raise ValueError(f"{name}: got lower faces above upper ones, or NaN, expected lo <= hi everywhere")
-    return Box(_inwards(lo, x.dtype, INF), _inwards(hi, x.dtype, -INF))
+        raise ValueError(f"{name}: got lower faces above upper ones, or NaN, expected lo <= hi everywhere in {x.dtype}")
+    return Box(lo, hi)
 
 
 def _many(side: Any) -> bool:
-    """More than a number on the CPU, whose value may be read."""
+    """More than a number whose value may be read."""
     if isinstance(side, Tensor):
         return side.numel() != 1 or side.device.type != "cpu" or not ck.has_values(side)
-    return np.size(side) != 1
+    return isinstance(side, (list, tuple)) or (isinstance(side, np.ndarray) and side.size != 1)
 
 
 def _side(side: Any, name: str, x: Tensor) -> Tensor:
@@ -110,8 +115,10 @@ def step(
             moved = op.pgd_step(x, x0, grad, *step_size, *eps, code, -INF, INF, active, normalize)
             return clip(moved, x, box, active)
         if grad is None:
-            return reference.project(x, x0, _value(eps), norm, box)
-        return reference.pgd_step(x, x0, grad, _value(step_size), _value(eps), norm, box, active, normalize)
+            y = reference.project(x, x0, _value(eps), norm, box)
+        else:
+            y = reference.pgd_step(x, x0, grad, _value(step_size), _value(eps), norm, box, active, normalize)
+        return y.contiguous(memory_format=ck.dense_format(x) or torch.contiguous_format)
 
 
 def clip(moved: Tensor, x: Tensor, box: Box, active: Tensor | None) -> Tensor:

@@ -122,7 +122,11 @@ def pgd_step(
                 if out is not None:
                     _increment_version((out,))
                 return target
-        except (TypeError, ValueError, RuntimeError):  # a clip of tensors, a bad clip or out: nothing was written, and the checks below say what it is
+        except (
+            TypeError,
+            ValueError,
+            RuntimeError,
+        ):  # a clip of tensors, a bad clip or out: nothing was written, and the checks below say what it is
             pass
     x, x0, grad, p, box = _checked(x, x0, grad, norm, clip)
     step_p = ck.check_parameter(step_size, "step_size", x, p)

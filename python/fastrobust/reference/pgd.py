@@ -81,9 +81,7 @@ def _near_sphere(size: Tensor, radius: Tensor) -> Tensor:
     return (size > radius * (1 - ACCEPT)) & (size <= radius * (1 + ACCEPT))
 
 
-def project(
-    x: Tensor, x0: Tensor, eps: float | Tensor, norm: float = INF, clip: Clip = (0.0, 1.0)
-) -> Tensor:
+def project(x: Tensor, x0: Tensor, eps: float | Tensor, norm: float = INF, clip: Clip = (0.0, 1.0)) -> Tensor:
     """Projection on the ball around x0, then on the box; for norm 1 exactly on their intersection."""
     lo, hi = _box(clip, x.dtype)
     if norm == INF:
