@@ -31,7 +31,8 @@ FR_HD Normal2 random_ball2(uint32_t u, uint32_t v, bool l2) {
 }
 FR_HD int64_t ball_term(float t, bool l2) { return static_cast<int32_t>((l2 ? t * t : vabs(t)) * kSumScale) + 1; }
 
-// In a ball this small the coordinates are subnormal, whose rounding is not relative: the margin below does not cover it.
+// In a ball this small the coordinates are subnormal, whose rounding is not relative: the margin below does not cover
+// it.
 constexpr float kLeastRadius = 0x1p-96f;
 // Larger ones count as this: eps over a small size would overflow.
 constexpr float kMostRadius = 0x1p100f;

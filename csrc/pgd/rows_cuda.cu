@@ -66,8 +66,8 @@ __global__ void __launch_bounds__(kThreads) l2_distance_kernel(StepArgs a, const
   }
 }
 
-// An example next to the sphere is looked at exactly, before the step writes over x: what lies inside is told by a distance
-// of zero.
+// An example next to the sphere is looked at exactly, before the step writes over x: what lies inside is told by a
+// distance of zero.
 template <GradType T>
 __global__ void __launch_bounds__(kThreads) l2_sphere_kernel(StepArgs a, const double* grad_sums, double* sums) {
   const int64_t chunks = chunks_of(a.n);
@@ -194,8 +194,8 @@ struct Rows {
     if (norm == Norm::l1) return l1_cuda(b, stream);
     if (T != GradType::none && b.normalize) grad_norm();
     FR_LAUNCH(l2_distance_kernel<T>, grid, kThreads, 0, stream, b, first, second);
-    FR_LAUNCH(l2_sphere_kernel<T>, static_cast<unsigned>(b.batch < 65536 ? b.batch : 65536), kThreads, 0, stream, b, first,
-              second);
+    FR_LAUNCH(l2_sphere_kernel<T>, static_cast<unsigned>(b.batch < 65536 ? b.batch : 65536), kThreads, 0, stream, b,
+              first, second);
     FR_LAUNCH(l2_write_kernel<T>, grid, kThreads, 0, stream, b, first, second);
   }
 

@@ -1,15 +1,13 @@
 #pragma once
 
 #include "pgd/args.h"
+#include "pgd/step.h"
 
 namespace fastrobust {
 void linf_cuda(const StepArgs& a, void* stream);
 // Steepest step in the box and exact projection, one block an example.
 void l1_cuda(const StepArgs& a, void* stream);
 }  // namespace fastrobust
-
-#if defined(__CUDACC__)
-#include "pgd/step.h"
 
 FR_NS_BEGIN
 
@@ -34,4 +32,3 @@ __device__ ExactSum block_exact_sum(const ExactSum& mine) {
 }
 
 FR_NS_END
-#endif

@@ -108,9 +108,7 @@ FR_HD bool exact_inside(const ExactSum& s, float eps, bool l2) {
   return (s.hi - limit) + (s.lo + slack) <= 0.;
 }
 // norm is the computed one.
-FR_HD bool near_sphere(double norm, float eps) {
-  return norm > eps * (1. - kAccept) && norm <= eps * (1. + kAccept);
-}
+FR_HD bool near_sphere(double norm, float eps) { return norm > eps * (1. - kAccept) && norm <= eps * (1. + kAccept); }
 
 // Factor for d, or 1 when y is inside. A radius of zero gives x0 itself, whatever the sign of a zero in y.
 FR_HD float l2_shrink(double sum_d2, float eps) {
@@ -183,7 +181,8 @@ FR_HD float l1_threshold(const R& r, float step, double* spent) {
 }
 
 // The lambda of l1_project. R gives lengths(lambda), the sum of l1_length and minus its slope, top_distance(), the
-// largest |d|, and inside(), whether the point lies in box and ball exactly. Newton from the left, kept in a bracket that bisection closes where Newton does not.
+// largest |d|, and inside(), whether the point lies in box and ball exactly. Newton from the left, kept in a bracket
+// that bisection closes where Newton does not.
 struct L1Lengths {
   double total, slope;
 };

@@ -249,9 +249,11 @@ def random_start(
         ck.check_finite(eps_p, "eps")
     drawn = None
     if seed is None:
-        drawn, seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu"), 0
+        number, seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu"), 0
         if nothing_intercepts():
-            drawn, seed = None, int(drawn)
+            seed = int(number)
+        else:
+            drawn = number
     seed = ck.check_integer(seed, "seed", "an integer or None")
     if isinstance(seed, int):
         if not -(2**63) <= seed < 2**64:
