@@ -122,8 +122,7 @@ def _slice(model: nn.Module, name: str, alive: Tensor, dim: int) -> None:
 def _slice_norm(model: nn.Module, name: str, alive: Tensor) -> None:
     old = model.get_submodule(name)
     assert isinstance(old, nn.BatchNorm2d)
-    dtype = None if old.running_mean is None else old.running_mean.dtype
-    new = nn.BatchNorm2d(int(alive.sum()), old.eps, old.momentum, old.affine, True, alive.device, dtype)
+    new = nn.BatchNorm2d(int(alive.sum()), old.eps, old.momentum, old.affine, True).to(alive.device)
     for key, value in old.state_dict().items():
         new.state_dict()[key].copy_(value[alive] if value.dim() else value)
     parent, _, leaf = name.rpartition(".")
