@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from ..ops import _conv_cost as cost
 from ..ops import binary as ops
-from ..ops._dense_conv import dense_weight
+from ..ops._dense_conv import dense_weight, in_full_precision
 from ..ops._library import nothing_intercepts
 from ._region import Region, Unit
 from .masked import BinaryMaskedConv2d, BinaryMaskedLinear, MaskedLayer, update_masks
@@ -189,7 +189,6 @@ class FrozenModel(nn.Module):
         """Take over the masks, signs and batch statistics the model has now."""
         update_masks(self.source)
         self.plain: dict[str, Callable[[Tensor], Tensor]] = {}
-        old = getattr(self, "regions", {})
         self.regions: dict[int, Region] = {}
         for at, (kind, step) in enumerate(self.steps):
             if kind == "plain":
@@ -200,11 +199,8 @@ class FrozenModel(nn.Module):
             nodes, inputs, outputs = step
             number = {n: -1 - i for i, n in enumerate(inputs)} | {u.last: i for i, u in enumerate(nodes)}
             units = [self._unit(u, number) for u in nodes]
-            if at in old:
-                old[at].set_units(units)
-                self.regions[at] = old[at]
-            else:
-                self.regions[at] = Region(units, len(inputs), [number[n] for n in outputs])
+            # A forward that still wants its gradient keeps the region it ran in.
+            self.regions[at] = Region(units, len(inputs), [number[n] for n in outputs])
 
     def _unit(self, nodes: _UnitNodes, number: dict[fx.Node, int]) -> Unit:
         layer = self.modules_by_name[str(nodes.conv.target)]
@@ -224,6 +220,7 @@ class FrozenModel(nn.Module):
     # ---- running ----
 
     def forward(self, *inputs: Tensor) -> Any:
+        inputs = tuple(ops.as_operand(x) for x in inputs)
         for x in inputs:
             if x.dtype != torch.float32:
                 raise TypeError(f"x: expected float32, got {x.dtype}")
@@ -260,6 +257,7 @@ class FrozenModel(nn.Module):
 
     @staticmethod
     def _checked(region: Region, i: int, x: Tensor) -> Tensor:
+        x = ops.as_operand(x)
         unit = next((u for u in region.units if u.source == -1 - i), None)
         channels = None if unit is None else unit.shape[1] * unit.geometry.groups
         if x.dim() != 4 or (channels is not None and x.shape[1] != channels):
@@ -342,13 +340,15 @@ class _FrozenLinear:
         self.weight = weight if self.folded[0] is None else weight * self.folded[0][:, None]
 
     def __call__(self, x: Tensor) -> Tensor:
+        x = ops.as_operand(x)
         if x.dim() != 2:
             y = ops.masked_linear(x, self.packed, None, scale=self.scale, shift=self.shift)
             return y if self.norm is None else self.norm(y)
         scale, shift = self.folded
         fits = x.dtype == torch.float32 and x.shape[1] == self.packed.shape[1] and x.device == self.weight.device
         if fits and ops.path_of(self.packed, x.shape[0], 1, 1, self.geometry).path == "dense":
-            return F.linear(x, self.weight, shift)
+            with in_full_precision(x):
+                return F.linear(x, self.weight, shift)
         return ops.masked_linear(x, self.packed, None, scale=scale, shift=shift)
 
 
