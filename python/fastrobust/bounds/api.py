@@ -155,7 +155,7 @@ def compute_bounds(
     with _full_precision(x):
         plain = labels is None and spec is None
         direct = plain and engine.kind is None
-        engine.forward(graph.output if direct or intersect else _frontier(graph))
+        engine.forward(graph.output if direct or intersect or outward else _frontier(graph))
         if direct:
             ends = engine.boxes[graph.output].ends
             low, up = ends[0] if sides != "upper" else None, ends[1] if sides != "lower" else None
