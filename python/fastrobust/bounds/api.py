@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastrobust._heap import keep_pages
 from fastrobust.bounds import graph as G
 from fastrobust.bounds import outward as O
-from fastrobust.bounds.checks import check_inputs, check_options, check_spec, explain_not_finite
+from fastrobust.bounds.checks import check_inputs, check_method, check_options, check_spec, explain_not_finite
 from fastrobust.bounds.engine import METHODS, Engine
 from fastrobust.bounds.intervals import margins_of_chain, small_margins
 from fastrobust.bounds.margins import margins_of_plan
@@ -22,6 +22,7 @@ from fastrobust.bounds.trace import first_parameter, trace
 from fastrobust.ops.bounds import finite
 from fastrobust.ops.linear_bounds import check_norm
 from fastrobust.ops.margin_bounds import Rows
+from fastrobust.reference.bounds import Clip
 
 
 @dataclass
@@ -70,7 +71,7 @@ def compute_bounds(
     eps: float | Tensor,
     *,
     norm: float | str = math.inf,
-    clip: tuple[float, float] | None = None,
+    clip: Clip = None,
     method: str = "crown-ibp",
     labels: Tensor | None = None,
     spec: Tensor | None = None,
@@ -100,8 +101,7 @@ def compute_bounds(
     Raises ValueError or TypeError, naming the argument, for inputs that are not finite, shapes that do not fit, layers that are
     not supported (UnsupportedLayerError) and parameters or bounds that are not finite.
     """
-    if method not in METHODS:
-        raise ValueError(f"method: got {method!r}, expected one of {', '.join(METHODS)}")
+    method = check_method(method, METHODS)
     if sides not in ("both", "lower", "upper"):
         raise ValueError(f"sides: got {sides!r}, expected 'both', 'lower' or 'upper'")
     check_options(rounding, refine, exact_input, max_memory)

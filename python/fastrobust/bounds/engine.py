@@ -106,7 +106,7 @@ class Engine:
                 if not conv:
                     return Box(ops.interval_ball_linear(region.x, region.eps, region.norm, region.clip, w, b))
                 x = region.x.reshape(-1, *self.graph.nodes[first].shape)
-                return Box(ops.interval_ball_conv2d(x, region.eps_for(x), region.norm, region.clip, w, b, *conv))
+                return Box(ops.interval_ball_conv2d(x, region.eps_for(x), region.norm, region.clip_for(x), w, b, *conv))
             c, r = before.middle
             if at_input and region.clip is None and not isinstance(region.eps, Tensor):
                 r = r[:1]  # the same for every example

@@ -39,12 +39,17 @@ def eps_like(eps: float | Tensor, x: Tensor) -> Tensor:
     return e
 
 
-def input_box(x: Tensor, eps: float | Tensor, clip: tuple[float, float] | None) -> tuple[Tensor, Tensor]:
+# (low, high): two numbers, or two tensors that broadcast to x
+Clip = tuple[float, float] | tuple[Tensor, Tensor] | None
+
+
+def input_box(x: Tensor, eps: float | Tensor, clip: Clip) -> tuple[Tensor, Tensor]:
     """The smallest box around the input set: [x - eps, x + eps], cut at ``clip``."""
     e = eps_like(eps, x)
     if clip is None:
         return x - e, x + e
-    return (x - e).clamp(min=clip[0]), (x + e).clamp(max=clip[1])
+    low, high = (c.to(x) if isinstance(c, Tensor) else c for c in clip)
+    return (x - e).clamp(min=low), (x + e).clamp(max=high)
 
 
 def center_radius(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,14 +94,15 @@ def dual_norm(e: Tensor, weight: Tensor, q: float, layer: Callable[[Tensor, Tens
     )
 
 
-def interval_ball_linear(x: Tensor, eps: float | Tensor, norm: float, clip: tuple[float, float] | None, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, params: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:  # fmt: skip
+def interval_ball_linear(x: Tensor, eps: float | Tensor, norm: float, clip: Clip, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, params: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Bounds of W x' + b over the input set: W x + b -+ eps ||W||_q row by row (Algorithm 3.1, line 2) and, with ``clip``, the
     tighter of that and of the bounds over the clipped box. x: (B, n) or (B, *shape) with n elements."""
-    e = eps_like(eps, x).expand_as(x).flatten(1)
-    x = x.flatten(1)
+    e = eps_like(eps, x).expand_as(x)
     box: Any = None
     if clip is not None or norm == math.inf:
-        box = interval_linear(*input_box(x, e, clip), weight, bias)
+        low, up = input_box(x, e, clip)
+        box = interval_linear(low.flatten(1), up.flatten(1), weight, bias)
+    x, e = x.flatten(1), e.flatten(1)
     if norm != math.inf:
         c, r = F.linear(x, weight, bias), dual_norm(e, weight, dual_exponent(norm), F.linear, ())
         ball = (c - r, c + r)
@@ -104,7 +110,7 @@ def interval_ball_linear(x: Tensor, eps: float | Tensor, norm: float, clip: tupl
     return _finish(box[0], box[1], activation, params)
 
 
-def interval_ball_conv2d(x: Tensor, eps: float | Tensor, norm: float, clip: tuple[float, float] | None, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1, activation: str | None = None, params: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:  # fmt: skip
+def interval_ball_conv2d(x: Tensor, eps: float | Tensor, norm: float, clip: Clip, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1, activation: str | None = None, params: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The same for a convolution of x: (B, C, H, W)."""
     conv = (stride, padding, dilation, groups)
     e = eps_like(eps, x).expand_as(x)
@@ -265,15 +271,17 @@ def concretize_rows(A: Tensor, b: Tensor, example: Tensor | None, box: tuple[Ten
     return torch.stack(out)
 
 
-def region(x: Tensor, eps: float | Tensor, norm: float, clip: tuple[float, float] | None) -> tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]:  # fmt: skip
+def region(x: Tensor, eps: float | Tensor, norm: float, clip: Clip) -> tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]:  # fmt: skip
     """(box, ball) of ``concretize_rows`` for an input set; x flattened to (B, n)."""
-    e = eps_like(eps, x).expand_as(x).flatten(1)
-    x = x.flatten(1)
-    box = center_radius(*input_box(x, e, clip)) if clip is not None or norm == math.inf else None
-    return box, (None if norm == math.inf else (x, e))
+    e = eps_like(eps, x).expand_as(x)
+    box: Any = None
+    if clip is not None or norm == math.inf:
+        low, up = input_box(x, e, clip)
+        box = center_radius(low.flatten(1), up.flatten(1))
+    return box, (None if norm == math.inf else (x.flatten(1), e.flatten(1)))
 
 
-def concretize(A: Tensor, b: Tensor, x: Tensor, eps: float | Tensor, norm: float = math.inf, clip: tuple[float, float] | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+def concretize(A: Tensor, b: Tensor, x: Tensor, eps: float | Tensor, norm: float = math.inf, clip: Clip = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Minimum and maximum of A x' + b over the input set: A (B, S, n), b (B, S), x (B, *shape) with n elements; two (B, S)."""
     batch, per = A.shape[:2]
     example = torch.arange(batch, device=A.device).repeat_interleave(per)
