@@ -259,6 +259,12 @@ def _tighter(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor
     return torch.maximum(a[0], b[0]), torch.minimum(a[1], b[1])
 
 
+def _unit(e: Tensor) -> Tensor:
+    """The largest radius, by which norms are multiplied before large weights can make them overflow; a constant."""
+    top = e.detach().amax() if e.numel() else e.new_zeros(())
+    return torch.where(top > 0, top, 1.0)
+
+
 def interval_ball_linear(x: Tensor, eps: float | Tensor, norm: Any, clip: Clip, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, params: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Bounds of W x' + b over the l_p ball around x: W x + b -+ eps ||W||_q by rows (Algorithm 3.1, line 2), with ``clip`` the
     tighter of that and of the clipped box. x: (B, n) or (B, *shape) with n elements; eps: a number, (B,) or x's shape."""
@@ -276,8 +282,8 @@ def interval_ball_linear(x: Tensor, eps: float | Tensor, norm: Any, clip: Clip, 
     scalar = not (isinstance(eps, Tensor) and eps.dim() == x.dim() and eps.dim() > 1)
     if scalar:  # one norm per row of W serves every example
         q, e = dual_exponent(p), eps_like(eps, x).reshape(-1, 1)
-        size = weight.abs().amax(1) if q == INF else reference._power_sum_root(weight.abs().pow(q).sum(1), q)
-        middle, reach = F.linear(x.flatten(1), weight, bias), e * size
+        unit = _unit(e)
+        middle, reach = F.linear(x.flatten(1), weight, bias), e / unit * reference.row_norm(weight.abs(), q, unit)
         ball = middle - reach, middle + reach
     else:
         ball = reference.interval_ball_linear(x, eps, p, None, weight, bias)
@@ -301,10 +307,11 @@ def interval_ball_conv2d(x: Tensor, eps: float | Tensor, norm: Any, clip: Clip, 
     if p != INF:
         scalar = not (isinstance(eps, Tensor) and eps.dim() > 1)
         if scalar and dual_exponent(p) != INF:
-            q = dual_exponent(p)
-            ones = torch.ones_like(x[:1])
-            size = reference._power_sum_root(F.conv2d(ones, weight.abs().pow(q), None, *conv), q)
-            mid, reach = F.conv2d(x, weight, bias, *conv), eps_like(eps, x) * size
+            e = eps_like(eps, x)
+            unit = _unit(e)
+            layer = lambda t, w: F.conv2d(t, w, None, *conv)  # noqa: E731
+            size = reference.dual_norm(torch.ones_like(x[:1]) * unit, weight, dual_exponent(p), layer, conv)
+            mid, reach = F.conv2d(x, weight, bias, *conv), e / unit * size
             ball = mid - reach, mid + reach
         else:
             ball = reference.interval_ball_conv2d(x, eps, p, None, weight, bias, *conv)

@@ -81,10 +81,43 @@ def _power_sum_root(s: Tensor, q: float) -> Tensor:
     return torch.where(positive, torch.where(positive, s, torch.ones_like(s)).pow(1.0 / q), torch.zeros_like(s))
 
 
+def _largest(t: Tensor, keep: int) -> Tensor:
+    """The largest of t >= 0 over all but the first ``keep`` dimensions, 1 where it is 0 or not finite; a constant."""
+    t = t.detach().flatten(keep)
+    top = t.amax(-1) if t.shape[-1] else t.new_zeros(t.shape[:-1])
+    return torch.where((top > 0) & top.isfinite(), top, 1.0)
+
+
+def row_norm(w: Tensor, q: float, times: Tensor | float = 1.0) -> Tensor:
+    """times ||w||_q over all but the first dimension, for w >= 0: powers of numbers that are at most 1 do not overflow, and those
+    that vanish do not count."""
+    w = w.flatten(1)
+    if q == math.inf:
+        return times * (w.amax(1) if w.shape[1] else w.sum(1))
+    if q == 1:
+        return times * w.sum(1)
+    top = _largest(w, 1)
+    return (times * top) * _power_sum_root((w / top[:, None]).pow(q).sum(1), q)
+
+
 def dual_norm(e: Tensor, weight: Tensor, q: float, layer: Callable[[Tensor, Tensor], Tensor], conv: tuple[Any, ...]) -> Tensor:  # fmt: skip
     """||e * w||_q for every row w of a layer: a product (``conv`` empty) or a convolution with these arguments."""
+    if q == 1:
+        return layer(e, weight.abs())
     if q != math.inf:
-        return _power_sum_root(layer(e.pow(q), weight.abs().pow(q)), q)
+        # Small e may meet large w: powers in float64 of numbers up to 1, none of them so small that a product of two vanishes
+        wide, w = e.double(), weight.double().abs()
+        least = torch.finfo(torch.float64).tiny ** (0.5 / q)
+
+        def powers(t: Tensor, top: Tensor) -> Tensor:
+            return torch.where(t > 0, (t / top).clamp(min=least), 0.0).pow(q)
+
+        top_e = _largest(wide, 1).view(-1, *[1] * (e.dim() - 1))
+        top_w = _largest(w, 1)
+        shape = (-1, *[1] * (w.dim() - 1))
+        size = _power_sum_root(layer(powers(wide, top_e), powers(w, top_w.view(shape))), q)
+        # out channels: the last dimension of a product, the second of a convolution
+        return (size * top_e * (top_w.view(-1, 1, 1) if conv else top_w)).to(e.dtype)
     if conv:
         return _max_conv2d(e, weight.abs(), *conv)
     return (
@@ -265,7 +298,7 @@ def concretize_rows(A: Tensor, b: Tensor, example: Tensor | None, box: tuple[Ten
             if step is not None and q in (1, math.inf):
                 size = (step * w if q == math.inf else w).sum(-1)  # the derivative of a maximum that is attained often
             else:
-                size = w.amax(-1) if q == math.inf else _power_sum_root(w.pow(q).sum(-1), q)
+                size = row_norm(w, q)
             value = value + (on_ball * ball_maps[0]).sum(-1) + sign * size
         out.append(value)
     return torch.stack(out)
