@@ -222,4 +222,4 @@ def _set_of(x: BoundedTensor) -> tuple[Tensor, float | Tensor, float]:
     )
     if not bool((low <= high).all()):
         raise ValueError("x_L: got values above x_U, expected x_L <= x_U")
-    return 0.5 * (low + high), 0.5 * (high - low), math.inf
+    return 0.5 * low + 0.5 * high, 0.5 * high - 0.5 * low, math.inf

@@ -179,11 +179,12 @@ def _examples(batch: int, rows: int, device: torch.device) -> Tensor:
     return torch.arange(batch, device=device)[:, None].expand(-1, rows).contiguous().flatten()
 
 
-def explain_not_finite(model: nn.Module, *sides: Tensor | None) -> None:
-    """Raises for NaN bounds and names the parameter behind them; infinite bounds without NaN are valid and pass."""
+def explain_not_finite(model: nn.Module, low: Tensor | None, up: Tensor | None) -> None:
+    """Raises for bounds that hold nothing and names the parameter behind them; a lower bound of -inf is valid and passes."""
     for kind in (model.named_parameters(), model.named_buffers()):
         for name, p in kind:
             if p.dtype.is_floating_point and not bool(torch.isfinite(p.detach()).all()):
                 raise ValueError(f"model: '{name}' holds NaN or infinite values")
-    if any(t is not None and bool(torch.isnan(t).any()) for t in sides):
-        raise ValueError("model: the bounds overflow the floating-point range (NaN); use float64 or a smaller eps")
+    sound = [t > -math.inf if t is up else t < math.inf for t in (low, up) if t is not None]
+    if not all(bool(t.all()) for t in sound):  # NaN too
+        raise ValueError("model: the bounds overflow the floating-point range; use float64 or a smaller eps")

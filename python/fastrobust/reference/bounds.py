@@ -53,7 +53,7 @@ def input_box(x: Tensor, eps: float | Tensor, clip: Clip) -> tuple[Tensor, Tenso
 
 
 def center_radius(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-    return 0.5 * (lower + upper), 0.5 * (upper - lower)
+    return 0.5 * lower + 0.5 * upper, 0.5 * upper - 0.5 * lower  # sums of the ends may overflow
 
 
 def interval_linear(lower: Tensor, upper: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, params: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:  # fmt: skip
