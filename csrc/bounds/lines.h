@@ -300,6 +300,9 @@ FR_CALLED void range_of(V l, V u, V p0, V p1, V& low, V& up) {
       low = select(steps, vmin(a, at), a);
       up = select(steps, vmax(b, at + exp_of(-p1) / p0), b);
     }
+    const auto number = (l == l) & (u == u);  // maxima and minima pass over NaN
+    low = select(number, low, l + u);
+    up = select(number, up, l + u);
   }
 }
 

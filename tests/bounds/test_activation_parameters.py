@@ -94,3 +94,31 @@ def test_what_the_formulas_do_not_cover_is_refused(layer: nn.Module, said: str) 
     net = nn.Sequential(nn.Linear(2, 3), layer, nn.Linear(3, 2)).eval()
     with pytest.raises(ValueError, match=said):
         compute_bounds(net, torch.rand(1, 2), 0.1)
+
+
+@pytest.mark.parametrize("activation", relaxations.ACTIVATIONS)
+@pytest.mark.parametrize("ends", [(math.nan, math.nan), (math.nan, 1.0), (-1.0, math.nan)])
+def test_nan_stays(activation: str, ends: tuple[float, float]) -> None:
+    """A NaN that a range passed over would come out as a certificate."""
+    l, u = (torch.full((19,), v) for v in ends)
+    low, up = ops.interval_activation(l, u, activation)
+    assert (low.isnan() | up.isnan()).all()
+    for kind in ("parallel", "crown"):
+        assert ops.relax(l, u, activation, kind).intercepts.isnan().all()
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Tanh(), nn.SiLU(), nn.GELU(), nn.GELU("tanh"), nn.Sigmoid(), nn.Softplus(), nn.Hardtanh(), nn.ReLU()],
+    ids=str,
+)
+@pytest.mark.parametrize("where", ["0.weight", "0.bias", "2.weight"])
+def test_networks_with_nan_are_refused(layer: nn.Module, where: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), layer, nn.Linear(5, 3)).eval().requires_grad_(False)
+    dict(net.named_parameters())[where].view(-1)[0] = math.nan
+    for method in METHODS:
+        for norm in (1, 2, math.inf):
+            for rounding in ("nearest", "outward"):
+                with pytest.raises(ValueError, match=f"'{where}' holds NaN"):
+                    compute_bounds(net, torch.rand(2, 4), 0.1, norm=norm, method=method, rounding=rounding)

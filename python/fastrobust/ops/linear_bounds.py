@@ -254,8 +254,8 @@ def check_eps(eps: Any, x: Tensor) -> float | Tensor:
         if eps.dim() > 0 and eps.device != x.device:
             raise ValueError(f"eps: got a tensor on {eps.device}, expected x's device {x.device}")
         e = eps.detach()
-        if nothing_intercepts() and e.numel() and not bool(((e >= 0) & (e < INF)).all()):
-            raise ValueError("eps: got negative, NaN or infinite values, expected finite ones >= 0")
+        if nothing_intercepts() and e.numel() and not bool(((e >= 0) & (e <= torch.finfo(x.dtype).max)).all()):
+            raise ValueError(f"eps: got negative, NaN or infinite values, expected ones >= 0 that are finite in {x.dtype}")
         if eps.dim() == 0 or eps.shape == x.shape or eps.shape == x.shape[:1]:
             return eps
         if eps.shape == (1,):
@@ -268,8 +268,8 @@ def check_eps(eps: Any, x: Tensor) -> float | Tensor:
     if isinstance(eps, bool) or not isinstance(eps, (int, float, numbers.Real)):
         raise TypeError(f"eps: got {ck.describe(eps)}, expected a number or a tensor")
     radius = float(eps)
-    if not 0 <= radius < INF:
-        raise ValueError(f"eps: got {radius}, expected a finite number >= 0")
+    if not 0 <= radius <= torch.finfo(x.dtype).max:
+        raise ValueError(f"eps: got {radius}, expected a number >= 0 that is finite in {x.dtype}")
     return radius
 
 
