@@ -255,7 +255,9 @@ def check_eps(eps: Any, x: Tensor) -> float | Tensor:
             raise ValueError(f"eps: got a tensor on {eps.device}, expected x's device {x.device}")
         e = eps.detach()
         if nothing_intercepts() and e.numel() and not bool(((e >= 0) & (e <= torch.finfo(x.dtype).max)).all()):
-            raise ValueError(f"eps: got negative, NaN or infinite values, expected ones >= 0 that are finite in {x.dtype}")
+            raise ValueError(
+                f"eps: got negative, NaN or infinite values, expected ones >= 0 that are finite in {x.dtype}"
+            )
         if eps.dim() == 0 or eps.shape == x.shape or eps.shape == x.shape[:1]:
             return eps
         if eps.shape == (1,):

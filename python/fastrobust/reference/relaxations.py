@@ -60,7 +60,9 @@ def parameters_of(activation: str, params: tuple[float, ...] = ()) -> tuple[floa
     if activation == "hardtanh" and not -math.inf < got[0] < got[1] < math.inf:
         raise ValueError(f"params: got {got} for hardtanh, expected finite min < max")
     if activation == "softplus" and not (got[0] > 0.0 and got[1] >= 0.0):
-        raise ValueError(f"params: got beta {got[0]} and threshold {got[1]} for softplus, expected beta > 0, threshold >= 0")
+        raise ValueError(
+            f"params: got beta {got[0]} and threshold {got[1]} for softplus, expected beta > 0, threshold >= 0"
+        )
     return got
 
 
