@@ -56,7 +56,13 @@ float extreme_of_one(const Row& row) {
       size = norm_term<kDual>(vabs(v * map(row.eps)), size);
     }
   });
-  const float length = kBox ? lane_sum(reach) : norm_of(size, kDual);
+  float length = kBox ? lane_sum(reach) : norm_of(size, kDual);
+  if (!kBox && kDual == Dual::l2)
+    length = root_of_squares(length, [&] {
+      double wide = 0.;
+      row.each([&](Vec v, auto map) { wide += squares_of(v * map(row.eps)); });
+      return wide;
+    });
   return row.maximum ? lane_sum(mid) + length : lane_sum(mid) - length;
 }
 
@@ -66,36 +72,53 @@ float extreme_of_both(const Row& row) {
     return room_of(v, row.maximum, map(row.center), map(row.radius), map(row.x), e);
   };
   LevelSearch<kDual> search;
-  {
+  float scale = 1.f;  // of w, so that its squares are floats
+  const auto begin = [&] {
     Vec spent(0.f), other(0.f), size(0.f);
     row.each([&](Vec v, auto map) FR_INLINE_LAMBDA {
-      const Vec e = map(row.eps), w = vabs(v * e), room = room_at(v, map, e);
+      const Vec e = map(row.eps), w = vabs(v * e) * Vec(scale), room = room_at(v, map, e);
       search_terms<kDual>(w, room, Vec(0.f), spent, other);
       size = kDual == Dual::l2 ? fmadd(w, w, size) : vmax(w, size);
     });
-    search.start(lane_sum(spent), lane_sum(other), kDual == Dual::l2 ? lane_sum(size) : max_lane(size));
-  }
+    const float top = kDual == Dual::l2 ? lane_sum(size) : max_lane(size);
+    search.start(lane_sum(spent), lane_sum(other), top);
+    return top;
+  };
+  const float top = begin();
+  if (kDual == Dual::l2 && !search.done && (scale = scale_of_squares(top)) != 1.f) begin();
   while (!search.done) {
     Vec spent(0.f), other(0.f);
     const Vec level(static_cast<float>(search.level));
     row.each([&](Vec v, auto map) FR_INLINE_LAMBDA {
       const Vec e = map(row.eps);
-      search_terms<kDual>(vabs(v * e), room_at(v, map, e), level, spent, other);
+      search_terms<kDual>(vabs(v * e) * Vec(scale), room_at(v, map, e), level, spent, other);
     });
     search.step(lane_sum(spent), lane_sum(other));
   }
   Vec mid(0.f), reach(0.f), at_x(0.f), size(0.f);
   const Vec level(static_cast<float>(search.level));
+  const auto part_of = [&](Vec v, auto map, Vec e) FR_INLINE_LAMBDA {
+    return ball_part<kDual>(v, vabs(v * e) * Vec(scale), room_at(v, map, e), e, level, scale);
+  };
   row.each([&](Vec v, auto map) FR_INLINE_LAMBDA {
     const Vec e = map(row.eps), c = map(row.center), r = map(row.radius), x = map(row.x);
-    const Vec w = vabs(v * e), part = ball_part<kDual>(v, w, room_of(v, row.maximum, c, r, x, e), e, level);
-    const Vec rest = v - part;
+    const Vec part = part_of(v, map, e), rest = v - part;
     mid = fmadd(rest, c, mid);
     reach = fmadd(vabs(rest), r, reach);
     at_x = fmadd(part, x, at_x);
     size = norm_term<kDual>(vabs(part * e), size);
   });
-  const float length = lane_sum(reach) + norm_of(size, kDual), middle = lane_sum(mid) + lane_sum(at_x);
+  float ball = norm_of(size, kDual);
+  if (kDual == Dual::l2)
+    ball = root_of_squares(ball, [&] {
+      double wide = 0.;
+      row.each([&](Vec v, auto map) {
+        const Vec e = map(row.eps);
+        wide += squares_of(part_of(v, map, e) * e);
+      });
+      return wide;
+    });
+  const float length = lane_sum(reach) + ball, middle = lane_sum(mid) + lane_sum(at_x);
   return row.maximum ? middle + length : middle - length;
 }
 

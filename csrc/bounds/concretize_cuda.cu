@@ -50,12 +50,13 @@ __device__ double extreme_of_both(const ConcretizeArgs& g, int64_t row, int side
     return room_of(v, maximum, g.center[m], g.radius[m], g.x[m], g.eps[m]);
   };
   LevelSearch<kDual> search;
-  {
+  float scale = 1.f;  // of w, so that its squares are floats
+  const auto begin = [&] {
     double spent = 0., other = 0., size = 0.;
     float top = 0.f;
     each(r, row, side, [&](float v, int64_t i) {
       const int64_t m = base + i;
-      const float w = vabs(v * g.eps[m]);
+      const float w = vabs(v * g.eps[m]) * scale;
       float s = 0.f, o = 0.f;
       search_terms<kDual>(w, room_at(v, m), 0.f, s, o);
       spent += s, other += o, size += static_cast<double>(w) * w, top = vmax(w, top);
@@ -63,14 +64,17 @@ __device__ double extreme_of_both(const ConcretizeArgs& g, int64_t row, int side
     spent = block_sum(spent), other = block_sum(other), size = block_sum(size);
     const double highest = block_max(top);
     search.start(spent, other, kDual == Dual::l2 ? size : highest);
-  }
+    return size;
+  };
+  const double squares = begin();
+  if (kDual == Dual::l2 && !search.done && (scale = scale_of_squares(squares)) != 1.f) begin();
   while (!search.done) {  // the same on every thread: so are the sums
     double spent = 0., other = 0.;
     const float level = static_cast<float>(search.level);
     each(r, row, side, [&](float v, int64_t i) {
       const int64_t m = base + i;
       float s = 0.f, o = 0.f;
-      search_terms<kDual>(vabs(v * g.eps[m]), room_at(v, m), level, s, o);
+      search_terms<kDual>(vabs(v * g.eps[m]) * scale, room_at(v, m), level, s, o);
       spent += s, other += o;
     });
     spent = block_sum(spent), other = block_sum(other);
@@ -81,7 +85,8 @@ __device__ double extreme_of_both(const ConcretizeArgs& g, int64_t row, int side
   const float level = static_cast<float>(search.level);
   each(r, row, side, [&](float v, int64_t i) {
     const int64_t m = base + i;
-    const float e = g.eps[m], part = ball_part<kDual>(v, vabs(v * e), room_at(v, m), e, level), rest = v - part;
+    const float e = g.eps[m], w = vabs(v * e) * scale;
+    const float part = ball_part<kDual>(v, w, room_at(v, m), e, level, scale), rest = v - part;
     middle += static_cast<double>(rest) * g.center[m] + static_cast<double>(part) * g.x[m];
     reach += static_cast<double>(vabs(rest)) * g.radius[m];
     norm.add(vabs(part * e));

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "bounds/args.h"
+#include "bounds/support.h"
 #include "core/simd.h"
 
 FR_NS_BEGIN
@@ -44,14 +45,28 @@ FR_HD Vec norm_term(Vec w, Vec sums) {
   if (kDual == Dual::l1) return sums + w;
   return vmax_nan(sums, w);
 }
-// The norm from its lanes' sums.
+// The norm from its lanes' sums; l2: its square.
 FR_HD float norm_of(Vec sums, Dual dual) {
   if (dual == Dual::linf) {  // max_lane passes over NaN
     const float top = max_lane(sums), nan = lane_sum(sums - sums);
     return nan == nan ? top : nan;
   }
-  const float total = lane_sum(sums);
-  return dual == Dual::l2 ? std::sqrt(total) : total;
+  return lane_sum(sums);
+}
+
+// The sum of the squares of all lanes; those of floats neither overflow nor vanish in double.
+FR_HD double squares_of(Vec w) {
+  float lanes[kLanes];
+  store(lanes, w);
+  double sum = 0.;
+  for (const float x : lanes) sum += static_cast<double>(x) * x;
+  return sum;
+}
+// The root of a sum of squares; wide(): the sum once more in double, where the floats' one is out of its range.
+template <class Wide>
+FR_HD float root_of_squares(float total, Wide wide) {
+  if (scale_of_squares(total) == 1.f) return std::sqrt(total);
+  return static_cast<float>(std::sqrt(wide()));
 }
 
 #endif  // !__CUDACC__

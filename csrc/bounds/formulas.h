@@ -21,7 +21,7 @@ FR_HD void cut_box(V x, V eps, V lo, V hi, V& lower, V& upper) {
 }
 template <class V>
 FR_HD void to_center(V& a, V& b) {
-  const V c = V(0.5f) * (a + b), r = V(0.5f) * (b - a);
+  const V half(0.5f), c = half * a + half * b, r = half * b - half * a;  // sums of ends may overflow
   a = c;
   b = r;
 }

@@ -294,6 +294,15 @@ FR_CALLED void range_of(V l, V u, V p0, V p1, V& low, V& up) {
       low = select((l <= at) & (at <= u), V(c.bottom), vmin(a, b));
       up = vmax(a, b);
     }
+    if constexpr (kAct == Activation::softplus) {  // torch's steps down to the identity at the threshold
+      const V at = p1 / p0;
+      const auto steps = (l <= at) & (at <= u);
+      low = select(steps, vmin(a, at), a);
+      up = select(steps, vmax(b, at + exp_of(-p1) / p0), b);
+    }
+    const auto number = (l == l) & (u == u);  // maxima and minima pass over NaN
+    low = select(number, low, l + u);
+    up = select(number, up, l + u);
   }
 }
 

@@ -282,7 +282,16 @@ class Block {
     float low[kM * kLanes], up[kM * kLanes];
     each([&](int m) { store(low + m * kLanes, low_[m]), store(up + m * kLanes, up_[m]); });
     for (int64_t i = 0; i < n_; ++i) {
-      const float size = e.dual == Dual::l2 ? std::sqrt(size_[i]) : size_[i];
+      float size = size_[i];
+      if (e.dual == Dual::l2 && !box)
+        size = root_of_squares(size, [&] {
+          double wide = 0.;
+          for (int64_t k = 0; k < inputs; ++k) {
+            const float w = work_.to[k * kM * kLanes + i] * reach[k];
+            wide += static_cast<double>(w) * w;
+          }
+          return wide;
+        });
       const auto put = [&](int side, float offset) {
         const int64_t at = side * g_.rows.count + row_[i];
         e.out[at] = g_.b[at] + (offset + lost_[i]) + (side == 1 ? middle_[i] + size : middle_[i] - size);

@@ -194,9 +194,25 @@ class Worker {
     }
   }
 
+  // The square of a row's l2 norm at the input, in double.
+  double squares_of_row(const Tile& t, int64_t k) const {
+    double sum = 0.;
+    for (int64_t column = 0; t.count > 0 && column < columns_; ++column) {
+      float a = 0.f;
+      for (int64_t i = 0; i < t.count; ++i)
+        a += t.values[static_cast<size_t>(k * kStride + i)] *
+             s_.weight[t.place[static_cast<size_t>(i)] / kPanel * s_.lanes + column];
+      const float w = a * g_.end.eps[t.example * columns_ + column];
+      sum += static_cast<double>(w) * w;
+    }
+    return sum;
+  }
+
   void leave(const Tile& t) {
     for (int64_t k = 0; k < t.rows; ++k) {
-      const float mid = lane_sum(t.mid[k]), size = norm_of(t.size[k], g_.end.dual);
+      const float mid = lane_sum(t.mid[k]);
+      float size = norm_of(t.size[k], g_.end.dual);
+      if (g_.end.dual == Dual::l2) size = root_of_squares(size, [&] { return squares_of_row(t, k); });
       const auto put = [&](int side, float offset) {
         const int64_t at = side * g_.rows.count + t.row[k];
         g_.end.out[at] = g_.b[at] + offset + (side == 1 ? mid + size : mid - size);

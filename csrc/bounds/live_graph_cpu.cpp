@@ -388,8 +388,20 @@ class Block {
     each([&](int m) {
       store(low + m * kLanes, low_[m]), store(up + m * kLanes, up_[m]);
       store(centre + m * kLanes, mid[m]);
-      store(length + m * kLanes, e.dual == Dual::l2 ? root_of(size[m]) : size[m]);
+      store(length + m * kLanes, size[m]);
     });
+    for (int64_t i = 0; i < n_ && e.dual == Dual::l2 && !box; ++i)
+      length[i] = root_of_squares(length[i], [&] {
+        double wide = 0.;
+        for (int64_t y = work_.rects[input].top; y < work_.rects[input].bottom; ++y) {
+          const Run run = line_of(input, y);
+          for (int64_t k = run.begin; k < run.end; ++k) {
+            const float w = work_.values(input)[k * kM * kLanes + i] * reach[k];
+            wide += static_cast<double>(w) * w;
+          }
+        }
+        return wide;
+      });
     for (int64_t i = 0; i < n_; ++i) {
       const auto put = [&](int side, float offset) {
         const int64_t at = side * g_.rows + row_[i];

@@ -10,6 +10,10 @@
 
 FR_NS_BEGIN
 
+// What to multiply coordinates with before they are squared as floats, by the sum of their squares: 1 where squares
+// that underflow or overflow cannot count.
+FR_HD float scale_of_squares(double total) { return total < 0x1p-100 ? 0x1p100f : (total <= 0x1p126 ? 1.f : 0x1p-80f); }
+
 template <class V>
 FR_HD V room_of(V a, bool maximum, V center, V radius, V x, V eps) {
   const V zero(0.f), down = x - center;
@@ -37,12 +41,12 @@ FR_HD void search_terms(V w, V room, V level, V& spent, V& other) {
   other = other + (kDual == Dual::l2 ? select(full, zero, w * w) : select(full, size * w, zero));
 }
 
-// Splits a between the ball and the box.
+// Splits a between the ball and the box; w and level are `scale` times what they stand for.
 template <Dual kDual, class V>
-FR_HD V ball_part(V a, V w, V room, V eps, V level) {
+FR_HD V ball_part(V a, V w, V room, V eps, V level, float scale) {
   const V zero(0.f), limit = ball_limit<kDual>(level, room);
   const auto full = w > limit;
-  const V part = limit / select(full, eps, V(1.f));
+  const V part = limit * V(1.f / scale) / select(full, eps, V(1.f));
   return select(full, select(a < zero, zero - part, part), a);
 }
 

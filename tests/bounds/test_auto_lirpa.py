@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -104,4 +106,118 @@ def test_boxes_and_what_is_not_covered() -> None:
     with pytest.raises(ValueError, match="BoundedTensor"):
         model.compute_bounds(x=(x,))
     with pytest.raises(ValueError, match="not covered"):
-        ours.BoundedModule(net, x, bound_opts={"optimize_bound_args": {}})
+        ours.BoundedModule(net, x, bound_opts={"loss_fusion": True})
+
+
+def pair() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    net, shape = make("mlp-relu")
+    x = torch.rand(3, *shape)
+    return net, x, compute_bounds(net, x, 0.25, norm=2, method="crown").lower
+
+
+COPIES = {
+    "clone": lambda t: t.clone(), "detach": lambda t: t.detach(), "to": lambda t: t.to("cpu"), "float": lambda t: t.float(),
+    "contiguous": lambda t: t.contiguous(), "requires_grad_": lambda t: t.requires_grad_(), "chained": lambda t: t.cpu().clone().detach(),
+    "torch.clone": torch.clone, "itself": lambda t: t,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("copy", list(COPIES))
+def test_copies_keep_their_perturbation(copy: str) -> None:
+    net, x, want = pair()
+    bounded = COPIES[copy](ours.BoundedTensor(x, ours.PerturbationLpNorm(norm=2, eps=0.25)))
+    assert isinstance(bounded, ours.BoundedTensor)
+    got = ours.BoundedModule(net, x).compute_bounds(x=(bounded,), method="CROWN", bound_upper=False)
+    torch.testing.assert_close(got[0].detach(), want)
+
+
+def test_types_of_the_box_follow_the_tensor() -> None:
+    net, x, _ = pair()
+    low, high = x - 0.125, x + 0.25
+    bounded = ours.BoundedTensor(x, ours.PerturbationLpNorm(x_L=low, x_U=high)).to(torch.float64)
+    assert bounded.ptb.x_L.dtype == torch.float64
+    got = ours.BoundedModule(net.double(), x).compute_bounds(x=(bounded,), method="IBP")
+    middle, reach = 0.5 * (low + high).double(), 0.5 * (high.double() - low.double())
+    torch.testing.assert_close(got[0], compute_bounds(net, middle, reach, method="ibp").lower)
+
+
+def test_what_is_computed_from_it_is_a_plain_tensor() -> None:
+    x = torch.rand(2, 3, requires_grad=True)
+    bounded = ours.BoundedTensor(2 * x, ours.PerturbationLpNorm(eps=0.1))
+    for out in (bounded + 1, bounded[:1], torch.empty_like(bounded), bounded.sum()):
+        assert type(out) is torch.Tensor
+    bounded.sum().backward()
+    assert torch.equal(x.grad, torch.full((2, 3), 2.0))
+
+
+@pytest.mark.parametrize(
+    "eps", [np.float32(0.25), np.float64(0.25), np.array(0.25), np.array([0.25]), torch.tensor([0.25])]
+)
+def test_kinds_of_eps(eps: Any) -> None:
+    net, x, want = pair()
+    bounded = ours.BoundedTensor(x, ours.PerturbationLpNorm(norm=np.float64(2), eps=eps))
+    torch.testing.assert_close(ours.BoundedModule(net, x).compute_bounds(x=(bounded,), method="CROWN")[0], want)
+
+
+def test_scripts_for_training_and_verification() -> None:
+    """What the public examples call: bounds of the last input, options changed later, methods by their older names."""
+    net, x, _ = pair()
+    bounded = ours.BoundedTensor(x, ours.PerturbationLpNorm(norm=math.inf, eps=0.1, x_L=x - 0.1, x_U=x + 0.1))
+    model = ours.BoundedModule(
+        net, torch.empty_like(x), bound_opts={"relu": None, "conv_mode": "patches", "verbosity": 2}, device="auto"
+    )
+    assert torch.equal(model(bounded), net(x))
+    C = spec_of(torch.tensor([1, 0, 2]), 5).double()
+
+    def expect(got: tuple[Any, ...], method: str) -> None:
+        want = compute_bounds(net, x, 0.1, spec=C.float(), method=method)
+        torch.testing.assert_close(got[0], want.lower, rtol=1e-4, atol=1e-5)
+
+    expect(model.compute_bounds(IBP=True, C=C, method=None), "ibp")
+    expect(model.compute_bounds(C=C, method="IBP+backward"), "crown-ibp")
+    expect(model.compute_bounds(C=C, method="backward", bound_upper=False, reuse_ibp=True), "crown")
+    expect(model(bounded, method_opt="compute_bounds", C=C, method="CROWN"), "crown")
+    needed = {model.output_name[0]: {model.input_name[0]}}
+    expect(model.compute_bounds(x=(bounded,), C=C, method="CROWN", return_A=True, needed_A_dict=needed), "crown")
+    model.set_bound_opts({"activation_bound_option": "same-slope", "optimize_bound_args": {"iteration": 20}})
+    expect(model.compute_bounds(C=C, method="CROWN"), "fast-lin")
+    assert list(model.state_dict()) == list(net.state_dict())
+    model.load_state_dict(net.state_dict())
+
+
+@pytest.mark.parametrize(
+    "method", ["CROWN-Optimized", "alpha-CROWN", "forward", "forward+backward", "dynamic-forward", "IBP+forward"]
+)
+def test_other_methods_are_refused_by_name(method: str) -> None:
+    net, x, _ = pair()
+    bounded = ours.BoundedTensor(x, ours.PerturbationLpNorm(eps=0.1))
+    with pytest.raises(ValueError, match="method: got .* not covered, expected one of IBP"):
+        ours.BoundedModule(net, x).compute_bounds(x=(bounded,), method=method)
+
+
+@pytest.mark.parametrize(
+    "options,named",
+    [
+        ({"interm_bounds": {"/1": 0}}, "interm_bounds"), ({"aux": 1}, "aux"), ({"final_node_name": "/3"}, "final_node_name"),
+        ({"forward": True}, "forward"), ({"needed_A_dict": {"/3": {"/input"}}}, "needed_A_dict"), ({"bound_lower": False, "bound_upper": False}, "bound_lower"),
+        ({"return_A": True, "method": "IBP"}, "return_A"), ({"need_A_only": True}, "need_A_only"),
+    ],
+)  # fmt: skip
+def test_other_arguments_are_refused_by_name(options: dict[str, Any], named: str) -> None:
+    net, x, _ = pair()
+    bounded = ours.BoundedTensor(x, ours.PerturbationLpNorm(eps=0.1))
+    with pytest.raises(ValueError, match=named):
+        ours.BoundedModule(net, x).compute_bounds(x=(bounded,), **options)
+
+
+def test_other_refusals() -> None:
+    net, x, _ = pair()
+    model = ours.BoundedModule(net, x)
+    with pytest.raises(ValueError, match="after the model was called"):
+        model.compute_bounds(method="CROWN")
+    with pytest.raises(ValueError, match="2 inputs"):
+        model.compute_bounds(x=(x, x))
+    with pytest.raises(ValueError, match="x_L"):
+        model.compute_bounds(x=(ours.BoundedTensor(x, ours.PerturbationLpNorm(x_L=x + 1, x_U=x)),))
+    with pytest.raises(ValueError, match="zero-lb"):
+        ours.BoundedModule(net, x, bound_opts={"relu": "zero-lb"})

@@ -158,9 +158,9 @@ def test_empty_batch():
 def test_errors_name_the_argument():
     model = network()
     x, y = batch(model=model)
-    with pytest.raises(ValueError, match="x: has values"):
+    with pytest.raises(ValueError, match="x: got values"):
         polyhedral_envelope(model, x + 1, y, 0.1, clip=(0, 1))
-    with pytest.raises(ValueError, match="x: holds NaN"):
+    with pytest.raises(ValueError, match="x: got NaN"):
         polyhedral_envelope(model, x * math.nan, y, 0.1, clip=(0, 1))
     with pytest.raises(ValueError, match="method"):
         polyhedral_envelope(model, x, y, 0.1, method="ibp")

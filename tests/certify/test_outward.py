@@ -51,13 +51,20 @@ def test_linear_models_have_an_exact_distance(norm, scale, clip):
             point = fractions(x[i])
             low = [-math.inf] * 12 if clip is None else [-v for v in point]
             high = [math.inf] * 12 if clip is None else [1 - v for v in point]
-            want = min(
-                exact(row, at(row, offset, point), low, high, norm)
-                for row, offset in margins_of_linear(model, int(y[i]))
-            )
+            rows = margins_of_linear(model, int(y[i]))
+            want = min(exact(row, at(row, offset, point), low, high, norm) for row, offset in rows)
             got = found.radius[i].item()
             assert got <= want
-            assert got >= 0.9 * min(float(want), 1.0) - 1e-5 * scale
+            # what float32 evaluation of two outputs can be wrong by on the input set is all that is given up
+            far = [v + 1 for v in point]
+            wrong = [
+                at([abs(w) for w in fractions(r)], abs(b), far)
+                for r, b in zip(model.weight, fractions(model.bias), strict=True)
+            ]
+            lost = Fraction(2 * 15, 2**24) * max(wrong)
+            rest = [(row, max(at(row, offset, point) - lost, Fraction(0))) for row, offset in rows]
+            least = min(float(exact(row, margin, low, high, norm)) for row, margin in rest)
+            assert got >= 0.9 * min(least, 1.0) - 1e-5
 
 
 def smallest_margin(model: nn.Sequential, y: int, low: Fraction, high: Fraction) -> Fraction:

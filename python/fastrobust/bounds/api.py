@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastrobust._heap import keep_pages
 from fastrobust.bounds import graph as G
 from fastrobust.bounds import outward as O
-from fastrobust.bounds.checks import check_inputs, check_options, check_spec, explain_not_finite
+from fastrobust.bounds.checks import check_inputs, check_method, check_options, check_spec, explain_not_finite
 from fastrobust.bounds.engine import METHODS, Engine
 from fastrobust.bounds.intervals import margins_of_chain, small_margins
 from fastrobust.bounds.margins import margins_of_plan
@@ -23,6 +23,7 @@ from fastrobust.bounds.trace import first_parameter, trace
 from fastrobust.ops.bounds import finite
 from fastrobust.ops.linear_bounds import check_norm
 from fastrobust.ops.margin_bounds import Rows
+from fastrobust.reference.bounds import Clip
 
 
 @dataclass
@@ -71,7 +72,7 @@ def compute_bounds(
     eps: float | Tensor,
     *,
     norm: float | str = math.inf,
-    clip: tuple[float, float] | None = None,
+    clip: Clip = None,
     method: str = "crown-ibp",
     labels: Tensor | None = None,
     spec: Tensor | None = None,
@@ -106,8 +107,7 @@ def compute_bounds(
     numbers, training mode), models that do not compute what was read (ModelMismatchError), and parameters or bounds that are not
     finite.
     """
-    if method not in METHODS:
-        raise ValueError(f"method: got {method!r}, expected one of {', '.join(METHODS)}")
+    method = check_method(method, METHODS)
     if sides not in ("both", "lower", "upper"):
         raise ValueError(f"sides: got {sides!r}, expected 'both', 'lower' or 'upper'")
     check_options(rounding, refine, exact_input, max_memory)
@@ -175,7 +175,7 @@ def compute_bounds(
     with _full_precision(x):
         plain = labels is None and spec is None
         direct = plain and engine.kind is None
-        engine.forward(graph.output if direct or intersect else _frontier(graph))
+        engine.forward(graph.output if direct or intersect or outward else _frontier(graph))
         if direct:
             ends = engine.boxes[graph.output].ends
             low, up = ends[0] if sides != "upper" else None, ends[1] if sides != "lower" else None

@@ -106,7 +106,7 @@ class Engine:
                 if not conv:
                     return Box(ops.interval_ball_linear(region.x, region.eps, region.norm, region.clip, w, b))
                 x = region.x.reshape(-1, *self.graph.nodes[first].shape)
-                return Box(ops.interval_ball_conv2d(x, region.eps_for(x), region.norm, region.clip, w, b, *conv))
+                return Box(ops.interval_ball_conv2d(x, region.eps_for(x), region.norm, region.clip_for(x), w, b, *conv))
             c, r = before.middle
             if at_input and region.clip is None and not isinstance(region.eps, Tensor):
                 r = r[:1]  # the same for every example
@@ -321,7 +321,12 @@ class Engine:
                 maps.append(kept[0])
                 offsets.append(kept[1])
         joined = torch.cat(bounds, 1)
-        return joined, ((torch.cat(maps, 1), torch.cat(offsets, 1)) if keep else None)
+        offset = torch.cat(offsets, 1) if keep else None
+        if self.outward and matrix is not None:  # the product with the rows is one layer more
+            reach = O.magnitude(self.boxes[start]).flatten(1)[example]
+            extra = torch.stack([-1.0 * (by := O.rows_error(matrix, reach)), by])[:sides]
+            joined, offset = joined + extra, None if offset is None else offset + extra
+        return joined, ((torch.cat(maps, 1), offset) if keep else None)
 
     def intersected(self, out: Tensor, example: Tensor, plus: Any, minus: Any, matrix: Any, count: int, negative: bool) -> Tensor:  # fmt: skip
         """``out``, or the interval bounds of the same rows where they are tighter."""

@@ -74,7 +74,9 @@ def small_margins(model: nn.Module, x: Any, eps: Any, clip: Any, labels: Any, si
         return None
     if labels.dtype != torch.int64 or labels.shape != (batch,) or not labels.is_cpu or not labels.is_contiguous():
         return None
-    low, high = check_clip(clip) if clip is not None else (-math.inf, math.inf)
+    low, high = check_clip(clip, x) if clip is not None else (-math.inf, math.inf)
+    if isinstance(low, Tensor):
+        return None
     graph = plain_graph(model, x)
     chain = None if graph is None else chain_of(graph)
     if graph is None or chain is None or batch > chain.most or not graph.nodes[0].size or chain.last.shape[0] < 2:
@@ -135,7 +137,7 @@ def _find(graph: G.Graph) -> list[Step] | None:
 
 
 def margins_of_chain(
-    graph: G.Graph, x: Tensor, eps: Any, clip: tuple[float, float] | None, plus: Tensor, minus: Tensor, example: Tensor, sides: int
+    graph: G.Graph, x: Tensor, eps: Any, clip: ops.Clip, plus: Tensor, minus: Tensor, example: Tensor, sides: int
 ) -> Tensor | None:  # fmt: skip
     """Bounds (sides, R) of the differences ``plus`` - ``minus`` of outputs over an l-infinity ball; None where this is not the
     way. x (B, *shape), B > 0."""

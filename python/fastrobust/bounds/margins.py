@@ -63,7 +63,7 @@ def _find(graph: G.Graph) -> Plan | None:
 
 
 def margins_of_plan(
-    graph: G.Graph, x: Tensor, eps: Any, clip: tuple[float, float] | None, method: str, rows: Rows, max_memory: int
+    graph: G.Graph, x: Tensor, eps: Any, clip: ops.Clip, method: str, rows: Rows, max_memory: int
 ) -> Tensor | None:
     """Bounds (sides, R) over an l-infinity ball (and ``clip``); None where this is not the way. x (B, *shape)."""
     if method not in _KINDS or not x.is_cpu or not ops.native(x) or not x.shape[0]:

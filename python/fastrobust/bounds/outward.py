@@ -6,7 +6,8 @@ Stability of Numerical Algorithms, section 3.1)
 
     |fl(W x + b) - (W x + b)| <= gamma_(n+2) (|W| |x| + |b|) + (n + 2) 2^-125,      gamma_k = k u / (1 - k u),  u = 2^-24,
 
-the last term covering underflow, also where subnormals are flushed to zero. This slack is enlarged by 2^-10 of itself: the float64
+the last term covering underflow, also where subnormals are flushed to zero (there |W| and |x| count 2^-102 more, for factors that
+are flushed before they meet a large one). Where the right side overflows float32 the error is infinite. This slack is enlarged by 2^-10 of itself: the float64
 propagation's own errors obey the same inequality with u = 2^-53, which is less than 2^-28 of it. Lines, boxes and radii, which
 carry no float32 slack of their own, are enlarged by 2^-30 of their size for the same purpose.
 
@@ -28,6 +29,8 @@ from fastrobust.bounds.region import Box
 
 _U = 2.0**-24
 _TINY = 2.0**-125
+_FLUSHED = 2.0**-102  # 2^-126 / u: what gamma turns into the largest number that is flushed
+_LARGEST = (2.0 - 2.0**-23) * 2.0**127
 RELATIVE = 2.0**-30
 _EXACT = ("relu", "hardtanh", "relu6")
 _RELATIVE_TO_VALUE = ("sigmoid", "tanh", "arctan", "elu", "leaky_relu")
@@ -46,31 +49,46 @@ def magnitude(box: Box) -> Tensor:
 
 
 def slack(node: G.LinearNode, inputs: list[Tensor]) -> Tensor | None:
-    """Bound of the float32 error of a linear node whose inputs have these magnitudes; None where it is exact."""
+    """Bound of the float32 error of a linear node whose inputs have these magnitudes; None where it is exact, infinite where a
+    float32 sum may overflow."""
     if isinstance(node, (G.Dense, G.Conv, G.ConvTranspose)):
-        w, b, m = node.get_weight(), node.get_bias(), inputs[0]
+        # factors that are subnormal may be flushed, whatever they meet: each counts as at least _FLUSHED / u
+        w, b, m = node.get_weight().abs() + _FLUSHED, node.get_bias(), inputs[0] + _FLUSHED
         n = w[0].numel()
         if isinstance(node, G.Dense):
-            size = F.linear(m, w.abs(), None if b is None else b.abs())
+            size = F.linear(m, w, None if b is None else b.abs())
         elif isinstance(node, G.Conv):
-            size = F.conv2d(
-                m, w.abs(), None if b is None else b.abs(), node.stride, node.padding, node.dilation, node.groups
-            )
+            size = F.conv2d(m, w, None if b is None else b.abs(), node.stride, node.padding, node.dilation, node.groups)
         else:
             n = w.numel() // max(1, w.shape[1])
-            size = node._apply(m, w.abs(), None if b is None else b.abs())
-        return gamma(n + 2) * size + (n + 2) * _TINY
+            size = node._apply(m, w, None if b is None else b.abs())
+        return _error(n + 2, size)
     if isinstance(node, G.Scale):
-        f, size = node.get_factor(), inputs[0]
-        size = size if f is None else size * f.to(size).abs()
+        f, size = node.get_factor(), inputs[0] + _FLUSHED
+        size = size if f is None else size * (f.to(size).abs() + _FLUSHED)
         shift = node.shift_size()
         # the factors of a normalisation are themselves computed in float32
-        return gamma(16) * (size if shift is None else size + shift.to(size)) + 16 * _TINY
+        return _error(16, size if shift is None else size + shift.to(size))
     if isinstance(node, G.Sum):
-        return gamma(len(inputs)) * torch.stack(inputs).sum(0) + _TINY
+        return _error(len(inputs), torch.stack(inputs).sum(0))
     if isinstance(node, G.Monotone) and node.taps:
-        return gamma(node.taps + 2) * node.function(inputs[0]).abs() + (node.taps + 2) * _TINY
+        return _error(node.taps + 2, node.function(inputs[0] + _FLUSHED).abs())
     return None
+
+
+def _error(n: int, size: Tensor) -> Tensor:
+    """Of a float32 sum of n terms whose absolute values sum to at most ``size``."""
+    found = gamma(n) * size + n * _TINY
+    return torch.where(size + found < _LARGEST, found, torch.full_like(found, math.inf))
+
+
+def rows_error(matrix: Tensor, reach: Tensor) -> Tensor:
+    """The float32 error (R,) of rows (R, K) times outputs of magnitude ``reach`` (R, K). A difference of two outputs, or one alone,
+    is rounded once, which moves no number past a float32 bound."""
+    sizes = matrix.abs()
+    exact = ((sizes == 0) | (sizes == 1)).all(1) & (sizes.sum(1) <= 2)
+    error = _error(matrix.shape[1] + 2, ((sizes + _FLUSHED) * (reach + _FLUSHED)).sum(1))
+    return torch.where(exact, torch.zeros_like(error), error)
 
 
 def activation_error(node: G.Activation, box: Box, value: Tensor) -> Tensor | float:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastrobust.ops import bounds as ops
-from fastrobust.reference.bounds import dual_exponent, eps_like, input_box
+from fastrobust.reference.bounds import Clip, dual_exponent, eps_like, input_box
 
 Pair = tuple[Tensor, Tensor]
 
@@ -52,9 +53,7 @@ class Region:
     ``widen``: relative enlargement of the box and the ball. ``box`` takes part for the l-infinity norm or with ``clip``; ``ball``: (x, eps), for p < inf.
     """
 
-    def __init__(
-        self, x: Tensor, eps: float | Tensor, norm: float, clip: tuple[float, float] | None, widen: float = 0.0
-    ):
+    def __init__(self, x: Tensor, eps: float | Tensor, norm: float, clip: Clip, widen: float = 0.0):
         self.x, self.eps, self.norm, self.clip = x, eps, norm, clip
         self.q = dual_exponent(norm)
         self.cut = Box(middle=ops.box_center(x, eps, clip))
@@ -78,6 +77,13 @@ class Region:
         if isinstance(self.eps, Tensor) and self.eps.dim() == self.x.dim() and self.eps.shape == self.x.shape:
             return self.eps.reshape(x.shape)
         return self.eps
+
+    def clip_for(self, x: Tensor) -> Clip:
+        """clip for the same examples in another shape."""
+        if self.clip is None or not isinstance(self.clip[0], Tensor):
+            return self.clip
+        low, high = (torch.as_tensor(c).expand_as(self.x).reshape(x.shape) for c in self.clip)
+        return low, high
 
     def flattened(self, image: bool) -> tuple[Pair | None, Pair | None]:
         """(box, ball) as (B, n), in channels-last order for images."""

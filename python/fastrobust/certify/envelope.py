@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fastrobust.bounds import METHODS, LinearBounds, compute_bounds
-from fastrobust.bounds.checks import check_clip, check_options
+from fastrobust.bounds.checks import check_inputs, check_labels, check_method, check_options
 from fastrobust.ops import polyhedral_distance
-from fastrobust.ops.linear_bounds import check_norm
+from fastrobust.reference.bounds import Clip
 from fastrobust.reference.polyhedron import round_down
 
 LINEAR_METHODS = tuple(name for name, (_, kind) in METHODS.items() if kind is not None)
@@ -31,12 +31,6 @@ class Envelope:
     distance: Tensor
     certified: Tensor
     distances: Tensor
-
-
-def check_method(method: str) -> str:
-    if method not in LINEAR_METHODS:
-        raise ValueError(f"method: got {method!r}, expected one with linear bounds: {', '.join(LINEAR_METHODS)}")
-    return method
 
 
 def margins_at(linear: LinearBounds, x: Tensor, outward: bool = False) -> Tensor:
@@ -59,21 +53,23 @@ def margins_at(linear: LinearBounds, x: Tensor, outward: bool = False) -> Tensor
     return round_down(value, x.dtype)
 
 
-def _less(end: float, x: Tensor) -> Tensor:
-    """end - x rounded down to x's dtype, exactly: the float64 difference of tiny numbers is itself rounded."""
-    flat = x.flatten(1).unsqueeze(1).double()
-    value = end - flat
+def _less(end: float | Tensor, x: Tensor) -> Tensor:
+    """end - x as (B, 1, n), rounded down to x's dtype, exactly: the float64 difference of tiny numbers is itself rounded."""
+    point = x.flatten(1).unsqueeze(1).double()
+    if isinstance(end, Tensor):
+        end = end.double().expand_as(x).flatten(1).unsqueeze(1)
+    value = end - point
     if x.dtype == torch.float64:
         return value
     part = value - end  # TwoSum: what the difference lost
-    error = ((end - (value - part)) - (flat + part)).detach()
+    error = ((end - (value - part)) - (point + part)).detach()
     down = round_down(value, x.dtype)
     short = (error < 0) & (down.detach().double() == value.detach())
     below = torch.nextafter(down.detach(), torch.full_like(down.detach(), -math.inf))
     return torch.where(short, down + (below - down.detach()), down)
 
 
-def box_around(x: Tensor, clip: tuple[float, float] | None) -> tuple[Tensor, Tensor]:
+def box_around(x: Tensor, clip: Clip) -> tuple[Tensor, Tensor]:
     """(low - x, high - x) as (B, 1, n), rounded outwards; without a box one infinite element."""
     if clip is None:
         return x.new_full((1,), -math.inf), x.new_full((1,), math.inf)
@@ -95,7 +91,7 @@ def polyhedral_envelope(
     eps: float | Tensor,
     *,
     norm: float | str = math.inf,
-    clip: tuple[float, float] | None = None,
+    clip: Clip = None,
     method: str = "fast-lin",
     signed: bool = False,
     rounding: str = "nearest",
@@ -115,9 +111,9 @@ def polyhedral_envelope(
 
     Args:
         model: classifier that ``fastrobust.bounds`` supports, float32 (float64 for checking).
-        x, y: (B, *shape) inside clip, and (B,) labels.
+        x, y: (B, *shape) inside clip, and (B,) labels of any integer type.
         eps: a number or (B,): radius of the ball on which the bounds are computed.
-        norm: 1, 2, inf or any p > 1. clip: (low, high) that bounds the attacker, or None.
+        norm: 1, 2, inf or any p > 1. clip: (low, high) that bounds the attacker, numbers or tensors that broadcast to x, or None.
         method: any linear method of :func:`fastrobust.bounds.compute_bounds`: "fast-lin" (KW), "crown", "crown-ibp",
             "ibp-linear".
         signed: distances of classes with a violated margin are minus the distance back to the envelope, not 0
@@ -133,13 +129,13 @@ def polyhedral_envelope(
     Raises:
         ValueError, TypeError: naming the argument (shapes, labels, x outside clip, values that are not finite).
     """
-    p = check_norm(norm)
-    clip = None if clip is None else check_clip(clip)
-    check_method(method)
+    x, eps, p, clip = check_inputs(x, eps, norm, clip)
+    y = check_labels(y, x.shape[0], x.device)
+    method = check_method(method, LINEAR_METHODS)
     check_options(rounding, refine, exact_input, max_memory)
     if isinstance(eps, Tensor) and eps.dim() > 1:
         raise ValueError(f"eps: got shape {tuple(eps.shape)}, expected a number or ({x.shape[0]},)")
-    if isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == 0:
+    if x.shape[0] == 0:
         none = x.new_zeros(0)
         return Envelope(none, none, none.bool(), x.new_zeros(0, 0))
     bounds = compute_bounds(

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastrobust.bounds import METHODS, compute_bounds
-from fastrobust.bounds.checks import check_clip, check_options
-from fastrobust.ops.linear_bounds import check_norm
+from fastrobust.bounds.checks import check_inputs, check_labels, check_method, check_options, clip_of, number
+from fastrobust.reference.bounds import Clip
 
 _LOG_RANGE = (-20.0, 6.0)  # log2 of the scales that the line search covers
 
@@ -39,15 +39,16 @@ def _margin_function(
     x: Tensor,
     y: Tensor,
     elision: bool,
+    clip: Clip,
     options: dict[str, Any],
 ) -> Margins:
     """Lower bounds of z_y - z_j; without elision lower z_y minus upper z_j, as (3.9) is written."""
 
     def margins(index: Tensor, eps: Tensor) -> Tensor:
-        part, labels = x[index], y[index]
+        part, labels, box = x[index], y[index], clip_of(clip, index, x)
         if elision:
-            return compute_bounds(model, part, eps, labels=labels, sides="lower", **options).lower
-        bounds = compute_bounds(model, part, eps, **options)
+            return compute_bounds(model, part, eps, labels=labels, sides="lower", clip=box, **options).lower
+        bounds = compute_bounds(model, part, eps, clip=box, **options)
         assert bounds.upper is not None
         own = bounds.lower.gather(1, labels[:, None])
         others = torch.ones_like(bounds.lower, dtype=torch.bool).scatter(1, labels[:, None], False)
@@ -82,7 +83,7 @@ def nonuniform_radius(
     y: Tensor,
     *,
     norm: float | str = math.inf,
-    clip: tuple[float, float] | None = None,
+    clip: Clip = None,
     method: str = "fast-lin",
     uniform: bool = False,
     direction: Tensor | None = None,
@@ -124,10 +125,10 @@ def nonuniform_radius(
     Returns:
         :class:`NonuniformRadius`; an example that is not certified at any size gets zeros.
     """
-    p = check_norm(norm)
-    clip = None if clip is None else check_clip(clip)
-    if method not in METHODS:
-        raise ValueError(f"method: got {method!r}, expected one of {', '.join(METHODS)}")
+    x, _, p, clip = check_inputs(x, 0.0, norm, clip)
+    y = check_labels(y, x.shape[0], x.device)
+    method = check_method(method, METHODS)
+    delta = number(delta, "delta")
     if not delta >= 0:
         raise ValueError(f"delta: got {delta}, expected a number >= 0")
     if not 0 < decay < 1:
@@ -146,20 +147,19 @@ def nonuniform_radius(
     check_options(rounding, refine, exact_input, max_memory)
     options = {
         "norm": p,
-        "clip": clip,
         "method": method,
         "exact_input": exact_input,
         "refine": refine,
         "max_memory": max_memory,
     }
-    margins = _margin_function(model, x, y, elision, {**options, "rounding": rounding})
-    smooth = _margin_function(model, x, y, elision, {**options, "rounding": "nearest"})
+    margins = _margin_function(model, x, y, elision, clip, {**options, "rounding": rounding})
+    smooth = _margin_function(model, x, y, elision, clip, {**options, "rounding": "nearest"})
     everyone = torch.arange(x.shape[0], device=x.device)
     ones = (-1,) + (1,) * (x.dim() - 1)
     with torch.no_grad():
         size = _largest_scale(margins, everyone, torch.ones_like(x), delta, *_LOG_RANGE, 22).exp2()
-        if clip is not None:
-            size = size.clamp_max(clip[1] - clip[0])
+        width = _width(clip, x)
+        size = torch.minimum(size, width.flatten(1).amax(1)) if isinstance(width, Tensor) else size.clamp_max(width)
     eps = size.view(ones).expand_as(x).clone()
     index = everyone[size > 0]
     if not uniform and index.numel():
@@ -170,13 +170,23 @@ def nonuniform_radius(
                 scale = _largest_scale(margins, index, shape, delta, *_LOG_RANGE, 22).exp2()
             usable = scale > 0
             start = torch.where(usable.view(ones), shape * scale.view(ones), start)
-        limit = math.inf if clip is None else clip[1] - clip[0]
+        limit = width[index] if isinstance(width, Tensor) else width
         schedule = _Schedule(iterations, step_size, penalty, growth, grow_every, multiplier_every)
         found = _optimise(smooth, index, start, delta, limit, schedule, progress)
         eps[index] = _certify(margins, index, found, eps[index], delta, limit, decay)
     with torch.no_grad():
         volume = torch.where(size > 0, eps.flatten(1).clamp_min(torch.finfo(x.dtype).tiny).log().mean(1).exp(), 0.0)
     return NonuniformRadius(eps, volume, size)
+
+
+def _width(clip: Clip, x: Tensor) -> float | Tensor:
+    """How wide the box is, a number or of x's shape."""
+    if clip is None:
+        return math.inf
+    low, high = clip
+    return (
+        (high - low).to(x).expand_as(x) if isinstance(low, Tensor) and isinstance(high, Tensor) else float(high - low)
+    )
 
 
 @dataclass
@@ -194,7 +204,7 @@ def _optimise(
     index: Tensor,
     start: Tensor,
     delta: float,
-    limit: float,
+    limit: float | Tensor,
     schedule: _Schedule,
     progress: Callable[[int], None] | None,
 ) -> Tensor:
@@ -233,7 +243,7 @@ def _optimise(
 
 @torch.no_grad()
 def _certify(
-    margins: Margins, index: Tensor, found: Tensor, fallback: Tensor, delta: float, limit: float, decay: float
+    margins: Margins, index: Tensor, found: Tensor, fallback: Tensor, delta: float, limit: float | Tensor, decay: float
 ) -> Tensor:
     """The largest certified multiple of ``found``; the uniform region where that has more volume."""
     ones = (-1,) + (1,) * (found.dim() - 1)

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from fastrobust.bounds import METHODS, compute_bounds
-from fastrobust.bounds.checks import check_options
-from fastrobust.certify.envelope import check_method, polyhedral_envelope
+from fastrobust.bounds.checks import check_inputs, check_labels, check_method, check_options, clip_of, number
+from fastrobust.certify.envelope import LINEAR_METHODS, polyhedral_envelope
+from fastrobust.reference.bounds import Clip
+from fastrobust.reference.polyhedron import round_down
 
 STRATEGIES = ("pec", "bisection")
 
@@ -39,7 +41,7 @@ def search_radius(
     high: float,
     tol: float,
     norm: float | str = math.inf,
-    clip: tuple[float, float] | None = None,
+    clip: Clip = None,
     method: str = "fast-lin",
     strategy: str = "pec",
     rounding: str = "nearest",
@@ -57,8 +59,8 @@ def search_radius(
 
     Args:
         model, x, y, norm, clip, method, rounding, exact_input, refine, max_memory: as for :func:`polyhedral_envelope`.
-        low, high: first bracket; ``low`` is taken as certified, so leave it 0 unless you know better.
-        tol: stop when the bracket is at most this wide.
+        y: labels of any integer type. low, high: first bracket; ``low`` is taken as certified, so leave it 0 unless you know better.
+        tol: stop when the bracket is at most this wide, or its ends are neighbouring numbers of x's dtype.
         batch_size: examples per call of the bounds.
         progress: called with the number of examples that finished.
 
@@ -67,21 +69,19 @@ def search_radius(
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy: got {strategy!r}, expected one of {', '.join(STRATEGIES)}")
+    low, high, tol = (number(value, name) for value, name in ((low, "low"), (high, "high"), (tol, "tol")))
     if not (math.isfinite(low) and math.isfinite(high) and 0 <= low <= high):
         raise ValueError(f"low, high: got {low}, {high}, expected 0 <= low <= high, finite")
     if not tol > 0:
         raise ValueError(f"tol: got {tol}, expected a number > 0")
     if batch_size < 1:
         raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
-    if strategy == "pec":
-        check_method(method)
-    elif method not in METHODS:
-        raise ValueError(f"method: got {method!r}, expected one of {', '.join(METHODS)}")
-
+    method = check_method(method, LINEAR_METHODS if strategy == "pec" else METHODS)
     check_options(rounding, refine, exact_input, max_memory)
+    x, _, norm, clip = check_inputs(x, high, norm, clip)
+    y = check_labels(y, x.shape[0], x.device)
     options: dict[str, Any] = {
         "norm": norm,
-        "clip": clip,
         "method": method,
         "rounding": rounding,
         "exact_input": exact_input,
@@ -91,10 +91,11 @@ def search_radius(
 
     def certify(index: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
         """Certified radius, and whether all of eps is."""
+        part, labels, box = x[index], y[index], clip_of(clip, index, x)
         if strategy == "pec":
-            found = polyhedral_envelope(model, x[index], y[index], eps, **options)
+            found = polyhedral_envelope(model, part, labels, eps, clip=box, **options)
             return found.radius, found.radius >= eps
-        bounds = compute_bounds(model, x[index], eps, labels=y[index], sides="lower", **options)
+        bounds = compute_bounds(model, part, eps, labels=labels, sides="lower", clip=box, **options)
         whole = bounds.lower.amin(1) > 0
         return torch.where(whole, eps, torch.zeros_like(eps)), whole
 
@@ -102,21 +103,28 @@ def search_radius(
     bottom = torch.full((count,), low, dtype=torch.float64, device=device)
     top = torch.full((count,), high, dtype=torch.float64, device=device)
     evaluations = torch.zeros(count, dtype=torch.int64, device=device)
-    active = (
-        torch.arange(count, device=device) if high - low > tol else torch.empty(0, dtype=torch.int64, device=device)
-    )
-    if progress and not active.numel():
-        progress(count)
+
+    def unfinished(index: Tensor) -> tuple[Tensor, Tensor]:
+        """The examples whose brackets are wider than tol and hold a number of x's dtype in between, and that number."""
+        least, most = bottom[index], top[index]
+        eps = (0.5 * (least + most)).to(x.dtype)
+        wide = (most - least > tol) & (eps.double() > least) & (eps.double() < most)
+        return index[wide], eps[wide]
+
+    active, middle = unfinished(torch.arange(count, device=device))
+    if progress and active.numel() < count:
+        progress(count - active.numel())
     with torch.no_grad():
         while active.numel():
-            for part in active.split(batch_size):
-                eps = (0.5 * (bottom[part] + top[part])).to(x.dtype)
+            for part, eps in zip(active.split(batch_size), middle.split(batch_size), strict=True):
                 radius, whole = certify(part, eps)
                 bottom[part] = torch.maximum(bottom[part], radius.double())
                 top[part] = torch.where(whole, top[part], eps.double())
             evaluations[active] += 1
-            remaining = active[top[active] - bottom[active] > tol]
+            remaining, middle = unfinished(active)
             if progress and remaining.numel() < active.numel():
                 progress(active.numel() - remaining.numel())
             active = remaining
-    return RadiusSearch(bottom.to(x.dtype), evaluations, (0.5 * (bottom + top)).to(x.dtype), top.to(x.dtype))
+    return RadiusSearch(
+        round_down(bottom, x.dtype), evaluations, (0.5 * (bottom + top)).to(x.dtype), -round_down(-top, x.dtype)
+    )

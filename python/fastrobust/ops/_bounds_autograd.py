@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _C
-from ..reference.bounds import room_of, row_maps, split_support
+from ..reference.bounds import room_of, row_maps, row_norm, split_support
 from . import _bounds_conv as conv
 from ._bounds_product import product
 from ._bounds_rows import Groups, address, by_example, dense, native, rows_args
@@ -174,8 +174,7 @@ def _norm_slope(w: Tensor, q: float) -> Tensor:
         return top / top.sum(-1, keepdim=True)
     if q == 1:
         return torch.ones_like(w)
-    size = w.pow(q).sum(-1, keepdim=True)
-    size = torch.where(size > 0, size.clamp(min=torch.finfo(w.dtype).tiny).pow(1 / q), 0.0)
+    size = row_norm(w.flatten(0, -2), q).view(*w.shape[:-1], 1)
     return torch.where(size > 0, (w / torch.where(size > 0, size, 1.0)).pow(q - 1), 0.0)
 
 

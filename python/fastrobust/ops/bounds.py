@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import _C
 from ..reference import bounds as reference
-from ..reference.bounds import Window, center_radius, dual_exponent, eps_like
+from ..reference.bounds import Clip, Window, center_radius, dual_exponent, eps_like
 from . import _bounds_autograd as gradients
 from . import _checks as ck
 from ._bounds_chain import ConvStep, concretize_through
@@ -89,9 +89,10 @@ def relu_center(center: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
     return center_radius((center - radius).relu(), (center + radius).relu())
 
 
-def box_center(x: Tensor, eps: float | Tensor, clip: tuple[float, float] | None) -> tuple[Tensor, Tensor]:
+def box_center(x: Tensor, eps: float | Tensor, clip: Clip) -> tuple[Tensor, Tensor]:
     """Centre and radius of [x - eps, x + eps] cut at ``clip``."""
-    if native(x) and direct(x, eps if isinstance(eps, Tensor) else None):
+    per_element = clip is not None and isinstance(clip[0], Tensor)
+    if native(x) and not per_element and direct(x, eps if isinstance(eps, Tensor) else None):
         require_cuda_build(x.device)
         fmt = ck.dense_format(x) or torch.contiguous_format
         x = ck.lay_out(x, fmt)
@@ -258,12 +259,18 @@ def _tighter(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor
     return torch.maximum(a[0], b[0]), torch.minimum(a[1], b[1])
 
 
-def interval_ball_linear(x: Tensor, eps: float | Tensor, norm: Any, clip: tuple[float, float] | None, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, params: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _unit(e: Tensor) -> Tensor:
+    """The largest radius, by which norms are multiplied before large weights can make them overflow; a constant."""
+    top = e.detach().amax() if e.numel() else e.new_zeros(())
+    return torch.where(top > 0, top, 1.0)
+
+
+def interval_ball_linear(x: Tensor, eps: float | Tensor, norm: Any, clip: Clip, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, params: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Bounds of W x' + b over the l_p ball around x: W x + b -+ eps ||W||_q by rows (Algorithm 3.1, line 2), with ``clip`` the
     tighter of that and of the clipped box. x: (B, n) or (B, *shape) with n elements; eps: a number, (B,) or x's shape."""
     x = ck.check_state(x, "x")
     p = check_norm(norm)
-    check_eps(eps, x)
+    eps = check_eps(eps, x)
     _check_weight(x, weight, bias, math.prod(x.shape[1:]), 2)
     box = None
     if clip is not None or p == INF:
@@ -275,21 +282,21 @@ def interval_ball_linear(x: Tensor, eps: float | Tensor, norm: Any, clip: tuple[
     scalar = not (isinstance(eps, Tensor) and eps.dim() == x.dim() and eps.dim() > 1)
     if scalar:  # one norm per row of W serves every example
         q, e = dual_exponent(p), eps_like(eps, x).reshape(-1, 1)
-        size = weight.abs().amax(1) if q == INF else reference._power_sum_root(weight.abs().pow(q).sum(1), q)
-        middle, reach = F.linear(x.flatten(1), weight, bias), e * size
+        unit = _unit(e)
+        middle, reach = F.linear(x.flatten(1), weight, bias), e / unit * reference.row_norm(weight.abs(), q, unit)
         ball = middle - reach, middle + reach
     else:
         ball = reference.interval_ball_linear(x, eps, p, None, weight, bias)
     return _finish(*(ball if box is None else _tighter(box, ball)), activation, params)
 
 
-def interval_ball_conv2d(x: Tensor, eps: float | Tensor, norm: Any, clip: tuple[float, float] | None, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1, activation: str | None = None, params: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:  # fmt: skip
+def interval_ball_conv2d(x: Tensor, eps: float | Tensor, norm: Any, clip: Clip, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1, activation: str | None = None, params: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The same for a convolution of x: (B, C, H, W)."""
     x = ck.check_state(x, "x")
     if x.dim() != 4:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected (B, C, H, W)")
     p, conv = check_norm(norm), (stride, padding, dilation, groups)
-    check_eps(eps, x)
+    eps = check_eps(eps, x)
     _check_weight(x, weight, bias, x.shape[1] // groups, 4)
     box = None
     if clip is not None or p == INF:
@@ -300,10 +307,11 @@ def interval_ball_conv2d(x: Tensor, eps: float | Tensor, norm: Any, clip: tuple[
     if p != INF:
         scalar = not (isinstance(eps, Tensor) and eps.dim() > 1)
         if scalar and dual_exponent(p) != INF:
-            q = dual_exponent(p)
-            ones = torch.ones_like(x[:1])
-            size = reference._power_sum_root(F.conv2d(ones, weight.abs().pow(q), None, *conv), q)
-            mid, reach = F.conv2d(x, weight, bias, *conv), eps_like(eps, x) * size
+            e = eps_like(eps, x)
+            unit = _unit(e)
+            layer = lambda t, w: F.conv2d(t, w, None, *conv)  # noqa: E731
+            size = reference.dual_norm(torch.ones_like(x[:1]) * unit, weight, dual_exponent(p), layer, conv)
+            mid, reach = F.conv2d(x, weight, bias, *conv), e / unit * size
             ball = mid - reach, mid + reach
         else:
             ball = reference.interval_ball_conv2d(x, eps, p, None, weight, bias, *conv)

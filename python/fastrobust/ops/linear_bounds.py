@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -215,7 +216,7 @@ def concretize(A: Tensor, b: Tensor, x: Tensor, eps: float | Tensor, norm: Any =
         raise ValueError(
             f"A: got {tuple(A.shape)} with b {tuple(b.shape)} and x {tuple(x.shape)}, expected (B, S, n), (B, S), (B, *shape)"
         )
-    check_eps(eps, x)
+    eps = check_eps(eps, x)
     batch, per = b.shape
     box, ball = reference.region(x, eps, p, clip)
     example = torch.arange(batch, device=A.device).repeat_interleave(per)
@@ -226,38 +227,54 @@ def concretize(A: Tensor, b: Tensor, x: Tensor, eps: float | Tensor, norm: Any =
     return out[0].view(batch, per), out[1].view(batch, per)
 
 
-_NORMS = {"l1": 1.0, "l2": 2.0, "linf": INF, "inf": INF}
+_NORMS = {"l1": 1.0, "l2": 2.0, "linf": INF, "inf": INF, "1": 1.0, "2": 2.0}
 
 
 def check_norm(norm: Any) -> float:
-    """A norm exponent >= 1, by number or name."""
+    """A norm exponent >= 1, by number (of any kind) or name."""
     if isinstance(norm, str):
         if norm.lower() not in _NORMS:
             raise ValueError(f"norm: got {norm!r}, expected 1, 2, inf, a number >= 1, or 'L1', 'L2', 'Linf'")
         return _NORMS[norm.lower()]
-    if isinstance(norm, bool) or not isinstance(norm, (int, float)):
+    if isinstance(norm, bool) or not isinstance(norm, (int, float, numbers.Real)):
         raise TypeError(f"norm: got {type(norm).__name__}, expected a number >= 1 or a name")
-    if not norm >= 1:
-        raise ValueError(f"norm: got {norm}, expected 1, 2, inf or a number >= 1")
-    return float(norm)
+    p = float(norm)
+    if not p >= 1:
+        raise ValueError(f"norm: got {p}, expected 1, 2, inf or a number >= 1")
+    return p
 
 
-def check_eps(eps: Any, x: Tensor) -> None:
-    """A finite number >= 0, or a tensor of one per example or per element; CPU values are read."""
+def check_eps(eps: Any, x: Tensor) -> float | Tensor:
+    """A finite number >= 0, or a tensor of one per example, or one that broadcasts to x; CPU values are read.
+
+    Returns a float, or a tensor without dimensions, (B,), or of x's shape."""
     if isinstance(eps, Tensor):
-        if eps.dim() > 0 and tuple(eps.shape) not in ((x.shape[0],), tuple(x.shape)):
-            raise ValueError(
-                f"eps: got shape {tuple(eps.shape)}, expected a number, ({x.shape[0]},) or {tuple(x.shape)}"
-            )
         if not eps.dtype.is_floating_point:
             raise TypeError(f"eps: got {eps.dtype}, expected floating point")
         if eps.dim() > 0 and eps.device != x.device:
-            raise ValueError(f"eps: is on {eps.device}, x is on {x.device}")
+            raise ValueError(f"eps: got a tensor on {eps.device}, expected x's device {x.device}")
         e = eps.detach()
-        if nothing_intercepts() and e.numel() and not bool(((e >= 0) & (e < INF)).all()):
-            raise ValueError("eps: holds negative, NaN or infinite values, expected finite ones >= 0")
-        return
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+        if nothing_intercepts() and e.numel() and not bool(((e >= 0) & (e <= torch.finfo(x.dtype).max)).all()):
+            raise ValueError(
+                f"eps: got negative, NaN or infinite values, expected ones >= 0 that are finite in {x.dtype}"
+            )
+        if eps.dim() == 0 or eps.shape == x.shape or eps.shape == x.shape[:1]:
+            return eps
+        if eps.shape == (1,):
+            return eps.reshape(())
+        if eps.dim() == 1 or not broadcasts(eps, x):
+            raise ValueError(
+                f"eps: got shape {tuple(eps.shape)}, expected a number, ({x.shape[0]},) or one that broadcasts to {tuple(x.shape)}"
+            )
+        return eps.expand(x.shape)
+    if isinstance(eps, bool) or not isinstance(eps, (int, float, numbers.Real)):
         raise TypeError(f"eps: got {ck.describe(eps)}, expected a number or a tensor")
-    if not 0 <= eps < INF:
-        raise ValueError(f"eps: got {eps}, expected a finite number >= 0")
+    radius = float(eps)
+    if not 0 <= radius <= torch.finfo(x.dtype).max:
+        raise ValueError(f"eps: got {radius}, expected a number >= 0 that is finite in {x.dtype}")
+    return radius
+
+
+def broadcasts(t: Tensor, x: Tensor) -> bool:
+    """Whether t broadcasts to x's shape without enlarging it."""
+    return t.dim() <= x.dim() and all(n in (1, m) for n, m in zip(reversed(t.shape), reversed(x.shape), strict=False))

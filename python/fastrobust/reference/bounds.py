@@ -39,16 +39,21 @@ def eps_like(eps: float | Tensor, x: Tensor) -> Tensor:
     return e
 
 
-def input_box(x: Tensor, eps: float | Tensor, clip: tuple[float, float] | None) -> tuple[Tensor, Tensor]:
+# (low, high): two numbers, or two tensors that broadcast to x
+Clip = tuple[float, float] | tuple[Tensor, Tensor] | None
+
+
+def input_box(x: Tensor, eps: float | Tensor, clip: Clip) -> tuple[Tensor, Tensor]:
     """The smallest box around the input set: [x - eps, x + eps], cut at ``clip``."""
     e = eps_like(eps, x)
     if clip is None:
         return x - e, x + e
-    return (x - e).clamp(min=clip[0]), (x + e).clamp(max=clip[1])
+    low, high = (c.to(x) if isinstance(c, Tensor) else c for c in clip)
+    return (x - e).clamp(min=low), (x + e).clamp(max=high)
 
 
 def center_radius(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-    return 0.5 * (lower + upper), 0.5 * (upper - lower)
+    return 0.5 * lower + 0.5 * upper, 0.5 * upper - 0.5 * lower  # sums of the ends may overflow
 
 
 def interval_linear(lower: Tensor, upper: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, params: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -76,10 +81,43 @@ def _power_sum_root(s: Tensor, q: float) -> Tensor:
     return torch.where(positive, torch.where(positive, s, torch.ones_like(s)).pow(1.0 / q), torch.zeros_like(s))
 
 
+def _largest(t: Tensor, keep: int) -> Tensor:
+    """The largest of t >= 0 over all but the first ``keep`` dimensions, 1 where it is 0 or not finite; a constant."""
+    t = t.detach().flatten(keep)
+    top = t.amax(-1) if t.shape[-1] else t.new_zeros(t.shape[:-1])
+    return torch.where((top > 0) & top.isfinite(), top, 1.0)
+
+
+def row_norm(w: Tensor, q: float, times: Tensor | float = 1.0) -> Tensor:
+    """times ||w||_q over all but the first dimension, for w >= 0: powers of numbers that are at most 1 do not overflow, and those
+    that vanish do not count."""
+    w = w.flatten(1)
+    if q == math.inf:
+        return times * (w.amax(1) if w.shape[1] else w.sum(1))
+    if q == 1:
+        return times * w.sum(1)
+    top = _largest(w, 1)
+    return (times * top) * _power_sum_root((w / top[:, None]).pow(q).sum(1), q)
+
+
 def dual_norm(e: Tensor, weight: Tensor, q: float, layer: Callable[[Tensor, Tensor], Tensor], conv: tuple[Any, ...]) -> Tensor:  # fmt: skip
     """||e * w||_q for every row w of a layer: a product (``conv`` empty) or a convolution with these arguments."""
+    if q == 1:
+        return layer(e, weight.abs())
     if q != math.inf:
-        return _power_sum_root(layer(e.pow(q), weight.abs().pow(q)), q)
+        # Small e may meet large w: powers in float64 of numbers up to 1, none of them so small that a product of two vanishes
+        wide, w = e.double(), weight.double().abs()
+        least = torch.finfo(torch.float64).tiny ** (0.5 / q)
+
+        def powers(t: Tensor, top: Tensor) -> Tensor:
+            return torch.where(t > 0, (t / top).clamp(min=least), 0.0).pow(q)
+
+        top_e = _largest(wide, 1).view(-1, *[1] * (e.dim() - 1))
+        top_w = _largest(w, 1)
+        shape = (-1, *[1] * (w.dim() - 1))
+        size = _power_sum_root(layer(powers(wide, top_e), powers(w, top_w.view(shape))), q)
+        # out channels: the last dimension of a product, the second of a convolution
+        return (size * top_e * (top_w.view(-1, 1, 1) if conv else top_w)).to(e.dtype)
     if conv:
         return _max_conv2d(e, weight.abs(), *conv)
     return (
@@ -89,14 +127,15 @@ def dual_norm(e: Tensor, weight: Tensor, q: float, layer: Callable[[Tensor, Tens
     )
 
 
-def interval_ball_linear(x: Tensor, eps: float | Tensor, norm: float, clip: tuple[float, float] | None, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, params: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:  # fmt: skip
+def interval_ball_linear(x: Tensor, eps: float | Tensor, norm: float, clip: Clip, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, params: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Bounds of W x' + b over the input set: W x + b -+ eps ||W||_q row by row (Algorithm 3.1, line 2) and, with ``clip``, the
     tighter of that and of the bounds over the clipped box. x: (B, n) or (B, *shape) with n elements."""
-    e = eps_like(eps, x).expand_as(x).flatten(1)
-    x = x.flatten(1)
+    e = eps_like(eps, x).expand_as(x)
     box: Any = None
     if clip is not None or norm == math.inf:
-        box = interval_linear(*input_box(x, e, clip), weight, bias)
+        low, up = input_box(x, e, clip)
+        box = interval_linear(low.flatten(1), up.flatten(1), weight, bias)
+    x, e = x.flatten(1), e.flatten(1)
     if norm != math.inf:
         c, r = F.linear(x, weight, bias), dual_norm(e, weight, dual_exponent(norm), F.linear, ())
         ball = (c - r, c + r)
@@ -104,7 +143,7 @@ def interval_ball_linear(x: Tensor, eps: float | Tensor, norm: float, clip: tupl
     return _finish(box[0], box[1], activation, params)
 
 
-def interval_ball_conv2d(x: Tensor, eps: float | Tensor, norm: float, clip: tuple[float, float] | None, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1, activation: str | None = None, params: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:  # fmt: skip
+def interval_ball_conv2d(x: Tensor, eps: float | Tensor, norm: float, clip: Clip, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1, activation: str | None = None, params: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The same for a convolution of x: (B, C, H, W)."""
     conv = (stride, padding, dilation, groups)
     e = eps_like(eps, x).expand_as(x)
@@ -259,21 +298,23 @@ def concretize_rows(A: Tensor, b: Tensor, example: Tensor | None, box: tuple[Ten
             if step is not None and q in (1, math.inf):
                 size = (step * w if q == math.inf else w).sum(-1)  # the derivative of a maximum that is attained often
             else:
-                size = w.amax(-1) if q == math.inf else _power_sum_root(w.pow(q).sum(-1), q)
+                size = row_norm(w, q)
             value = value + (on_ball * ball_maps[0]).sum(-1) + sign * size
         out.append(value)
     return torch.stack(out)
 
 
-def region(x: Tensor, eps: float | Tensor, norm: float, clip: tuple[float, float] | None) -> tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]:  # fmt: skip
+def region(x: Tensor, eps: float | Tensor, norm: float, clip: Clip) -> tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]:  # fmt: skip
     """(box, ball) of ``concretize_rows`` for an input set; x flattened to (B, n)."""
-    e = eps_like(eps, x).expand_as(x).flatten(1)
-    x = x.flatten(1)
-    box = center_radius(*input_box(x, e, clip)) if clip is not None or norm == math.inf else None
-    return box, (None if norm == math.inf else (x, e))
+    e = eps_like(eps, x).expand_as(x)
+    box: Any = None
+    if clip is not None or norm == math.inf:
+        low, up = input_box(x, e, clip)
+        box = center_radius(low.flatten(1), up.flatten(1))
+    return box, (None if norm == math.inf else (x.flatten(1), e.flatten(1)))
 
 
-def concretize(A: Tensor, b: Tensor, x: Tensor, eps: float | Tensor, norm: float = math.inf, clip: tuple[float, float] | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+def concretize(A: Tensor, b: Tensor, x: Tensor, eps: float | Tensor, norm: float = math.inf, clip: Clip = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Minimum and maximum of A x' + b over the input set: A (B, S, n), b (B, S), x (B, *shape) with n elements; two (B, S)."""
     batch, per = A.shape[:2]
     example = torch.arange(batch, device=A.device).repeat_interleave(per)

@@ -51,14 +51,18 @@ def parameters_of(activation: str, params: tuple[float, ...] = ()) -> tuple[floa
     got = tuple(float(p) for p in params) if params else want
     if len(got) != len(want):
         raise ValueError(f"params: {activation} takes {len(want)} parameters, got {len(got)}")
+    if not all(map(math.isfinite, got)) and activation != "hardtanh":
+        raise ValueError(f"params: got {got} for {activation}, expected finite ones")
     if activation == "leaky_relu" and not 0.0 <= got[0] <= 1.0:
-        raise ValueError(f"params: the negative slope of leaky_relu must lie in [0, 1], got {got[0]}")
+        raise ValueError(f"params: got a negative slope of {got[0]} for leaky_relu, expected one in [0, 1]")
     if activation == "elu" and not got[0] >= 0.0:
-        raise ValueError(f"params: alpha of elu must not be negative, got {got[0]}")
-    if activation == "hardtanh" and not got[0] < got[1]:
-        raise ValueError(f"params: hardtanh needs min < max, got {got}")
-    if activation == "softplus" and not got[0] > 0.0:
-        raise ValueError(f"params: beta of softplus must be positive, got {got[0]}")
+        raise ValueError(f"params: got an alpha of {got[0]} for elu, expected one >= 0")
+    if activation == "hardtanh" and not -math.inf < got[0] < got[1] < math.inf:
+        raise ValueError(f"params: got {got} for hardtanh, expected finite min < max")
+    if activation == "softplus" and not (got[0] > 0.0 and got[1] >= 0.0):
+        raise ValueError(
+            f"params: got beta {got[0]} and threshold {got[1]} for softplus, expected beta > 0, threshold >= 0"
+        )
     return got
 
 
@@ -185,9 +189,15 @@ def _critical(d: Tensor, activation: str, params: tuple[float, ...]) -> list[Ten
 def interval_activation(
     lower: Tensor, upper: Tensor, activation: str, params: tuple[float, ...] = ()
 ) -> tuple[Tensor, Tensor]:
-    """The exact range [min s, max s] of an activation over [lower, upper], elementwise (thesis, Algorithm 3.2)."""
+    """The range [min s, max s] of an activation over [lower, upper], elementwise (thesis, Algorithm 3.2)."""
     params = parameters_of(activation, params)
     sl, su = value(lower, activation, params), value(upper, activation, params)
+    if activation == "softplus":  # torch's steps down to the identity where beta x passes the threshold
+        knot = torch.full_like(lower, params[1] / params[0])
+        near = 2.0**-22 * knot  # where a float32 product beta x may fall on the other side
+        steps = (lower <= knot + near) & (knot - near <= upper)
+        high = torch.log1p(torch.exp(params[0] * knot)) / params[0]
+        return torch.where(steps, torch.minimum(sl, knot), sl), torch.where(steps, torch.maximum(su, high), su)
     if activation not in _VALLEY:
         return sl, su
     t = torch.full_like(lower, _VALLEY[activation][1])
