@@ -7,7 +7,7 @@ import contextlib
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from ..data import Images
 from . import _report as report
 from ._common import BadArguments
 
-ATTACKS = {"fgsm": attacks.fgsm, "ifgsm": attacks.ifgsm, "pgd": attacks.pgd}
+ATTACKS: dict[str, Callable[..., Any]] = {"fgsm": attacks.fgsm, "ifgsm": attacks.ifgsm, "pgd": attacks.pgd}
 _PASSED_ON = ("eps", "norm", "step_size", "restarts", "loss", "targets", "early_stop", "keep", "normalize", "clip")
 
 
