@@ -47,17 +47,32 @@ class Victim:
             with torch.inference_mode(False):  # autograd saves them
                 self.mean, self.std = _mean_std(normalize, x)
         self.feed = _weight_dtype(owner(model)) if autocast is None else None
+        self.converts = self.mean is not None or (x is not None and self.feed not in (None, x.dtype))
+        self.writes = False  # the model's first operation writes in place, which autograd forbids on a leaf
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The outputs in float32 (float64 for float64 images)."""
+        """The outputs in float32 (float64 for float64 images). A model may write into what it is given, by whatever
+        road: that is never x itself."""
+        return self._outputs(x if self.converts else x.clone())
+
+    def differentiable(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """A leaf with x's values, and the outputs for it."""
+        leaf = (x.detach() if self.converts or self.writes else x.detach().clone()).requires_grad_()
+        try:
+            return leaf, self._outputs(leaf.clone() if self.writes else leaf)
+        except RuntimeError as error:
+            if self.converts or self.writes or "a leaf Variable that requires grad" not in str(error):
+                raise
+        self.writes = True
+        return self.differentiable(x)
+
+    def _outputs(self, x: Tensor) -> Tensor:
         given, fed = x, x
         outputs: Any
         if self.mean is not None and self.std is not None:
             fed = (fed - self.mean) / self.std
         if self.feed is not None and fed.dtype != self.feed:
             fed = fed.to(self.feed)
-        if fed is given:
-            fed = given.clone()  # a model may write into its input, by whatever road: never into the iterate
         with torch.autocast(x.device.type, self.autocast) if self.autocast is not None else contextlib.nullcontext():
             outputs = self.model(fed)
         if self.output is not None:

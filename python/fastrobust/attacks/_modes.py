@@ -105,7 +105,7 @@ def undisturbed(model: Any, mode: str) -> Iterator[None]:
     try:
         with _changed:
             # a thread that holds something does not wait, or two could wait for each other
-            while not depth and any((_OPPOSITE[mode], id(m)) in _held for m in modules):
+            while not depth and _held and any((_OPPOSITE[mode], id(m)) in _held for m in modules):
                 _changed.wait()
             for m in modules:
                 if isinstance(m, DistributedDataParallel):

@@ -88,13 +88,13 @@ class Run:
     random: bool = False
     last: tuple[Seen, Rows] | None = None
 
-    def model(self, x: Tensor, what: str = "") -> Tensor:
-        """The outputs for x. The first pass looks whether the model draws random numbers."""
+    def model(self, call: Callable[[Tensor], Any], x: Tensor) -> Any:
+        """One pass: what ``call``, one of the victim's, gives. The first looks whether the model draws random numbers."""
         first, self.queries = self.queries == 0, self.queries + 1
         watch = first and self.check and self.samples == 1 and not _trust.known_deterministic(self.victim.model)
         dice = _trust.Dice(x, self.victim.model) if watch else None
         try:
-            outputs = self.victim(x)
+            found = call(x)
         except (RuntimeError, ValueError, IndexError) as error:
             if isinstance(error, RuntimeError) and "nference tensors cannot be saved" in str(error):
                 raise ValueError(
@@ -108,8 +108,8 @@ class Run:
                 ) from error
             raise
         if dice is not None:
-            self._look_again(x, outputs, dice)
-        return outputs
+            self._look_again(x, found[1] if isinstance(found, tuple) else found, dice)
+        return found
 
     def _look_again(self, x: Tensor, outputs: Tensor, dice: _trust.Dice) -> None:
         """A second pass, where the first drew random numbers: they may belong to another thread, or not matter."""
@@ -128,8 +128,7 @@ class Run:
         """Outputs, loss, and the gradient with respect to x: means over the samples of a randomised model."""
         total: Seen | None = None
         for _ in range(self.samples):
-            leaf = x.detach().requires_grad_()
-            outputs = self.model(leaf)
+            leaf, outputs = self.model(self.victim.differentiable, x)
             self.check_classes(rows.labels, outputs)
             value, grad = self.objective.value_and_grad(outputs, leaf, rows.labels, rows.extra)
             seen = Seen(outputs.detach(), value, grad)
@@ -180,7 +179,7 @@ class Run:
             return self.judge(Seen(outputs, value, x), rows)
 
     def _outputs_and_value(self, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-        outputs = self.model(x)
+        outputs = self.model(self.victim, x)
         self.check_classes(rows.labels, outputs)
         return outputs, self.objective.value(outputs, rows.labels, rows.extra)
 
@@ -255,18 +254,17 @@ class Run:
         if self.random:
             _trust.warn_random()
         if self.last is None:
-            return None
+            return
         seen, rows = self.last
+        if _trust.nothing_to_report(*seen):
+            return
         stuck = ~(seen.grad.abs() > 0).flatten(1).any(1)
         fooled = self.objective.success(seen.outputs, rows.labels, rows.truth)
         if fooled is not None:
             stuck &= ~fooled
         for room in (rows.eps, rows.step_size):  # who gave no room knows that nothing moves
-            if isinstance(room, Tensor):
-                room = room.flatten(1).amax(1) if room.dim() > 1 else room
-                stuck &= room > 0
-            elif room == 0:
-                return _trust.report(seen.outputs, seen.value, None, self.objective.name)
+            wide = room.flatten(1).amax(1) if isinstance(room, Tensor) and room.dim() > 1 else room
+            stuck &= torch.as_tensor(wide, device=stuck.device) > 0
         if rows.fixed is not None:
             stuck &= ~rows.fixed.flatten(1).all(1)
-        return _trust.report(seen.outputs, seen.value, stuck, self.objective.name)
+        _trust.report(seen.outputs, seen.value, stuck, self.objective.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import sys
@@ -92,40 +93,41 @@ def warn_random() -> None:
     )
 
 
-def report(outputs: Tensor, value: Tensor, stuck: Tensor | None, named: str | None) -> None:
-    """Warnings about the last step, from numbers that it computed anyway; one reading from the device.
+def nothing_to_report(outputs: Tensor, value: Tensor, grad: Tensor) -> bool:
+    """True for what nearly every last step is, from four numbers and one reading: finite, not >= 0 throughout, with a
+    gradient that moves every example."""
+    z = outputs if outputs.is_floating_point() and outputs.numel() else value
+    most = torch.linalg.vector_norm(grad.flatten(1), math.inf, 1)
+    low, still, *sums = torch.stack([z.min(), most.min(), z.sum(), value.sum()]).tolist()
+    return low < 0 and still > 0 and all(map(math.isfinite, sums))
 
-    ``stuck`` (B,): not fooled, and every gradient coordinate that may move zero or NaN. Such a step does not move, so
-    zero in the last step means that every step after the gradient vanished was lost.
+
+def report(outputs: Tensor, value: Tensor, stuck: Tensor, named: str | None) -> None:
+    """Warnings about the last step. ``stuck`` (B,): not fooled, and every gradient coordinate that may move is zero or
+    NaN. Such a step does not move, so zero in the last step means that every step after the gradient vanished was lost.
     """
-    z = outputs.detach()
-    classes = named is not None and z.dim() == 2 and z.shape[1] > 1
-    rows = z.flatten(1) if z.dim() > 1 else z[:, None]
-    counts = [
-        (~torch.isfinite(value)).sum(),
-        (rows.isnan() | (rows == float("inf"))).any(1).sum() if z.is_floating_point() else value.new_zeros(()),
-        torch.zeros((), device=z.device) if stuck is None else stuck.sum(),
-        ((z >= 0).all() & ((z.sum(1) - 1).abs() < 5e-3).all()) if classes else value.new_zeros(()),
-    ]
-    bad, broken, still, probabilities = torch.stack([c.to(torch.float32) for c in counts]).tolist()
+    rows = outputs.flatten(1) if outputs.dim() > 1 else outputs[:, None]
+    bad = int((~torch.isfinite(value)).sum())
     if bad:
         warn(
-            f"pgd: the loss of {int(bad)} of {value.numel()} examples was not finite in the last step; "
+            f"pgd: the loss of {bad} of {value.numel()} examples was not finite in the last step; "
             "NaN gradient coordinates did not move, so the attack is weaker than it looks"
         )
+    broken = int((rows.isnan() | (rows == math.inf)).any(1).sum())
     if broken:
         warn(
-            f"model: returned NaN or inf for {int(broken)} of {len(z)} examples in the last step; NaN counts as the "
+            f"model: returned NaN or inf for {broken} of {len(rows)} examples in the last step; NaN counts as the "
             "largest output, so neither the attack nor what it calls fooled can be trusted there"
         )
+    still = int(stuck.sum())
     if still:
         hint = '; where large logits saturate it, loss="margin" or "dlr" do not' if named in ("ce", "kl") else ""
         warn(
-            f"pgd: the gradient of {int(still)} of {len(z)} examples that are not fooled was zero or NaN in the last step: "
-            f"they stayed where they were, and the attack has no strength there. Does the model round, threshold or "
-            f"saturate{hint}?"
+            f"pgd: the gradient of {still} of {len(rows)} examples that are not fooled was zero or NaN in the last "
+            "step: they stayed where they were, and the attack has no strength there. Does the model round, threshold "
+            f"or saturate{hint}?"
         )
-    if probabilities:
+    if named is not None and rows.shape[1] > 1 and bool((rows >= 0).all() & ((rows.sum(1) - 1).abs() < 5e-3).all()):
         warn(
             "model: returned values that are >= 0 and sum to 1, as after softmax; the losses expect logits, and "
             "softmax flattens their gradients: attack the model without its last softmax"

@@ -191,7 +191,7 @@ def pgd(
         clean = None
         if x0.shape[0] and (labels is None or multi or objective.name == "kl"):
             with torch.no_grad():
-                clean = run.model(x0)
+                clean = run.model(victim, x0)
             if labels is not None:
                 run.check_classes(labels, clean)
         if labels is None:
