@@ -258,4 +258,4 @@ def labels(y: Any, x: Tensor, named: bool) -> Tensor:
             raise ValueError(f"y: got device {y.device}, expected {x.device}")
         y = y.clone()  # a loss may write into it
     y = y.detach()
-    return y.long() if y.dtype in _INTEGERS else y
+    return y if y.dtype == torch.bool or y.is_floating_point() or y.is_complex() else y.long()

@@ -19,7 +19,7 @@ from torch import Tensor
 from ._modes import modules_of
 
 _EMPTY = types.CellType()
-_PACKAGE = os.path.dirname(os.path.abspath(__file__))
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _deterministic: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -30,7 +30,7 @@ class AttackWarning(UserWarning):
 def warn(message: str, category: type[Warning] = AttackWarning) -> None:
     """At the line outside this package that called the attack."""
     frame, level = sys._getframe(), 1
-    while frame.f_back is not None and os.path.dirname(os.path.abspath(frame.f_code.co_filename)) == _PACKAGE:
+    while frame.f_back is not None and os.path.abspath(frame.f_code.co_filename).startswith(_PACKAGE):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level)
 
@@ -121,11 +121,11 @@ def report(outputs: Tensor, value: Tensor, stuck: Tensor, named: str | None) -> 
         )
     still = int(stuck.sum())
     if still:
-        hint = '; where large logits saturate it, loss="margin" or "dlr" do not' if named in ("ce", "kl") else ""
+        hint = ' Where large logits saturate it, loss="margin" or "dlr" do not.' if named in ("ce", "kl") else ""
         warn(
             f"pgd: the gradient of {still} of {len(rows)} examples that are not fooled was zero or NaN in the last "
             "step: they stayed where they were, and the attack has no strength there. Does the model round, threshold "
-            f"or saturate{hint}?"
+            f"or saturate?{hint}"
         )
     if named is not None and rows.shape[1] > 1 and bool((rows >= 0).all() & ((rows.sum(1) - 1).abs() < 5e-3).all()):
         warn(
