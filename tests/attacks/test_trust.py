@@ -83,6 +83,24 @@ def test_saturated_logits_say_which_losses_help() -> None:
         fr.attacks.pgd(lambda t: model(t) * 1e6, x, y, eps=0.01, random_start=False, loss="margin")
 
 
+def test_a_radius_that_float32_does_not_see() -> None:
+    x, y = h.small_batch()
+    with pytest.warns(AttackWarning, match="no image differs from the clean one"):
+        fr.attacks.pgd(h.small_model(), x.clamp_min(0.1), y, eps=1e-10)
+    wrong = (h.small_model()(x).argmax(1) + 1) % 5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AttackWarning)  # fooled before the first step
+        adv = fr.attacks.ifgsm(h.small_model(), x, wrong, eps=0.1, early_stop=True)
+    assert torch.equal(adv, x)
+
+
+def test_an_evaluation_without_steps_is_looked_at_too() -> None:
+    model, options = h.small_model(), {"steps": 0, "return_details": True}
+    assert _warned(model, **options) == []
+    assert any("as after softmax" in m for m in _warned(lambda t: model(t).softmax(1), **options))
+    assert any("returned NaN" in m for m in _warned(lambda t: model(t) * float("nan"), **options))
+
+
 @pytest.mark.parametrize("loss", ["ce", "margin", "kl"])
 def test_outputs_after_softmax(loss: str) -> None:
     model = h.small_model()

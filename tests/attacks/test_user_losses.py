@@ -233,8 +233,10 @@ def _made_under_inference_mode() -> nn.Module:
         lambda t: _net(5)((t > 0.5).float()), lambda t: _net(5)((t * 255).byte() / 255), lambda t: _net(5)(t.detach()).requires_grad_(),
         lambda t: torch.full((len(t), 5), 0.5).requires_grad_(), _made_under_inference_mode(),
         lambda t: F.one_hot(_net(5)(t).argmax(1), 5).float(),
+        lambda t: _net(5)(torch.from_numpy(2 * t.numpy())),
+        lambda t: torch.utils.checkpoint.checkpoint(_net(5), t, use_reentrant=True),
     ],
-    ids=["no_grad", "inference_mode", "detach", "lists", "threshold", "bytes", "leaf", "constant", "inference weights", "argmax"],
+    ids=["no_grad", "inference_mode", "detach", "lists", "threshold", "bytes", "leaf", "constant", "inference weights", "argmax", "numpy", "reentrant checkpoint"],
 )  # fmt: skip
 def test_models_without_a_gradient(model: Any, loss: Any) -> None:
     x, y = h.small_batch()
@@ -268,6 +270,8 @@ def test_integers_of_any_kind() -> None:
     for bad in (np.float64(2), np.bool_(True), torch.tensor(True), "2", None):
         with pytest.raises(TypeError, match="steps: got"):
             call(steps=bad)
+    columns = np.stack([(y + 1) % 5, (y + 2) % 5], 1)
+    assert torch.equal(call(targets=columns), call(targets=torch.from_numpy(columns)))
     assert torch.equal(call(seed=2**64 - 1, restarts=2), call(seed=-1, restarts=2))  # the keys of restarts wrap around
     with pytest.raises(ValueError, match="seed: got 18446744073709551616, expected an integer of at most 64 bits"):
         call(seed=2**64)

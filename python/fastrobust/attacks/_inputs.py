@@ -227,6 +227,8 @@ def check_seed(seed: Any) -> int | None:
 
 def check_targets(targets: Any, batch: int, device: torch.device) -> Any:
     """What can be said of ``targets`` before the number of classes is known."""
+    if isinstance(targets, (np.ndarray, list)) and np.ndim(targets):
+        targets = torch.as_tensor(targets).to(device)
     if isinstance(targets, Tensor) and targets.dim():
         if targets.dim() != 2 or targets.shape[0] != batch or not targets.shape[1] or targets.dtype not in _INTEGERS:
             raise ValueError(f"targets: got {ck.describe(targets)}, expected integer classes of shape ({batch}, T)")

@@ -15,10 +15,11 @@ LOSSES = ("ce", "margin", "dlr", "kl")
 _ALIASES = {
     "ce": "ce", "cross_entropy": "ce", "margin": "margin", "cw": "margin", "dlr": "dlr", "kl": "kl", "trades": "kl",
 }  # fmt: skip
-_NO_GRADIENT = "model: returned logits without a gradient to its input; does it detach, round, quantise or use no_grad?"
+NO_GRADIENT = "model: returned logits without a gradient to its input; does it detach, round, quantise or use no_grad?"
 # what torch's backward says where an operation on the way has no derivative
 _REFUSALS = (
     "does not require grad", "not implemented", "Inference tensors", "inference tensor", "is not differentiable",
+    "use_reentrant=True",
     "Could not run",
 )  # fmt: skip
 
@@ -73,7 +74,7 @@ class Objective:
     def value_and_grad(self, outputs: Tensor, x: Tensor, labels: Tensor, extra: Tensor | None) -> tuple[Tensor, Tensor]:
         """Only the gradient with respect to x is computed, never the parameters'."""
         if not outputs.requires_grad:
-            raise ValueError(_NO_GRADIENT)
+            raise ValueError(NO_GRADIENT)
         if self.name is not None:
             found = self.compiled(outputs.detach(), labels, extra)
             value, root, upstream = found.value, outputs, found.grad
@@ -87,9 +88,9 @@ class Objective:
         except (RuntimeError, NotImplementedError) as error:
             if isinstance(error, torch.OutOfMemoryError) or not any(words in str(error) for words in _REFUSALS):
                 raise
-            raise ValueError(f"{_NO_GRADIENT} ({str(error).splitlines()[0]})") from error
+            raise ValueError(f"{NO_GRADIENT} ({str(error).splitlines()[0]})") from error
         if grad is None:
-            raise ValueError(_NO_GRADIENT)
+            raise ValueError(NO_GRADIENT)
         return value.detach(), grad
 
     def value(self, outputs: Tensor, labels: Tensor, extra: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ from ..ops import _checks as ck
 from . import _graph, _grid, _modes, _trust
 from ._graph import Seen
 from ._model import Victim
-from ._objective import Objective
+from ._objective import NO_GRADIENT, Objective
 
 
 @dataclasses.dataclass
@@ -101,6 +101,8 @@ class Run:
                     "model: has inference tensors (made under torch.inference_mode), which have no gradient; make its "
                     "weights outside of inference_mode, or clone them"
                 ) from error
+            if isinstance(error, RuntimeError) and "Can't call numpy() on Tensor that requires grad" in str(error):
+                raise ValueError(f"{NO_GRADIENT} ({error})") from error
             if first and x.dim() <= 3 and not isinstance(error, torch.OutOfMemoryError):
                 raise ValueError(
                     f"model: fails on x of shape {tuple(x.shape)}, which is a batch of {len(x)}; one image is given as "
@@ -176,6 +178,8 @@ class Run:
                 outputs, value = outputs + more[0], value + more[1]
             if self.samples > 1:
                 outputs, value = outputs / self.samples, value / self.samples
+            if self.last is None:  # no step was made: there is this alone to report about
+                self.last = Seen(outputs, value, torch.ones_like(x)), rows
             return self.judge(Seen(outputs, value, x), rows)
 
     def _outputs_and_value(self, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
@@ -249,22 +253,27 @@ class Run:
         here = self.shown(x, rows)
         best.offer(index, here, *self.evaluate(here, rows))
 
-    def report(self) -> None:
-        """Warnings about what the last step saw."""
+    def report(self, adv: Tensor) -> None:
+        """Warnings about what the last step saw, and about images that are none but the clean ones."""
         if self.random:
             _trust.warn_random()
         if self.last is None:
             return
         seen, rows = self.last
-        if _trust.nothing_to_report(*seen):
+        same = self.steps > 0 and rows.x0.shape == adv.shape and torch.equal(adv, rows.x0)
+        if _trust.nothing_to_report(*seen) and not same:
             return
         stuck = ~(seen.grad.abs() > 0).flatten(1).any(1)
         fooled = self.objective.success(seen.outputs, rows.labels, rows.truth)
-        if fooled is not None:
-            stuck &= ~fooled
+        free = torch.ones_like(stuck) if fooled is None else ~fooled
         for room in (rows.eps, rows.step_size):  # who gave no room knows that nothing moves
             wide = room.flatten(1).amax(1) if isinstance(room, Tensor) and room.dim() > 1 else room
-            stuck &= torch.as_tensor(wide, device=stuck.device) > 0
+            free &= torch.as_tensor(wide, device=free.device) > 0
         if rows.fixed is not None:
-            stuck &= ~rows.fixed.flatten(1).all(1)
-        _trust.report(seen.outputs, seen.value, stuck, self.objective.name)
+            free &= ~rows.fixed.flatten(1).all(1)
+        _trust.report(seen.outputs, seen.value, stuck & free, self.objective.name)
+        if same and bool((free & ~stuck).any()):
+            _trust.warn(
+                "pgd: no image differs from the clean one: is eps below the spacing of float32 numbers, or of another "
+                "unit than x?"
+            )

@@ -218,7 +218,7 @@ def pgd(
             best = _search(run, plan * restarts, starts)
             adv, details = best.x, (best.fooled, best.loss)
         if check:
-            run.report()
+            run.report(adv)
     if fixed is not None:
         adv = torch.where(fixed, x0, adv)
     out = adv if given == adv.dtype else _inputs.narrow_inward(adv, x0, given)
