@@ -25,8 +25,14 @@ from fastrobust.attacks import _modes
 def _mixed() -> nn.Sequential:
     torch.manual_seed(4)
     model = nn.Sequential(
-        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 1), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(36, 5)
-    ).train()  # fmt: skip
+        nn.Conv2d(2, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 3, 1),
+        nn.BatchNorm2d(3),
+        nn.Flatten(),
+        nn.Linear(36, 5),
+    ).train()
     model[4].eval()
     return model
 

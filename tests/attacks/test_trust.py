@@ -38,9 +38,19 @@ class _Round(torch.autograd.Function):
 
 
 RUNS: list[dict[str, Any]] = [
-    {}, {"random_start": False}, {"norm": 2}, {"loss": "margin"}, {"loss": "kl"}, {"keep": "best"}, {"restarts": 2}, {"targets": 2},
-    {"early_stop": True}, {"return_details": True}, {"loss": lambda z, y: F.cross_entropy(z, y)}, {"model_mode": "keep"},
-]  # fmt: skip
+    {},
+    {"random_start": False},
+    {"norm": 2},
+    {"loss": "margin"},
+    {"loss": "kl"},
+    {"keep": "best"},
+    {"restarts": 2},
+    {"targets": 2},
+    {"early_stop": True},
+    {"return_details": True},
+    {"loss": lambda z, y: F.cross_entropy(z, y)},
+    {"model_mode": "keep"},
+]
 
 
 @pytest.mark.parametrize("run", RUNS, ids=str)
@@ -135,8 +145,12 @@ class _Noisy(nn.Module):
 
 
 DRAWS: dict[str, Any] = {
-    "torch": lambda: torch.rand(()), "numpy": np.random.rand, "python": random.random, "own": "own", "own torch": "own torch",
-}  # fmt: skip
+    "torch": lambda: torch.rand(()),
+    "numpy": np.random.rand,
+    "python": random.random,
+    "own": "own",
+    "own torch": "own torch",
+}
 
 
 @pytest.mark.parametrize("draw", list(DRAWS))

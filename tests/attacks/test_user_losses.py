@@ -33,26 +33,45 @@ def _tasks() -> dict[str, tuple[nn.Module, Tensor, Any, Any]]:
     soft = torch.rand(7, 5, generator=rng).softmax(1)
     return {
         "one logit (B, 1)": (_net(1), bits, lambda z, t: bce(z[:, 0], t.float(), reduction="none"), None),
-        "one logit (B,)": (nn.Sequential(_net(1), nn.Flatten(0)), bits.bool(), lambda z, t: bce(z, t.float(), reduction="none"), None),
-        "one logit, labels (B, 1)": (_net(1), bits[:, None], lambda z, t: bce(z, t.float(), reduction="none")[:, 0], None),
+        "one logit (B,)": (
+            nn.Sequential(_net(1), nn.Flatten(0)),
+            bits.bool(),
+            lambda z, t: bce(z, t.float(), reduction="none"),
+            None,
+        ),
+        "one logit, labels (B, 1)": (
+            _net(1),
+            bits[:, None],
+            lambda z, t: bce(z, t.float(), reduction="none")[:, 0],
+            None,
+        ),
         "many labels": (_net(4), many, lambda z, t: bce(z, t.float(), reduction="none").mean(1), None),
         "many labels, float": (
-            _net(4), many.float(), lambda z, t: bce(z, t, reduction="none").mean(1), lambda z, t: ((z > 0) != (t > 0.5)).any(1),
+            _net(4),
+            many.float(),
+            lambda z, t: bce(z, t, reduction="none").mean(1),
+            lambda z, t: ((z > 0) != (t > 0.5)).any(1),
         ),
         "regression": (_net(4), boxes, lambda z, t: (z - t).square().sum(1), lambda z, t: (z - t).abs().amax(1) > 0.9),
         "segmentation": (
-            _net(3, maps=True), dense, lambda z, t: F.cross_entropy(z, t, reduction="none").mean((1, 2)),
+            _net(3, maps=True),
+            dense,
+            lambda z, t: F.cross_entropy(z, t, reduction="none").mean((1, 2)),
             lambda z, t: (z.argmax(1) == t).double().mean((1, 2)) < 0.3,
         ),
         "soft labels": (
-            _net(5), soft, lambda z, t: F.cross_entropy(z, t, reduction="none"), lambda z, t: z.argmax(1) != t.argmax(1),
+            _net(5),
+            soft,
+            lambda z, t: F.cross_entropy(z, t, reduction="none"),
+            lambda z, t: z.argmax(1) != t.argmax(1),
         ),
         "ordinal classes beyond the outputs": (
-            _net(3), torch.tensor([0, 1, 2, 3, 3, 2, 0]),
+            _net(3),
+            torch.tensor([0, 1, 2, 3, 3, 2, 0]),
             lambda z, t: bce(z, (t[:, None] > torch.arange(3)).float(), reduction="none").sum(1),
             lambda z, t: (z > 0).sum(1) != t,
         ),
-    }  # fmt: skip
+    }
 
 
 TASKS = _tasks()
@@ -229,15 +248,34 @@ def _made_under_inference_mode() -> nn.Module:
 @pytest.mark.parametrize(
     "model",
     [
-        _under_no_grad, _under_inference_mode, lambda t: _net(5)(t.detach()), lambda t: _net(5)(torch.tensor(t.tolist())),
-        lambda t: _net(5)((t > 0.5).float()), lambda t: _net(5)((t * 255).byte() / 255), lambda t: _net(5)(t.detach()).requires_grad_(),
-        lambda t: torch.full((len(t), 5), 0.5).requires_grad_(), _made_under_inference_mode(),
+        _under_no_grad,
+        _under_inference_mode,
+        lambda t: _net(5)(t.detach()),
+        lambda t: _net(5)(torch.tensor(t.tolist())),
+        lambda t: _net(5)((t > 0.5).float()),
+        lambda t: _net(5)((t * 255).byte() / 255),
+        lambda t: _net(5)(t.detach()).requires_grad_(),
+        lambda t: torch.full((len(t), 5), 0.5).requires_grad_(),
+        _made_under_inference_mode(),
         lambda t: F.one_hot(_net(5)(t).argmax(1), 5).float(),
         lambda t: _net(5)(torch.from_numpy(2 * t.numpy())),
         lambda t: torch.utils.checkpoint.checkpoint(_net(5), t, use_reentrant=True),
     ],
-    ids=["no_grad", "inference_mode", "detach", "lists", "threshold", "bytes", "leaf", "constant", "inference weights", "argmax", "numpy", "reentrant checkpoint"],
-)  # fmt: skip
+    ids=[
+        "no_grad",
+        "inference_mode",
+        "detach",
+        "lists",
+        "threshold",
+        "bytes",
+        "leaf",
+        "constant",
+        "inference weights",
+        "argmax",
+        "numpy",
+        "reentrant checkpoint",
+    ],
+)
 def test_models_without_a_gradient(model: Any, loss: Any) -> None:
     x, y = h.small_batch()
     with pytest.raises(

@@ -45,7 +45,7 @@ class CapturedStep:
         self.done = torch.cuda.Event()
 
     def run(self, inputs: tuple[Any, ...], steps: int, tick: Callable[[int], object]) -> tuple[Tensor, Seen]:
-        """The last iterate, and what its last step saw. One run at a time: threads and streams share the static copies."""
+        """The last iterate, and what its last step saw. One run at a time: threads and streams share the copies."""
         with self.lock:
             self.done.wait()
             for static, given in zip(self.static, inputs, strict=True):

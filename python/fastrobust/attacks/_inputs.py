@@ -80,7 +80,7 @@ def _side(v: Tensor, inward: float, x: Tensor) -> Tensor:
 
 
 def into_box(x: Tensor, clip: Box | None, tolerance: float, values: Tensor | None, check: bool) -> Tensor:
-    """x with rounding of up to ``tolerance`` taken back: clamped to the box, and brought to the grid where one is given.
+    """x with rounding of up to ``tolerance`` taken back: clamped to the box, and brought to the grid where there is one.
     With ``check`` what lies elsewhere is refused."""
     if x.numel() == 0:
         return x
@@ -124,7 +124,8 @@ def _digits(value: float) -> str:
 
 def _out_of_box(past: float, width: float) -> str:
     if past <= 1e-4 * width:
-        return f"outside by {past:.3g}, as rounding does: pass tolerance={10.0 ** math.ceil(math.log10(past)):.0e} to clamp it"
+        enough = 10.0 ** math.ceil(math.log10(past))
+        return f"outside by {past:.3g}, as rounding does: pass tolerance={enough:.0e} to clamp it"
     return "scale the images (and give normalize= for a model that wants other units), or pass clip=None"
 
 

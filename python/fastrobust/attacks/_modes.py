@@ -1,4 +1,4 @@
-"""A model while attacks run on it: modes, statistics and wrappers, put back as they were when the last attack is done."""
+"""A model while attacks run on it: modes, statistics and wrappers, put back as they were when the last one is done."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def pgd(
         loss: "ce", "margin" (CW), "dlr", "kl" (against the clean prediction, TRADES), or a callable(outputs, y)
             giving (B,) values, or their sum or mean, to be ascended (descended with ``targeted``). A callable may be of
             any outputs: one logit, many labels, maps, numbers.
-        fooled: a callable(outputs, y) giving (B,) bool: the attack has reached its goal (with ``targeted``: its target).
+        fooled: a callable(outputs, y) giving (B,) bool: the attack has reached its goal (``targeted``: its target).
             Without it: the largest logit is not y, or for integer y of the outputs' shape a logit's sign is not y's.
             Other outputs have no such meaning: ``early_stop`` and ``return_details`` then need it.
         targeted: make the model predict y.
