@@ -80,7 +80,7 @@ def _side(v: Tensor, inward: float, x: Tensor) -> Tensor:
 
 
 def into_box(x: Tensor, clip: Box | None, tolerance: float, values: Tensor | None, check: bool) -> Tensor:
-    """x with rounding of up to ``tolerance`` taken back: clamped to the box, and brought to the grid where there is one.
+    """x with rounding of up to ``tolerance`` taken back: clamped to the box, brought to the grid where there is one.
     With ``check`` what lies elsewhere is refused."""
     if x.numel() == 0:
         return x

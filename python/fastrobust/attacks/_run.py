@@ -22,7 +22,7 @@ from ._objective import NO_GRADIENT, Objective
 class Rows:
     """What the examples of a batch are attacked with. ``labels`` go into the loss with ``extra`` (clean logits for KL,
     target classes for DLR); ``truth`` is given when success means leaving the true class by whatever road
-    (multi-targeted). Radius, step and box are numbers or tensors, (B,) or broadcasting to x; ``fixed``: pixels that stay.
+    (multi-targeted). Radius, step and box are numbers or tensors, (B,) or broadcasting to x; ``fixed``: what stays.
     """
 
     x0: Tensor
@@ -89,7 +89,7 @@ class Run:
     last: tuple[Seen, Rows] | None = None
 
     def model(self, call: Callable[[Tensor], Any], x: Tensor) -> Any:
-        """One pass: what ``call``, one of the victim's, gives. The first asks whether the model draws random numbers."""
+        """One pass: what ``call``, one of the victim's, gives. The first asks whether it draws random numbers."""
         first, self.queries = self.queries == 0, self.queries + 1
         watch = first and self.check and self.samples == 1 and not _trust.known_deterministic(self.victim.model)
         dice = _trust.Dice(x, self.victim.model) if watch else None

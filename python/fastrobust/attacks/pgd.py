@@ -118,8 +118,8 @@ def pgd(
         normalize: (mean, std) applied before the model, per channel; x, eps and clip stay in image units.
         autocast: dtype for ``torch.autocast`` around the model alone.
         output: what of the model's output is attacked: a key or attribute, an index, or a callable.
-        model_mode: "eval" attacks in eval mode and restores every module's flag; "keep" leaves the modes and restores the
-            buffers.
+        model_mode: "eval" attacks in eval mode and restores every module's flag; "keep" leaves the modes and restores
+            the buffers.
         eot_samples: passes whose gradients, losses and outputs are averaged in every step, for a randomised model
             (expectation over transformation, Athalye et al. 2018).
         mask: bool, broadcasting to x: True where pixels may change. The others come back bit for bit.
@@ -130,8 +130,8 @@ def pgd(
         seed: of the random starts (see :func:`fastrobust.ops.random_start`).
         first_example: number of x's first example in the data set: with a ``seed``, a set attacked in batches of any
             size gets the starts that it gets in one piece.
-        cuda_graph: record a step once and replay it (CUDA, one run, keep="last", no early stop); graphs are cached on the
-            model. Elsewhere it is ignored with a warning.
+        cuda_graph: record a step once and replay it (CUDA, one run, keep="last", no early stop); graphs are cached on
+            the model. Elsewhere it is ignored with a warning.
         progress: a tqdm bar over steps.
         check: read the values of x and y once to check them, and warn (:class:`AttackWarning`) where the attack may be
             weaker than it looks: a zero gradient, NaN, outputs after softmax, a randomised model; on a GPU this
