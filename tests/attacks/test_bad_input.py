@@ -18,12 +18,12 @@ def _bad() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
     nan = x.clone()
     nan[1, 0, 0, 0] = math.nan
     return {
-        "x not a tensor": ({"x": x.numpy()}, TypeError, r"(?s)x: got ndarray.*expected a tensor"),
+        "x not a tensor": ({"x": x.numpy()}, TypeError, r"(?s)x: got .*ndarray.*expected a tensor"),
         "integer images": ({"x": (x * 255).byte()}, TypeError, r"x: got .*uint8.*expected float32.*scale integer images"),
         "complex images": ({"x": x.to(torch.complex64)}, TypeError, r"x: got .*complex64.*expected float32"),
         "no batch dimension": ({"x": x[0, 0, 0]}, ValueError, r"x: got shape \(5,\), expected a batch"),
         "scalar x": ({"x": x[0, 0, 0, 0]}, ValueError, r"x: got a 0-dimensional"),
-        "sparse x": ({"x": x.to_sparse()}, TypeError, r"x: got layout .*sparse.*expected a strided"),
+        "sparse x": ({"x": x.to_sparse()}, TypeError, r"x: got .*sparse.*expected a strided"),
         "x above the box": ({"x": x * 255}, ValueError, r"x: got values from 0 to 255, expected values in clip = \(0, 1\)"),
         "x below the box": ({"x": x - 0.5}, ValueError, r"x: got values from -0.5 .*clip = \(0, 1\)"),
         "NaN in x": ({"x": nan}, ValueError, r"x: got values from nan"),
@@ -42,7 +42,7 @@ def _bad() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
         "eps a flag": ({"eps": True}, TypeError, r"eps: got bool True, expected a number"),
         "eps None": ({"eps": None}, TypeError, r"eps: got NoneType None, expected a number"),
         "integer eps tensor": ({"eps": torch.ones(4, dtype=torch.int64)}, TypeError, r"eps: got .*int64.*floating-point"),
-        "eps for 3 of 4": ({"eps": torch.ones(3)}, ValueError, r"eps: got shape \(3,\), expected a number, \(4,\)"),
+        "eps for 3 of 4": ({"eps": torch.ones(3)}, ValueError, r"eps: got shape \(3,\), expected a number, .*\(4,\)"),
         "a negative eps of 4": ({"eps": torch.tensor([0.1, -0.1, 0.1, 0.1])}, ValueError, r"eps: got negative or NaN"),
         "eps per element for L2": ({"eps": torch.ones_like(x), "norm": 2}, ValueError, r"eps: got one value per element.*norm 2"),
         "negative step": ({"step_size": -0.1}, ValueError, r"step_size: got -0.1, expected a number >= 0"),

@@ -95,15 +95,15 @@ class _Eager:
         type(self).recorded += 1
         self.step = step
         self.static = tuple(t.clone() if isinstance(t, Tensor) else t for t in inputs)
-        self.loss, self.classes = step(self.static)
+        self.seen = step(self.static)
 
-    def run(self, inputs: tuple[Any, ...], steps: int, tick: Callable[[int], object]) -> Tensor:
+    def run(self, inputs: tuple[Any, ...], steps: int, tick: Callable[[int], object]) -> tuple[Tensor, Any]:
         for static, given in zip(self.static, inputs, strict=True):
             if isinstance(static, Tensor):
                 static.copy_(given)
         for _ in range(steps):
-            self.step(self.static)
-        return self.static[0].clone()
+            seen = self.step(self.static)
+        return self.static[0].clone(), seen
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+
 from fastrobust.benchmarks import cli, harness
 from fastrobust.benchmarks.case import OURS, Candidate, Case, Suite, Target
 

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+
 from fastrobust.benchmarks import floors, memory
 
 CPU = torch.device("cpu")

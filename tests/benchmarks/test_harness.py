@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from fastrobust.benchmarks import floors, harness, metadata, timing
 from fastrobust.benchmarks.case import (
     BEST_PEER,

@@ -5,11 +5,12 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
 from fastrobust.benchmarks import models, peers
 from fastrobust.benchmarks.case import Context, Unavailable
 from fastrobust.benchmarks.peers import eager, inductor
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 def test_a_missing_library_is_named_with_its_package(monkeypatch):

@@ -1,6 +1,7 @@
 """Every row of the PGD suite at its smallest size: ours runs, and every peer that is there computes the same."""
 
 import torch
+
 from fastrobust.benchmarks import harness, pgd
 from fastrobust.benchmarks.case import Context
 

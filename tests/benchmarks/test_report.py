@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+
 from fastrobust.benchmarks import floors, harness, plot, report
 from fastrobust.benchmarks.case import FLOOR, OURS, Agreement, Target, Unavailable
 from fastrobust.benchmarks.timing import Spread

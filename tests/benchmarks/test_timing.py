@@ -5,9 +5,10 @@ import gc
 import numpy as np
 import pytest
 import torch
-from fastrobust.benchmarks import timing
 from hypothesis import given
 from hypothesis import strategies as st
+
+from fastrobust.benchmarks import timing
 
 positive = st.lists(st.floats(1e-9, 1e3), min_size=1, max_size=40)
 

@@ -7,8 +7,8 @@ import platform
 import pytest
 import torch
 import torch.nn as nn
-from fastrobust.benchmarks.memory import peak_bytes
 
+from fastrobust.benchmarks.memory import peak_bytes
 from fastrobust.bounds import compute_bounds
 
 MB = 1 << 20

@@ -1,52 +1,120 @@
-"""The model as an attack sees it: logits in float32 from images in [0, 1], left exactly as it was found."""
+"""The model as an attack sees it: outputs in float32 from images in [0, 1]."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import _checks as ck
+from ._modes import owner
+from ._modes import undisturbed as undisturbed
+
+Output = str | int | Callable[[Any], Tensor]
 
 
 class Victim:
-    """A model with its input conversion: normalisation, half-precision weights, autocast."""
+    """A model with its input conversion (normalisation, half-precision weights, autocast) and what is taken of its
+    output. ``logits``: the output must be (B, classes); else any tensor with the batch first."""
 
     def __init__(
         self,
-        model: Callable[[Tensor], Tensor],
+        model: Callable[[Tensor], Any],
         normalize: Any = None,
         autocast: torch.dtype | None = None,
         x: Tensor | None = None,
+        output: Output | None = None,
+        logits: bool = True,
     ) -> None:
         if not callable(model):
             raise TypeError(f"model: got {ck.describe(model)}, expected an nn.Module or a callable")
+        if isinstance(model, type):
+            raise TypeError(f"model: got the class {model.__name__}, expected an instance of it")
         if autocast not in (None, torch.float16, torch.bfloat16):
             raise TypeError(f"autocast: got {ck.describe(autocast)}, expected torch.float16, torch.bfloat16 or None")
-        self.model = model
+        if isinstance(output, bool) or not (output is None or isinstance(output, (str, int)) or callable(output)):
+            raise TypeError(f"output: got {ck.describe(output)}, expected a key, an index, a callable or None")
+        self.model: Callable[[Tensor], Any] = model
         self.autocast = autocast
+        self.output = output
+        self.logits = logits
         self.mean: Tensor | None = None
         self.std: Tensor | None = None
         if normalize is not None:
             with torch.inference_mode(False):  # autograd saves them
                 self.mean, self.std = _mean_std(normalize, x)
-        self.feed = _weight_dtype(model) if autocast is None else None
+        self.feed = _weight_dtype(owner(model)) if autocast is None else None
+        self.converts = self.mean is not None or (x is not None and self.feed not in (None, x.dtype))
+        self.writes = False  # the model's first operation writes in place, which autograd forbids on a leaf
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(B, K) logits in float32 (float64 for float64 images)."""
-        wide = x.dtype
+        """The outputs in float32 (float64 for float64 images). A model may write into what it is given, by whatever
+        road: that is never x itself."""
+        return self._outputs(x if self.converts else x.clone())
+
+    def differentiable(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """A leaf with x's values, and the outputs for it."""
+        leaf = (x.detach() if self.converts or self.writes else x.detach().clone()).requires_grad_()
+        try:
+            return leaf, self._outputs(leaf.clone() if self.writes else leaf)
+        except RuntimeError as error:
+            if self.converts or self.writes or "a leaf Variable that requires grad" not in str(error):
+                raise
+        self.writes = True
+        return self.differentiable(x)
+
+    def _outputs(self, x: Tensor) -> Tensor:
+        given, fed = x, x
+        outputs: Any
         if self.mean is not None and self.std is not None:
-            x = (x - self.mean) / self.std
-        if self.feed is not None and x.dtype != self.feed:
-            x = x.to(self.feed)
+            fed = (fed - self.mean) / self.std
+        if self.feed is not None and fed.dtype != self.feed:
+            fed = fed.to(self.feed)
         with torch.autocast(x.device.type, self.autocast) if self.autocast is not None else contextlib.nullcontext():
-            logits = self.model(x)
-        if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != x.shape[0]:
-            raise ValueError(f"model: returned {ck.describe(logits)}, expected logits of shape ({x.shape[0]}, classes)")
-        return logits if logits.dtype == wide else logits.to(wide)
+            outputs = self.model(fed)
+        if self.output is not None:
+            outputs = _select(outputs, self.output)
+        if not self._fits(outputs, x):
+            want = f"logits of shape ({x.shape[0]}, classes)" if self.logits else f"a tensor ({x.shape[0]}, ...)"
+            raise ValueError(f"model: returned {_returned(outputs)}, expected {want}{_hint(outputs, x)}")
+        narrow = outputs.is_floating_point() and outputs.dtype != given.dtype
+        found: Tensor = outputs.to(given.dtype) if narrow else outputs
+        return found
+
+    def _fits(self, outputs: Any, x: Tensor) -> bool:
+        if not isinstance(outputs, Tensor) or outputs.dim() == 0 or outputs.shape[0] != x.shape[0]:
+            return False
+        return not self.logits or (outputs.dim() == 2 and outputs.is_floating_point())
+
+
+def _select(outputs: Any, key: Output) -> Any:
+    if callable(key):
+        return key(outputs)
+    try:
+        return outputs[key] if isinstance(outputs, Mapping) or isinstance(key, int) else getattr(outputs, key)
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise ValueError(f"output: got {key!r}, but the model returned {_returned(outputs)}") from None
+
+
+def _returned(outputs: Any) -> str:
+    if isinstance(outputs, Mapping):
+        return f"{type(outputs).__name__} with keys {', '.join(map(repr, outputs))}"
+    if isinstance(outputs, (tuple, list)):
+        return f"{type(outputs).__name__} of {len(outputs)} ({', '.join(ck.describe(o) for o in outputs[:3])})"[:160]
+    return ck.describe(outputs)
+
+
+def _hint(outputs: Any, x: Tensor) -> str:
+    if isinstance(outputs, Mapping) and outputs:
+        return f"; pick one, say output={next(iter(outputs))!r}"
+    if isinstance(outputs, (tuple, list)):
+        return "; pick one, say output=0"
+    if isinstance(outputs, Tensor) and outputs.dim() >= 1 and outputs.shape[0] == x.shape[0]:
+        return "; for anything but classification give loss= a callable(outputs, y)"
+    return ""
 
 
 def _weight_dtype(model: Any) -> torch.dtype | None:
@@ -75,38 +143,6 @@ def _mean_std(normalize: Any, x: Tensor | None) -> tuple[Tensor, Tensor]:
                 )
         mean, std = (v.reshape(shape).to(x.device, x.dtype) for v in (mean, std))
     return mean, std
-
-
-@contextlib.contextmanager
-def undisturbed(model: Any, mode: str) -> Iterator[None]:
-    """Run the model with gradients enabled for its input and leave no trace in it.
-
-    Every module's own ``training`` flag is kept and put back (a BatchNorm frozen in eval stays frozen), by attribute, so
-    that overridden ``train()`` methods do nothing. mode "eval" attacks the model as it is deployed; "keep" leaves the
-    flags as they are and puts the buffers back afterwards, so that running statistics do not absorb attack iterates.
-    """
-    if mode not in ("eval", "keep"):
-        raise ValueError(f"model_mode: got {mode!r}, expected 'eval' or 'keep'")
-    # a frozen TorchScript module has no flag: it is in eval mode for good
-    modules = [m for m in model.modules() if hasattr(m, "training")] if isinstance(model, nn.Module) else []
-    flags = [m.training for m in modules]
-    buffers: list[tuple[dict[str, Tensor | None], str, Tensor, Tensor]] = []
-    if mode == "keep" and any(flags):
-        owners = [m._buffers for m in modules]
-        buffers = [(o, name, b, b.detach().clone()) for o in owners for name, b in o.items() if b is not None]
-    try:
-        if mode == "eval":
-            for m in modules:
-                m.training = False
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        for m, flag in zip(modules, flags, strict=True):
-            m.training = flag
-        with torch.no_grad():
-            for owner, name, b, saved in buffers:
-                owner[name] = b  # a forward may have put another tensor in its place
-                b.copy_(saved)
 
 
 def usable(t: Tensor) -> Tensor:

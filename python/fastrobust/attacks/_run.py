@@ -12,23 +12,43 @@ from torch import Tensor
 
 from .. import ops
 from ..ops import _checks as ck
-from . import _graph, _inputs
+from . import _graph, _grid, _modes, _trust
+from ._graph import Seen
 from ._model import Victim
-from ._objective import Objective
+from ._objective import NO_GRADIENT, Objective
 
 
 @dataclasses.dataclass
-class Goal:
-    """What the rows of a batch aim at. ``labels`` go into the loss with ``extra`` (clean logits for KL, target classes
-    for DLR); ``truth`` is given when success means leaving the true class by whatever road (multi-targeted)."""
+class Rows:
+    """What the examples of a batch are attacked with. ``labels`` go into the loss with ``extra`` (clean logits for KL,
+    target classes for DLR); ``truth`` is given when success means leaving the true class by whatever road
+    (multi-targeted). Radius, step and box are numbers or tensors, (B,) or broadcasting to x; ``fixed``: what stays.
+    """
 
+    x0: Tensor
     labels: Tensor
-    extra: Tensor | None = None
-    truth: Tensor | None = None
+    extra: Tensor | None
+    truth: Tensor | None
+    eps: float | Tensor
+    step_size: float | Tensor
+    lo: float | Tensor | None
+    hi: float | Tensor | None
+    fixed: Tensor | None
 
-    def rows(self, index: Tensor) -> Goal:
-        pick = lambda t: None if t is None else t[index]
-        return Goal(self.labels[index], pick(self.extra), pick(self.truth))
+    @property
+    def clip(self) -> Any:
+        return None if self.lo is None else (self.lo, self.hi)
+
+    def take(self, index: Tensor) -> Rows:
+        batch = len(self.x0)
+        each = lambda v: isinstance(v, Tensor) and v.dim() > 0 and v.shape[0] == batch
+        return Rows(*(v[index] if each(v) else v for v in self.inputs()))
+
+    def inputs(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, field.name) for field in _FIELDS)
+
+
+_FIELDS = dataclasses.fields(Rows)
 
 
 class Best:
@@ -52,120 +72,208 @@ class Run:
     """What every restart shares."""
 
     victim: Victim
-    eps: float | Tensor
-    step_size: float | Tensor
+    objective: Objective
     norm: float
-    clip: tuple[float, float] | None
     steps: int
+    samples: int
+    levels: Tensor | None
     track_best: bool
+    compares: bool
     early_stop: bool
-    cuda_graph: bool
+    need_fooled: bool
+    check: bool
     check_labels: bool
     tick: Callable[[int], object]
     queries: int = 0
-    last_loss: Tensor | None = None
+    random: bool = False
+    last: tuple[Seen, Rows] | None = None
 
-    def gradient(self, objective: Objective, x: Tensor, goal: Goal) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits, per-example loss, and the gradient with respect to x."""
-        leaf = x.detach().requires_grad_()
-        logits = self.victim(leaf)
-        self.queries += 1
-        self.check_classes(goal.labels, logits)
-        if not logits.requires_grad:
-            raise ValueError("model: returned logits without a gradient to its input; does it detach, or use no_grad?")
-        value, grad = objective.value_and_grad(logits, leaf, goal.labels, goal.extra)
-        self.last_loss = value
-        return logits.detach(), value, grad
+    def model(self, call: Callable[[Tensor], Any], x: Tensor) -> Any:
+        """One pass: what ``call``, one of the victim's, gives. The first asks whether it draws random numbers."""
+        first, self.queries = self.queries == 0, self.queries + 1
+        watch = first and self.check and self.samples == 1 and not _trust.known_deterministic(self.victim.model)
+        dice = _trust.Dice(x, self.victim.model) if watch else None
+        try:
+            found = call(x)
+        except (RuntimeError, ValueError, IndexError) as error:
+            if isinstance(error, RuntimeError) and "nference tensors cannot be saved" in str(error):
+                raise ValueError(
+                    "model: has inference tensors (made under torch.inference_mode), which have no gradient; make its "
+                    "weights outside of inference_mode, or clone them"
+                ) from error
+            if isinstance(error, RuntimeError) and "Can't call numpy() on Tensor that requires grad" in str(error):
+                raise ValueError(f"{NO_GRADIENT} ({error})") from error
+            if first and x.dim() <= 3 and not isinstance(error, torch.OutOfMemoryError):
+                raise ValueError(
+                    f"model: fails on x of shape {tuple(x.shape)}, which is a batch of {len(x)}; one image is given as "
+                    f"x[None]: {error}"
+                ) from error
+            raise
+        if dice is not None:
+            self._look_again(x, found[1] if isinstance(found, tuple) else found, dice)
+        return found
 
-    def check_classes(self, labels: Tensor, logits: Tensor) -> None:
+    def _look_again(self, x: Tensor, outputs: Tensor, dice: _trust.Dice) -> None:
+        """A second pass, where the first drew random numbers: they may belong to another thread, or not matter."""
+        model = self.victim.model
+        if any(m.training for m in _modes.modules_of(model)):
+            return  # attacked in train mode by request
+        if dice.rolled():
+            with torch.no_grad():
+                again = self.victim(x)
+            self.queries += 1
+            self.random = not torch.equal(outputs.detach().nan_to_num(), again.nan_to_num())
+        if not self.random:
+            _trust.note_deterministic(model)
+
+    def gradient(self, x: Tensor, rows: Rows) -> Seen:
+        """Outputs, loss, and the gradient with respect to x: means over the samples of a randomised model."""
+        total: Seen | None = None
+        for _ in range(self.samples):
+            leaf, outputs = self.model(self.victim.differentiable, x)
+            self.check_classes(rows.labels, outputs)
+            value, grad = self.objective.value_and_grad(outputs, leaf, rows.labels, rows.extra)
+            seen = Seen(outputs.detach(), value, grad)
+            total = seen if total is None else Seen(*(a + b for a, b in zip(total, seen, strict=True)))
+        assert total is not None
+        if self.samples > 1:
+            total = Seen(*(t / self.samples for t in total))
+        if rows.fixed is not None:
+            total = total._replace(grad=total.grad.masked_fill(rows.fixed, 0))
+        self.last = total, rows
+        return total
+
+    def check_classes(self, labels: Tensor, outputs: Tensor) -> None:
         """Once: after a first forward pass the number of classes is known."""
         if self.check_labels:
-            ck.check_label_values(labels, "y", logits.shape[1])
+            ck.check_label_values(labels, "y", outputs.shape[1])
             self.check_labels = False
 
-    def judge(self, objective: Objective, logits: Tensor, value: Tensor, goal: Goal) -> tuple[Tensor, Tensor]:
+    def judge(self, seen: Seen, rows: Rows) -> tuple[Tensor, Tensor]:
         """fooled and a score that is larger for better points."""
-        if goal.truth is not None:
-            return logits.argmax(1) != goal.truth, ops.margin_loss(logits, goal.truth, check=False).value
-        hit = logits.argmax(1) == goal.labels
-        score = -value if objective.targeted else value
-        return (hit if objective.targeted else ~hit), score.expand(logits.shape[0])
+        outputs, value = seen.outputs, seen.value
+        fooled = self.objective.success(outputs, rows.labels, rows.truth)
+        if fooled is None:
+            if self.need_fooled:
+                raise ValueError(
+                    f"fooled: got None, expected a callable(outputs, y) giving (B,) bool: for outputs "
+                    f"{tuple(outputs.shape)} and y {ck.describe(rows.labels)} it is not plain what early_stop and "
+                    "return_details shall call fooled"
+                )
+            fooled = torch.zeros(len(outputs), dtype=torch.bool, device=outputs.device)
+        if rows.truth is not None:
+            return fooled, ops.margin_loss(outputs, rows.truth, check=False).value
+        if value.dim() == 0 and len(outputs) > 1 and self.compares:
+            raise ValueError(
+                "loss: returned one number, expected one value per example (reduction='none'): keep='best', restarts "
+                "and targets compare examples"
+            )
+        return fooled, (-value if self.objective.targeted else value).expand(len(outputs))
 
-    def evaluate(self, objective: Objective, x: Tensor, goal: Goal) -> tuple[Tensor, Tensor]:
+    def evaluate(self, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            logits = self.victim(x)
-            self.queries += 1
-            self.check_classes(goal.labels, logits)
-            return self.judge(objective, logits, objective.value(logits, goal.labels, goal.extra), goal)
+            outputs, value = self._outputs_and_value(x, rows)
+            for _ in range(self.samples - 1):
+                more = self._outputs_and_value(x, rows)
+                outputs, value = outputs + more[0], value + more[1]
+            if self.samples > 1:
+                outputs, value = outputs / self.samples, value / self.samples
+            if self.last is None:  # no step was made: there is this alone to report about
+                self.last = Seen(outputs, value, torch.ones_like(x)), rows
+            return self.judge(Seen(outputs, value, x), rows)
 
-    def update(
-        self, objective: Objective, x: Tensor, x0: Tensor, grad: Tensor, step: float | Tensor, eps: float | Tensor
-    ) -> None:
-        ops.pgd_step(x, x0, grad, step, eps, self.norm, self.clip, out=x, targeted=objective.targeted)
+    def _outputs_and_value(self, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        outputs = self.model(self.victim, x)
+        self.check_classes(rows.labels, outputs)
+        return outputs, self.objective.value(outputs, rows.labels, rows.extra)
 
-    def plain(self, objective: Objective, x: Tensor, x0: Tensor, goal: Goal) -> Tensor:
+    def shown(self, x: Tensor, rows: Rows) -> Tensor:
+        """The images that an iterate stands for: itself, or pixels of so many levels."""
+        return x if self.levels is None else _grid.snap(x, rows.x0, self.levels, rows.eps, self.norm)
+
+    def update(self, x: Tensor, grad: Tensor, rows: Rows) -> None:
+        ops.pgd_step(
+            x, rows.x0, grad, rows.step_size, rows.eps, self.norm, rows.clip, out=x, targeted=self.objective.targeted
+        )
+
+    def plain(self, x: Tensor, rows: Rows, graph: bool) -> Tensor:
         """The last iterate of one run: no bookkeeping, no synchronisation."""
 
-        def step(t: tuple[Any, ...]) -> tuple[Tensor, int]:
-            x, x0, labels, extra, step_size, eps = t
-            logits, value, grad = self.gradient(objective, x, Goal(labels, extra))
-            self.update(objective, x, x0, grad, step_size, eps)
-            return value, logits.shape[1]
+        def step(t: tuple[Any, ...]) -> Seen:
+            x, given = t[0], Rows(*t[1:])
+            seen = self.gradient(self.shown(x, given), given)
+            self.update(x, seen.grad, given)
+            return seen
 
-        inputs = (x, x0, goal.labels, goal.extra, self.step_size, self.eps)
-        if self.cuda_graph:
-            queries = self.queries + self.steps
-            graph = _graph.captured(self.victim.model, self._key(objective), step, inputs)
+        inputs = (x, *rows.inputs())
+        if graph:
+            queries = self.queries + self.steps * self.samples
+            recorded = _graph.captured(self.victim.model, self._key(), step, inputs)
             if self.check_labels:  # a graph from the cache
-                ck.check_label_values(goal.labels, "y", graph.classes)
-            x = graph.run(inputs, self.steps, self.tick)
-            self.queries, self.last_loss = queries, graph.loss
+                ck.check_label_values(rows.labels, "y", recorded.seen.outputs.shape[1])
+            x, seen = recorded.run(inputs, self.steps, self.tick)
+            self.queries, self.last = queries, (seen, rows)
             return x
         for _ in range(self.steps):
             step(inputs)
             self.tick(1)
-        return x
+        return self.shown(x, rows)
 
-    def _key(self, objective: Objective) -> tuple[object, ...]:
-        model, victim = self.victim.model, self.victim
-        flags = (
-            tuple(getattr(m, "training", False) for m in model.modules()) if isinstance(model, torch.nn.Module) else ()
-        )
+    def _key(self) -> tuple[object, ...]:
+        victim, objective = self.victim, self.objective
+        flags = tuple(m.training for m in _modes.modules_of(victim.model))
         scale = (
             None
             if victim.mean is None or victim.std is None
             else (tuple(victim.mean.flatten().tolist()), tuple(victim.std.flatten().tolist()))
         )
         return (
-            self.norm,
-            self.clip,
-            objective.loss,
-            objective.targeted,
-            flags,
-            victim.autocast,
-            scale,
-        )
+            self.norm, objective.loss, objective.targeted, self.samples, flags, victim.autocast, victim.output, scale,
+        )  # fmt: skip
 
-    def full(self, objective: Objective, x: Tensor, x0: Tensor, index: Tensor, goal: Goal, best: Best) -> None:
+    def full(self, x: Tensor, rows: Rows, index: Tensor, best: Best) -> None:
         """One run that offers points to ``best``; ``index`` says which examples the rows are."""
-        batch = best.x.shape[0]
-        eps, step = self.eps, self.step_size
-        if len(index) != batch:
-            eps, step = _inputs.take(eps, index, batch), _inputs.take(step, index, batch)
         for k in range(self.steps):
-            logits, value, grad = self.gradient(objective, x, goal)
+            here = self.shown(x, rows)
+            seen = self.gradient(here, rows)
+            grad = seen.grad
             if self.track_best or self.early_stop:
-                fooled, score = self.judge(objective, logits, value, goal)
+                fooled, score = self.judge(seen, rows)
                 if self.track_best:
-                    best.offer(index, x, fooled, score)
+                    best.offer(index, here, fooled, score)
                 if self.early_stop and bool(fooled.any()):  # these leave the batch with the point that fooled the model
                     done, left = fooled.nonzero()[:, 0], (~fooled).nonzero()[:, 0]
-                    best.offer(index[done], x[done], fooled[done], score[done])
-                    eps, step = (_inputs.take(p, left, len(fooled)) for p in (eps, step))
-                    x, x0, grad, index, goal = x[left], x0[left], grad[left], index[left], goal.rows(left)
+                    best.offer(index[done], here[done], fooled[done], score[done])
+                    x, grad, index, rows = x[left], grad[left], index[left], rows.take(left)
                     if not len(left):
                         self.tick(self.steps - k)
                         return
-            self.update(objective, x, x0, grad, step, eps)
+            self.update(x, grad, rows)
             self.tick(1)
-        best.offer(index, x, *self.evaluate(objective, x, goal))
+        here = self.shown(x, rows)
+        best.offer(index, here, *self.evaluate(here, rows))
+
+    def report(self, adv: Tensor) -> None:
+        """Warnings about what the last step saw, and about images that are none but the clean ones."""
+        if self.random:
+            _trust.warn_random()
+        if self.last is None:
+            return
+        seen, rows = self.last
+        same = self.steps > 0 and rows.x0.shape == adv.shape and torch.equal(adv, rows.x0)
+        if _trust.nothing_to_report(*seen) and not same:
+            return
+        stuck = ~(seen.grad.abs() > 0).flatten(1).any(1)
+        fooled = self.objective.success(seen.outputs, rows.labels, rows.truth)
+        free = torch.ones_like(stuck) if fooled is None else ~fooled
+        for room in (rows.eps, rows.step_size):  # who gave no room knows that nothing moves
+            wide = room.flatten(1).amax(1) if isinstance(room, Tensor) and room.dim() > 1 else room
+            free &= torch.as_tensor(wide, device=free.device) > 0
+        if rows.fixed is not None:
+            free &= ~rows.fixed.flatten(1).all(1)
+        _trust.report(seen.outputs, seen.value, stuck & free, self.objective.name)
+        if same and bool((free & ~stuck).any()):
+            _trust.warn(
+                "pgd: no image differs from the clean one: is eps below the spacing of float32 numbers, or of another "
+                "unit than x?"
+            )

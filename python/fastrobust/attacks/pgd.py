@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
-import warnings
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -16,13 +13,16 @@ from tqdm.auto import tqdm
 from .. import ops
 from .._heap import keep_pages
 from ..ops import _checks as ck
-from . import _inputs
-from ._model import Victim, undisturbed, usable
-from ._objective import Objective
-from ._run import Best, Goal, Run
+from . import _grid, _inputs, _trust
+from ._model import Output, Victim, undisturbed, usable
+from ._objective import Objective, predictions
+from ._options import Clip, Fooled, Integer, Loss, ManySteps, Model, Norm, OneStep, Values
+from ._run import Best, Rows, Run
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 INF = math.inf
-Loss = str | Callable[[Tensor, Tensor], Tensor]
 
 
 class AttackResult(NamedTuple):
@@ -35,33 +35,54 @@ class AttackResult(NamedTuple):
     queries: int
 
 
+@overload
 def pgd(
-    model: Callable[[Tensor], Tensor],
+    model: Model, x: Tensor, y: Tensor | None = None, *, eps: Values,
+    return_details: Literal[False] = False, **options: Unpack[ManySteps],
+) -> Tensor: ...  # fmt: skip
+@overload
+def pgd(
+    model: Model, x: Tensor, y: Tensor | None = None, *, eps: Values,
+    return_details: Literal[True], **options: Unpack[ManySteps],
+) -> AttackResult: ...  # fmt: skip
+@overload
+def pgd(
+    model: Model, x: Tensor, y: Tensor | None = None, *, eps: Values,
+    return_details: bool, **options: Unpack[ManySteps],
+) -> Tensor | AttackResult: ...  # fmt: skip
+def pgd(
+    model: Model,
     x: Tensor,
     y: Tensor | None = None,
     *,
-    eps: float | Tensor,
-    norm: float | str = INF,
-    steps: int = 10,
-    step_size: float | Tensor | None = None,
-    clip: tuple[float, float] | None = (0.0, 1.0),
+    eps: Values,
+    norm: Norm = INF,
+    steps: Integer = 10,
+    step_size: Values | None = None,
+    clip: Clip | None = (0.0, 1.0),
     loss: Loss = "ce",
+    fooled: Fooled | None = None,
     targeted: bool = False,
-    targets: Tensor | int | str | None = None,
-    restarts: int = 1,
+    targets: Tensor | Integer | Literal["all"] | None = None,
+    restarts: Integer = 1,
     random_start: bool = True,
-    keep: str = "last",
+    keep: Literal["last", "best"] = "last",
     early_stop: bool = False,
     normalize: tuple[Any, Any] | None = None,
     autocast: torch.dtype | None = None,
-    model_mode: str = "eval",
-    seed: int | None = None,
-    first_example: int = 0,
+    output: Output | None = None,
+    model_mode: Literal["eval", "keep"] = "eval",
+    eot_samples: Integer = 1,
+    mask: Any = None,
+    levels: Integer | None = None,
+    tolerance: float = 0.0,
+    seed: Integer | None = None,
+    first_example: Integer = 0,
     cuda_graph: bool = False,
     progress: bool = False,
     check: bool = True,
     return_details: bool = False,
-) -> Any:
+) -> Tensor | AttackResult:
     r"""Projected gradient descent (Madry et al. 2018; thesis eq. 2.2 with random initialisation and restarts).
 
     Repeats ``x' = project(x + step_size * s(grad))`` from a random start of the ball; :func:`fastrobust.ops.pgd_step`
@@ -70,35 +91,51 @@ def pgd(
     from once (not at all with a ``seed``). Works under ``no_grad`` and ``inference_mode``.
 
     Args:
-        model: an nn.Module or any callable from images to (B, K) logits. Half-precision weights get half inputs.
+        model: an nn.Module or any callable from images to (B, K) logits. Half-precision weights get half inputs. It is
+            given copies of the iterates, into which it may write. A DistributedDataParallel is run as its module.
         x: (B, ...) images inside ``clip``. float16/bfloat16 images are attacked in float32 and handed back in their
             dtype, rounded towards x; float64 images run the plain-torch steps.
-        y: (B,) labels, or the classes to reach with ``targeted``. None: the model's own predictions (untargeted only).
-        eps: radius: a number, (B,), or for norm inf a tensor of x's shape; in the units of x.
+        y: (B,) labels, or the classes to reach with ``targeted``; for a callable loss any tensor with the batch first.
+            None: the model's own predictions (untargeted only).
+        eps: radius: a number, (B,), or for norm inf anything that broadcasts to x; in the units of x.
         norm: inf, 2, 1 or "Linf", "L2", "L1".
         steps, step_size: iterations and their length; the default length is ``2.5 eps / steps``.
-        clip: (lo, hi) of valid images, or None.
-        loss: "ce", "margin" (CW), "dlr", "kl" (against the clean prediction, TRADES), or a callable(logits, labels)
-            giving (B,) values, to be ascended (descended with ``targeted``).
+        clip: (lo, hi) of valid images, numbers or tensors that broadcast to x, or None.
+        loss: "ce", "margin" (CW), "dlr", "kl" (against the clean prediction, TRADES), or a callable(outputs, y)
+            giving (B,) values, or their sum or mean, to be ascended (descended with ``targeted``). A callable may be of
+            any outputs: one logit, many labels, maps, numbers.
+        fooled: a callable(outputs, y) giving (B,) bool: the attack has reached its goal (``targeted``: its target).
+            Without it: the largest logit is not y, or for integer y of the outputs' shape a logit's sign is not y's.
+            Other outputs have no such meaning: ``early_stop`` and ``return_details`` then need it.
         targeted: make the model predict y.
         targets: multi-targeted attack on the labels y: "all", a number of classes (the likeliest wrong ones on x), or a
             (B, T) tensor. Each target is a run of ``restarts``; with loss "dlr" the targeted DLR is used.
         restarts: runs from new random starts; examples fooled already sit out.
-        random_start: False starts at x.
+        random_start: False starts at x; loss "kl", whose gradient is zero there, within ``eps / 32`` of x.
         keep: "last" keeps the last iterate of a run, "best" the iterate with the largest loss (fooled ones first);
             between restarts the better of them is kept in the same order.
         early_stop: an example leaves the batch as soon as it is fooled. Reads one number per step from the device.
         normalize: (mean, std) applied before the model, per channel; x, eps and clip stay in image units.
         autocast: dtype for ``torch.autocast`` around the model alone.
-        model_mode: "eval" attacks in eval mode and restores every module's flag; "keep" leaves the modes and restores the
-            buffers.
+        output: what of the model's output is attacked: a key or attribute, an index, or a callable.
+        model_mode: "eval" attacks in eval mode and restores every module's flag; "keep" leaves the modes and restores
+            the buffers.
+        eot_samples: passes whose gradients, losses and outputs are averaged in every step, for a randomised model
+            (expectation over transformation, Athalye et al. 2018).
+        mask: bool, broadcasting to x: True where pixels may change. The others come back bit for bit.
+        levels: results are pixels lo + k (hi - lo) / (levels - 1), 256 for 8-bit images, and x must be. The model is
+            shown such pixels in every step; ball and box hold exactly.
+        tolerance: values of x outside ``clip`` (or off the grid of ``levels``) by at most this are moved there first;
+            the ball is around the result.
         seed: of the random starts (see :func:`fastrobust.ops.random_start`).
         first_example: number of x's first example in the data set: with a ``seed``, a set attacked in batches of any
             size gets the starts that it gets in one piece.
-        cuda_graph: record a step once and replay it (CUDA, one run, keep="last", no early stop); graphs are cached on the
-            model. Elsewhere it is ignored with a warning.
+        cuda_graph: record a step once and replay it (CUDA, one run, keep="last", no early stop); graphs are cached on
+            the model. Elsewhere it is ignored with a warning.
         progress: a tqdm bar over steps.
-        check: read the values of x and y once to check them, and warn of non-finite losses; on a GPU this synchronises.
+        check: read the values of x and y once to check them, and warn (:class:`AttackWarning`) where the attack may be
+            weaker than it looks: a zero gradient, NaN, outputs after softmax, a randomised model; on a GPU this
+            synchronises.
         return_details: return :class:`AttackResult` instead (one more forward pass).
 
     Returns:
@@ -108,77 +145,82 @@ def pgd(
         TypeError, ValueError: naming the argument, what came and what is expected.
     """
     p = ck.parse_norm(norm)
-    lo, hi = ck.parse_clip(clip)
-    x0, given = _inputs.images(x, lo, hi, check)
+    x0, given = _inputs.images(x)
+    box = _inputs.box(clip, x0)
+    grid = _levels(levels, box, x0, given)
+    x0 = _inputs.into_box(x0, box, _inputs.number(tolerance, "tolerance"), grid, check)
     steps, restarts = _inputs.integer(steps, "steps", 0), _inputs.integer(restarts, "restarts", 1)
+    samples = _inputs.integer(eot_samples, "eot_samples", 1)
     if keep not in ("last", "best"):
         raise ValueError(f"keep: got {keep!r}, expected 'last' or 'best'")
-    if y is None and (targeted or targets is not None):
-        raise ValueError("y: got None, expected the classes to reach (targeted) or the true labels (targets)")
-    if targeted and targets is not None:
-        raise ValueError("targets: got a multi-targeted attack together with targeted=True; give the true labels in y")
-    eps = _inputs.parameter(eps, "eps", x0, p)
-    step = _inputs.default_step(eps, steps) if step_size is None else step_size
-    step = _inputs.parameter(step, "step_size", x0, p)
-    seed, first_example = _inputs.check_seed(seed), _inputs.integer(first_example, "first_example", 0)
-    _inputs.check_targets(targets, x0.shape[0], x0.device)
+    targets = _inputs.check_targets(targets, x0.shape[0], x0.device)
     multi = targets is not None
-    objective = Objective(loss, targeted, multi)
-    victim = Victim(model, normalize, autocast, x0)
-    labels = None if y is None else ck.check_labels(y, "y", x0.shape[0], None, x0.device).detach()
+    if y is None and (targeted or multi):
+        raise ValueError("y: got None, expected the classes to reach (targeted) or the true labels (targets)")
+    if targeted and multi:
+        raise ValueError("targets: got a multi-targeted attack together with targeted=True; give the true labels in y")
+    radius = _inputs.parameter(eps, "eps", x0, p)
+    step = _inputs.MADRY if step_size is None else step_size
+    if isinstance(step, _inputs.Share):
+        length: float | Tensor = radius * (float(step) / max(steps, 1))
+    else:
+        length = _inputs.parameter(step, "step_size", x0, p)
+    if grid is not None and check:
+        _warn_below_a_level(radius, grid)
+    fixed = _inputs.fixed_pixels(mask, x0)
+    if fixed is not None and check and fixed.numel() and bool(fixed.all()):
+        raise ValueError("mask: got no True, expected at least one pixel that may change")
+    first = _inputs.integer(first_example, "first_example", 0)
+    key = _inputs.check_seed(seed)
+    objective = Objective(loss, targeted, multi, fooled)
+    victim = Victim(model, normalize, autocast, x0, output, logits=objective.name is not None or multi)
+    labels = None if y is None else _inputs.labels(y, x0, objective.name is not None or multi)
+    one = restarts == 1 and not multi and keep == "last" and not early_stop
+    graph = bool(cuda_graph) and _can_replay(x0, one, grid)
 
     if x0.is_cpu:
         keep_pages()
     with undisturbed(model, model_mode), tqdm(disable=not progress, desc="pgd", unit="step") as bar:
         x0 = usable(x0)
-        labels = None if labels is None else usable(labels).long()
         run = Run(
-            victim, eps, step, p, None if clip is None else (lo, hi), steps, keep == "best", early_stop,
-            cuda_graph=False, check_labels=check and labels is not None, tick=bar.update if progress else _no_tick,
+            victim, objective, p, steps, samples, grid, track_best=keep == "best",
+            compares=keep == "best" or restarts > 1 or multi,
+            early_stop=early_stop, need_fooled=early_stop or return_details, check=check,
+            check_labels=check and labels is not None and victim.logits, tick=bar.update if progress else _no_tick,
         )  # fmt: skip
         clean = None
         if x0.shape[0] and (labels is None or multi or objective.name == "kl"):
             with torch.no_grad():
-                clean = victim(x0.clone())  # a model may write into its input
-            run.queries += 1
+                clean = run.model(victim, x0)
             if labels is not None:
                 run.check_classes(labels, clean)
         if labels is None:
-            labels = torch.zeros(0, dtype=torch.int64, device=x0.device) if clean is None else clean.argmax(1)
-        goals = [Goal(labels, clean if objective.name == "kl" else None)]
+            labels = torch.zeros(0, dtype=torch.int64, device=x0.device) if clean is None else predictions(clean)
+        lo, hi = (None, None) if box is None else box
+        reference = clean if objective.name == "kl" else None
+        rows = Rows(x0, usable(labels), reference, None, radius, length, lo, hi, fixed)
+        plan = [rows]
         if multi and clean is not None:
-            goals = _goals(targets, labels, clean, objective)
-        bar.reset(total=restarts * len(goals) * steps)
-        starts = _Starts(x0, eps, p, run.clip, random_start, seed, first_example)
+            plan = _plan(targets, rows, clean, objective)
+        bar.reset(total=restarts * len(plan) * steps)
+        off = objective.name == "kl" and not random_start
+        starts = _Starts(rows, p, bool(random_start) or off, 1 / 32 if off else 1.0, key, first)
         details: tuple[Tensor, Tensor] | None = None
         if x0.numel() == 0:
             adv = x0.clone()
             details = (torch.zeros(x0.shape[0], dtype=torch.bool, device=x0.device), x0.new_zeros(x0.shape[0]))
-        elif restarts * len(goals) == 1 and keep == "last" and not early_stop:
-            run.cuda_graph = cuda_graph and _on_gpu(x0)
-            adv = run.plain(objective, starts.draw(0), x0, goals[0])
+        elif one:
+            adv = run.plain(starts.draw(0), rows, graph)
             if return_details:
-                details = run.evaluate(objective, adv, goals[0])
+                hit, value = run.evaluate(adv, rows)
+                details = (hit, value)
         else:
-            if cuda_graph:
-                warnings.warn(
-                    "cuda_graph: one run with keep='last' and no early stop can be replayed; running eagerly",
-                    stacklevel=2,
-                )
-            best = Best(x0)
-            for k in range(restarts * len(goals)):
-                goal = goals[k % len(goals)]
-                index = torch.arange(len(x0), device=x0.device) if k == 0 else (~best.fooled).nonzero()[:, 0]
-                if len(index) == 0:
-                    break
-                start = starts.draw(k)
-                if len(index) == len(x0):
-                    run.full(objective, start, x0, index, goal, best)
-                else:
-                    run.full(objective, start[index], x0[index], index, goal.rows(index), best)
+            best = _search(run, plan * restarts, starts)
             adv, details = best.x, (best.fooled, best.loss)
-    if check and run.last_loss is not None:
-        _warn_non_finite(run.last_loss)
+        if check:
+            run.report(adv)
+    if fixed is not None:
+        adv = torch.where(fixed, x0, adv)
     out = adv if given == adv.dtype else _inputs.narrow_inward(adv, x0, given)
     if return_details:
         assert details is not None
@@ -186,79 +228,140 @@ def pgd(
     return out
 
 
+def _search(run: Run, plan: list[Rows], starts: _Starts) -> Best:
+    """One run after the other, each on the examples that are not fooled yet."""
+    best = Best(starts.rows.x0)
+    batch = len(best.x)
+    for k, rows in enumerate(plan):
+        index = torch.arange(batch, device=best.x.device) if k == 0 else (~best.fooled).nonzero()[:, 0]
+        if len(index) == 0:
+            break
+        start = starts.draw(k)
+        if len(index) == batch:
+            run.full(start, rows, index, best)
+        else:
+            run.full(start[index], rows.take(index), index, best)
+    return best
+
+
 def _no_tick(_: int) -> None:
     return None
 
 
+def _levels(levels: Any, box: Any, x: Tensor, given: torch.dtype) -> Tensor | None:
+    if levels is None:
+        return None
+    count = _inputs.integer(levels, "levels", 2)
+    if box is None or isinstance(box[0], Tensor) or not box[1] - box[0] < INF or not box[0] < box[1]:
+        raise ValueError(f"clip: got {'None' if box is None else box}, expected two numbers lo < hi for levels")
+    return _grid.table(count, box[0], box[1], given, x)
+
+
+def _warn_below_a_level(radius: float | Tensor, grid: Tensor) -> None:
+    most = radius.max().item() if isinstance(radius, Tensor) and radius.numel() else radius
+    level = (grid[1:] - grid[:-1]).min().item()
+    if isinstance(most, float) and 0 < most < level:
+        _trust.warn(f"eps: got {most:.4g}, less than one of levels' steps, {level:.4g}: no pixel can change")
+
+
+def _can_replay(x: Tensor, one: bool, grid: Tensor | None) -> bool:
+    """Whether a step can be recorded and replayed; says why where it cannot."""
+    if not one or grid is not None:
+        why = "one run with keep='last', no early stop and no levels can be replayed"
+    elif not _on_gpu(x):
+        why = f"the images are on {x.device}"
+    else:
+        return True
+    _trust.warn(f"cuda_graph: {why}; running eagerly", UserWarning)
+    return False
+
+
 def _on_gpu(x: Tensor) -> bool:
-    if not x.is_cuda:
-        warnings.warn(f"cuda_graph: the images are on {x.device}; running eagerly", stacklevel=3)
     return x.is_cuda
-
-
-def _warn_non_finite(loss: Tensor) -> None:
-    bad = int((~torch.isfinite(loss)).sum().item())
-    if bad:
-        warnings.warn(
-            f"pgd: the loss of {bad} of {loss.numel()} examples was not finite in the last step; "
-            "NaN gradient coordinates did not move, so the attack is weaker than it looks",
-            stacklevel=3,
-        )
 
 
 @dataclasses.dataclass
 class _Starts:
     """The starting point of each run, drawn from one seed: run k uses the key seed + k."""
 
-    x0: Tensor
-    eps: float | Tensor
+    rows: Rows
     norm: float
-    clip: tuple[float, float] | None
     random: bool
+    share: float  # of the radius
     seed: int | None
     first_example: int
 
     def draw(self, k: int) -> Tensor:
+        rows = self.rows
         if not self.random:
-            return self.x0.clone()
+            return rows.x0.clone()
         if self.seed is None:
             self.seed = int(torch.randint(0, 2**62, (), dtype=torch.int64).item())
-        return ops.random_start(self.x0, self.eps, self.norm, self.clip, self.seed + k, self.first_example)
+        radius, key = rows.eps * self.share, (self.seed + k) % 2**64
+        start = ops.random_start(rows.x0, radius, self.norm, rows.clip, key, self.first_example)
+        return start if rows.fixed is None else torch.where(rows.fixed, rows.x0, start)
 
 
-def _goals(targets: Any, labels: Tensor, clean: Tensor, objective: Objective) -> list[Goal]:
-    """One goal per target: "all", a number of the likeliest wrong classes, or a (B, T) tensor."""
-    classes = clean.shape[1]
+def _plan(targets: Any, rows: Rows, clean: Tensor, objective: Objective) -> list[Rows]:
+    """One run per target: "all", a number of the likeliest wrong classes, or a (B, T) tensor."""
+    classes, truth = clean.shape[1], rows.labels
     if isinstance(targets, Tensor):
         ck.check_label_values(targets, "targets", classes)
-        plan = usable(targets.detach()).long()
+        chosen = usable(targets.detach()).long()
     else:
         count = classes - 1 if targets == "all" else min(targets, classes - 1)
-        others = clean.scatter(1, labels[:, None], -math.inf)
-        plan = others.topk(count, 1).indices
-    columns = [plan[:, t].contiguous() for t in range(plan.shape[1])]
+        others = clean.scatter(1, truth[:, None], -math.inf)
+        chosen = others.topk(count, 1).indices
+    columns = [chosen[:, t].contiguous() for t in range(chosen.shape[1])]
     if objective.name == "dlr":
-        return [Goal(labels, c, labels) for c in columns]
-    return [Goal(c, None, labels) for c in columns]
+        return [dataclasses.replace(rows, extra=c, truth=truth) for c in columns]
+    return [dataclasses.replace(rows, labels=c, truth=truth) for c in columns]
 
 
-def ifgsm(
-    model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor | None = None, *, eps: float | Tensor, **options: Any
-) -> Any:
-    """Iterative FGSM (Kurakin et al. 2017; thesis eq. 2.2): :func:`pgd` from x itself, with steps of ``eps / steps`` unless
-    ``step_size`` is given. Options as in :func:`pgd`."""
-    steps = options.setdefault("steps", 10)
+def _from_x(model: Model, x: Tensor, y: Tensor | None, options: dict[str, Any]) -> Tensor | AttackResult:
     options.setdefault("random_start", False)
     if options.get("step_size") is None:
-        if not isinstance(eps, (Tensor, numbers.Real)):
-            raise TypeError(f"eps: got {ck.describe(eps)}, expected a number >= 0 or a tensor")
-        options["step_size"] = eps / max(_inputs.integer(steps, "steps", 0), 1)
-    return pgd(model, x, y, eps=eps, **options)
+        options["step_size"] = _inputs.Share(1.0)
+    return pgd(model, x, y, **options)
 
 
+@overload
+def ifgsm(
+    model: Model, x: Tensor, y: Tensor | None = None, *, eps: Values,
+    return_details: Literal[False] = False, **options: Unpack[ManySteps],
+) -> Tensor: ...  # fmt: skip
+@overload
+def ifgsm(
+    model: Model, x: Tensor, y: Tensor | None = None, *, eps: Values,
+    return_details: Literal[True], **options: Unpack[ManySteps],
+) -> AttackResult: ...  # fmt: skip
+@overload
+def ifgsm(
+    model: Model, x: Tensor, y: Tensor | None = None, *, eps: Values,
+    return_details: bool, **options: Unpack[ManySteps],
+) -> Tensor | AttackResult: ...  # fmt: skip
+def ifgsm(model: Model, x: Tensor, y: Tensor | None = None, *, eps: Values, **options: Any) -> Tensor | AttackResult:
+    """Iterative FGSM (Kurakin et al. 2017; thesis eq. 2.2): :func:`pgd` from x itself, with steps of ``eps / steps`` unless
+    ``step_size`` is given. Options as in :func:`pgd`."""
+    return _from_x(model, x, y, {"eps": eps, **options})
+
+
+@overload
 def fgsm(
-    model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor | None = None, *, eps: float | Tensor, **options: Any
-) -> Any:
+    model: Model, x: Tensor, y: Tensor | None = None, *, eps: Values,
+    return_details: Literal[False] = False, **options: Unpack[OneStep],
+) -> Tensor: ...  # fmt: skip
+@overload
+def fgsm(
+    model: Model, x: Tensor, y: Tensor | None = None, *, eps: Values,
+    return_details: Literal[True], **options: Unpack[OneStep],
+) -> AttackResult: ...  # fmt: skip
+@overload
+def fgsm(
+    model: Model, x: Tensor, y: Tensor | None = None, *, eps: Values,
+    return_details: bool, **options: Unpack[OneStep],
+) -> Tensor | AttackResult: ...  # fmt: skip
+def fgsm(model: Model, x: Tensor, y: Tensor | None = None, *, eps: Values, **options: Any) -> Tensor | AttackResult:
     r"""Fast gradient sign method (Goodfellow et al. 2015; thesis eq. 2.1): one step of length eps from x.
 
     For norms 2 and 1 the step is the steepest one of that length. ``random_start=True, step_size=1.25 * eps`` is the
@@ -266,7 +369,4 @@ def fgsm(
     """
     if "steps" in options:
         raise TypeError("steps: fgsm takes one step; use ifgsm or pgd for more")
-    options.setdefault("random_start", False)
-    if options.get("step_size") is None:
-        options["step_size"] = eps
-    return pgd(model, x, y, eps=eps, steps=1, **options)
+    return _from_x(model, x, y, {"eps": eps, "steps": 1, **options})

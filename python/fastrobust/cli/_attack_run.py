@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from . import _report as report
 from ._arguments import check_classes, model_failures
 from ._common import BadArguments
 
-ATTACKS = {"fgsm": attacks.fgsm, "ifgsm": attacks.ifgsm, "pgd": attacks.pgd}
+ATTACKS: dict[str, Callable[..., Any]] = {"fgsm": attacks.fgsm, "ifgsm": attacks.ifgsm, "pgd": attacks.pgd}
 _PASSED_ON = ("eps", "norm", "step_size", "restarts", "loss", "targets", "early_stop", "keep", "normalize", "clip")
 
 

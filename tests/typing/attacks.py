@@ -1,0 +1,32 @@
+"""What mypy must accept and refuse of calls of the attacks; see tests/attacks/test_types.py. Not run."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import fastrobust as fr
+
+
+def accepted(model: nn.Module, x: Tensor, y: Tensor, flag: bool) -> None:
+    a: Tensor = fr.attacks.pgd(model, x, y, eps=0.1, steps=np.int64(3), norm="L2", loss="margin", seed=0)
+    b: fr.attacks.AttackResult = fr.attacks.pgd(model, x, eps=torch.rand(4), return_details=True)
+    c: Tensor = fr.attacks.fgsm(model, x, y, eps=np.full(4, 0.1), mask=x > 0, levels=256)
+    d: Tensor = fr.attacks.ifgsm(
+        model, x, y, eps=[0.1, 0.2], clip=None, loss=lambda z, t: (z - t).square().mean(1)
+    ).sum()
+    e: fr.attacks.AttackResult = fr.attacks.fgsm(lambda t: (model(t), t), x, y, eps=0.1, output=0, return_details=True)
+    f: Tensor | fr.attacks.AttackResult = fr.attacks.pgd(model, x, y, eps=0.1, return_details=flag)
+    del a, b, c, d, e, f
+
+
+def refused(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    fr.attacks.fgsm(model, x, y, eps=0.1, nonsense=3)  # type: ignore[call-overload]
+    fr.attacks.fgsm(model, x, y, eps=0.1, steps=3)  # type: ignore[call-overload]
+    fr.attacks.ifgsm(model, x, y, eps=0.1, alpha=0.01)  # type: ignore[call-overload]
+    fr.attacks.pgd(model, x, y)  # type: ignore[call-overload]
+    fr.attacks.pgd(model, x, y, eps=0.1, loss="mse")  # type: ignore[call-overload]
+    fr.attacks.pgd(model, x, y, eps=0.1, keep="first")  # type: ignore[call-overload]
+    fr.attacks.pgd(model, x, y, eps="8/255")  # type: ignore[arg-type]
+    _: Tensor = fr.attacks.pgd(model, x, y, eps=0.1, return_details=True)  # type: ignore[assignment]
