@@ -58,6 +58,45 @@ def _attack(loss: str, norm: str) -> Callable[[], Tensor]:
     return lambda: fr.attacks.pgd(model, x, y, eps=0.5, steps=3, norm=norm, loss=loss, seed=1)
 
 
+def _steps(norm: str, dtype: torch.dtype, clip: Any) -> Callable[[], Tensor]:
+    g = torch.Generator().manual_seed(3)
+    x, x0, grad = (torch.rand(4, 3, 5, 5, generator=g, dtype=dtype) for _ in range(3))
+    v, eps = torch.rand(4, generator=g, dtype=dtype), [0.1, 0.2, 0.3, 0.4]
+
+    def run() -> Tensor:
+        box = tuple(torch.as_tensor(side, dtype=torch.float64) for side in clip)
+        y = fr.ops.pgd_step(x, x0, grad - 0.5, 0.1, eps, norm, box)
+        moved, value, _ = fr.ops.pgd_step_fosc(y, x0, grad - 0.5, 0.1, v, 0.5, norm, box)
+        ascended, average, alpha = fr.ops.atas_step(moved, x0, grad - 0.5, v, 0.1, 0.3, norm, box)
+        start = fr.ops.random_start(x0, eps, norm, box, seed=5)
+        kept = (ascended, start, fr.ops.project(x, x0, 0.1, norm, box), value, average, alpha)
+        assert all(t.dtype == dtype for t in kept)
+        return torch.cat([t.flatten() for t in kept])
+
+    return run
+
+
+def _losses(dtype: torch.dtype) -> Callable[[], Tensor]:
+    g = torch.Generator().manual_seed(4)
+    z, r, y = torch.randn(5, 8, generator=g, dtype=dtype), torch.randn(5, 8, generator=g, dtype=dtype), torch.arange(5)
+
+    def run() -> Tensor:
+        found = []
+        for f in (
+            lambda z: fr.ops.cross_entropy(z, y), lambda z: fr.ops.margin_loss(z, y), lambda z: fr.ops.dlr_loss(z, y),
+            lambda z: fr.ops.dlr_targeted_loss(z, y, y + 3), lambda z: fr.ops.kl_divergence(z, r),
+        ):  # fmt: skip
+            leaf = z.clone().requires_grad_()
+            (first,) = torch.autograd.grad(f(leaf).value.sum(), leaf, create_graph=True)
+            second = torch.func.grad(lambda z: f(z).value.square().sum())(z)  # noqa: B023
+            (again,) = torch.autograd.grad((first * first).sum() + 0 * leaf.sum(), leaf)
+            found += [*f(z), first.detach(), again, second]
+        assert all(t.dtype == dtype for t in found)
+        return torch.cat([t.flatten() for t in found])
+
+    return run
+
+
 def _mask() -> Callable[[], Tensor]:
     scores = torch.linspace(-1, 1, 1000)
     return lambda: fr.ops.topk_mask(scores, 17)
@@ -95,6 +134,18 @@ CASES: dict[str, Callable[[], Callable[[], Tensor]]] = {
     "crown over a ball": lambda: _bounds("crown", norm="L2"),
     "top k": _mask,
     "distance": _distance,
+    **{
+        f"steps {norm} {dtype}": lambda norm=norm, dtype=dtype: _steps(norm, dtype, (0.0, 1.0))  # type: ignore[misc]
+        for norm in ("Linf", "L2", "L1")
+        for dtype in (torch.float32, torch.float64)
+    },
+    **{
+        f"boxes {norm} {dtype}": lambda norm=norm, dtype=dtype: _steps(norm, dtype, ([[[0.0]], [[0.1]], [[0.0]]], 1.0))  # type: ignore[misc]
+        for norm in ("Linf", "L2", "L1")
+        for dtype in (torch.float32, torch.float64)
+    },
+    "losses": lambda: _losses(torch.float32),
+    "losses in float64": lambda: _losses(torch.float64),
 }
 
 

@@ -176,15 +176,13 @@ def fits(have: tuple[int, ...], want: tuple[int, ...]) -> bool:
     return all(n in (1, m) for n, m in zip(have, want[len(want) - len(have) :], strict=True))
 
 
-def check_finite(parameter: Parameter, name: str) -> None:
+def check_finite(parameter: Parameter, name: str, why: str) -> None:
     """Refuses an infinite radius; a CUDA tensor's values are not read."""
     t = parameter.tensor
     if parameter.value == math.inf or (
         t is not None and t.device.type == "cpu" and has_values(t) and bool(torch.isinf(t).any())
     ):
-        raise ValueError(
-            f"{name}: got an infinite value, expected a finite radius: there is no uniform point of an unbounded set"
-        )
+        raise ValueError(f"{name}: got an infinite value, expected a finite radius: {why}")
 
 
 _plain = (Tensor, torch.nn.Parameter)

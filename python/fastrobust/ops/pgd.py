@@ -19,6 +19,7 @@ from ._pgd_ops import NORM_CODE
 
 INF = math.inf
 _GRADS = (torch.float32, torch.float16, torch.bfloat16)
+_NO_FOSC = "the criterion is eps times the gradient's size"
 _AUTHORS_RANGE = (4 / 255, 14 / 255)
 _FLOAT = torch.float32
 _increment_version = torch._C._increment_version
@@ -246,7 +247,7 @@ def random_start(
     box = _box.parse_box(clip, x0)
     eps_p = ck.check_parameter(eps, "eps", x0, p)
     if p != INF or not _box.is_finite(box):
-        ck.check_finite(eps_p, "eps")
+        ck.check_finite(eps_p, "eps", "there is no uniform point of an unbounded set")
     drawn = None
     if seed is None:
         number, seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu"), 0
@@ -276,7 +277,9 @@ def fosc(x: Tensor, x0: Tensor, grad: Tensor, eps: float | Tensor, norm: float |
     coordinates count as zero. Returns (B,) float32. Arguments as in :func:`pgd_step`.
     """
     x, x0, grad, p, _ = _checked(x, x0, grad, norm, None)
-    return op.fosc(x, x0, grad, *ck.check_parameter(eps, "eps", x, p), NORM_CODE[p])
+    eps_p = ck.check_parameter(eps, "eps", x, p)
+    ck.check_finite(eps_p, "eps", _NO_FOSC)
+    return op.fosc(x, x0, grad, *eps_p, NORM_CODE[p])
 
 
 def pgd_step_fosc(
@@ -302,6 +305,7 @@ def pgd_step_fosc(
     """
     x, x0, grad, p, box = _checked(x, x0, grad, norm, clip)
     step_p, eps_p = ck.check_parameter(step_size, "step_size", x, p), ck.check_parameter(eps, "eps", x, p)
+    ck.check_finite(eps_p, "eps", _NO_FOSC)
     level = ck.check_number(threshold, "threshold")
     active = ck.check_active(active, x)
     if out is not None:
