@@ -272,6 +272,8 @@ class Builder:
 
     # -- pooling of maps (C, H, W) -------------------------------------------------------------------------------------
     def avg_pool(self, x: Ref, args: tuple[Any, ...], f: Callable[..., Tensor]) -> Ref:
+        if len(args) == 6 and args[5] is not None and args[5] < 0:
+            raise self.fail("average pooling", f" with divisor_override {args[5]}, which turns its bounds around")
         shape = tuple(f(self.meta(x), *args).shape[1:])
         return self.linear(x, lambda t: f(t, *args), shape, self.nodes[x.index].size, _adjoint_of_pool(f, *args))
 

@@ -149,8 +149,8 @@ class ConvTranspose(LinearNode):
 
     def interval(self, bounds: list[Ends]) -> Ends:
         (l, u), w = bounds[0], self.get_weight()
-        c = self._apply(0.5 * (l + u), w, self.get_bias())
-        r = self._apply(0.5 * (u - l), w.abs())
+        c = self._apply(0.5 * l + 0.5 * u, w, self.get_bias())  # halves first: the sum could overflow
+        r = self._apply(0.5 * u - 0.5 * l, w.abs())
         return c - r, c + r
 
 

@@ -58,7 +58,9 @@ def _box(clip: Clip, dtype: torch.dtype) -> tuple[Any, Any]:
     if clip is None:
         return -INF, INF
     lo, hi = clip
-    return (lo, hi) if isinstance(lo, Tensor) or isinstance(hi, Tensor) else (round_up(lo, dtype), round_down(hi, dtype))
+    return (
+        (lo, hi) if isinstance(lo, Tensor) or isinstance(hi, Tensor) else (round_up(lo, dtype), round_down(hi, dtype))
+    )
 
 
 def clip_to(y: Tensor, lo: Any, hi: Any) -> Tensor:
