@@ -27,7 +27,7 @@ def describe(value: Any) -> str:
         kind = "" if value.layout == torch.strided else f"{value.layout} "
         return f"{tuple(value.shape)} {kind}{value.dtype} tensor on {value.device}"
     if isinstance(value, np.ndarray):
-        return f"{value.shape} {value.dtype} numpy array (ndarray)"
+        return f"ndarray of shape {value.shape} and type {value.dtype}"
     return " ".join(f"{type(value).__name__} {value!r}"[:160].split())[:80]
 
 
