@@ -63,7 +63,8 @@ def need_dense(value: Any, name: str) -> Tensor:
     """A tensor with elements at strides: not sparse, not nested."""
     t = need_tensor(value, name)
     if t.layout != torch.strided or t.is_nested:
-        raise TypeError(f"{name}: got {describe(t)}, expected a strided (dense) tensor")
+        kind = "nested tensor" if t.is_nested else f"layout {t.layout}"
+        raise TypeError(f"{name}: got {kind}, expected a strided (dense) tensor")
     return t
 
 
