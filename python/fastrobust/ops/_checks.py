@@ -237,7 +237,8 @@ def check_values_in_box(x: Tensor, name: str, lo: Any, hi: Any) -> None:
     outside = ~((x >= lo) & (x <= hi))  # holds NaN too
     if not bool(outside.any()):
         return
-    least, most = (t.item() for t in torch.aminmax(x))
+    # short where that says it all, with every digit else
+    least, most = (f"{v:g}" if float(f"{v:g}") == v else repr(v) for v in (t.item() for t in torch.aminmax(x)))
     count = int(outside.sum())
     if isinstance(lo, Tensor) or isinstance(hi, Tensor):
         box = "clip (tensors)"
@@ -246,7 +247,7 @@ def check_values_in_box(x: Tensor, name: str, lo: Any, hi: Any) -> None:
         box = f"clip = ({lo:g}, {hi:g})"
         mend = f"x.clamp({lo:g}, {hi:g})"
     raise ValueError(
-        f"{name}: got values from {least!r} to {most!r} ({count} of {x.numel()} outside), expected values in {box}; "
+        f"{name}: got values from {least} to {most}, expected values in {box} ({count} of {x.numel()} lie outside); "
         f"{mend} mends what rounding left outside; otherwise scale the images (and give normalize= for a model that "
         "wants other units), or pass clip=None"
     )
