@@ -226,7 +226,7 @@ def test_the_message_shows_what_lies_outside() -> None:
     x[1, 2, 3] = 1.0000001
     with pytest.raises(
         ValueError,
-        match=r"^x: got values from 0\.\d+ to 1\.00000011920928\d* , expected .*\(1 of 24 lie outside\).*clamp",
+        match=r"^x: got values from 0\.\d+ to 1\.00000011920928\d*, expected .*\(1 of 24 lie outside\).*clamp",
     ):
         ck.check_values_in_box(x, "x", 0.0, 1.0)
     ck.check_values_in_box(x.clamp(0, 1), "x", 0.0, 1.0)

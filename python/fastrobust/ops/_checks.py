@@ -165,7 +165,7 @@ def _parameter_shape(value: Tensor, name: str, x: Tensor) -> tuple[int, ...]:
     if fits(have, want) and len(have) > 1:
         return want[:1] if len(have) == len(want) and have == (want[0], *[1] * (len(want) - 1)) else want
     raise ValueError(
-        f"{name}: got shape {have}, expected a number, one per example ({want[0]},), or a shape that broadcasts to "
+        f"{name}: got shape {have}, expected a number, ({want[0]},) one per example, or a shape that broadcasts to "
         f"x's {want}, with as many dimensions as x or one example"
     )
 
