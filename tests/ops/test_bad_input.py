@@ -43,7 +43,7 @@ STEP_CASES: list[tuple[str, Any, type[Exception], str]] = [
     ("grad", torch.zeros(3, 2, 4).to_sparse(), TypeError, "sparse.*dense"),
     ("grad", torch.nested.nested_tensor([torch.zeros(2, 4)] * 3), TypeError, "nested.*dense"),
     ("grad", torch.zeros(3, 2, 4, dtype=torch.complex64), TypeError, "complex64.*float32"),
-    ("grad", np.zeros((3, 2, 4), np.float32), TypeError, "array.*from_numpy"),
+    ("grad", np.zeros((3, 2, 4), np.float32), TypeError, "ndarray.*from_numpy"),
     ("grad", None, TypeError, "NoneType"),
     ("step_size", -0.1, ValueError, "-0.1.*>= 0"),
     ("step_size", math.nan, ValueError, "nan.*>= 0"),

@@ -27,7 +27,7 @@ def describe(value: Any) -> str:
         kind = "" if value.layout == torch.strided else f"{value.layout} "
         return f"{tuple(value.shape)} {kind}{value.dtype} tensor on {value.device}"
     if isinstance(value, np.ndarray):
-        return f"{value.shape} {value.dtype} numpy array (ndarray)"
+        return f"ndarray of shape {value.shape} and type {value.dtype}"
     return " ".join(f"{type(value).__name__} {value!r}"[:160].split())[:80]
 
 
@@ -63,7 +63,8 @@ def need_dense(value: Any, name: str) -> Tensor:
     """A tensor with elements at strides: not sparse, not nested."""
     t = need_tensor(value, name)
     if t.layout != torch.strided or t.is_nested:
-        raise TypeError(f"{name}: got {describe(t)}, expected a strided (dense) tensor")
+        kind = "nested tensor" if t.is_nested else f"layout {t.layout}"
+        raise TypeError(f"{name}: got {kind}, expected a strided (dense) tensor")
     return t
 
 
@@ -164,7 +165,7 @@ def _parameter_shape(value: Tensor, name: str, x: Tensor) -> tuple[int, ...]:
     if fits(have, want) and len(have) > 1:
         return want[:1] if len(have) == len(want) and have == (want[0], *[1] * (len(want) - 1)) else want
     raise ValueError(
-        f"{name}: got shape {have}, expected a number, one per example ({want[0]},), or a shape that broadcasts to "
+        f"{name}: got shape {have}, expected a number, ({want[0]},) one per example, or a shape that broadcasts to "
         f"x's {want}, with as many dimensions as x or one example"
     )
 
@@ -236,7 +237,8 @@ def check_values_in_box(x: Tensor, name: str, lo: Any, hi: Any) -> None:
     outside = ~((x >= lo) & (x <= hi))  # holds NaN too
     if not bool(outside.any()):
         return
-    least, most = (t.item() for t in torch.aminmax(x))
+    # short where that says it all, with every digit else
+    least, most = (f"{v:g}" if float(f"{v:g}") == v else repr(v) for v in (t.item() for t in torch.aminmax(x)))
     count = int(outside.sum())
     if isinstance(lo, Tensor) or isinstance(hi, Tensor):
         box = "clip (tensors)"
@@ -245,7 +247,7 @@ def check_values_in_box(x: Tensor, name: str, lo: Any, hi: Any) -> None:
         box = f"clip = ({lo:g}, {hi:g})"
         mend = f"x.clamp({lo:g}, {hi:g})"
     raise ValueError(
-        f"{name}: got values from {least!r} to {most!r} ({count} of {x.numel()} outside), expected values in {box}; "
+        f"{name}: got values from {least} to {most}, expected values in {box} ({count} of {x.numel()} lie outside); "
         f"{mend} mends what rounding left outside; otherwise scale the images (and give normalize= for a model that "
         "wants other units), or pass clip=None"
     )
