@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -14,6 +15,11 @@ from torch import Tensor, nn
 INF = math.inf
 NORMS = (INF, 2, 1)
 RADIUS = {INF: 0.1, 2: 0.6, 1: 2.0}  # on 8x8 digits: hard enough to fool some and not all
+
+
+def label(v: object) -> str:
+    """The name of a parameter of a test, without the addresses of functions, which differ between processes."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(v))
 
 
 @functools.lru_cache(maxsize=1)

@@ -53,12 +53,12 @@ RUNS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("run", RUNS, ids=str)
+@pytest.mark.parametrize("run", RUNS, ids=h.label)
 def test_an_attack_that_works_says_nothing(run: dict[str, Any]) -> None:
     assert _warned(h.small_model(), **run) == []
 
 
-@pytest.mark.parametrize("run", RUNS, ids=str)
+@pytest.mark.parametrize("run", RUNS, ids=h.label)
 def test_a_zero_gradient(run: dict[str, Any]) -> None:
     model = h.small_model()
     if run.get("early_stop"):
@@ -154,7 +154,7 @@ DRAWS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("draw", list(DRAWS))
-@pytest.mark.parametrize("run", [{}, {"random_start": False, "keep": "best"}, {"loss": "kl"}], ids=str)
+@pytest.mark.parametrize("run", [{}, {"random_start": False, "keep": "best"}, {"loss": "kl"}], ids=h.label)
 def test_a_randomised_model(draw: str, run: dict[str, Any]) -> None:
     model = _Noisy(DRAWS[draw]).eval()
     for _ in range(2):
@@ -255,7 +255,7 @@ class _Writes(nn.Module):
         {"loss": "kl"},
         {"normalize": (0.5, 0.25)},
     ],
-    ids=str,
+    ids=h.label,
 )
 @pytest.mark.parametrize("norm", [h.INF, 2])
 def test_models_that_write_into_their_input(how: str, run: dict[str, Any], norm: float) -> None:

@@ -109,7 +109,7 @@ def test_the_loss_alone_is_enough(task: str, attack: str) -> None:
 
 
 @each_task
-@pytest.mark.parametrize("run", [{}, {"early_stop": True}, {"keep": "best"}, {"restarts": 3}], ids=str)
+@pytest.mark.parametrize("run", [{}, {"early_stop": True}, {"keep": "best"}, {"restarts": 3}], ids=h.label)
 @pytest.mark.parametrize("check", [True, False])
 def test_fooled_is_what_it_says(task: str, run: dict[str, Any], check: bool) -> None:
     model, y, loss, fooled = TASKS[task]
@@ -128,7 +128,7 @@ def test_fooled_is_what_it_says(task: str, run: dict[str, Any], check: bool) -> 
         assert reach is None or torch.equal(reach.fooled, ~_truth(task, reach.adv))
 
 
-@pytest.mark.parametrize("run", [{"early_stop": True}, {"return_details": True}], ids=str)
+@pytest.mark.parametrize("run", [{"early_stop": True}, {"return_details": True}], ids=h.label)
 @pytest.mark.parametrize("task", ["many labels, float", "regression", "segmentation", "soft labels"])
 def test_what_has_no_plain_meaning_is_asked_for(task: str, run: dict[str, Any]) -> None:
     model, y, loss, _ = TASKS[task]
@@ -183,7 +183,7 @@ def test_losses_may_write_into_what_they_get() -> None:
         ({"output": 1.5}, "output: got float 1.5"),
         ({"output": "scores"}, "output: got 'scores', but the model returned"),
     ],
-    ids=str,
+    ids=h.label,
 )
 def test_refused(options: dict[str, Any], message: str) -> None:
     x, y = h.small_batch()
@@ -244,7 +244,7 @@ def _made_under_inference_mode() -> nn.Module:
         return _net(5)
 
 
-@pytest.mark.parametrize("loss", ["ce", "kl", lambda z, t: F.cross_entropy(z, t, reduction="none")], ids=str)
+@pytest.mark.parametrize("loss", ["ce", "kl", lambda z, t: F.cross_entropy(z, t, reduction="none")], ids=h.label)
 @pytest.mark.parametrize(
     "model",
     [
