@@ -30,6 +30,10 @@ class UnreadableModelError(ValueError):
     """A model that computes in a way that no record of one call can stand for."""
 
 
+class ModelMismatchError(ValueError):
+    """What was read of a model does not compute what the model does: no result of it is returned."""
+
+
 class Place(NamedTuple):
     """Where in its storage a tensor lies, in elements; strides of dimensions of size 1 count as 0."""
 
@@ -150,6 +154,10 @@ def inside(v: Any) -> Iterator[Any]:
 
 
 class Recorder(TorchDispatchMode):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # skipping imports the whole compiler, seconds of it, at the first operation
+
     def __init__(self, model: Any, named: bool):
         super().__init__()
         self.steps: list[Step] = []
@@ -293,6 +301,8 @@ class Recorder(TorchDispatchMode):
         if old is None:  # a tensor of the call itself, constant up to here
             whole = target.untyped_storage().nbytes() // target.element_size()
             before = torch.as_strided(target.detach(), (whole,), (1,), 0).clone()
+            was = target.detach().clone()
+            marked = replaced(marked, lambda m: Constant(was, None) if isinstance(m, Constant) and m.tensor is target else m)  # fmt: skip
         out = func(*args, **kwargs)
         name = schema.name.removeprefix("aten::")
         v = self.value(target)
@@ -414,6 +424,13 @@ def _eager() -> Any:
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
 
 
+@contextlib.contextmanager
+def without_recording(x: Tensor) -> Iterator[None]:
+    """The model runs as in a record: outside inference mode and autocast, nothing compiled."""
+    with torch.inference_mode(False), torch.autocast(x.device.type, enabled=False), _eager():
+        yield
+
+
 def record(model: Any, x: Tensor, *, named: bool = False) -> Recording:
     """Calls ``model(x)`` on a copy of x (a batch as the model takes it) and returns what happened. No statistics, random state or
     parameter moves: what would move them raises. ``named``: steps know the module and the line they come from.
@@ -422,7 +439,7 @@ def record(model: Any, x: Tensor, *, named: bool = False) -> Recording:
     numbers, layers in training mode, writes into tensors that outlive the call.
     """
     x = x.detach()
-    with torch.inference_mode(False), torch.autocast(x.device.type, enabled=False), _eager():
+    with without_recording(x):
         x = x.clone(memory_format=torch.preserve_format)
         recorder = Recorder(model, named)
         source = recorder.start(x)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .. import _record
 from ..ops import binary as ops
 from ..ops import masks
 from ..ops._feature_maps import LINEAR_GEOMETRY, ConvGeometry, pair
@@ -174,6 +175,14 @@ class MaskedLayer(nn.Module):
             return None
         return torch.full((self.scores.shape[0],), magnitude, device=self.scores.device)
 
+    def _apply_weight(self, x: Tensor) -> Tensor:
+        """The convolution of maps x (N, C, H, W) with the masked weight, and the bias."""
+        recorder = _record.current()
+        if recorder is not None:  # one step for whoever records the model
+            return recorder.leaf(self, x, self._apply_weight)
+        found: Tensor = _MaskedConv.apply(x, self.scores, self.bias, self)
+        return found
+
     def unmasked_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.signs.to(dtype) * self.magnitude.to(dtype)
 
@@ -242,7 +251,7 @@ class BinaryMaskedConv2d(MaskedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         ops.check_conv(x, tuple(self.scores.shape), self._geometry)
-        return _MaskedConv.apply(x, self.scores, self.bias, self)
+        return self._apply_weight(x)
 
     def extra_repr(self) -> str:
         g = self._geometry
@@ -278,8 +287,7 @@ class BinaryMaskedLinear(MaskedLayer):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() < 1 or x.shape[-1] != self.in_features:
             raise ValueError(f"x: expected (..., {self.in_features}), got {tuple(x.shape)}")
-        flat = x.reshape(-1, self.in_features, 1, 1)
-        out = _MaskedConv.apply(flat, self.scores, self.bias, self)
+        out = self._apply_weight(x.reshape(-1, self.in_features, 1, 1))
         return out.reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
