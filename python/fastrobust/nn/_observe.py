@@ -11,7 +11,6 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from .._record import Constant, Read, Recorder, UnreadableModelError, Value, unwrapped, without_recording
 from ._program import Cut, Steps
 from ._proof import wave
-from ._snapshot import Snapshot
 
 _PLAIN = (int, float, bool, str, bytes, complex, type(None), torch.Size, torch.dtype, torch.device)
 
@@ -64,18 +63,25 @@ class _Recorder(Recorder):
         return found
 
 
-def observe(snapshot: Snapshot, call: Call, tensors: list[Tensor]) -> Steps:
+def observe(snapshot: Any, call: Call, tensors: list[Tensor]) -> Steps:
     """The steps of the model on tensors in place of the call's; other numbers than theirs, so that what forward computes
     outside of torch does not pass for a constant of the model."""
-    with without_recording(tensors[0]), torch.enable_grad():
+    try:
+        return _observed(snapshot, call, tensors, True)
+    except RuntimeError:  # some of what forward does cannot be differentiated (out=)
+        return _observed(snapshot, call, tensors, False)
+
+
+def _observed(snapshot: Any, call: Call, tensors: list[Tensor], grad: bool) -> Steps:
+    with without_recording(tensors[0]), torch.set_grad_enabled(grad):
         given = []
         for t in tensors:
             t = t.detach().clone(memory_format=torch.preserve_format)
             if t.is_floating_point():
                 size = 0.1 * t.abs().amax().nan_to_num(1.0, 1.0, 1.0) + 1e-3 if t.numel() else 0.0
-                t = (t + size * wave(t)).requires_grad_().clone(memory_format=torch.preserve_format)
+                t = (t + size * wave(t)).requires_grad_(grad).clone(memory_format=torch.preserve_format)
             given.append(t)
-        recorder = _Recorder(unwrapped(snapshot.model), False)
+        recorder = (_Recorder if grad else Recorder)(unwrapped(snapshot.model), False)
         inputs: list[Value] = [recorder.start(t) for t in given]
         args, kwargs = call.arguments(given)
         with recorder:

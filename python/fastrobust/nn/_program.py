@@ -484,6 +484,14 @@ def _single(function: Callable[..., Any], args: Sequence[Any], slot: int, kwargs
     return run
 
 
+# In-place operations whose functional forms torch does not differentiate: what they leave depends on the last argument.
+_FILLS: dict[str, Callable[..., Tensor]] = {
+    "copy": lambda target, source, *_: source.to(target.device),
+    "fill": lambda target, value: value if isinstance(value, Tensor) else torch.full_like(target, value),
+    "zero": torch.zeros_like,
+}
+
+
 def functional(step: Step) -> Callable[..., Any]:
     """The operation of a step, writing into nothing."""
     func, schema, value = step.func, step.func._schema, step.results[0]
@@ -502,6 +510,8 @@ def functional(step: Step) -> Callable[..., Any]:
 
         return run
 
+    if step.name in _FILLS and space == "aten":
+        return cast(_FILLS[step.name])
     for overload in packet.overloads() if packet is not None else ():
         other = getattr(packet, overload)
         same = [a.name for a in other._schema.arguments] == names

@@ -107,10 +107,13 @@ class GradientProof:
             if w:
                 t.register_hook(self._taker(self.found, i, self._check))
 
-    def watch(self, outs: list[Any]) -> None:
-        for i, leaf in enumerate(outs):
+    def watch(self, outs: list[Any]) -> list[Any]:
+        """The outputs to hand out: tensors of their own, whose gradients are those of the outputs alone."""
+        given = [t.view_as(t) if isinstance(t, Tensor) and t.requires_grad else t for t in outs]
+        for i, leaf in enumerate(given):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
                 leaf.register_hook(self._taker(self.grads, i, None))
+        return given
 
     @staticmethod
     def _taker(into: dict[int, Tensor], i: int, then: Callable[[], None] | None) -> Callable[[Tensor], None]:
@@ -173,6 +176,8 @@ def _miss(found: Tensor, want: Tensor) -> Tensor:
     f, w = (t.detach().double().reshape(t.shape[0] if t.dim() else 1, -1) for t in (found, want))
     if f.shape != w.shape:
         return torch.ones(1, dtype=torch.float64)
+    if not w.numel():
+        return w.new_zeros(1)
     error, size = (f - w).norm(dim=1), w.norm(dim=1)
     near = (error <= GRADIENT * size + 1e-12 * size.nan_to_num().amax()) | ~torch.isfinite(size)
     return torch.where(near, 0.0, (error / size.clamp_min(1e-300)).nan_to_num(nan=float("inf")))

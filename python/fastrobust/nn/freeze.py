@@ -116,7 +116,8 @@ class FrozenModel(nn.Module):
         snapshot, tensors, every = self._state.snapshot, call.tensors, self.check == "all"
 
         def itself(given: Any) -> Any:
-            return snapshot.plainly(*call.arguments(list(given)), tensors[0])
+            # Models may write into their input.
+            return snapshot.plainly(*call.arguments([t.clone() for t in given]), tensors[0])
 
         gradient: _proof.GradientProof | None = None
         wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors) and tensors[0].shape[:1] != (0,)
@@ -133,7 +134,7 @@ class FrozenModel(nn.Module):
         elif not program.proven:
             program.proven = _proof.outputs(itself, call.tensors, leaves, every)
         if gradient is not None:
-            gradient.watch(leaves)
+            leaves = gradient.watch(leaves)
         return assembled(leaves, program.work.spec)
 
     # ---- words ----
