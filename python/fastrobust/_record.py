@@ -233,6 +233,9 @@ class Recorder(TorchDispatchMode):
             raise UnreadableModelError(f"model: forward branches on values of its input ({schema.name.removeprefix('aten::')}{self.at()}); what it does at other points of the input set would not be seen")  # fmt: skip
         if schema.is_mutable:
             return self._write(func, args, kwargs, tracked)
+        if schema.name in ("aten::lift_fresh", "aten::lift") and not tracked:  # torch.tensor(numbers) in forward
+            self.fresh.update(_storage(t) for t in given)
+            self.kept += given
         marked = (replaced(args, self.marker), replaced(kwargs, self.marker)) if tracked else None
         out = func(*args, **kwargs)
         outs = list(inside(out))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -63,16 +64,21 @@ class _Recorder(Recorder):
         return found
 
 
-def observe(snapshot: Any, call: Call, tensors: list[Tensor]) -> Steps:
+def observe(
+    snapshot: Any, call: Call, tensors: list[Tensor], sizes: AbstractContextManager[Any] | None = None
+) -> Steps:
     """The steps of the model on tensors in place of the call's; other numbers than theirs, so that what forward computes
-    outside of torch does not pass for a constant of the model."""
+    outside of torch does not pass for a constant of the model. ``sizes``: entered while forward runs."""
+    sizes = nullcontext() if sizes is None else sizes
     try:
-        return _observed(snapshot, call, tensors, True)
+        return _observed(snapshot, call, tensors, sizes, True)
     except RuntimeError:  # some of what forward does cannot be differentiated (out=)
-        return _observed(snapshot, call, tensors, False)
+        return _observed(snapshot, call, tensors, sizes, False)
 
 
-def _observed(snapshot: Any, call: Call, tensors: list[Tensor], grad: bool) -> Steps:
+def _observed(
+    snapshot: Any, call: Call, tensors: list[Tensor], sizes: AbstractContextManager[Any], grad: bool
+) -> Steps:
     with without_recording(tensors[0]), torch.set_grad_enabled(grad):
         given = []
         for t in tensors:
@@ -84,7 +90,7 @@ def _observed(snapshot: Any, call: Call, tensors: list[Tensor], grad: bool) -> S
         recorder = (_Recorder if grad else Recorder)(unwrapped(snapshot.model), False)
         inputs: list[Value] = [recorder.start(t) for t in given]
         args, kwargs = call.arguments(given)
-        with recorder:
+        with recorder, sizes:
             result = snapshot.call(args, kwargs)
         leaves, spec = tree_flatten(result)
         output = [recorder.marker(v) if isinstance(v, Tensor) else _plain(v) for v in leaves]

@@ -14,8 +14,9 @@ from .._record import unwrapped
 from ..ops import _conv_cost as cost
 from ..ops import binary as ops
 from . import _proof
+from ._batches import SIZES, Family, batch_of, kind_of
 from ._observe import Call, assembled, observe
-from ._program import Pool, Program
+from ._program import Pool, Program, Steps
 from ._region import Region
 from ._snapshot import Snapshot
 from .masked import update_masks
@@ -34,8 +35,11 @@ _autocast = torch._C._is_any_autocast_enabled
 class _State:
     """The model as it was at one update, and the programs made of it."""
 
-    def __init__(self, source: nn.Module) -> None:
+    def __init__(self, source: nn.Module, before: dict[Any, Family | None]) -> None:
         self.snapshot = Snapshot(source)
+        self.families: dict[Any, Family | None] = {}
+        self.before = before  # those of the last state
+        self.seen: dict[Any, int] = {}
         self.pool = Pool(self.snapshot.layers, self.snapshot.owned)
         self.programs: collections.OrderedDict[Any, Program] = collections.OrderedDict()
         self.lock = threading.RLock()
@@ -44,11 +48,30 @@ class _State:
         with self.lock:
             program = self.programs.get(key)
             if program is None:
-                program = Program(observe(self.snapshot, call, call.tensors), self.pool)
+                program = Program(self._steps(key, call), self.pool)
                 self.programs[key] = program
                 while len(self.programs) > REMEMBERED:
                     self.programs.popitem(last=False)
             return program
+
+
+    def _steps(self, key: Any, call: Call) -> Steps:
+        """From records of small batches where they tell what happens, else from one of this call."""
+        n, kind = batch_of(call), kind_of(call, key)
+        often = n > SIZES[0] or self.seen.setdefault(kind, n) != n or kind in self.before
+        if n > 1 and kind not in self.families and often:
+            old = self.before.pop(kind, None)
+            self.families[kind] = None
+            for make in ([old.renewed] if old is not None else []) + [Family.of]:
+                try:
+                    self.families[kind] = make(self.snapshot, call)
+                    break
+                except Exception:  # whatever the model says to other batches
+                    continue
+        family = self.families.get(kind)
+        if family is not None and family.serves(n):
+            return family.at(n)
+        return observe(self.snapshot, call, call.tensors)
 
 
 class FrozenModel(nn.Module):
@@ -71,7 +94,8 @@ class FrozenModel(nn.Module):
         source = unwrapped(self.source)
         with torch.inference_mode(False):
             update_masks(source)
-            self._state = _State(source)
+            before = self._state.families if "_state" in self.__dict__ else {}
+            self._state = _State(source, dict(before))
 
     def __getstate__(self) -> dict[str, Any]:
         # Programs and memory belong to this process; copies and pickles make their own.
