@@ -111,10 +111,18 @@ class Pool:
 
     def __init__(self, layers: dict[int, Layer], owned: set[int]) -> None:
         self.layers = layers  # by the id of the module
+        self.kept: list[MaskedLayer] = []  # whose ids must not be another's
         self.owned = owned  # storages that nobody but the programs knows
         self.constants: dict[Any, Tensor] = {}
         self.regions: dict[Any, Region] = {}
         self.linears: dict[Any, FrozenLinear] = {}
+
+    def layer(self, module: MaskedLayer) -> Layer:
+        """The layer of a module; one that is none of the model's own, as inside another frozen model, as it is now."""
+        if id(module) not in self.layers:
+            self.layers[id(module)] = Layer.of(f"masked layer {len(self.layers)}", module)
+            self.kept.append(module)
+        return self.layers[id(module)]
 
     def constant(self, c: Constant) -> Tensor:
         """The tensor, such that nobody else can write into it, and the same one at every request."""
@@ -316,7 +324,7 @@ class Program:
         for i, step in enumerate(self.work.steps):
             if step.name != "leaf":
                 continue
-            layer, out = self.pool.layers[id(step.func)], step.results[0]
+            layer, out = self.pool.layer(step.func), step.results[0]
             assert out is not None
             if isinstance(step.func, BinaryMaskedConv2d) and out.dtype == torch.float32:
                 unit = _UnitSteps(layer, i, step)
@@ -431,7 +439,7 @@ class Program:
             return _single(put, (old if isinstance(old, Read) else self.pool.constant(old), new), out.index)
         args = replaced(step.args, lambda v: self.pool.constant(v) if isinstance(v, Constant) else v)
         kwargs = replaced(step.kwargs, lambda v: self.pool.constant(v) if isinstance(v, Constant) else v)
-        function = self.pool.layers[id(step.func)] if step.name == "leaf" else functional(step)
+        function = self.pool.layer(step.func) if step.name == "leaf" else functional(step)
         if len(step.results) == 1 and step.results[0] is not None and not any(_reads(kwargs)):
             return _single(function, args, step.results[0].index, kwargs)
         slots = [None if v is None else v.index for v in step.results]

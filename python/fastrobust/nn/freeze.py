@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_map
 
 from .._record import unwrapped
 from ..ops import _conv_cost as cost
@@ -114,10 +115,16 @@ class FrozenModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if _is_compiling() or _dispatch_modes() or _functorch_level() is not None or _watched():
+            if not _is_compiling() and _tracing() is not None:
+                raise RuntimeError("model: got a frozen model for torch.jit.trace, expected the model itself")
             return self._state.snapshot.call(args, kwargs)  # ordinary torch code for whoever looks on
         if _autocast():
+            args, kwargs = tree_map(_single_precision, (args, kwargs))
             with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-                return self.forward(*args, **kwargs)
+                return self._run(args, kwargs)
+        return self._run(args, kwargs)
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         state = self._state
         tensors: Any = args
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
@@ -133,11 +140,11 @@ class FrozenModel(nn.Module):
             program = state.program(key, Call(args, kwargs))
         if program.proven and (program.differentiated or not torch.is_grad_enabled()):
             return assembled(program.outputs(tensors), program.work.spec)
-        return self._proven(program, Call(args, kwargs))
+        return self._proven(state.snapshot, program, Call(args, kwargs))
 
-    def _proven(self, program: Program, call: Call) -> Any:
+    def _proven(self, snapshot: Snapshot, program: Program, call: Call) -> Any:
         """A first run: its outputs, and its gradient when it comes, are compared with the model's."""
-        snapshot, tensors, every = self._state.snapshot, call.tensors, self.check == "all"
+        tensors, every = call.tensors, self.check == "all"
 
         def itself(given: Any) -> Any:
             # Models may write into their input.
@@ -194,6 +201,11 @@ class FrozenModel(nn.Module):
                 f"{row['layer']:<24} {shape:>14} {100 * row['density']:6.2f} %  on {maps:>9}  {row['path']:<6}  {row['reason']}"
             )
         return "\n".join(lines)
+
+
+def _single_precision(v: Any) -> Any:
+    """What autocast made half of a float32 tensor."""
+    return v.float() if isinstance(v, Tensor) and v.dtype in (torch.float16, torch.bfloat16) else v
 
 
 def _watched() -> bool:
