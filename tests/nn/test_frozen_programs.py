@@ -6,13 +6,13 @@ import copy
 
 import pytest
 import torch
-from frozen_programs import Plan, network, plans
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import fastrobust as fr
+from frozen_programs import Plan, network, plans
 
 EXAMPLES = 10 * settings().max_examples
 

@@ -374,7 +374,7 @@ def _walked(how: Any, parts: list[Steps]) -> Steps:
             return {k: walk([o[k] for o in v]) for k in one}
         return how.module(v) if isinstance(one, nn.Module) else how.other(v)
 
-    inputs = [value(list(v)) for v in zip(*(p.inputs for p in parts), strict=True)]
+    inputs = [v for o in zip(*(p.inputs for p in parts), strict=True) if (v := value(list(o))) is not None]
     steps = []
     for step in zip(*(p.steps for p in parts), strict=True):
         one: Step = step[0]
@@ -389,4 +389,3 @@ def _walked(how: Any, parts: list[Steps]) -> Steps:
 
 def _grows(place: Place) -> bool:
     return any(isinstance(n, Line) for n in place.size)
-

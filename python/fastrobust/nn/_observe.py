@@ -28,7 +28,7 @@ class Call:
         """Equal for calls that one program serves."""
         if not any(t.dtype == torch.float32 for t in self.tensors):
             raise TypeError(f"x: expected a float32 tensor, got {', '.join(map(_described, self.leaves)) or 'nothing'}")
-        parts = []
+        parts: list[tuple[Any, ...]] = []
         for v in self.leaves:
             if isinstance(v, Tensor):
                 if v.is_floating_point() and v.dtype != torch.float32 or v.is_complex():

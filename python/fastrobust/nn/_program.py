@@ -93,9 +93,7 @@ class Norm:
         return (*(None if t is None else id(pool.constant(t)) for t in self.tensors), self.eps)
 
 
-def affine(
-    weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+def affine(weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Batch normalisation with these statistics as x alpha + beta."""
     alpha = torch.rsqrt(var + eps)
     if weight is not None:
@@ -248,9 +246,7 @@ class _UnitSteps:
             alpha, beta = self.norm.affine(pool)
             shift = beta if shift is None else shift * alpha + beta
             scale = alpha if scale is None else scale * alpha
-        return Unit(
-            self.layer.name, source, self.layer.packed, self.layer.geometry, scale, shift, residual, self.relu
-        )
+        return Unit(self.layer.name, source, self.layer.packed, self.layer.geometry, scale, shift, residual, self.relu)
 
 
 @dataclasses.dataclass(eq=False)
@@ -504,7 +500,7 @@ def functional(step: Step) -> Callable[..., Any]:
     """The operation of a step, writing into nothing."""
     func, schema, value = step.func, step.func._schema, step.results[0]
     if not schema.is_mutable:
-        return func  # type: ignore[no-any-return]
+        return func
     assert value is not None
     space, _, name = schema.name.partition("::")
     packet = getattr(getattr(torch.ops, space), name.removesuffix("_"), None)

@@ -8,7 +8,6 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .._record import current, without_recording
@@ -63,7 +62,9 @@ class Snapshot:
         if copied is not None:
             for m in copied.modules():
                 m.training = False
-            mine = [t for t in (*copied.parameters(), *copied.buffers()) if not isinstance(t, nn.UninitializedParameter)]
+            mine = [
+                t for t in (*copied.parameters(), *copied.buffers()) if not isinstance(t, nn.UninitializedParameter)
+            ]
             foreign = {_storage(t) for t in (*source.parameters(), *source.buffers())}
             for t in mine:
                 t.requires_grad_(False)

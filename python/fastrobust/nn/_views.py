@@ -65,7 +65,9 @@ def _order(place: Place) -> list[int]:
 def _run(t: Tensor, place: Place) -> Tensor:
     """The elements in the order of the recorded memory, as a contiguous row that starts its storage."""
     run = t.permute(_order(place)).reshape(-1)
-    return run if run.is_contiguous() and run.storage_offset() == 0 else run.clone(memory_format=torch.contiguous_format)
+    return (
+        run if run.is_contiguous() and run.storage_offset() == 0 else run.clone(memory_format=torch.contiguous_format)
+    )
 
 
 def _row_major(place: Place) -> bool:
@@ -108,9 +110,7 @@ def _sliced(whole: Place, part: Place) -> View | None:
         cut[e] = (start, end, jump)
     if rest:
         return None
-    at = tuple(
-        0 if e not in cut else cut[e][0] if cut[e][2] == 0 else slice(*cut[e]) for e in range(len(whole.size))
-    )
+    at = tuple(0 if e not in cut else cut[e][0] if cut[e][2] == 0 else slice(*cut[e]) for e in range(len(whole.size)))
     left = [taken[e] for e in range(len(whole.size)) if e in taken]
     permutation = sorted(range(len(left)), key=lambda i: left[i])
     ordered = permutation == list(range(len(left)))

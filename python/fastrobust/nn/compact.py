@@ -41,7 +41,7 @@ def compact(model: nn.Module, example: Tensor | None = None) -> nn.Module:
     source = unwrapped(model)
     small = copy.deepcopy(source).eval()
     links, x = _found(small, example)
-    while any([_cut(small, *link) for link in links]):
+    while any(_cut(small, *link) for link in links):
         pass
     with evaluating(source):
         _proof.outputs(lambda given: source(*given), [x], _proof.leaves(small(x)), True)

@@ -55,7 +55,6 @@ class _State:
                     self.programs.popitem(last=False)
             return program
 
-
     def _steps(self, key: Any, call: Call) -> Steps:
         """From records of small batches where they tell what happens, else from one of this call."""
         n, kind = batch_of(call), kind_of(call, key)
@@ -79,6 +78,7 @@ class FrozenModel(nn.Module):
     """See `freeze`. `update()` takes over the model's present scores, parameters, statistics and code paths."""
 
     source: nn.Module
+    _state: _State
 
     def __init__(self, model: nn.Module, check: str = "one") -> None:
         super().__init__()
