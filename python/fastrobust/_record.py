@@ -416,7 +416,7 @@ def unwrapped(model: Any) -> Any:
 
 def current() -> Recorder | None:
     """The recorder whose call this is, where there is one."""
-    if not torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():
         return None
     mode = _get_current_dispatch_mode()
     return mode if isinstance(mode, Recorder) else None

@@ -181,7 +181,8 @@ class _Sizes(TorchFunctionMode):
         return size
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         size = isinstance(out, torch.Size) or (type(out) is int and name in ("size", "numel", "nelement", "__len__"))
         if not size or not self._depends(args[0]):
@@ -191,7 +192,11 @@ class _Sizes(TorchFunctionMode):
         if name == "__len__":  # which Python makes an ordinary number of
             self.watch.lost = True
             return out
-        return self._count(out, 0)
+        t = args[0]
+        if name == "size":
+            return self._count(out, (args[1] if len(args) > 1 else kwargs["dim"]) % t.dim())
+        grown = any(type(self._count(n, d)) is _Count for d, n in enumerate(t.shape))
+        return _Count.of(Line(out // self.watch.n, 0), self.watch) if grown and out else out
 
     @staticmethod
     def _depends(t: Any) -> bool:

@@ -15,6 +15,10 @@ from .._record import ModelMismatchError
 ULPS = 4096
 # Relative to the norm of a gradient; more where a sum near zero lies on the other side of a kink.
 GRADIENT = 2e-3
+_GRADIENT = (
+    "model: its gradient with respect to the input is not that of what was frozen; custom autograd functions, hooks on "
+    "gradients and in-place changes under no_grad cannot be frozen: attack the model itself"
+)
 _WHY = "does forward leave torch, or has the model changed since freeze() or update()?"
 
 Call = Callable[[Sequence[Tensor]], Any]  # the model itself on other tensors
@@ -111,6 +115,13 @@ class GradientProof:
         for i, leaf in enumerate(given):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
                 leaf.register_hook(self._taker(self.grads, i, None))
+        if all(g is o for g, o in zip(given, outs, strict=True)):  # no gradient will come
+            ones = {
+                i: torch.ones_like(t) for i, t in enumerate(outs) if isinstance(t, Tensor) and t.is_floating_point()
+            }
+            if any(bool(g.any()) for g in self._gradient(self.tensors, ones).values()):
+                raise ModelMismatchError(_GRADIENT)
+            self.done()
         return given
 
     @staticmethod
@@ -136,10 +147,7 @@ class GradientProof:
             except Exception:
                 pass  # a model that takes no single example
         if not self._near(self.tensors, found, grads):
-            raise ModelMismatchError(
-                "model: its gradient with respect to the input is not that of what was frozen; custom autograd functions, "
-                "hooks on gradients and in-place changes under no_grad cannot be frozen: attack the model itself"
-            )
+            raise ModelMismatchError(_GRADIENT)
         self.done()
 
     def _near(self, tensors: Sequence[Tensor], found: dict[int, Tensor], grads: dict[int, Tensor]) -> bool:
