@@ -26,9 +26,9 @@ def looking(whole: Place, part: Place) -> View | None:
         if _row_major(whole) and _row_major(part) and part.numel == whole.numel and part.offset == whole.offset:
             size = part.size
             return lambda t: t.reshape(size)
-        size, stride, start, end = part.size, part.stride, part.offset - whole.offset, _end(part) - whole.offset
-        if part.numel == 0 or (start >= 0 and end <= whole.numel):
-            return lambda t: _run(t, whole).as_strided(size, stride, start)
+        split = _split(whole, part)
+        if split is not None:
+            return split
     index = _index(whole, part)
     return lambda t: t.reshape(-1)[index.to(t.device)]
 
@@ -75,10 +75,6 @@ def _row_major(place: Place) -> bool:
     return place.dense() and order == sorted(order)
 
 
-def _end(place: Place) -> int:
-    return place.offset + sum((n - 1) * s for n, s in zip(place.size, place.stride, strict=True)) + 1
-
-
 def _sliced(whole: Place, part: Place) -> View | None:
     """Slices of single dimensions, another order, added and repeated dimensions: what most views are."""
     if part.numel == 0 or whole.numel == 0:
@@ -112,21 +108,50 @@ def _sliced(whole: Place, part: Place) -> View | None:
         return None
     at = tuple(0 if e not in cut else cut[e][0] if cut[e][2] == 0 else slice(*cut[e]) for e in range(len(whole.size)))
     left = [taken[e] for e in range(len(whole.size)) if e in taken]
-    permutation = sorted(range(len(left)), key=lambda i: left[i])
-    ordered = permutation == list(range(len(left)))
     plain = all(isinstance(a, slice) and a == slice(0, n, 1) for a, n in zip(at, whole.size, strict=True))
-    fill = tuple(slice(None) if d in left else None for d in range(len(part.size)))
-    filled = None in fill
+    ones, arranged = _arranged(left, part)
+    shown = (None,) * ones + at
+    return arranged if plain and not ones else lambda t: arranged(t[shown])
+
+
+def _split(whole: Place, part: Place) -> View | None:
+    """Dimensions of one row of memory, split and merged: what reshapes of other orders are."""
+    if part.numel == 0 or whole.numel == 0:
+        return None
+    offset = part.offset - whole.offset
+    spans = {(s, s * n): d for d, (n, s) in enumerate(zip(part.size, part.stride, strict=True)) if n > 1 and s > 0}
+    marks = sorted({1, whole.numel, *(m for span in spans for m in span)}, reverse=True)
+    cuts = [(low, high) for high, low in zip(marks, marks[1:], strict=False)]
+    wanted = sum(n > 1 and s > 0 for n, s in zip(part.size, part.stride, strict=True))
+    if not 0 <= offset < whole.numel or marks[0] != whole.numel or len(spans) != wanted:
+        return None
+    if any(high % low for low, high in cuts) or any(span not in cuts for span in spans):
+        return None
+    starts = [offset // low % (high // low) for low, high in cuts]
+    if any(start for start, cut in zip(starts, cuts, strict=True) if cut in spans):
+        return None
+    lengths = [high // low for low, high in cuts]
+    at = tuple(slice(None) if cut in spans else start for start, cut in zip(starts, cuts, strict=True))
+    ones, arranged = _arranged([spans[cut] for cut in cuts if cut in spans], part)
+    lengths, at = [1] * ones + lengths, (slice(None),) * ones + at
+    return lambda t: arranged(_run(t, whole).view(lengths)[at])
+
+
+def _arranged(left: list[int], part: Place) -> tuple[int, View]:
+    """How many dimensions of size 1 to put in front of ``left``, dimensions of part, and from there to all in their order."""
+    # In front they get the strides of a batch; with others torch's batch normalisation has false gradients.
+    new = [d for d in range(len(part.size)) if d not in left]
+    have = new + left
+    permutation = sorted(range(len(have)), key=lambda i: have[i])
+    ordered = permutation == list(range(len(have)))
     wide = any(n > 1 and s == 0 for n, s in zip(part.size, part.stride, strict=True))
     size = part.size
 
     def look(t: Tensor) -> Tensor:
-        t = t if plain else t[at]
         t = t if ordered else t.permute(permutation)
-        t = t[fill] if filled else t
         return t.expand(size) if wide else t
 
-    return look
+    return len(new), look
 
 
 def _index(whole: Place, part: Place) -> Tensor:
