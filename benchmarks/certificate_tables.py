@@ -1,4 +1,5 @@
-"""Liu 2022, tables 3.6 to 3.9: printed figures beside ours, from the published checkpoints. Not a timing suite.
+"""Tables 3.6 to 3.9 of Liu, Towards Verifiable, Generalizable and Efficient Robust Deep Neural Networks
+(PhD thesis, EPFL, 2022): printed figures beside ours, from the published checkpoints. Not a timing suite.
 
     python -m benchmarks.certificate_tables --data FOLDER [--table 3.6|3.9] [--rows WORD ...] [--images N] [--out FILE.json]
 
@@ -30,6 +31,10 @@ from fastrobust.certify.checkpoints import load_model
 from .table_file import TableFile
 
 COLUMNS = ("CTE", "CRE Lin", "CRE IBP", "ACB Lin", "ACB IBP", "ACB PEC")
+MEANING = (
+    "CTE: clean test error, CRE: certified robust error (percent), ACB: average certified bound; by linear "
+    "bounds (Lin), intervals (IBP), polyhedral envelope certification (PEC)"
+)
 
 
 @dataclass(frozen=True)
@@ -116,10 +121,11 @@ def network(folder: Path, path: str, activation: str, shape: torch.Size) -> nn.M
     if not file.is_file():
         print(f"{path:<42} skipped: no {file.name}")
         return None
-    return load_model(str(file), activation, tuple(shape))
+    return load_model(file, layout="cnn" if "_cnn_" in path else "fc1", activation=activation, shape=tuple(shape))
 
 
 def one_shot(folder: Path, rows: list[OneShot], images: int | None, table: TableFile) -> None:
+    print(MEANING)
     print(f"{'tables 3.6 to 3.8':<42}" + "".join(f"{name:>9}" for name in COLUMNS) + f"{'images':>8}{'s':>7}")
     for row in rows:
         x, y = images_of(folder, row.data, count=images)
@@ -217,7 +223,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.data is None or not (Path(args.data) / "mnist.npz").is_file():
         parser.error("--data: expected the folder with mnist.npz (or set FASTROBUST_DATA)")
-    table = TableFile(args.out, "Liu 2022, tables 3.6 to 3.9, from the published checkpoints")
+    table = TableFile(
+        args.out,
+        "Liu 2022, tables 3.6 to 3.9, from the published checkpoints",
+    )
 
     def wanted(path: str) -> bool:
         return any(word in path for word in args.rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import random
 
 import pytest
 import torch
@@ -12,12 +13,33 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("default", max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("thorough", max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("sanitised", max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "default")
+settings.load_profile(PROFILE)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "run at most this many of the parameter sets of each test, drawn with a fixed seed"
+    parser.addoption("--at-most", type=int, metavar="N", help=text)
+
+
+def sample(items: list[pytest.Item], most: int) -> list[pytest.Item]:
+    """At most ``most`` items of each test function, always the same ones."""
+    of_test: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        of_test.setdefault(item.nodeid.split("[")[0], []).append(item)
+    drawn = {item for name, some in of_test.items() for item in random.Random(name).sample(some, min(most, len(some)))}
+    return [item for item in items if item in drawn]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     import fastrobust
 
+    kept = [item for item in items if PROFILE == "thorough" or "thorough" not in item.keywords]
+    if (most := config.getoption("--at-most")) is not None:
+        kept = sample(kept, most)
+    left_out = set(items) - set(kept)
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = kept
     no_gpu = not torch.cuda.is_available() or not fastrobust.build_info()["cuda_toolkit"]
     no_data = "FASTROBUST_DATA" not in os.environ
     for item in items:

@@ -1,14 +1,15 @@
 """What a model does with one input, as it runs: the one front end of all families that read models.
 
-``record`` calls the model on a real input below autograd, where every operation of torch passes, whoever calls it: flags, shapes,
-loops, hooks, patched forwards and values read from anywhere are what they are in that call. Views need no operations of their
-own: a tensor is a place (size, stride, offset) in a storage, and each write leaves a new ``Value`` there. So names that share
-memory see each other's in-place changes here as they do in torch.
+``record`` calls the model on a real input below autograd, where every operation of torch passes, whoever calls it:
+flags, shapes, loops, hooks, patched forwards and values read from anywhere are what they are in that call. Views need
+no operations of their own: a tensor is a place (size, stride, offset) in a storage, and each write leaves a new
+``Value`` there. So names that share memory see each other's in-place changes here as they do in torch.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import linecache
 import os
 import sys
@@ -21,9 +22,33 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
 
 _TORCH = os.path.dirname(torch.__file__)
-_ASKS = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::item", "aten::allclose")
-_RANDOM = torch.Tag.nondeterministic_seeded
-_DYNAMIC = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+_ASKS = ("_local_scalar_dense", "is_nonzero", "equal", "item", "allclose")
+_SHAPES = (
+    "new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided", "empty_like", "zeros_like", "ones_like",
+    "full_like",
+)  # fmt: skip
+_MOVES = ("set_", "resize_", "resize_as_")  # to other memory
+
+
+class _Kind(NamedTuple):
+    """What there is to know of an operation before it runs."""
+
+    name: str
+    writes: bool
+    view: bool
+    random: bool
+    asks: bool  # Python gets to know values
+    shapes: bool  # no value of its tensors matters
+
+
+@functools.cache
+def _kind(func: Any) -> _Kind:
+    name, tags, returns = func._schema.name.removeprefix("aten::"), func.tags, func._schema.returns
+    asks = name in _ASKS or torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags
+    # The noise of rrelu is nothing where it does not train.
+    writes = func._schema.is_mutable and name != "rrelu_with_noise"
+    view = not writes and bool(returns) and all(r.alias_info is not None for r in returns)
+    return _Kind(name, writes, view, torch.Tag.nondeterministic_seeded in tags, asks, name in _SHAPES)
 
 
 class UnreadableModelError(ValueError):
@@ -35,7 +60,7 @@ class ModelMismatchError(ValueError):
 
 
 class Place(NamedTuple):
-    """Where in its storage a tensor lies, in elements; strides of dimensions of size 1 count as 0."""
+    """Where in its storage a tensor lies, in elements."""
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -70,8 +95,7 @@ class Place(NamedTuple):
 
 
 def place_of(t: Tensor) -> Place:
-    size = tuple(t.shape)
-    return Place(size, tuple(0 if n == 1 else s for n, s in zip(size, t.stride(), strict=True)), t.storage_offset())
+    return Place(tuple(t.shape), t.stride(), int(t.storage_offset()))
 
 
 @dataclass(slots=True, eq=False)
@@ -95,8 +119,8 @@ class Read(NamedTuple):
 
 
 class Constant(NamedTuple):
-    """A tensor that does not depend on the input. ``base``: the tensor that existed before the call and that it is, or shows in
-    another order; None for one that the call computed, which belongs to this call alone."""
+    """A tensor that does not depend on the input. ``base``: the tensor that existed before the call and that it is, or
+    shows in another order; None for one that the call computed, which belongs to this call alone."""
 
     tensor: Tensor
     base: Tensor | None
@@ -104,8 +128,9 @@ class Constant(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Step:
-    """One operation. ``name``: of the schema without the underscore of in-place forms, or "overlay" (old, new): the elements of old,
-    with those at new's place taken from new. In-place operations are recorded as their functional forms."""
+    """One operation. ``name``: of the schema without the underscore of in-place forms, or "overlay" (old, new): the
+    elements of old, with those at new's place taken from new. In-place operations are recorded as their functional
+    forms."""
 
     name: str
     func: Any
@@ -153,10 +178,22 @@ def inside(v: Any) -> Iterator[Any]:
             yield from inside(i)
 
 
+def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
+    """Those in the arguments of an operation, which nests them in lists at most."""
+    found: list[Tensor] = []
+    for a in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(a, Tensor):
+            found.append(a)
+        elif isinstance(a, (list, tuple)):
+            found += [t for t in a if isinstance(t, Tensor)]
+    return found
+
+
 class Recorder(TorchDispatchMode):
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # skipping imports the whole compiler, seconds of it, at the first operation
+        """The compiler is told to stand aside where it is loaded (``_eager``); torch's own way would load it."""
+        return False
 
     def __init__(self, model: Any, named: bool):
         super().__init__()
@@ -189,18 +226,22 @@ class Recorder(TorchDispatchMode):
         return v
 
     def marker(self, t: Tensor) -> Read | Constant:
+        return self._told(t)[0]
+
+    def _told(self, t: Tensor) -> tuple[Read | Constant, Any]:
+        """What stands for t in a step, and in the key of the recording."""
         s = _storage(t)
         v = self.values.get(s)
-        place = place_of(t)
         if v is not None:
             if t.dtype != v.dtype:
                 raise UnreadableModelError(f"model: reads numbers of {v.dtype} as {t.dtype}{self.at()}")
-            return Read(v, place)
+            place = place_of(t)
+            return Read(v, place), (v.index, place)
         if s in self.fresh:
             self.kept.append(t)
-            return Constant(t, None)
-        base = self._base(t, s, place)
-        return Constant(t, base)
+            return Constant(t, None), s
+        place = place_of(t)
+        return Constant(t, self._base(t, s, place)), (s, place, t.requires_grad)
 
     def _base(self, t: Tensor, s: int, place: Place) -> Tensor | None:
         base = self.bases.get((s, place))
@@ -221,95 +262,131 @@ class Recorder(TorchDispatchMode):
     # -- operations ----------------------------------------------------------------------------------------------------
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        schema = func._schema
-        given = list(inside((args, kwargs)))
+        values, kind = self.values, _kind(func)
+        given = _tensors(args, kwargs)
         try:
-            tracked = any(_storage(t) in self.values for t in given)
+            storages = [t.untyped_storage()._cdata for t in given]
         except (RuntimeError, NotImplementedError):
-            raise UnreadableModelError(f"model: {schema.name} works on tensors without plain storage (sparse, quantised){self.at()}") from None  # fmt: skip
-        if func.tags and _RANDOM in func.tags and not _still(schema.name, args):
-            raise UnreadableModelError(f"model: {schema.name.removeprefix('aten::')} draws random numbers{self.at()}; is the model in training mode? call model.eval() first")  # fmt: skip
-        if tracked and (schema.name in _ASKS or any(t in func.tags for t in _DYNAMIC)):
-            raise UnreadableModelError(f"model: forward branches on values of its input ({schema.name.removeprefix('aten::')}{self.at()}); what it does at other points of the input set would not be seen")  # fmt: skip
-        if schema.is_mutable:
+            raise UnreadableModelError(
+                f"model: {kind.name} works on tensors without plain storage (sparse, quantised){self.at()}"
+            ) from None
+        tracked = False
+        if not kind.shapes:
+            for s in storages:
+                if s in values:
+                    tracked = True
+                    break
+        if kind.random and not _still(kind.name, args):
+            raise UnreadableModelError(
+                f"model: {kind.name} draws random numbers{self.at()}; is the model in training mode? call model.eval() "
+                "first"
+            )
+        # At constant places an index is as long as those say.
+        if tracked and kind.asks and not (kind.name == "index" and not any(s in values for s in storages[1:])):
+            raise UnreadableModelError(
+                f"model: forward branches on values of its input ({kind.name}{self.at()}); what it does at other points "
+                "of the input set would not be seen"
+            )
+        if kind.writes:
             return self._write(func, args, kwargs, tracked)
-        if schema.name in ("aten::lift_fresh", "aten::lift") and not tracked:  # torch.tensor(numbers) in forward
-            self.fresh.update(_storage(t) for t in given)
-            self.kept += given
-        marked = (replaced(args, self.marker), replaced(kwargs, self.marker)) if tracked else None
-        out = func(*args, **kwargs)
-        outs = list(inside(out))
-        if marked is None:
-            for t in outs:
-                s = _storage(t)
-                if any(s == _storage(g) for g in given) and s not in self.fresh:
-                    for g in given:  # a view of a tensor from before the call
-                        if _storage(g) == s and (s, place_of(g)) not in self.derived:
-                            self._base(g, s, place_of(g))
-                    self.derived.add((s, place_of(t)))
-                else:
-                    self.fresh.add(s)
-                    self.kept.append(t)
+        if not tracked:
+            out = func(*args, **kwargs)
+            self._constants(out, given, storages)
             return out
+        if kind.view:  # its place says all
+            return func(*args, **kwargs)
+        key: list[Any] = [func]
+        marked = [self._marked(v, key) for v in args], {k: self._marked(v, key) for k, v in kwargs.items()}
+        out = func(*args, **kwargs)
         results: list[Value | None] = []
         new = False
-        for t in outs:
-            s = _storage(t)
-            if s in self.values:  # a view: its place says all
+        for t in (out,) if isinstance(out, Tensor) else inside(out):
+            if _storage(t) in values:  # a view that does not call itself one
                 results.append(None)
-                continue
-            new = True
-            results.append(self.start(t))
+            else:
+                new = True
+                results.append(self.start(t))
         if new:
-            self._add(schema.name, func, marked[0], marked[1], results)
+            self._add(kind.name, func, *marked, results, key)
         return out
 
-    def _add(self, name: str, func: Any, args: Any, kwargs: Any, results: list[Value | None]) -> Step:
-        name = name.removeprefix("aten::")
-        step = Step(name, func, args, kwargs, results)
+    def _constants(self, out: Any, given: list[Tensor], storages: list[int]) -> None:
+        """Results that do not depend on the input: new tensors of the call, or views of what was there before."""
+        for t in (out,) if isinstance(out, Tensor) else inside(out):
+            s = _storage(t)
+            if s in self.fresh:
+                continue
+            if s not in storages:
+                self.fresh.add(s)
+                self.kept.append(t)
+                continue
+            for g, own in zip(given, storages, strict=True):
+                if own == s:
+                    self._base(g, s, place_of(g))
+            self.derived.add((s, place_of(t)))
+
+    def _marked(self, v: Any, key: list[Any]) -> Any:
+        """``v`` with Read and Constant in place of tensors; ``key`` is told of everything in it."""
+        if isinstance(v, Tensor):
+            m, told = self._told(v)
+            key.append(told)
+            return m
+        if isinstance(v, (list, tuple)):
+            key.append(len(v))
+            return [self._marked(i, key) for i in v]
+        key.append(v)
+        return v
+
+    def _add(self, name: str, func: Any, args: Any, kwargs: Any, results: list[Value | None], key: list[Any]) -> None:
+        step = Step(name, func, tuple(args), kwargs, results)
         if self.names is not None:
             step.where, step.line, step.module = self._frame(name)
         self.steps.append(step)
-        for c in inside((args, kwargs)):
-            if isinstance(c, Constant):
-                self.held.append(c.tensor)
-                if c.base is None:
-                    self.computed = True
-                    self.read.setdefault(_storage(c.tensor), []).append(step)
-        self.key.append((func, _key(args), _key(kwargs)))
-        return step
+        self.key.append(tuple(key))
+        for c in (*step.args, *kwargs.values()):
+            for i in c if isinstance(c, list) else (c,):
+                if isinstance(i, Constant):
+                    self.held.append(i.tensor)
+                    if i.base is None:
+                        self.computed = True
+                        self.read.setdefault(_storage(i.tensor), []).append(step)
 
     def _write(self, func: Any, args: Any, kwargs: Any, tracked: bool) -> Any:
-        schema = func._schema
+        schema, name = func._schema, _kind(func).name
         targets: list[Tensor] = []
         for i, a in enumerate(schema.arguments):
             if a.alias_info is not None and a.alias_info.is_write:
-                t = args[i] if i < len(args) else kwargs.get(a.name)
-                targets += [t] if isinstance(t, Tensor) else list(inside(t))
+                targets += _tensors((args[i] if i < len(args) else kwargs.get(a.name),), None)
         for t in targets:
             s = _storage(t)
             if s not in self.values and s not in self.fresh:
-                raise UnreadableModelError(f"model: forward writes into a tensor that it keeps ({schema.name.removeprefix('aten::')}{self.at()}), as layers in training mode do; call model.eval() first, or compute it anew")  # fmt: skip
+                raise UnreadableModelError(
+                    f"model: forward writes into a tensor that it keeps ({name}{self.at()}), as layers in training "
+                    f"mode do; "
+                    "call model.eval() first, or compute it anew"
+                )
+        if name not in _MOVES and (name == "detach_" or torch.Tag.inplace_view in func.tags):
+            return func(*args, **kwargs)  # another shape of the same numbers
         if not tracked:
             self._spare(targets)
             return func(*args, **kwargs)
-        if len(targets) != 1 or schema.name.removeprefix("aten::") in ("set_", "resize_", "resize_as_"):
-            raise UnreadableModelError(f"model: {schema.name.removeprefix('aten::')} cannot be followed{self.at()}")
+        if len(targets) != 1 or name in _MOVES:
+            raise UnreadableModelError(f"model: {name} cannot be followed{self.at()}")
         target = targets[0]
         s = _storage(target)
-        marked = (replaced(args, self.marker), {k: replaced(v, self.marker) for k, v in kwargs.items() if k != "out"})
+        key: list[Any] = [func]
+        given = {k: v for k, v in kwargs.items() if k != "out"}
+        marked = [self._marked(v, key) for v in args], {k: self._marked(v, key) for k, v in given.items()}
         old = self.values.get(s)
         self._spare(targets)
         before = None
         if old is None:  # a tensor of the call itself, constant up to here
             whole = target.untyped_storage().nbytes() // target.element_size()
             before = torch.as_strided(target.detach(), (whole,), (1,), 0).clone()
-            was = target.detach().clone()
-            marked = replaced(marked, lambda m: Constant(was, None) if isinstance(m, Constant) and m.tensor is target else m)  # fmt: skip
+            marked = replaced(marked[0], self._copied(s)), replaced(marked[1], self._copied(s))
         out = func(*args, **kwargs)
-        name = schema.name.removeprefix("aten::")
         v = self.value(target)
-        self._add(name[:-1] if name.endswith("_") else name, func, marked[0], marked[1], [v])
+        self._add(name[:-1] if name.endswith("_") else name, func, *marked, [v], key)
         known = old.place if old is not None else Place((before.numel(),), (1,), 0)  # type: ignore[union-attr]
         if v.place.numel == known.numel and v.place.dense() and known.dense() and v.place.offset == known.offset:
             self.values[s] = v
@@ -317,31 +394,32 @@ class Recorder(TorchDispatchMode):
             w = self.values[s] = Value(self.count, known, target.dtype)
             self.count += 1
             first: Any = Read(old, known) if old is not None else Constant(before, None)  # type: ignore[arg-type]
-            self._add("overlay", "overlay", (first, Read(v, v.place), known), {}, [w])
+            self._add("overlay", "overlay", (first, Read(v, v.place), known), {}, [w], ["overlay", v.place, known])
         self.kept.append(target)
         return out
 
     def _spare(self, targets: list[Tensor]) -> None:
         """Constants that a step has read keep the numbers that it read."""
         for s in {_storage(t) for t in targets}:
-
-            def keep(c: Any, s: int = s) -> Any:
-                return Constant(c.tensor.clone(), None) if isinstance(c, Constant) and _storage(c.tensor) == s else c
-
             for step in self.read.pop(s, ()):
-                step.args, step.kwargs = replaced(step.args, keep), replaced(step.kwargs, keep)
+                step.args, step.kwargs = replaced(step.args, self._copied(s)), replaced(step.kwargs, self._copied(s))
+
+    @staticmethod
+    def _copied(s: int) -> Any:
+        """Of what was read of the storage s, which is about to be written."""
+        return lambda c: Constant(c.tensor.clone(), None) if isinstance(c, Constant) and _storage(c.tensor) == s else c
 
     # -- modules that stay whole ---------------------------------------------------------------------------------------
     def leaf(self, module: nn.Module, x: Tensor, run: Any) -> Tensor:
         """One step for a whole module: ``run(x)`` is not looked into."""
-        marked = self.marker(x)
+        marked, told = self._told(x)
         with _disable_current_modes():
             out: Tensor = run(x)
         if isinstance(marked, Constant):
             self.fresh.add(_storage(out))
             self.kept.append(out)
             return out
-        self._add("leaf", module, (marked,), {}, [self.start(out)])
+        self._add("leaf", module, (marked,), {}, [self.start(out)], [module, told])
         return out
 
     # -- words ---------------------------------------------------------------------------------------------------------
@@ -380,27 +458,15 @@ class Recorder(TorchDispatchMode):
 
 def _still(name: str, args: Any) -> bool:
     """Operations that draw numbers only when they train, and do not train."""
-    if name in ("aten::rrelu_with_noise", "aten::rrelu_with_noise_"):
+    if name in ("rrelu_with_noise", "rrelu_with_noise_"):
         return len(args) < 5 or not args[4]
-    if name == "aten::native_dropout":
+    if name == "native_dropout":
         return len(args) > 2 and args[2] is False
     return False
 
 
 def _storage(t: Tensor) -> int:
     return t.untyped_storage()._cdata
-
-
-def _key(v: Any) -> Any:
-    if isinstance(v, Read):
-        return (v.value.index, v.place)
-    if isinstance(v, Constant):
-        return (_storage(v.tensor), place_of(v.tensor), v.tensor.requires_grad)
-    if isinstance(v, (list, tuple)):
-        return tuple(map(_key, v))
-    if isinstance(v, dict):
-        return tuple((k, _key(i)) for k, i in v.items())
-    return v
 
 
 def unwrapped(model: Any) -> Any:
@@ -422,24 +488,31 @@ def current() -> Recorder | None:
     return mode if isinstance(mode, Recorder) else None
 
 
-def _eager() -> Any:
-    """Compiled parts run as they are written, where anything can have been compiled."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def without_recording(x: Tensor) -> Iterator[None]:
-    """The model runs as in a record: outside inference mode and autocast, nothing compiled."""
-    with torch.inference_mode(False), torch.autocast(x.device.type, enabled=False), _eager():
-        yield
+def without_recording(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """The model runs as in a record: outside inference mode (which has operations of its own) and autocast, nothing
+    compiled."""
+    inference, autocast = torch.is_inference_mode_enabled(), torch.is_autocast_enabled(x.device.type)
+    compiled = "torch._dynamo" in sys.modules
+    if not (inference or autocast or compiled):
+        return contextlib.nullcontext()
+    stack = contextlib.ExitStack()
+    if inference:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())  # leaving inference mode turns recording on
+    if autocast:
+        stack.enter_context(torch.autocast(x.device.type, enabled=False))
+    if compiled:  # compiled parts run as they are written
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+    return stack
 
 
 def record(model: Any, x: Tensor, *, named: bool = False) -> Recording:
-    """Calls ``model(x)`` on a copy of x (a batch as the model takes it) and returns what happened. No statistics, random state or
-    parameter moves: what would move them raises. ``named``: steps know the module and the line they come from.
+    """Calls ``model(x)`` on a copy of x (a batch as the model takes it) and returns what happened. No statistics,
+    random state or parameter moves: what would move them raises. ``named``: steps know the module and the line they
+    come from.
 
-    Raises UnreadableModelError, which names the line, where one call cannot stand for all others: branches on values, random
-    numbers, layers in training mode, writes into tensors that outlive the call.
+    Raises UnreadableModelError, which names the line, where one call cannot stand for all others: branches on values,
+    random numbers, layers in training mode, writes into tensors that outlive the call.
     """
     x = x.detach()
     with without_recording(x):
@@ -448,6 +521,7 @@ def record(model: Any, x: Tensor, *, named: bool = False) -> Recording:
         source = recorder.start(x)
         with recorder:
             result = unwrapped(model)(x)
-        output = replaced(result, recorder.marker) if not isinstance(result, Tensor) else recorder.marker(result)
-    key = (*recorder.key, _key(output))
+        told: list[Any] = []
+        output = recorder._marked(result, told) if not isinstance(result, dict) else replaced(result, recorder.marker)
+    key = (*recorder.key, *told)
     return Recording(recorder.steps, source, output, result, recorder.computed, key, recorder.held)

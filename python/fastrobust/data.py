@@ -34,17 +34,23 @@ class MissingDependency(ImportError):
 
 
 def load(
-    source: str | Path, split: str = "test", *, folder: str | Path | None = None, limit: int | None = None
+    source: str | Path,
+    split: str = "test",
+    *,
+    folder: str | Path | None = None,
+    limit: int | None = None,
+    first: int = 0,
 ) -> Images:
     """Load a data set by name, or from an npz file.
 
     Args:
-        source: "digits", "mnist", "cifar10", or the path of an npz with either ``images`` and ``labels`` or the four
-            arrays ``train_images``, ``train_labels``, ``test_images``, ``test_labels``. Images are uint8 (divided by
-            255) or floating point in [0, 1], of shape (N, C, H, W), (N, H, W) or (N, F).
-        split: "test" or "train"; a file with ``images`` and ``labels`` has no splits and gives all it holds.
+        source: "digits", "mnist", "cifar10", or the path of an npz with either ``images`` and ``labels`` (or ``x`` and
+            ``y``) or the four arrays ``train_images``, ``train_labels``, ``test_images``, ``test_labels``. Images are
+            uint8 (divided by 255) or floating point in [0, 1], of shape (N, C, H, W), (N, H, W) or (N, F); labels are
+            integers of any type.
+        split: "test" or "train"; a file without splits gives all it holds.
         folder: where ``mnist.npz`` and ``cifar10_subset.npz`` are; default: the environment variable FASTROBUST_DATA.
-        limit: only the first ``limit`` images.
+        limit, first: only ``limit`` images, from number ``first`` on.
 
     Raises:
         FileNotFoundError: a file is not there. ValueError: its content is not as above.
@@ -54,15 +60,25 @@ def load(
         raise ValueError(f"split: got {split!r}, expected 'train' or 'test'")
     if limit is not None and limit < 1:
         raise ValueError(f"limit: got {limit}, expected at least 1")
-    name = str(source)
-    if name == "digits":
-        return _first(digits(split), limit)
-    if name in ARCHIVES:
-        return _archive(_find(name, folder), split, name, limit)
-    path = Path(source)
+    if first < 0:
+        raise ValueError(f"first: got {first}, expected at least 0")
+    rows = slice(first, None if limit is None else first + limit)
+    name, path = str(source), Path(source)
+    known = name.lower() if name.lower() in NAMES else ""
+    if known == "digits":
+        every = digits(split)
+        _check_first(rows, len(every.labels), known)
+        return Images(every.images[rows], every.labels[rows], known)
+    if known:
+        return _archive(_find(known, folder), split, known, rows)
     if not path.suffix and not path.exists():
         raise ValueError(f"data: got {name!r}, expected {', '.join(NAMES)} or the path of an npz file")
-    return _archive(path, split, path.name, limit)
+    return _archive(path, split, path.name, rows)
+
+
+def _check_first(rows: slice, count: int, name: str) -> None:
+    if rows.start >= count:
+        raise ValueError(f"first: got {rows.start}, but {name} holds {count} images")
 
 
 def digits(split: str = "test") -> Images:
@@ -94,25 +110,27 @@ def _find(name: str, folder: str | Path | None) -> Path:
     return where / file
 
 
-def _archive(path: Path, split: str, name: str, limit: int | None) -> Images:
+def _archive(path: Path, split: str, name: str, rows: slice) -> Images:
     if not path.is_file():
         raise FileNotFoundError(f"data: there is no file {path}")
     if not zipfile.is_zipfile(path):
         raise ValueError(f"data: {path} is not an npz file (of numpy.savez)")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            prefix = f"{split}_" if f"{split}_images" in archive else ""
-            missing = [key for key in (f"{prefix}images", f"{prefix}labels") if key not in archive]
-            if missing:
+            pairs = [(f"{split}_images", f"{split}_labels"), ("x", "y"), ("images", "labels")]
+            pair = next((p for p in pairs if p[0] in archive and p[1] in archive), None)
+            if pair is None:
+                given = [p for p in pairs if p[0] in archive or p[1] in archive] or pairs[-1:]
+                missing = [key for key in given[0] if key not in archive]
                 held = ", ".join(archive.files) or "nothing"
                 raise ValueError(f"it has no {' and no '.join(missing)} (it holds {held})")
-            images, labels = archive[f"{prefix}images"], archive[f"{prefix}labels"]
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+            images, labels = archive[pair[0]], archive[pair[1]]
+    except Exception as error:  # whatever a damaged archive makes zipfile, zlib or numpy raise
         raise ValueError(f"data: {path} is not a readable npz of images and labels: {error}") from None
-    return _checked(images, labels, str(path), name, limit)
+    return _checked(images, labels, str(path), name, rows)
 
 
-def _checked(images: np.ndarray, labels: np.ndarray, path: str, name: str, limit: int | None) -> Images:
+def _checked(images: np.ndarray, labels: np.ndarray, path: str, name: str, rows: slice) -> Images:
     shape = tuple(images.shape)
     if images.ndim not in (2, 3, 4) or 0 in shape:
         raise ValueError(f"data: images of {path} have shape {shape}, expected (N, C, H, W), (N, H, W) or (N, F)")
@@ -120,9 +138,11 @@ def _checked(images: np.ndarray, labels: np.ndarray, path: str, name: str, limit
         raise ValueError(
             f"data: labels of {path} are {labels.dtype} of shape {tuple(labels.shape)}, expected integers of shape ({shape[0]},)"
         )
-    if int(labels.min()) < 0:
-        raise ValueError(f"data: labels of {path} reach down to {int(labels.min())}, expected classes >= 0")
-    images, labels = images[:limit], labels[:limit]
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high > np.iinfo(np.int64).max:
+        raise ValueError(f"data: labels of {path} go from {low} to {high}, expected classes >= 0")
+    _check_first(rows, len(labels), name)
+    images, labels = images[rows], labels[rows]
     if images.dtype == np.uint8:
         scaled = torch.from_numpy(np.ascontiguousarray(images)).float().div_(255)
     elif images.dtype.kind == "f":
@@ -136,7 +156,3 @@ def _checked(images: np.ndarray, labels: np.ndarray, path: str, name: str, limit
     if scaled.dim() == 3:
         scaled = scaled.unsqueeze(1)
     return Images(scaled, torch.from_numpy(labels.astype(np.int64)), name)
-
-
-def _first(data: Images, limit: int | None) -> Images:
-    return Images(data.images[:limit], data.labels[:limit], data.name)

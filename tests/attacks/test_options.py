@@ -71,7 +71,7 @@ def test_kl_ascends_the_divergence_from_the_clean_prediction() -> None:
     assert divergence(adv).mean().item() > 10 * divergence(start).mean().item()
 
 
-@pytest.mark.parametrize("loss", ["ce", "margin", LOSSES["own"]], ids=str)
+@pytest.mark.parametrize("loss", ["ce", "margin", LOSSES["own"]], ids=["ce", "margin", "own"])
 def test_targeted_reaches_the_class(loss: Any) -> None:
     x, y = h.digits_batch(80)
     aim = (y + 3) % 10

@@ -357,10 +357,10 @@ def test_intervals_of_a_chain_equal_the_engine(
     monkeypatch.setattr(api, "margins_of_chain", lambda *a: calls.append(1) or intervals.margins_of_chain(*a))
     got = compute_bounds(net, x, radius, clip=clip, method="ibp", labels=y)
     assert (batch <= intervals.SMALL_BATCH and eps != "each" or calls) and intervals.chain_of(
-        trace(net, tuple(x.shape[1:]))
+        trace(net, x).graph
     ) is not None
     merged = nn.Sequential(*net[:-2], net[-1])  # two linear layers at the end: the engine merges them
-    assert intervals.chain_of(trace(merged, tuple(x.shape[1:]))) is None
+    assert intervals.chain_of(trace(merged, x).graph) is None
     monkeypatch.setattr(api, "margins_of_chain", lambda *a: None)
     monkeypatch.setattr(api, "margins_of_stages", lambda *a: None)
     want = compute_bounds(net, x, radius, clip=clip, method="ibp", labels=y)

@@ -76,8 +76,12 @@ def extremes(net: nn.Module, exact: nn.Module, points: Tensor, y: Tensor) -> tup
     return ends[0], ends[1]
 
 
+USUAL = ("linf-clip", "l2-clip")
 CASES = [
-    (n, s) for n in NETS for s in SETS if n.startswith("mlp") or s in ("linf-clip", "linf-some-elements", "l2-clip")
+    pytest.param(n, s, marks=[] if n in ("mlp-relu", "mlp-tanh") or s in USUAL else pytest.mark.thorough)
+    for n in NETS
+    for s in SETS
+    if n.startswith("mlp") or s in (*USUAL, "linf-some-elements")
 ]
 
 

@@ -154,8 +154,8 @@ def test_unusable_models(run: Run, tiny: nn.Module, tmp_path: Path) -> None:
     _scripted(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), tmp_path)
     cases = {
         "none.pt": "there is no file",
-        "weights.pt": "state_dict",
-        "text.pt": "--trust",
+        "weights.pt": "--factory",
+        "text.pt": "no file of torch.save",
         "static.pt2": "dynamic batch",
         "model.ts": "the model has 3 classes",
     }

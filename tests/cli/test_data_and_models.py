@@ -55,7 +55,8 @@ def test_the_real_archives(data_dir: Path) -> None:
     ("arrays", "said"),
     [
         ({"images": np.zeros((2, 4), np.float32)}, "labels"),
-        ({"x": np.zeros(2)}, "images and no labels"),
+        ({"z": np.zeros(2)}, "images and no labels"),
+        ({"x": np.zeros((2, 4), np.float32)}, "no y"),
         ({"test_images": np.zeros((2, 4), np.float32)}, "test_labels"),
         ({"images": np.zeros((2, 4), np.float32), "labels": np.zeros(3, int)}, r"shape \(2,\)"),
         ({"images": np.zeros((2, 4), np.float32), "labels": np.zeros(2)}, "float64"),

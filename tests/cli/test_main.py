@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 
@@ -123,3 +124,36 @@ def test_bench_without_the_suites(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(importlib, "import_module", without)
     status, _, err = run("bench")
     assert status == 2 and "not part of this installation" in err and len(err.splitlines()) == 1
+
+
+def test_an_interrupt_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastrobust.cli.info.gather", stop)
+    assert run("info") == (130, "", "fastrobust: interrupted\n")
+
+
+def test_a_fault_of_ours_is_one_line_that_names_its_kind(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fault() -> None:
+        raise RuntimeError("first\nsecond")
+
+    monkeypatch.setattr("fastrobust.cli.info.gather", fault)
+    assert run("info") == (2, "", "fastrobust: error: RuntimeError: first second\n")
+    with pytest.raises(RuntimeError):
+        run("info", "--debug")
+
+
+def test_a_reader_that_leaves_ends_it_quietly() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "fastrobust", "info"], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert done.returncode == 141 and done.stderr == b""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "fastrobust", "info"], stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1

@@ -17,6 +17,7 @@ from fastrobust.bounds.engine import METHODS, Engine
 from fastrobust.bounds.intervals import margins_of_chain, small_margins
 from fastrobust.bounds.margins import margins_of_plan
 from fastrobust.bounds.region import Region
+from fastrobust.bounds.self_check import check_contained
 from fastrobust.bounds.stage_margins import margins_of_stages
 from fastrobust.bounds.trace import first_parameter, trace
 from fastrobust.ops.bounds import finite
@@ -82,6 +83,7 @@ def compute_bounds(
     exact_input: bool = False,
     refine: str = "unstable",
     max_memory: int = 1 << 30,
+    check: str = "one",
 ) -> Bounds:
     """Bounds of model(x + d) over ||d||_p <= eps (and x + d in ``clip``).
 
@@ -96,9 +98,13 @@ def compute_bounds(
     refine: which hidden neurons "fast-lin" and "crown" bound linearly: "unstable" (the rest keep their intervals, which is faster and
     can be tighter) or "all" (Algorithm 3.1 as it is written, and the figures of the thesis).
     max_memory: bytes that the coefficients of one chunk of rows may use. Differentiable in x, eps and the parameters.
+    check: what is compared with the model itself before bounds are returned: "one" example a call, "all" of them, or "none". What is
+    read of a model that is new, or does something new, is compared on several points whatever ``check`` says.
 
     Raises ValueError or TypeError, naming the argument, for inputs that are not finite, shapes that do not fit, layers that are
-    not supported (UnsupportedLayerError) and parameters or bounds that are not finite.
+    not supported (UnsupportedLayerError), models that no reading can stand for (UnreadableModelError: branches on values, random
+    numbers, training mode), models that do not compute what was read (ModelMismatchError), and parameters or bounds that are not
+    finite.
     """
     if method not in METHODS:
         raise ValueError(f"method: got {method!r}, expected one of {', '.join(METHODS)}")
@@ -106,23 +112,35 @@ def compute_bounds(
         raise ValueError(f"sides: got {sides!r}, expected 'both', 'lower' or 'upper'")
     check_options(rounding, refine, exact_input, max_memory)
     norm = check_norm(norm)
+    if check not in ("one", "all", "none"):
+        raise ValueError(f"check: got {check!r}, expected 'one', 'all' or 'none'")
+    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):  # bounds are of the model in its own precision
+            return compute_bounds(
+                model, x, eps, norm=norm, clip=clip, method=method, labels=labels, spec=spec, rounding=rounding,
+                return_linear=return_linear, return_intermediate=return_intermediate, sides=sides, intersect=intersect,
+                exact_input=exact_input, refine=refine, max_memory=max_memory, check=check,
+            )  # fmt: skip
     usual = spec is None and rounding == "nearest" and norm == math.inf and not (return_linear or return_intermediate)
     if method == "ibp" and labels is not None and usual:
         quick = small_margins(model, x, eps, clip, labels, 1 if sides == "lower" else 2)
         if quick is not None:
-            return Bounds(quick[0] if sides != "upper" else None, quick[1] if sides != "lower" else None)
+            ends = quick[0] if sides != "upper" else None, quick[1] if sides != "lower" else None
+            _compare(check, model, x, None, labels, spec, *ends)
+            return Bounds(*ends)
     x, eps, p, clip = check_inputs(x, eps, norm, clip)
     outward = rounding == "outward"
     if outward and x.dtype != torch.float32:
         raise TypeError(f"x: got {x.dtype}, expected float32 with rounding='outward'")
     if return_linear and METHODS[method][1] is None:
         raise ValueError("return_linear: method 'ibp' has no linear bounds; use 'ibp-linear'")
-    graph = trace(model, tuple(x.shape[1:]), outward)
     parameter = first_parameter(model)
     if parameter is not None and (parameter.dtype, parameter.device) != (x.dtype, x.device):
         raise ValueError(
             f"x: is {x.dtype} on {x.device}, the model's parameters are {parameter.dtype} on {parameter.device}"
         )
+    traced = trace(model, x, outward, check == "all")
+    graph = traced.graph
     example, plus, minus, matrix = check_spec(labels, spec, x, graph.nodes[graph.output].shape)
     output = graph.nodes[graph.output]
     count, negative = (
@@ -141,9 +159,11 @@ def compute_bounds(
         if quick is None and (method != "ibp" or labels is not None):
             quick = margins_of_stages(graph, x, eps, clip, method, Rows(example, first, second, count), max_memory)
         if quick is not None:
-            low, up = _sides(quick.view(count, x.shape[0], -1), negative)
+            like = graph.result if labels is None else (-1,)
+            low, up = _sides(quick.view(count, x.shape[0], *like), negative)
             if not all(t is None or finite(t) for t in (low, up)):
                 explain_not_finite(model, low, up)
+            _compare(check, model, x, traced.output, labels, spec, low, up)
             return Bounds(low, up)
     if outward:
         region = Region(x.double(), eps.double() if isinstance(eps, Tensor) else eps, p, clip, O.RELATIVE)
@@ -163,14 +183,17 @@ def compute_bounds(
             out, kept = engine.final(example, plus, minus, matrix, count, return_linear, negative)
             if intersect and engine.kind is not None:
                 out = engine.intersected(out, example, plus, minus, matrix, count, negative)
-            shape = (x.shape[0], *output.shape) if plain else (x.shape[0], -1 if x.shape[0] else 0)
+            shape = (x.shape[0], *graph.result) if plain else (x.shape[0], -1 if x.shape[0] else 0)
             if x.shape[0] == 0 and not plain:
                 shape = (0, output.size - 1 if labels is not None else _rows_of_spec(spec))
             low, up = _sides(out.view(count, *shape), negative)
+    if plain:
+        low, up = (None if t is None else t.reshape(x.shape[0], *graph.result) for t in (low, up))
     if outward:
         low, up = None if low is None else O.round_down(low), None if up is None else O.round_up(up)
     if not all(t is None or finite(t) for t in (low, up)):
         explain_not_finite(model, low, up)
+    _compare(check, model, x, traced.output, labels, spec, low, up)
     linear = None
     if kept is not None:
         A, b = kept
@@ -180,6 +203,18 @@ def compute_bounds(
         A, b = A.view(A.shape[0], *lead, *x.shape[1:]), b.view(b.shape[0], *lead)
         linear = _linear_bounds(A, b, region, outward, count, negative)
     return Bounds(low, up, linear, engine.intermediate() if return_intermediate else {})
+
+
+def _compare(
+    check: str, model: Any, x: Tensor, output: Tensor | None, labels: Tensor | None, spec: Tensor | None, low: Tensor | None, up: Tensor | None
+) -> None:  # fmt: skip
+    """The bounds with the outputs of the first example (already known as ``output``, or not), or of all."""
+    if check == "none" or not len(x):
+        return
+    one = check == "one"
+    cut = lambda t: t if t is None or not one else t[:1]  # noqa: E731
+    rows = cut(labels), spec if spec is None or spec.dim() == 2 else cut(spec)
+    check_contained(model, cut(x), output if one else None, rows, (cut(low), cut(up)))
 
 
 def _sides(out: Tensor, negative: bool) -> tuple[Tensor | None, Tensor | None]:

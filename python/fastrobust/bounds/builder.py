@@ -1,25 +1,26 @@
-"""What a traced module becomes: one method per kind of layer, each adding nodes to the graph."""
+"""What an operation of a model becomes: one method per kind of layer, each adding nodes to the graph."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastrobust.bounds import graph as G
 from fastrobust.reference.relaxations import parameters_of
 
-PROBE = 7919  # the batch size during tracing: large and prime, so that it is recognised in shapes
-
 SUPPORTED = (
-    "Linear, Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d, BatchNorm1d and BatchNorm2d (eval), Identity, Dropout (eval), Flatten, "
-    "Unflatten, ReLU, LeakyReLU, ReLU6, Hardtanh, Sigmoid, Tanh, Softplus, ELU, SiLU, GELU, arctan, AvgPool1d/2d, "
-    "AdaptiveAvgPool1d/2d, MaxPool1d/2d, ZeroPad and other Pad layers, Upsample (nearest, bilinear); +, -, * and / with constants, sums of "
-    "branches, cat, flatten, reshape, view, permute, transpose, squeeze, unsqueeze, slices, mean, sum, pad"
+    "linear layers and products with constant matrices, convolutions and transposed ones, batch normalisation "
+    "(eval), dropout (eval), "
+    "ReLU, LeakyReLU, PReLU, ReLU6, Hardtanh, Hardsigmoid, Sigmoid, Tanh, Softplus, ELU, SELU, CELU, SiLU, GELU, "
+    "arctan, abs, clamp, "
+    "maximum, minimum; average and maximum pooling, max and min over dimensions; +, -, * and / with constants, sums "
+    "of branches, mean, sum, "
+    "cat, stack, views, permutations, slices, index by constants, pad, interpolation, in-place forms of all of these"
 )
 
 
@@ -38,12 +39,33 @@ class Ref:
         self.index = index
 
 
+class Tracked:
+    """A tensor that depends on the input: a node, and the tensor's size for a batch of one."""
+
+    __slots__ = ("ref", "size")
+
+    def __init__(self, ref: Ref, size: tuple[int, ...]):
+        self.ref, self.size = ref, size
+
+
+def per_example(size: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of one example of a tensor of ``size`` that a batch of one gave: without the dimension of the batch,
+    or all of it where the model has done away with that; (1,) of single numbers."""
+    return tuple(size[1:] if size and size[0] == 1 else size) or (1,)
+
+
+def _on_device(t: Tensor) -> Callable[[torch.device], Tensor]:
+    """t, copied to each device once."""
+    return functools.cache(t.to)
+
+
 class Builder:
-    def __init__(self, model: nn.Module, shape: tuple[int, ...], fold: bool):
-        self.model, self.fold = model, fold
+    def __init__(self, shape: tuple[int, ...], fold: bool):
+        self.fold = fold
         self.nodes: list[G.Node] = [G.Input((), shape, "input")]
-        self.single: set[int] = set()  # nodes that one step of the trace alone reads
-        self.where = ""
+        self.single: set[int] = set()  # nodes that one operation alone reads
+        self.where, self.line = "", ""
+        self.size: tuple[int, ...] = ()  # of the result of the operation that is lowered
 
     # -- helpers -------------------------------------------------------------------------------------------------------
     def add(self, node: G.Node) -> Ref:
@@ -54,28 +76,65 @@ class Builder:
         return self.nodes[ref.index].shape
 
     def meta(self, ref: Ref) -> Tensor:
-        return torch.empty(PROBE, *self.shape(ref), device="meta")
+        return torch.empty(1, *self.shape(ref), device="meta")
 
     def fail(self, what: str, why: str = "") -> UnsupportedLayerError:
-        return unsupported(what, self.where, why)
+        return unsupported(what, self.where, (f" ({self.line})" if self.line else "") + why)
 
-    def per_example(self, out: Tensor, what: str) -> tuple[int, ...]:
-        if out.dim() < 1 or out.shape[0] != PROBE:
-            raise self.fail(what, " because it mixes the examples of a batch")
-        return tuple(out.shape[1:])
-
-    def monotone(
-        self, x: Ref, f: Callable[[Tensor], Tensor], what: str, sums: bool = False, adjoint: Any = None
+    def linear(
+        self, x: Ref, f: Callable[[Tensor], Tensor], shape: tuple[int, ...], taps: int, adjoint: Any = None
     ) -> Ref:
-        shape = self.per_example(f(self.meta(x)), what)
-        taps = self.nodes[x.index].size if sums else 0
+        """f takes (N, *shape of x), with coefficients that are not negative."""
         return self.add(G.Monotone((x.index,), shape, self.where, function=f, taps=taps, adjoint=adjoint))
-
-    def reshape(self, x: Ref, f: Callable[[Tensor], Tensor], what: str) -> Ref:
-        return self.add(G.Reshape((x.index,), self.per_example(f(self.meta(x)), what), self.where))
 
     def to_shape(self, x: Ref, shape: tuple[int, ...]) -> Ref:
         return x if self.shape(x) == shape else self.add(G.Reshape((x.index,), shape, self.where))
+
+    def pick(self, x: Ref, places: Tensor, shape: tuple[int, ...], permutation: Any = None) -> Ref:
+        """The numbers of x at flat ``places`` (-1: zero), as ``shape``. permutation: (sizes, dims) where the places
+        are those of x viewed as sizes and permuted."""
+        inner, n = self.shape(x), self.nodes[x.index].size
+        if len(places) == n and bool((places == torch.arange(n)).all()):
+            return self.to_shape(x, shape)
+        if permutation is not None:
+            sizes, dims = permutation
+            order, turned = [0, *(d + 1 for d in dims)], [sizes[d] for d in dims]
+            back = [0, *(dims.index(d) + 1 for d in range(len(dims)))]
+
+            def permuted(t: Tensor) -> Tensor:
+                return t.reshape(len(t), *sizes).permute(order).reshape(len(t), *shape)
+
+            def restored(a: Tensor, like: Tensor) -> Tensor:
+                return a.reshape(len(a), *turned).permute(back).reshape(len(a), *inner)
+
+            return self.linear(x, permuted, shape, 0, restored)
+        first = int(places[0]) if len(places) else 0
+        if first >= 0 and bool((places == torch.arange(first, first + len(places))).all()):
+            last = n - first - len(places)
+            return self.linear(
+                x,
+                lambda t: t.flatten(1)[:, first : n - last].reshape(len(t), *shape),
+                shape,
+                0,
+                lambda a, like: F.pad(a.flatten(1), (first, last)).reshape(len(a), *inner),
+            )
+        kept = places >= 0
+        blank = bool((~kept).any())
+        most = int(torch.bincount(places[kept]).max()) if len(places[kept]) else 0
+        at, into = _on_device(places[kept]), _on_device(torch.nonzero(kept).flatten())
+
+        def gathered(t: Tensor) -> Tensor:
+            got = t.flatten(1).index_select(1, at(t.device))
+            if blank:
+                got = got.new_zeros(len(t), len(places)).index_copy(1, into(t.device), got)
+            return got.reshape(len(t), *shape)
+
+        def spread(a: Tensor, like: Tensor) -> Tensor:
+            a = a.flatten(1)
+            a = a.index_select(1, into(a.device)) if blank else a
+            return a.new_zeros(len(a), n).index_add(1, at(a.device), a).reshape(len(a), *inner)
+
+        return self.linear(x, gathered, shape, most if most > 1 else 0, spread)
 
     def activation(self, x: Ref, name: str, params: tuple[float, ...] = ()) -> Ref:
         try:
@@ -85,115 +144,113 @@ class Builder:
         return self.add(G.Activation((x.index,), self.shape(x), self.where, activation=name, params=params))
 
     def affine(self, x: Ref, factor: Any = None, shift: Any = None, shift_size: G.Getter | None = None) -> Ref:
-        """x * factor + shift; factor and shift are numbers, tensors or getters."""
+        """x * factor + shift; factor and shift are numbers, or getters of tensors that broadcast to one example."""
+        shape = self.shape(x)
 
         def getter(v: Any) -> G.Getter:
-            if v is None or callable(v) and not isinstance(v, Tensor):
-                return v or (lambda: None)
-            if isinstance(v, Tensor):
-                return lambda: v
-            return lambda: torch.tensor(float(v), dtype=torch.float64)  # cast to what it meets
+            if v is None:
+                return lambda: None
+            if callable(v):
+                t = v()
+                if torch.broadcast_shapes(shape, tuple(t.shape)) != torch.Size(shape):
+                    raise self.fail(f"a constant of shape {tuple(t.shape)} that enlarges a tensor of shape {shape}")
+                return v
+            number = torch.tensor(float(v), dtype=torch.float64)  # cast to what it meets
+            return lambda: number
 
-        shape = (PROBE, *self.shape(x))
-
-        def without_batch(get: G.Getter) -> G.Getter:
-            t = get()
-            if t is None:
-                return get
-            if t.dim() == len(shape) and t.shape[0] not in (1,):
-                raise self.fail("a constant with a batch dimension")
-            if torch.broadcast_shapes(shape, tuple(t.shape)) != torch.Size(shape):
-                raise self.fail(f"a constant of shape {tuple(t.shape)} that enlarges a tensor of shape {shape[1:]}")
-            return (lambda: get().squeeze(0)) if t.dim() == len(shape) else get
-
-        get_f, get_s = without_batch(getter(factor)), without_batch(getter(shift))
         return self.add(
-            G.Scale((x.index,), self.shape(x), self.where, get_factor=get_f, get_shift=get_s, get_shift_size=shift_size)
-        )
+            G.Scale((x.index,), shape, self.where, get_factor=getter(factor), get_shift=getter(shift),
+            get_shift_size=shift_size)
+        )  # fmt: skip
 
     # -- layers with weights -------------------------------------------------------------------------------------------
     def dense(self, x: Ref, weight: G.Getter, bias: G.Getter) -> Ref:
         w = weight()
         shape = self.shape(x)
-        if shape[-1:] != w.shape[1:]:
-            raise ValueError(
-                f"model: Linear at '{self.where}' expects {w.shape[1]} features, its input has shape {shape}"
-            )
         return self.add(G.Dense((x.index,), (*shape[:-1], w.shape[0]), self.where, get_weight=weight, get_bias=bias))
 
-    def pad(self, x: Ref, pad: list[int], mode: str, value: float = 0.0) -> Ref:
-        if not any(pad):
-            return x
-        if mode == "constant" and value:
-            zero = self.pad(x, pad, mode)
-            shape = self.shape(x)
-            border = F.pad(torch.zeros(1, *shape), pad, value=value)
-            return self.affine(zero, None, border)
-        return self.monotone(x, lambda t: F.pad(t, pad, mode=mode), "padding")
-
-    def conv(self, x: Ref, weight: G.Getter, bias: G.Getter, stride: Any, padding: Any, dilation: Any, groups: int, mode: str = "zeros", one: bool = False) -> Ref:  # fmt: skip
+    def _flat_kernel(self, x: Ref, weight: G.Getter, one: bool) -> tuple[Ref, G.Getter]:
+        """A one-dimensional convolution as one over maps of height 1."""
         shape = self.shape(x)
-        if len(shape) != (2 if one else 3):
-            raise ValueError(f"model: the convolution at '{self.where}' has an input of shape {shape} per example")
-        k = weight().shape[2:]
-        n = len(k)
-        stride, dilation = ((v,) * n if isinstance(v, int) else tuple(v) for v in (stride, dilation))
-        if isinstance(padding, str):
-            total = [d * (s - 1) if padding == "same" else 0 for d, s in zip(dilation, k, strict=False)]
-        else:
-            padding = (padding,) * n if isinstance(padding, int) else tuple(padding)
-            total = [2 * p for p in padding]
-        sides = [v for t in reversed(total) for v in (t // 2, t - t // 2)]
-        if mode != "zeros" or any(a != b for a, b in zip(sides[::2], sides[1::2], strict=False)):
-            x = self.pad(x, sides, "constant" if mode == "zeros" else mode)
-            total = [0] * n
-        half: Any = [t // 2 for t in total]
+        if not one:
+            return x, weight
+        return self.to_shape(x, (shape[0], 1, shape[1])), lambda: weight().unsqueeze(2)
+
+    def conv(
+        self, x: Ref, weight: G.Getter, bias: G.Getter, stride: Any, padding: Any, dilation: Any, groups: int, one: bool
+    ) -> Ref:
         if one:
-            x = self.to_shape(x, (self.shape(x)[0], 1, self.shape(x)[1]))
-            stride, dilation, half = (1, *stride), (1, *dilation), [0, *half]
-            inner = weight
-            weight = lambda: inner().unsqueeze(2)  # noqa: E731
-        w = weight()
-        out = F.conv2d(
-            self.meta(x)[:1], torch.empty(w.shape, device="meta"), None, stride, half, dilation, groups
-        ).shape[1:]
-        node = G.Conv((x.index,), tuple(out), self.where, get_weight=weight, get_bias=bias, stride=tuple(stride), padding=tuple(half), dilation=tuple(dilation), groups=groups)  # fmt: skip
+            stride, padding, dilation = (1, *stride), (0, *padding), (1, *dilation)
+        x, weight = self._flat_kernel(x, weight, one)
+        w = torch.empty(weight().shape, device="meta")
+        out = F.conv2d(self.meta(x), w, None, stride, padding, dilation, groups).shape[1:]
+        node = G.Conv(
+            (x.index,),
+            tuple(out),
+            self.where,
+            get_weight=weight,
+            get_bias=bias,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+        )
         y = self.add(node)
         return self.to_shape(y, (out[0], out[2])) if one else y
 
-    def conv_transpose(self, x: Ref, weight: G.Getter, bias: G.Getter, stride: Any, padding: Any, extra: Any, groups: int, dilation: Any, one: bool = False) -> Ref:  # fmt: skip
-        values = [
-            (v,) * (1 if one else 2) if isinstance(v, int) else tuple(v) for v in (stride, padding, extra, dilation)
-        ]
+    def conv_transpose(
+        self,
+        x: Ref,
+        weight: G.Getter,
+        bias: G.Getter,
+        stride: Any,
+        padding: Any,
+        extra: Any,
+        groups: int,
+        dilation: Any,
+        one: bool,
+    ) -> Ref:
         if one:
-            x = self.to_shape(x, (self.shape(x)[0], 1, self.shape(x)[1]))
-            values = [(d, *v) for d, v in zip((1, 0, 0, 1), values, strict=False)]
-            inner = weight
-            weight = lambda: inner().unsqueeze(2)  # noqa: E731
-        stride, padding, extra, dilation = values
-        w = weight()
-        out = F.conv_transpose2d(self.meta(x)[:1], torch.empty(w.shape, device="meta"), None, stride, padding, extra, groups, dilation).shape[1:]  # fmt: skip
-        node = G.ConvTranspose((x.index,), tuple(out), self.where, get_weight=weight, get_bias=bias, stride=stride, padding=padding, output_padding=extra, dilation=dilation, groups=groups)  # fmt: skip
+            stride, padding, extra, dilation = (1, *stride), (0, *padding), (0, *extra), (1, *dilation)
+        x, weight = self._flat_kernel(x, weight, one)
+        w = torch.empty(weight().shape, device="meta")
+        out = F.conv_transpose2d(self.meta(x), w, None, stride, padding, extra, groups, dilation).shape[1:]
+        node = G.ConvTranspose(
+            (x.index,),
+            tuple(out),
+            self.where,
+            get_weight=weight,
+            get_bias=bias,
+            stride=stride,
+            padding=padding,
+            output_padding=extra,
+            dilation=dilation,
+            groups=groups,
+        )
         y = self.add(node)
         return self.to_shape(y, (out[0], out[2])) if one else y
 
-    def batch_norm(self, x: Ref, m: Any) -> Ref:
-        if m.training:
-            raise ValueError(f"model: BatchNorm at '{self.where}' is in training mode; call model.eval() first")
-        if m.running_mean is None:
-            raise self.fail(type(m).__name__ + " without running statistics")
-        tail = (1,) * (len(self.shape(x)) - 1)
+    def batch_norm(self, x: Ref, m: Any, eps: float, dims: int) -> Ref:
+        """m: getters mean, var, weight and bias (or None) of the running statistics; ``dims`` follow the channels."""
+        tail = (1,) * dims
 
         def factor() -> Tensor:
-            f = torch.rsqrt(m.running_var + m.eps)
-            return f if m.weight is None else f * m.weight
+            f = torch.rsqrt(m.var() + eps)
+            return f if m.weight is None else f * m.weight()
 
         def shift() -> Tensor:
-            s = -m.running_mean * factor()
-            return s if m.bias is None else s + m.bias
+            s = -m.mean() * factor()
+            return s if m.bias is None else s + m.bias()
 
         source = self.nodes[x.index]
-        if self.fold and isinstance(source, (G.Conv, G.Dense)) and len(source.shape) != 2 and x.index in self.single:
+        if (
+            self.fold
+            and isinstance(source, (G.Conv, G.Dense))
+            and len(source.shape) == dims + 1
+            and x.index in self.single
+            and source.shape[0] == m.var().numel()
+            and len(source.shape) != 2
+        ):
             get_w, get_b = source.get_weight, source.get_bias
 
             def weight() -> Tensor:
@@ -208,57 +265,43 @@ class Builder:
             return x
 
         def size() -> Tensor:
-            s = (m.running_mean * factor()).abs()
-            return (s if m.bias is None else s + m.bias.abs()).view(-1, *tail)
+            s = (m.mean() * factor()).abs()
+            return (s if m.bias is None else s + m.bias().abs()).view(-1, *tail)
 
         return self.affine(x, lambda: factor().view(-1, *tail), lambda: shift().view(-1, *tail), size)
 
-    def avg_pool(self, x: Ref, args: tuple[Any, ...], what: str, f: Callable[..., Tensor]) -> Ref:
-        adjoint = None
-        if f in (F.avg_pool2d, F.adaptive_avg_pool2d) and len(self.shape(x)) == 3:
-            adjoint = _adjoint_of_pool(f, *args)
-        return self.monotone(x, lambda t: f(t, *args), what, True, adjoint)
+    # -- pooling of maps (C, H, W) -------------------------------------------------------------------------------------
+    def avg_pool(self, x: Ref, args: tuple[Any, ...], f: Callable[..., Tensor]) -> Ref:
+        shape = tuple(f(self.meta(x), *args).shape[1:])
+        return self.linear(x, lambda t: f(t, *args), shape, self.nodes[x.index].size, _adjoint_of_pool(f, *args))
 
-    def max_pool(
-        self, x: Ref, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool, one: bool = False
-    ) -> Ref:
-        shape = self.shape(x)
-        stride = kernel if stride is None or stride == [] else stride
-        values = [v if isinstance(v, int) else tuple(v) for v in (kernel, stride, padding, dilation)]
-        if one:
-            x = self.to_shape(x, (shape[0], 1, shape[1]))
-            values = [(d, v if isinstance(v, int) else v[0]) for d, v in zip((1, 1, 0, 1), values, strict=False)]
-        kernel, stride, padding, dilation = (G.pair(v) for v in values)
-        if len(self.shape(x)) != 3:
-            raise self.fail("max pooling", f" on an input of shape {shape}")
-        node = G.MaxPool((x.index,), (), self.where, kernel=kernel, stride=stride, padding=padding, dilation=dilation, ceil_mode=bool(ceil_mode))  # fmt: skip
-        node.shape = tuple(node.pool(self.meta(x)[:1]).shape[1:])
-        y = self.add(node)
-        return self.to_shape(y, (node.shape[0], node.shape[2])) if one else y
-
-    def add_sub(self, a: Any, b: Any, sign: int) -> Ref:
-        if isinstance(a, Ref) and isinstance(b, Ref):
-            if self.shape(a) != self.shape(b):
-                raise self.fail(f"a sum of shapes {self.shape(a)} and {self.shape(b)}")
-            return self.add(G.Sum((a.index, b.index), self.shape(a), self.where, signs=(1, sign)))
-        if isinstance(a, Ref):
-            minus = (lambda: -b) if isinstance(b, Tensor) else -float(b)  # read when the node runs
-            return self.affine(a, None, b if sign > 0 else minus)
-        return self.affine(b, None if sign > 0 else -1.0, a)
-
-    def multiply(self, a: Any, b: Any) -> Ref:
-        if isinstance(a, Ref) and isinstance(b, Ref):
-            raise self.fail("a product of two tensors that depend on the input")
-        return self.affine(a, b) if isinstance(a, Ref) else self.affine(b, a)
-
-    def divide(self, a: Any, b: Any) -> Ref:
-        if isinstance(b, Ref):
-            raise self.fail("a division by a tensor that depends on the input")
-        return self.affine(a, (lambda: b.double().reciprocal()) if isinstance(b, Tensor) else 1.0 / float(b))
+    def max_pool(self, x: Ref, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool) -> Ref:
+        kernel, stride, padding, dilation = (G.pair(v) for v in (kernel, stride, padding, dilation))
+        node = G.MaxPool(
+            (x.index,),
+            (),
+            self.where,
+            kernel=kernel,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            ceil_mode=bool(ceil_mode),
+        )
+        node.shape = tuple(node.pool(self.meta(x)).shape[1:])
+        return self.add(node)
 
 
-def _adjoint_of_pool(f: Callable[..., Tensor], size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False, count_include_pad: bool = True, divisor_override: Any = None) -> Callable[[Tensor, Tensor], Tensor]:  # fmt: skip
-    """torch's gradient of average pooling, which is differentiable itself: torch.func.vjp costs more than the pooling."""
+def _adjoint_of_pool(
+    f: Callable[..., Tensor],
+    size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: Any = None,
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """torch's gradient of average pooling, which is differentiable itself: torch.func.vjp costs more than the
+    pooling."""
     if f is F.adaptive_avg_pool2d:
         return lambda a, like: torch.ops.aten._adaptive_avg_pool2d_backward(a, like)
     kernel, steps, pads = G.pair(size), G.pair(size if stride is None or stride == [] else stride), G.pair(padding)

@@ -93,7 +93,7 @@ def _examples(batch: int, rows: int, device: torch.device) -> Tensor:
 
 def explain_not_finite(model: nn.Module, *sides: Tensor | None) -> None:
     """Raises for NaN bounds and names the parameter behind them; infinite bounds without NaN are valid and pass."""
-    for kind in (model.named_parameters(), model.named_buffers()):
+    for kind in (model.named_parameters(), model.named_buffers()) if isinstance(model, nn.Module) else ():
         for name, p in kind:
             if p.dtype.is_floating_point and not bool(torch.isfinite(p.detach()).all()):
                 raise ValueError(f"model: '{name}' holds NaN or infinite values")

@@ -280,6 +280,7 @@ class MaxPool(Node):
 class Graph:
     nodes: list[Node]
     output: int
+    result: Shape  # of one example of what the model returns; the output node holds single numbers as (1,)
 
     def __post_init__(self) -> None:
         for i, n in enumerate(self.nodes):

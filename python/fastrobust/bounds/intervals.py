@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastrobust import _C
 from fastrobust.bounds import graph as G
 from fastrobust.bounds.checks import check_clip
-from fastrobust.bounds.trace import trace, traced_before
+from fastrobust.bounds.trace import plain_graph
 from fastrobust.ops import bounds as ops
 
 Step = tuple[G.Node, int]  # a layer and what its product returns (``ops.CENTER``, ``ops.RELU``)
@@ -75,13 +75,9 @@ def small_margins(model: nn.Module, x: Any, eps: Any, clip: Any, labels: Any, si
     if labels.dtype != torch.int64 or labels.shape != (batch,) or not labels.is_cpu or not labels.is_contiguous():
         return None
     low, high = check_clip(clip) if clip is not None else (-math.inf, math.inf)
-    if (
-        traced_before(model) is None
-    ):  # no chain when it was last looked at: finding out again costs as much as a small layer
-        return None
-    graph = trace(model, tuple(x.shape[1:]))
-    chain = chain_of(graph)
-    if chain is None or batch > chain.most or not graph.nodes[0].size or chain.last.shape[0] < 2:
+    graph = plain_graph(model, x)
+    chain = None if graph is None else chain_of(graph)
+    if graph is None or chain is None or batch > chain.most or not graph.nodes[0].size or chain.last.shape[0] < 2:
         return None
     parameters = chain.parameters()
     if not ops.direct(x, *parameters):

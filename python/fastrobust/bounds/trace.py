@@ -1,145 +1,78 @@
-"""From an ordinary nn.Module to a Graph, by torch.fx."""
+"""The graph of a model: recorded as it runs, lowered, kept while nothing changes, and compared with the model itself.
+
+A model made of torch's own layers alone does what its attributes say, so its graph is kept while those stay. Any other
+model may read anything in its forward: it is recorded anew at every call (one forward of one example), and the graph
+is kept while the record stays the same.
+"""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch.nn as nn
-from torch import Tensor, fx
+from torch import Tensor
+from torch.nn.modules import module as _module
 
+from fastrobust._record import UnreadableModelError, record, unwrapped
 from fastrobust.bounds import graph as G
-from fastrobust.bounds.builder import Builder, Ref, UnsupportedLayerError, unsupported
-from fastrobust.bounds.layers import FUNCTIONS, METHODS, MODULES
+from fastrobust.bounds.lowering import Lowering
+from fastrobust.bounds.self_check import check_graph
 
 
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
-        if type(m).forward in MODULES:
-            return True
-        return type(m).__module__.startswith("torch.nn.modules") and not isinstance(
-            m, (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-        )
+@dataclass(slots=True)
+class Traced:
+    graph: G.Graph
+    output: Tensor | None  # what the model gave for the first example, where this call ran it
 
 
-class _Walk(Builder):
-    """Runs over the traced program. ``baked``: values that were computed from parameters, which a later call must compute again."""
-
-    baked = False
-
-    def build(self) -> G.Graph:
-        try:
-            traced = _Tracer().trace(self.model)
-        except UnsupportedLayerError:
-            raise
-        except Exception as error:
-            raise ValueError(f"model: torch.fx cannot trace {type(self.model).__name__} ({error}); its forward must not branch on values") from error  # fmt: skip
-        modules = dict(self.model.named_modules(remove_duplicate=False))
-        env: dict[fx.Node, Any] = {}
-        self.held: set[fx.Node] = set()  # steps whose value is the module's own tensor, or computed from one
-        placeholders = [n for n in traced.nodes if n.op == "placeholder"]
-        required = [n for n in placeholders if not n.args]
-        if len(required) > 1:
-            raise ValueError(f"model: forward takes {len(required)} inputs, expected one")
-        for n in traced.nodes:
-            self.where = n.name
-            if n.op == "placeholder":
-                env[n] = Ref(0) if n is placeholders[0] else n.args[0]
-                continue
-            get = lambda v: env[v]  # noqa: E731
-            args, kwargs = fx.map_arg(n.args, get), fx.map_arg(n.kwargs, get)
-            if n.op == "output":
-                out = args[0]
-                if not isinstance(out, Ref):
-                    raise ValueError(
-                        f"model: forward returns {type(out).__name__}, expected one tensor that depends on the input"
-                    )
-                return G.Graph(self.nodes, out.index)
-            before = len(self.nodes)
-            env[n] = self._node(n, args, kwargs, modules)
-            value = env[n]
-            if isinstance(value, Ref):
-                if len(n.users) != 1:
-                    self.single.discard(value.index)
-                elif len(self.nodes) == before + 1:
-                    self.single.add(before)
-        raise ValueError("model: no output")
-
-    def _node(self, n: Any, args: Any, kwargs: Any, modules: dict[str, Any]) -> Any:
-        if n.op == "get_attr":
-            value = self.model
-            for part in n.target.split("."):
-                value = getattr(value, part)
-            if isinstance(value, Tensor) and not n.target.startswith("_tensor_constant"):
-                self.held.add(n)
-            return value
-        touched = any(isinstance(v, Ref) for v in _flat((args, tuple(kwargs.values()))))
-        if not touched and (n.op == "call_module" or any(i in self.held for i in n.all_input_nodes)):
-            self.baked = True
-            self.held.add(n)
-        if n.op == "call_module":
-            m = modules[n.target]
-            self.where = n.target
-            if m._forward_hooks or m._forward_pre_hooks:
-                raise self.fail(
-                    type(m).__name__ + " with forward hooks", "; remove them, or use torch.nn.utils.parametrizations"
-                )
-            if not touched:
-                return m(*args, **kwargs)
-            handler = MODULES.get(type(m).forward)
-            if handler is None:
-                raise self.fail(type(m).__name__)
-            return handler(self, m, args[0] if args else next(iter(kwargs.values())))
-        if not touched:
-            if n.op == "call_method":
-                return getattr(args[0], n.target)(*args[1:], **kwargs)
-            return n.target(*args, **kwargs)
-        handler = (METHODS if n.op == "call_method" else FUNCTIONS).get(n.target)
-        if handler is None:
-            name = n.target if isinstance(n.target, str) else getattr(n.target, "__name__", str(n.target))
-            raise self.fail(f"{'method' if n.op == 'call_method' else 'function'} {name}")
-        return handler(self, *args, **kwargs)
+@dataclass(slots=True)
+class _Kept:
+    key: Any
+    shape: tuple[int, ...]
+    graph: G.Graph
+    held: Any  # tensors that the key names by address
 
 
-def _flat(v: Any) -> Iterator[Any]:
-    if isinstance(v, (tuple, list)):
-        for i in v:
-            yield from _flat(i)
-    elif isinstance(v, slice):
-        yield from (v.start, v.stop, v.step)
-    else:
-        yield v
-
-
-_CACHE: weakref.WeakKeyDictionary[nn.Module, dict[bool, tuple[Any, G.Graph]]] = weakref.WeakKeyDictionary()
-_PLAIN = (int, float, str, bool, tuple, type(None))
-
-
-_BAKED: dict[type, tuple[str, ...]] = {  # what a graph takes over from the common layers; others are compared in full
-    nn.Sequential: (), nn.Linear: (), nn.ReLU: (), nn.Sigmoid: (), nn.Tanh: (), nn.Identity: (), nn.Flatten: ("start_dim", "end_dim"),
-    nn.Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode"),
+_CACHE: weakref.WeakKeyDictionary[nn.Module, dict[bool, _Kept]] = weakref.WeakKeyDictionary()
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_backward_hooks")
+_READ: dict[type, tuple[str, ...]] = {  # what the common layers read in forward; of others all attributes are compared
+    nn.Sequential: (), nn.Linear: (), nn.ReLU: ("inplace",), nn.Sigmoid: (), nn.Tanh: (), nn.Identity: (),
+    nn.Flatten: ("start_dim", "end_dim"),
+    nn.Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode", "_reversed_padding_repeated_twice"),
 }  # fmt: skip
 
 
-def _fingerprint(model: nn.Module) -> tuple[Any, ...]:
-    """Changes whenever a traced graph could: modules replaced, modes switched, plain attributes or hooks changed."""
+def _attributes(model: nn.Module) -> tuple[Any, ...] | None:
+    """All that a model of torch's own layers computes from; None for a model that may compute from anything."""
     out: list[Any] = []
-    left = [model]
+    left: list[Any] = [model]
+    if _module._global_forward_hooks or _module._global_forward_pre_hooks:
+        return None
     while left:
         m = left.pop()
-        out.append(id(m))
-        own, baked = m.__dict__, _BAKED.get(type(m))
-        if baked is not None:
-            out.extend([own.get(k) for k in baked])
+        kind = type(m)
+        read = _READ.get(kind)
+        own = m.__dict__
+        if read is None and not kind.__module__.startswith("torch.nn.modules."):
+            return None
+        if (
+            "forward" in own
+            or own.get("_compiled_call_impl") is not None
+            or own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+        ):
+            return None
+        out += (id(m), kind.forward)
+        if read is not None:
+            out.extend([own.get(k) for k in read])
         else:
             for k, v in own.items():
-                if isinstance(v, _PLAIN):
-                    out.append((k, v))
-                elif isinstance(v, Tensor):
-                    out.append(id(v))
-        if own["_forward_hooks"] or own["_forward_pre_hooks"]:
-            out.append((len(own["_forward_hooks"]), len(own["_forward_pre_hooks"])))
+                if isinstance(v, (int, float, str, bool, tuple, list, type(None))):
+                    out.append((k, repr(v)))
+                elif k not in _INTERNAL and not k.startswith("_"):
+                    return None
         for held in ("_modules", "_parameters", "_buffers"):
             if own[held]:
                 out.extend(map(id, own[held].values()))
@@ -147,8 +80,13 @@ def _fingerprint(model: nn.Module) -> tuple[Any, ...]:
     return tuple(out)
 
 
-def first_parameter(model: nn.Module) -> Tensor | None:
+_INTERNAL = frozenset(nn.Module().__dict__)
+
+
+def first_parameter(model: Any) -> Tensor | None:
     """``next(model.parameters(), None)``, without the generators that cost as much as a small kernel."""
+    if not isinstance(model, nn.Module):
+        return None
     for p in model._parameters.values():
         if p is not None:
             return p
@@ -159,31 +97,83 @@ def first_parameter(model: nn.Module) -> Tensor | None:
     return None
 
 
-def traced_before(model: nn.Module) -> Any:
-    """The chain (fastrobust.bounds.intervals) of the model as it was last traced, which may be out of date; False: not known."""
+def plain_graph(model: Any, x: Tensor) -> G.Graph | None:
+    """The graph of a model of torch's own layers alone; None for any other, which has to be recorded at every call."""
+    values = _attributes(model) if isinstance(model, nn.Module) else None
+    first = first_parameter(model)
+    if values is None or first is None or (first.dtype, first.device) != (x.dtype, x.device):
+        return None
     hit = _CACHE.get(model, {}).get(False)
-    return False if hit is None else hit[1].chain
+    known = hit is not None and hit.shape == tuple(x.shape[1:]) and isinstance(hit.key, _Attributes)
+    if hit is not None and known and hit.key.values == values:
+        return hit.graph
+    return trace(model, x).graph
 
 
-def trace(model: nn.Module, shape: tuple[int, ...], exact: bool = False) -> G.Graph:
-    """The graph of ``model`` for inputs of shape (B, *shape). ``exact``: layer by layer as the model computes (no normalisation
-    folded into its convolution), with parameters in float64."""
-    key = (shape, _fingerprint(model))
-    held = _CACHE.setdefault(model, {})
+@dataclass(slots=True)
+class _Attributes:
+    values: tuple[Any, ...]
+
+
+def trace(model: Any, x: Tensor, exact: bool = False, every: bool = False) -> Traced:
+    """The graph of ``model`` for inputs like x (B, *shape), checked against the model on examples of x when it is new
+    (``every``: at every call, on all of x). ``exact``: layer by layer as the model computes (no normalisation folded
+    into its convolution), with parameters in float64."""
+    model = unwrapped(model)
+    shape = tuple(x.shape[1:])
+    plain = _attributes(model) if isinstance(model, nn.Module) else None
+    cached = isinstance(model, nn.Module)
+    held = _CACHE.setdefault(model, {}) if cached else {}
     hit = held.get(exact)
-    if hit is not None and hit[0] == key:
-        return hit[1]
-    if model._forward_hooks or model._forward_pre_hooks:
-        raise unsupported(type(model).__name__ + " with forward hooks", "model")
-    walk = _Walk(model, shape, not exact)
-    built = walk.build()
+    if (
+        hit is not None
+        and hit.shape == shape
+        and plain is not None
+        and isinstance(hit.key, _Attributes)
+        and hit.key.values == plain
+    ):
+        if every:
+            check_graph(model, hit.graph, x, True)
+        return Traced(hit.graph, None)
+    one = x[:1] if len(x) else x.new_zeros(1, *shape)
+    recording = _recorded(model, one, False)
+    output = recording.result if isinstance(recording.result, Tensor) else None
+    if hit is not None and hit.shape == shape and plain is None and not recording.computed and hit.key == recording.key:
+        if every:
+            check_graph(model, hit.graph, x, True)
+        return Traced(hit.graph, output)
+    # Once more, with the names of what runs: a model may change what it does, or its tensors, only between calls.
+    named = _recorded(model, one, True)
+    lowering = Lowering(named, shape, not exact)
+    graph = lowering.build()
+    check_graph(model, graph, x, every)
     if exact:
-        for node in built.nodes:
+        for node in graph.nodes:
             if isinstance(node, (G.Dense, G.Conv, G.ConvTranspose)):
                 node.get_weight, node.get_bias = _in_double(node.get_weight), _in_double(node.get_bias)
-    if not walk.baked:
-        held[exact] = (key, built)
-    return built
+    if cached and not lowering.baked:
+        key = _Attributes(plain) if plain is not None else named.key
+        held[exact] = _Kept(key, shape, graph, named.held)
+    else:
+        held.pop(exact, None)
+    return Traced(graph, output)
+
+
+def _recorded(model: Any, one: Tensor, named: bool) -> Any:
+    try:
+        return record(model, one, named=named)
+    except UnreadableModelError:
+        raise
+    except TypeError as error:
+        if "positional argument" in str(error) and "forward" in str(error):
+            raise ValueError(f"model: forward needs more than one input ({error}), expected one") from error
+        raise ValueError(
+            f"model: failed on one example of shape {tuple(one.shape)} ({type(error).__name__}: {error})"
+        ) from error
+    except (RuntimeError, ValueError, IndexError, AttributeError, AssertionError) as error:
+        raise ValueError(
+            f"model: failed on one example of shape {tuple(one.shape)} ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _in_double(get: G.Getter) -> G.Getter:

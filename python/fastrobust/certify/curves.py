@@ -1,4 +1,5 @@
-"""Summaries of certified radii as the thesis defines them (Liu 2022, section 3.3.4)."""
+"""Summaries of certified radii as Liu's thesis defines them (Towards Verifiable, Generalizable and Efficient Robust Deep
+Neural Networks, EPFL, 2022, section 3.3.4)."""
 
 from __future__ import annotations
 
@@ -18,13 +19,13 @@ def _radii(radius: Tensor) -> Tensor:
 
 
 def certified_robust_error(radius: Tensor, eps: float) -> float:
-    """CRE: the share of examples whose certified radius is smaller than eps, in percent."""
+    """Certified robust error (CRE): the share of examples whose certified radius is smaller than eps, in percent."""
     below = eps if radius.dtype == torch.float64 else float(torch.nextafter(torch.tensor(eps, dtype=radius.dtype), torch.zeros((), dtype=radius.dtype)))  # fmt: skip
     return 100.0 * (_radii(radius) < min(eps, below)).double().mean().item()
 
 
 def average_certified_bound(radius: Tensor) -> float:
-    """ACB: the mean certified radius; examples without a certificate count as 0."""
+    """Average certified bound (ACB): the mean certified radius; examples without a certificate count as 0."""
     return _radii(radius).mean().item()
 
 

@@ -1,4 +1,5 @@
-"""Pictures of certificates (Liu 2022, figures 3.3, 3.5, 3.6 and 3.9). matplotlib is needed, nothing else of the library."""
+"""Pictures of certificates (figures 3.3, 3.5, 3.6 and 3.9 of Liu's thesis, Towards Verifiable,
+Generalizable and Efficient Robust Deep Neural Networks, EPFL, 2022). matplotlib is needed, nothing else of the library."""
 
 from __future__ import annotations
 
@@ -67,7 +68,8 @@ def bound_curve(
     method: str = "fast-lin",
     ax: Any | None = None,
 ) -> Any:
-    """Figure 3.6: what one example is certified for, against the eps of the bounds: the linear certificate and PEC.
+    """Figure 3.6: what one example is certified for, against the eps of the bounds: the linear certificate and
+    polyhedral envelope certification (PEC).
 
     x: (1, *shape), y: (1,).
     """
@@ -80,8 +82,13 @@ def bound_curve(
             model, x.expand(count, *x.shape[1:]), y.expand(count), budgets, norm=norm, clip=clip, method=method
         )
     ax = _axes(ax)
-    ax.plot(budgets.cpu(), found.radius.cpu(), label="PEC")
-    ax.plot(budgets.cpu(), torch.where(found.certified, budgets, 0.0).cpu(), linestyle="--", label="KW / Fast-Lin")
+    ax.plot(budgets.cpu(), found.radius.cpu(), label="polyhedral envelope (PEC)")
+    ax.plot(
+        budgets.cpu(),
+        torch.where(found.certified, budgets, 0.0).cpu(),
+        linestyle="--",
+        label="linear bounds (KW / Fast-Lin)",
+    )
     ax.set_xlabel("eps")
     ax.set_ylabel("certified radius")
     ax.legend()

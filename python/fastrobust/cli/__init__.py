@@ -5,15 +5,15 @@ A command is a module with ``add_arguments(parser)`` and ``main(args) -> int``, 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
-
 from .. import __version__
-from ._common import BadArguments, Parser, one_line
+from ._common import Parser, one_line
 
 
 class Command(NamedTuple):
@@ -24,7 +24,9 @@ class Command(NamedTuple):
 COMMANDS = {
     "info": Command("fastrobust.cli.info", "what was built, what is used on this machine, and why"),
     "attack": Command("fastrobust.cli.attack", "attack a model; report its accuracy, save and draw the examples"),
-    "certify": Command("fastrobust.cli.certify", "certified radii of a saved model: a file per example and a summary"),
+    "certify": Command(
+        "fastrobust.cli.certify", "certified radii of a model: a summary, and a file with a line an image"
+    ),
     "bench": Command("fastrobust.cli.bench", "benchmark suites: ratios to the best peer and to the floor"),
 }
 
@@ -32,18 +34,40 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. 0: done; 1: done, and a check failed; 2: bad input, one line on stderr says what."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in argv
     try:
-        args = _parser(argv).parse_args(argv)
-        return int(args.run(args))
-    except (BadArguments, ValueError, TypeError, OSError, ImportError, torch.OutOfMemoryError) as error:
-        if debug:
-            raise
-        print(one_line(error), file=sys.stderr)
-        return 2
+        return _run(argv)
+    except BrokenPipeError:
+        _drop_stdout()
+        return 141  # what a shell reports of a program that wrote to a closed pipe
     except KeyboardInterrupt:
         print("fastrobust: interrupted", file=sys.stderr)
         return 130
+
+
+def _run(argv: list[str]) -> int:
+    try:
+        try:
+            args = _parser(argv).parse_args(argv)
+            return int(args.run(args))
+        finally:
+            sys.stdout.flush()  # here, where a reader that has gone or a full disk can be dealt with
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if "--debug" in argv:
+            raise
+        print(one_line(error), file=sys.stderr)
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            return 2
+        _drop_stdout()
+        return 2
+
+
+def _drop_stdout() -> None:
+    """What is left of it would be written again, and fail again, as the interpreter ends."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser(argv: Sequence[str]) -> Parser:

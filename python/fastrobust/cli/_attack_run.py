@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 import time
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,6 +15,7 @@ from .. import attacks
 from ..attacks._model import Victim, undisturbed
 from ..data import Images
 from . import _report as report
+from ._arguments import check_classes, model_failures
 from ._common import BadArguments
 
 ATTACKS = {"fgsm": attacks.fgsm, "ifgsm": attacks.ifgsm, "pgd": attacks.pgd}
@@ -32,21 +30,24 @@ def attack_all(args: argparse.Namespace, model: nn.Module, images: Images, setti
     show = sys.stderr.isatty() if args.progress is None else args.progress
     parts: list[dict[str, Tensor]] = []
     passes, seconds, robust = 0, 0.0, 0
-    with (
-        tqdm(total=len(images.labels), desc=setting["attack"], unit="image", disable=not show, file=sys.stderr) as bar,
-        warnings.catch_warnings(record=True) as caught,
-    ):
-        warnings.simplefilter("always", UserWarning)
+    with tqdm(total=len(images.labels), desc=setting["attack"], unit="image", disable=not show, file=sys.stderr) as bar:
         for first in range(0, len(images.labels), args.batch_size):
             rows = slice(first, first + args.batch_size)
             x, y = images.images[rows].to(args.device), images.labels[rows].to(args.device)
-            with _model_failures(setting["model"], x):
+            with model_failures(setting["model"], x):
                 logits = _logits(model, x, setting["normalize"])
-                _check_classes(logits.shape[1], y, setting["target"])
+                check_classes(logits.shape[1], y)
+                _check_target(logits.shape[1], setting["target"])
                 goal = y if setting["target"] is None else torch.full_like(y, setting["target"])
                 start = _now(args.device)
                 found = ATTACKS[setting["attack"]](
-                    model, x, goal, seed=setting["seed"], first_example=first, return_details=True, **options
+                    model,
+                    x,
+                    goal,
+                    seed=setting["seed"],
+                    first_example=args.first + first,
+                    return_details=True,
+                    **options,
                 )
                 seconds += _now(args.device) - start
                 before, after = logits.argmax(1), _logits(model, found.adv, setting["normalize"]).argmax(1)
@@ -59,8 +60,6 @@ def attack_all(args: argparse.Namespace, model: nn.Module, images: Images, setti
             robust += int(((before == y) & (after == y)).sum())
             bar.update(len(y))
             bar.set_postfix_str(f"robust {100 * robust / (first + len(y)):.1f} %")
-    for message in dict.fromkeys(str(w.message) for w in caught):
-        print(f"fastrobust: warning: {message}", file=sys.stderr)
     gathered = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
     return report.Outcome(images.images, labels=images.labels, passes=passes, seconds=seconds, **gathered)
 
@@ -71,30 +70,9 @@ def _logits(model: nn.Module, x: Tensor, normalize: Any) -> Tensor:
         return Victim(model, normalize, None, x)(x)
 
 
-def _check_classes(classes: int, y: Tensor, target: int | None) -> None:
-    if int(y.max()) >= classes:
-        raise BadArguments(
-            f"fastrobust attack: the labels reach class {int(y.max())}, but the model has {classes} classes"
-        )
+def _check_target(classes: int, target: int | None) -> None:
     if target is not None and target >= classes:
-        raise BadArguments(f"fastrobust attack: argument --targeted: got {target}, but the model has {classes} classes")
-
-
-@contextlib.contextmanager
-def _model_failures(model: str, x: Tensor) -> Iterator[None]:
-    """What a model raises on images it does not take, as bad input."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        hint = ""
-        if "exported program" in model:
-            hint = "; an exported program needs a dynamic batch: export with dynamic_shapes=({0: torch.export.Dim('batch')},)"
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise BadArguments(
-            f"fastrobust attack: argument --model: {model} fails on images of shape {tuple(x.shape)}{hint}: {lines[-1]}"
-        ) from error
+        raise BadArguments(f"argument --targeted: got {target}, but the model has {classes} classes")
 
 
 def _now(device: torch.device) -> float:

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -26,13 +32,45 @@ class Parser(argparse.ArgumentParser):
         raise BadArguments(f"{self.prog}: {message} (see {self.prog} --help)")
 
 
+# of bad input; whatever else comes may be a fault of ours, and its kind is shown
+EXPECTED = (BadArguments, ValueError, TypeError, OSError, ImportError)
+
+
 def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
         text = f"out of memory; try a smaller --batch-size ({text.split('. ')[0]})"
+    elif not isinstance(error, EXPECTED):
+        text = f"{type(error).__name__}: {text}"
     if len(text) > 400:
         text = text[:397] + "..."
     return text if text.startswith("fastrobust") else f"fastrobust: error: {text}"
+
+
+@contextlib.contextmanager
+def plain_warnings() -> Iterator[None]:
+    """A warning is one line on stderr, said once; at the end, how often it came again with other figures (of batches)."""
+    shown: dict[tuple[type[Warning], str], list[str]] = {}
+
+    def show(message: Warning | str, category: type[Warning], *_: Any) -> None:
+        if not issubclass(category, UserWarning | RuntimeWarning):
+            return
+        text = " ".join(str(message).split())
+        seen = shown.setdefault((category, re.sub(r"\d[\d.e+-]*", "#", text)), [])
+        if not seen:
+            # a bar stands on the line
+            print("\r\033[K" * sys.stderr.isatty() + f"fastrobust: warning: {text}", file=sys.stderr)
+        seen.append(text)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show  # type: ignore[assignment]
+        for kind in (UserWarning, RuntimeWarning):
+            warnings.simplefilter("always", kind)
+        yield
+    for texts in shown.values():
+        if len(set(texts)) > 1:
+            again = f"came {len(texts) - 1} more times with other figures: {texts[0][:60]}..."
+            print(f"fastrobust: warning: {again}", file=sys.stderr)
 
 
 def number(text: str) -> float:
@@ -81,6 +119,8 @@ def output(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"{path} is a folder, expected a file to write")
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {path.parent} to write {path.name} in")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{path} cannot be written")
     return path
 
 

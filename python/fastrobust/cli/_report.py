@@ -46,7 +46,7 @@ def figures(outcome: Outcome, setting: dict[str, Any]) -> dict[str, Any]:
     """The report as plain numbers. ``setting`` holds at least norm, eps, clip and target."""
     delta = outcome.adversarial.double() - outcome.images.double()
     sizes = norms(delta)
-    lo, hi = setting["clip"]
+    lo, hi = setting["clip"] or (-math.inf, math.inf)
     n = len(outcome.labels)
     largest = float(sizes[setting["norm"]].max())
     box = bool(((outcome.adversarial >= lo) & (outcome.adversarial <= hi)).all())
@@ -80,10 +80,14 @@ def text(setting: dict[str, Any], found: dict[str, Any]) -> str:
     n, p = found["examples"], found["perturbation"]
     percent = lambda key: f"{100 * found[key]:6.2f} %  ({round(found[key] * n)} of {n})"
     holds = "holds" if p["ball_holds"] else "IS BROKEN"
-    box = "holds" if p["box_holds"] else "IS BROKEN"
+    box = "no box"
+    if setting["clip"] is not None:
+        lo, hi = setting["clip"]
+        box = f"the box [{lo:g}, {hi:g}] {'holds' if p['box_holds'] else 'IS BROKEN'}"
     rows = [
         ("attack", _attack(setting)),
         ("model", setting["model"]),
+        *([("built", setting["built"])] if setting["built"] else []),
         ("data", setting["data"]),
         ("device", setting["device"]),
         ("clean accuracy", percent("clean_accuracy")),
@@ -99,7 +103,7 @@ def text(setting: dict[str, Any], found: dict[str, Any]) -> str:
         ("perturbation", f"largest {setting['norm']} {p['largest']!r}"),
         (
             "",
-            f"the ball of {p['eps']!r} {holds}, the box [{setting['clip'][0]:g}, {setting['clip'][1]:g}] {box} (float64)",
+            f"the ball of {p['eps']!r} {holds}, {box} (float64)",
         ),
         ("", "mean " + ", ".join(f"{name} {value:.4g}" for name, value in p["mean"].items())),
         ("time", f"{found['seconds']:.2f} s, {found['examples_per_second']:.0f} examples/s, {_passes(setting, found)}"),

@@ -1,4 +1,4 @@
-"""``fastrobust certify``: certified radii of a saved model on a data set, on one process or many."""
+"""``fastrobust certify``: certified radii of a model on a data set, on one process or many."""
 
 from __future__ import annotations
 
@@ -17,100 +17,65 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..bounds import compute_bounds
-from ..certify.checkpoints import ACTIVATIONS, load_model
 from ..certify.envelope import LINEAR_METHODS, polyhedral_envelope
 from ..certify.search import STRATEGIES, search_radius
-from ..ops._checks import parse_norm
+from ..data import Images
+from . import _arguments as shared
 from . import _common as common
+from ._common import BadArguments
 
 Columns = dict[str, np.ndarray]
+_THESIS = "Liu, Towards Verifiable, Generalizable and Efficient Robust Deep Neural Networks (PhD thesis, EPFL, 2022)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``fastrobust certify``."""
-    add = parser.add_argument
-    add("--model", required=True, help="saved module, or state dictionary (see --factory and --activation)")
-    add("--trust", action="store_true", help="load a pickled module, which runs any code its author put there")
-    add("--factory", help="package.module:callable that builds the model of a state dictionary")
-    add("--activation", default="relu", choices=sorted(ACTIVATIONS), help="of a plain chain of layers (default: relu)")
-    add("--data", help="npz with images and labels; default: mnist.npz in FASTROBUST_DATA")
-    add("--split", default="test", help="prefix of the arrays, as in test_images (default: test)")
-    add("--first", type=common.natural, default=0, help="index of the first example")
-    add("--limit", type=common.count, help="number of examples (default: all)")
-    add("--norm", default="inf", help="inf, 2 or 1 (default: inf)")
-    add("--eps", type=common.radius, help="one-shot: the budget on which the bounds are computed")
+    shared.add_model(parser, "of the built-in model")
+    shared.add_images(parser)
+    parser.epilog = f"Figures are named as in tables 3.6 to 3.9 of {_THESIS}."
+    add = parser.add_argument_group("the certificate").add_argument
+    add("--norm", type=shared.norm, default="inf", help="Linf, L2, L1 or a number >= 1 (default: Linf)")
+    add("--eps", type=common.radius, help="one-shot: the budget on which the bounds are computed, such as 0.1 or 8/255")
     add("--high", type=common.radius, help="search the largest certified radius between 0 and this, instead of --eps")
     add("--tol", type=common.radius, default=1e-4, help="of the search (default: 1e-4)")
-    add("--strategy", default="pec", choices=STRATEGIES, help="of the search (default: pec)")
+    add("--strategy", type=str.lower, default="pec", choices=STRATEGIES, help="of the search (default: pec)")
     add(
-        "--clip",
-        type=float,
-        nargs=2,
-        default=(0.0, 1.0),
-        metavar=("LOW", "HIGH"),
-        help="the attacker's box (default: 0 1)",
+        "--method", type=str.lower, default="fast-lin", choices=LINEAR_METHODS, help="linear bounds (default: fast-lin)"
     )
-    add("--no-clip", action="store_true", help="no box")
-    add("--method", default="fast-lin", choices=LINEAR_METHODS, help="linear bounds (default: fast-lin)")
-    add("--rounding", default="nearest", choices=("nearest", "outward"), help="of the bounds (default: nearest)")
     add(
-        "--refine",
-        default="unstable",
-        choices=("unstable", "all"),
+        "--rounding", type=str.lower, default="nearest", choices=("nearest", "outward"),
+        help="of the bounds (default: nearest)",
+    )  # fmt: skip
+    add(
+        "--refine", type=str.lower, default="unstable", choices=("unstable", "all"),
         help='hidden neurons bounded linearly; the thesis\' tables are of "all" (default: unstable)',
-    )
+    )  # fmt: skip
     add("--exact-input", action="store_true", help="norms below inf in a box: the first layer's exact bounds")
-    add("--batch-size", type=common.count, default=500, help="examples per call of the bounds (default: 500)")
-    add("--device", type=common.device, default="cpu", help="cpu, cuda or auto (default: cpu)")
-    add("--out", type=common.output, help="per-example results, .csv or .npz")
-    add(
-        "--progress",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="a bar over images (default: on a terminal)",
-    )
+    run = parser.add_argument_group("running and results")
+    shared.add_running(run, 500)
+    run.add_argument("--out", type=common.output, help="a line an image, .csv or .npz")
 
 
-def load_data(path: str | None, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, C, H, W) or (N, features) as float32, uint8 ones divided by 255, and labels (N,) int64."""
-    if path is None:
-        folder = os.environ.get("FASTROBUST_DATA")
-        if folder is None:
-            raise ValueError("data: give --data FILE.npz, or set FASTROBUST_DATA to the folder with mnist.npz")
-        path = str(pathlib.Path(folder) / "mnist.npz")
-    if not pathlib.Path(path).is_file():
-        raise ValueError(f"data: no file {path}")
-    with np.load(path, allow_pickle=False) as archive:
-        names = {"x": (f"{split}_images", "x", "images"), "y": (f"{split}_labels", "y", "labels")}
-        found = {key: next((n for n in options if n in archive), None) for key, options in names.items()}
-        if None in found.values():
-            raise ValueError(f"data: {path} has {', '.join(archive.files)}, expected {split}_images and {split}_labels")
-        images, labels = archive[found["x"]], archive[found["y"]].astype(np.int64)
-    if len(images) != len(labels):
-        raise ValueError(f"data: {path} has {len(images)} images and {len(labels)} labels")
-    if images.dtype == np.uint8:
-        images = images.astype(np.float32) / np.float32(255)
-    if images.ndim == 3:
-        images = images[:, None]
-    return images.astype(np.float32), labels
-
-
-def certify_batch(model: nn.Module, x: Tensor, y: Tensor, options: argparse.Namespace) -> Columns:
+def certify_batch(model: nn.Module, x: Tensor, y: Tensor, args: argparse.Namespace) -> Columns:
     """The columns of one batch. What a batch holds does not depend on the number of workers, so neither does a result."""
-    clip = None if options.no_clip else tuple(options.clip)
-    norm = parse_norm(float(options.norm) if options.norm in ("1", "2", "inf") else options.norm)
-    shared: dict[str, Any] = {"norm": norm, "clip": clip, "rounding": options.rounding}
-    linear = {**shared, "method": options.method, "refine": options.refine, "exact_input": options.exact_input}
+    common_options: dict[str, Any] = {"norm": args.norm, "clip": shared.clip_of(args), "rounding": args.rounding}
+    linear = {**common_options, "method": args.method, "refine": args.refine, "exact_input": args.exact_input}
     with torch.no_grad():
-        columns: dict[str, Any] = {"label": y, "prediction": model(x).argmax(1)}
-        if options.high is not None:
+        with shared.model_failures(str(args.model), x):
+            logits = model(x)
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x):
+            shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise BadArguments(f"argument --model: returns {shape}, expected logits of shape ({len(x)}, classes)")
+        shared.check_classes(logits.shape[1], y)
+        columns: dict[str, Any] = {"label": y, "prediction": logits.argmax(1)}
+        if args.high is not None:
             found = search_radius(
-                model, x, y, high=options.high, tol=options.tol, strategy=options.strategy, batch_size=len(x), **linear
+                model, x, y, high=args.high, tol=args.tol, strategy=args.strategy, batch_size=len(x), **linear
             )
             columns |= {"radius": found.radius, "midpoint": found.midpoint, "evaluations": found.evaluations}
         else:
-            envelope = polyhedral_envelope(model, x, y, options.eps, **linear)
-            ibp = compute_bounds(model, x, options.eps, method="ibp", labels=y, sides="lower", **shared)
+            envelope = polyhedral_envelope(model, x, y, args.eps, **linear)
+            ibp = compute_bounds(model, x, args.eps, method="ibp", labels=y, sides="lower", **common_options)
             columns |= {
                 "radius": envelope.radius,
                 "distance": envelope.distance,
@@ -120,27 +85,45 @@ def certify_batch(model: nn.Module, x: Tensor, y: Tensor, options: argparse.Name
     return {name: value.cpu().numpy() for name, value in columns.items()}
 
 
-def summarise(columns: Columns, options: argparse.Namespace) -> list[tuple[str, str]]:
-    """The rows of the summary table, named as in the thesis (tables 3.6 to 3.9)."""
+def summarise(columns: Columns, args: argparse.Namespace) -> list[tuple[str, str]]:
+    """The rows of the summary, with the thesis' short names (tables 3.6 to 3.9) in brackets."""
     wrong = columns["prediction"] != columns["label"]
-    rows = [("examples", str(len(wrong))), ("CTE (%)", f"{100 * wrong.mean():.2f}")]
-    if options.high is not None:
-        tries = math.ceil(math.log2(options.high / options.tol)) if options.high > options.tol else 0
-        mean = columns["evaluations"].mean()
-        rows += [
-            ("mean radius", f"{columns['radius'].mean(dtype=np.float64):.4f}"),
-            ("bound evaluations", f"{mean:.2f} (bisection: {tries})"),
+    radius = columns["radius"].mean(dtype=np.float64)
+    rows = [("clean test error (CTE)", f"{100 * wrong.mean():.2f} %")]
+    if args.high is not None:
+        tries = math.ceil(math.log2(args.high / args.tol)) if args.high > args.tol else 0
+        return [
+            *rows,
+            ("mean certified radius", f"{radius:.4f}"),
+            ("bound evaluations an image", f"{columns['evaluations'].mean():.2f} (bisection: {tries})"),
         ]
-    else:
-        linear, ibp = columns["certified"].mean(), columns["certified_ibp"].mean()
-        rows += [
-            ("CRE Lin (%)", f"{100 * (1 - linear):.2f}"),
-            ("CRE IBP (%)", f"{100 * (1 - ibp):.2f}"),
-            ("ACB Lin", f"{options.eps * linear:.4f}"),
-            ("ACB IBP", f"{options.eps * ibp:.4f}"),
-            ("ACB PEC", f"{columns['radius'].mean(dtype=np.float64):.4f}"),
-        ]
-    return rows
+    linear, ibp = columns["certified"].mean(), columns["certified_ibp"].mean()
+    error, bound = "certified robust error", "average certified bound"
+    return [
+        *rows,
+        (f"{error}, linear bounds (CRE Lin)", f"{100 * (1 - linear):.2f} %"),
+        (f"{error}, interval bounds (CRE IBP)", f"{100 * (1 - ibp):.2f} %"),
+        (f"{bound}, linear bounds (ACB Lin)", f"{args.eps * linear:.4f}"),
+        (f"{bound}, interval bounds (ACB IBP)", f"{args.eps * ibp:.4f}"),
+        (f"{bound}, polyhedral envelope certification (ACB PEC)", f"{radius:.4f}"),
+    ]
+
+
+def setting(args: argparse.Namespace, given: shared.Given, images: Images) -> list[tuple[str, str]]:
+    """What is certified, over which set and how."""
+    clip = shared.clip_of(args)
+    budget = f"eps {args.eps:.6g}" if args.high is None else f"the largest radius up to {args.high:.6g}"
+    box = "no box" if clip is None else f"box [{clip[0]:g}, {clip[1]:g}]"
+    size = "inf" if args.norm == math.inf else f"{args.norm:g}"
+    how = [args.method, *(["exact input"] * args.exact_input), *(["refine all"] * (args.refine == "all"))]
+    how += ["outward rounding"] * (args.rounding == "outward")
+    return [
+        ("certified", f"L{size}, {budget}, {box}, {', '.join(how)}"),
+        ("model", given.name + (", normalised input" if args.normalize else "")),
+        *([("built", given.built)] if given.built else []),
+        ("data", shared.data_text(images)),
+        ("device", shared.device_text(args.device)),
+    ]
 
 
 def write(path: pathlib.Path, first: int, columns: Columns) -> None:
@@ -156,36 +139,41 @@ def write(path: pathlib.Path, first: int, columns: Columns) -> None:
             writer.writerow([int(v) if v.dtype.kind in "bi" else str(v) for v in values])
 
 
-def main(options: argparse.Namespace) -> int:
+def main(args: argparse.Namespace) -> int:
     """Certifies, writes the file and prints the summary; returns the exit status."""
-    if (options.eps is None) == (options.high is None):
-        raise ValueError("eps, high: give exactly one: --eps for the one-shot certificate, --high for the search")
-    if options.out and options.out.suffix not in (".csv", ".npz"):
-        raise ValueError(f"out: got {options.out}, expected a name that ends in .csv or .npz")
+    with common.plain_warnings():
+        return _main(args)
+
+
+def _main(args: argparse.Namespace) -> int:
+    if (args.eps is None) == (args.high is None):
+        raise BadArguments("eps, high: give exactly one: --eps for the one-shot certificate, --high for the search")
+    if args.high is not None and args.tol <= 0:
+        raise BadArguments(f"argument --tol: got {args.tol:g}, expected a value > 0")
+    if args.out and args.out.suffix not in (".csv", ".npz"):
+        raise BadArguments(f"argument --out: got {args.out}, expected a name that ends in .csv or .npz")
+    begun = time.perf_counter()
+    images = shared.begin(args, args.out)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    device = options.device
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
+    if args.device.type == "cuda" and world > 1:
+        args.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(args.device)
+    given = shared.model_of(args, images, graphs=False)
+    model = given.model
+    if args.normalize is not None:
+        mean, std = args.normalize
+        model = shared.Normalized(model, mean, std, images.images[:1].to(args.device)).eval()
     if world > 1:
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    images, labels = load_data(options.data, options.split)
-    last = len(labels) if options.limit is None else min(len(labels), options.first + options.limit)
-    if not 0 <= options.first < last:
-        raise ValueError(f"first, limit: no examples between {options.first} and {last} of {len(labels)}")
-    images, labels = images[options.first : last], labels[options.first : last]
-    model = load_model(options.model, options.activation, images.shape[1:], options.factory, options.trust).to(device)
-    starts = range(0, len(labels), options.batch_size)
-    shown = options.progress if rank == 0 else False
-    begin = time.perf_counter()
+        torch.distributed.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
+    starts = range(0, len(images.labels), args.batch_size)
+    show = sys.stderr.isatty() if args.progress is None else args.progress
     mine: dict[int, Columns] = {}
-    with tqdm(total=len(labels), unit="image", disable=None if shown is None else not shown) as bar:
+    with tqdm(total=len(images.labels), desc="certify", unit="image", disable=not show or rank > 0) as bar:
         for number, start in enumerate(starts):
-            stop = min(start + options.batch_size, len(labels))
+            x, y = (t[start : start + args.batch_size] for t in images[:2])
             if number % world == rank:
-                x, y = torch.from_numpy(images[start:stop]).to(device), torch.from_numpy(labels[start:stop]).to(device)
-                mine[number] = certify_batch(model, x, y, options)
-            bar.update(stop - start)
+                mine[number] = certify_batch(model, x.to(args.device), y.to(args.device), args)
+            bar.update(len(y))
     parts = mine
     if world > 1:
         gathered: list[Any] = [None] * world
@@ -194,11 +182,14 @@ def main(options: argparse.Namespace) -> int:
         torch.distributed.destroy_process_group()
     if rank == 0:
         columns = {name: np.concatenate([parts[i][name] for i in range(len(starts))]) for name in parts[0]}
-        if options.out:
-            write(options.out, options.first, columns)
-        rows = [*summarise(columns, options), ("seconds", f"{time.perf_counter() - begin:.1f}")]
-        width = max(len(name) for name, _ in rows)
-        print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+        head, found = setting(args, given, images), summarise(columns, args)
+        width = max(len(name) for name, _ in found)
+        print("\n".join(f"{name:<16} {value}" for name, value in head))
+        print("\n".join(f"{name:<{width}}  {value}" for name, value in found))
+        print(f"{'time':<16} {time.perf_counter() - begun:.2f} s")
+        if args.out:
+            write(args.out, args.first, columns)
+            print(f"{'written':<16} {args.out}")
     return 0
 
 

@@ -55,13 +55,23 @@ def _described(v: Any) -> str:
 
 
 class _Recorder(Recorder):
-    """Knows which reads no gradient passes."""
+    """Knows which reads no gradient passes (with ``cuts``), and that tensors of numbers in forward are the call's own."""
 
-    def marker(self, t: Tensor) -> Read | Constant:
-        found = super().marker(t)
-        if isinstance(found, Read) and t.is_floating_point() and not t.requires_grad:
-            return Cut(*found)
-        return found
+    def __init__(self, model: Any, cuts: bool) -> None:
+        super().__init__(model, False)
+        self.cuts = cuts
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift.default):
+            self.fresh.add(args[0].untyped_storage()._cdata)
+            self.kept.append(args[0])
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _told(self, t: Tensor) -> tuple[Read | Constant, Any]:
+        found, key = super()._told(t)
+        if self.cuts and isinstance(found, Read) and t.is_floating_point() and not t.requires_grad:
+            return Cut(*found), key
+        return found, key
 
 
 def observe(
@@ -87,7 +97,7 @@ def _observed(
                 size = 0.1 * t.abs().amax().nan_to_num(1.0, 1.0, 1.0) + 1e-3 if t.numel() else 0.0
                 t = (t + size * wave(t)).requires_grad_(grad).clone(memory_format=torch.preserve_format)
             given.append(t)
-        recorder = (_Recorder if grad else Recorder)(unwrapped(snapshot.model), False)
+        recorder = _Recorder(unwrapped(snapshot.model), grad)
         inputs: list[Value] = [recorder.start(t) for t in given]
         args, kwargs = call.arguments(given)
         with recorder, sizes:
