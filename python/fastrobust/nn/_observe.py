@@ -67,6 +67,12 @@ class _Recorder(Recorder):
             self.kept.append(args[0])
         return super().__torch_dispatch__(func, types, args, kwargs)
 
+    def _add(self, name: str, func: Any, args: Any, *rest: Any) -> None:
+        # What was there before a write was read by it as its first argument.
+        if name == "overlay" and isinstance(args[0], Read) and isinstance(self.steps[-1].args[0], Cut):
+            args = (Cut(*args[0]), *args[1:])
+        super()._add(name, func, args, *rest)
+
     def _told(self, t: Tensor) -> tuple[Read | Constant, Any]:
         found, key = super()._told(t)
         if self.cuts and isinstance(found, Read) and t.is_floating_point() and not t.requires_grad:
