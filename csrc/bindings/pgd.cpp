@@ -25,6 +25,8 @@ Param param(uintptr_t address, double value, int per, int64_t batch, int64_t n, 
 void set_box(double lo, double hi, float* lo32, float* hi32) {
   *lo32 = -round_down(-lo);
   *hi32 = round_down(hi);
+  if (!(*lo32 <= *hi32))
+    throw std::invalid_argument("clip: got bounds with no float32 number between them, expected lo <= hi in float32");
 }
 
 // Kernels read and write the same position of x and out only; any other overlap of the output would spoil the input.

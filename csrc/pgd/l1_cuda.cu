@@ -41,6 +41,16 @@ struct BlockRow {
     total = block_sum(total);
     return {total, block_sum(slope)};
   }
+  __device__ bool inside(float eps) const {
+    ExactSum s;
+    float outside = 0.f;
+    for (int64_t i = threadIdx.x; i < a.n; i += kThreads) {
+      const float y = a.out[base + i];
+      exact_add(&s, y, a.x0[base + i], false);
+      if (!(y >= a.lo && y <= a.hi)) outside = 1.f;
+    }
+    return block_max(outside) == 0.f && exact_inside(block_exact_sum<kThreads>(s), eps, false);
+  }
   __device__ float top_distance() const {
     float t = 0.f;
     for (int64_t i = threadIdx.x; i < a.n; i += kThreads) t = vmax(t, vabs(a.out[base + i] - a.x0[base + i]));

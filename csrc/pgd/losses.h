@@ -4,7 +4,8 @@
 //   DLR            -(z_y - max_{j != y} z_j) / (z_(1) - z_(3) + 1e-12)                   (Croce and Hein 2020)
 //   targeted DLR   -(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2 + 1e-12)
 //   KL             sum_j p_j (log p_j - log q_j), p = softmax(reference), q = softmax(z)  (TRADES, Zhang et al. 2019)
-// z_(k) is the k-th largest logit; among equals the lower index comes first.
+// z_(k) is the k-th largest logit; among equals the lower index comes first. A NaN logit makes its row's value and
+// gradient NaN; so do an infinite largest logit in cross entropy and KL, whose softmax does not exist then.
 #pragma once
 
 #include <cmath>

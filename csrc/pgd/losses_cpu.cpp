@@ -19,9 +19,25 @@ FR_HD void store_left(float* p, Vec v, int64_t left) {
   left >= kLanes ? store(p, v) : store_n(p, v, static_cast<int>(left));
 }
 
+bool any_nan(const float* z, int64_t k) {
+  uint32_t found = 0;
+  for (int64_t i = 0; i < k; i += kLanes) {
+    const Vec v = load_or(z + i, k - i, 0.f);
+    found |= ~bits(v == v) & 0xffffu;
+  }
+  return found != 0;
+}
+
+// What a row without a loss gives: no number, and a gradient that no step follows.
+void undefined(const LossArgs& a, int64_t row) {
+  a.value[row] = NAN;
+  std::fill_n(a.grad + row * a.classes, a.classes, NAN);
+}
+
 struct Softmax {
   float top;
   double sum;
+  bool exists() const { return std::isfinite(top); }
 };
 // Largest logit and sum of exp(z - top); exp(z - top) is left in `e` when given.
 Softmax softmax(const float* z, int64_t k, float* e) {
@@ -41,6 +57,7 @@ void cross_entropy(const LossArgs& a, int64_t row) {
   const float* z = a.logits + row * a.classes;
   float* g = a.grad + row * a.classes;
   const Softmax s = softmax(z, a.classes, g);
+  if (!s.exists() || any_nan(z, a.classes)) return undefined(a, row);
   const Vec inverse(static_cast<float>(1. / s.sum));
   for (int64_t i = 0; i < a.classes; i += kLanes)
     store_left(g + i, load_or(g + i, a.classes - i, 0.f) * inverse, a.classes - i);
@@ -55,6 +72,7 @@ void kl(const LossArgs& a, int64_t row) {
   const float* r = a.reference + row * a.classes;
   float* g = a.grad + row * a.classes;
   const Softmax q = softmax(z, a.classes, g), p = softmax(r, a.classes, nullptr);
+  if (!q.exists() || !p.exists() || any_nan(z, a.classes) || any_nan(r, a.classes)) return undefined(a, row);
   const Vec inverse_q(static_cast<float>(1. / q.sum)), inverse_p(static_cast<float>(1. / p.sum));
   DVec inner(0.);
   for (int64_t i = 0; i < a.classes; i += kLanes) {
@@ -77,6 +95,7 @@ void sparse(const LossArgs& a, int64_t row) {
   const float* z = a.logits + row * a.classes;
   float* g = a.grad + row * a.classes;
   const int64_t y = a.labels[row], target = a.targets != nullptr ? a.targets[row] : y;
+  if (any_nan(z, a.classes)) return undefined(a, row);
   Top t;
   top_start(&t);
   // The first sixteen fill the top; of the rest only those that can enter it are looked at one by one.

@@ -1,4 +1,6 @@
 // Attack losses on CUDA: one warp an example, lanes stride over the classes.
+#include <cfloat>
+
 #include "core/exp.h"
 #include "pgd/kernels.h"
 #include "pgd/losses.h"
@@ -9,9 +11,22 @@ namespace {
 
 constexpr int kThreads = 128;
 
+__device__ bool any_nan(const float* z, int64_t k, int lane) {
+  bool found = false;
+  for (int64_t j = lane; j < k; j += kWarp) found |= !(z[j] == z[j]);
+  return warp_max(found ? 1.f : 0.f) > 0.f;
+}
+
+// What a row without a loss gives: no number, and a gradient that no step follows.
+__device__ void undefined(const LossArgs& a, int64_t row, int lane) {
+  for (int64_t j = lane; j < a.classes; j += kWarp) a.grad[row * a.classes + j] = NAN;
+  if (lane == 0) a.value[row] = NAN;
+}
+
 struct Softmax {
   float top;
   double sum;
+  __device__ bool exists() const { return vabs(top) <= FLT_MAX; }
 };
 __device__ Softmax softmax(const float* z, int64_t k, int lane) {
   float top = -INFINITY;
@@ -25,6 +40,7 @@ __device__ Softmax softmax(const float* z, int64_t k, int lane) {
 __device__ void cross_entropy(const LossArgs& a, int64_t row, int lane) {
   const float* z = a.logits + row * a.classes;
   const Softmax s = softmax(z, a.classes, lane);
+  if (!s.exists() || any_nan(z, a.classes, lane)) return undefined(a, row, lane);
   const float inverse = static_cast<float>(1. / s.sum);
   const int64_t y = a.labels[row];
   for (int64_t j = lane; j < a.classes; j += kWarp) {
@@ -38,6 +54,8 @@ __device__ void kl(const LossArgs& a, int64_t row, int lane) {
   const float* z = a.logits + row * a.classes;
   const float* r = a.reference + row * a.classes;
   const Softmax q = softmax(z, a.classes, lane), p = softmax(r, a.classes, lane);
+  if (!q.exists() || !p.exists() || any_nan(z, a.classes, lane) || any_nan(r, a.classes, lane))
+    return undefined(a, row, lane);
   const float inverse_q = static_cast<float>(1. / q.sum), inverse_p = static_cast<float>(1. / p.sum);
   double inner = 0.;
   for (int64_t j = lane; j < a.classes; j += kWarp) {
@@ -77,6 +95,7 @@ __device__ void next_largest(const float* z, int64_t k, const int64_t* taken, in
 __device__ void sparse(const LossArgs& a, int64_t row, int lane) {
   const float* z = a.logits + row * a.classes;
   const int64_t y = a.labels[row], target = a.targets != nullptr ? a.targets[row] : y;
+  if (any_nan(z, a.classes, lane)) return undefined(a, row, lane);
   Top t;
   top_start(&t);
   next_largest(z, a.classes, &y, 1, lane, &t.other, &t.other_index);

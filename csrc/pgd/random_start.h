@@ -31,8 +31,16 @@ FR_HD Normal2 random_ball2(uint32_t u, uint32_t v, bool l2) {
 }
 FR_HD int64_t ball_term(float t, bool l2) { return static_cast<int32_t>((l2 ? t * t : vabs(t)) * kSumScale) + 1; }
 
-// eps / (sum |t|^p + E)^(1/p), a little below.
+// In a ball this small the coordinates are subnormal, whose rounding is not relative: the margin below does not cover
+// it.
+constexpr float kLeastRadius = 0x1p-96f;
+// Larger ones count as this: eps over a small size would overflow.
+constexpr float kMostRadius = 0x1p100f;
+
+// eps / (sum |t|^p + E)^(1/p), a little below; 0, the centre alone, for radii below kLeastRadius.
 FR_HD float ball_scale(int64_t sum, float eps, bool l2, uint64_t seed, uint32_t example) {
+  if (!(eps >= kLeastRadius)) return 0.f;
+  eps = vmin(eps, kMostRadius);
   const double e = -static_cast<double>(portable_log(uniform_open(philox(seed, kStreamRadius, example, 0).r[0])));
   const double s = static_cast<double>(sum) / kSumScale;
   const double size = l2 ? sqrt(s + 2. * e) : s + e;

@@ -55,6 +55,13 @@ struct Row {
     return *clean ? sum_squares<true>() : s;
   }
 
+  // Does y lie in the ball, exactly? Asked only next to the sphere.
+  __attribute__((noinline)) bool inside(const float* y, float radius, bool l2_norm) const {
+    ExactSum s;
+    for (int64_t i = 0; i < n; ++i) exact_add(&s, y[i], x0[i], l2_norm);
+    return exact_inside(s, radius, l2_norm);
+  }
+
   // ---- L2 ----
   template <bool kClean>
   void l2(double norm2) const {
@@ -77,7 +84,9 @@ struct Row {
       const DVec d = widen(v - load_m(center + i, m));
       s = s + d * d;
     });
-    const float shrink = l2_shrink(sum(s), eps);
+    const double distance2 = sum(s);
+    float shrink = l2_shrink(distance2, eps);
+    if (shrink < 1.f && near_sphere(std::sqrt(distance2), eps) && inside(y, eps, true)) shrink = 1.f;
     each_vec(n, [=](int64_t i, int m) FR_INLINE_LAMBDA {
       store_m(to + i, l2_project(load_m(y + i, m), load_m(center + i, m), shrink, lo, hi), m);
     });
@@ -114,6 +123,11 @@ struct Row {
       slope = slope + widen(select((length > Vec(0.f)) & (length < room), Vec(1.f), Vec(0.f)));
     });
     return {sum(total), sum(slope)};
+  }
+  bool inside(float radius) const {
+    for (int64_t i = 0; i < n; ++i)
+      if (!(out[i] >= a.lo && out[i] <= a.hi)) return false;
+    return inside(out, radius, false);
   }
   float top_distance() const {
     Vec t(0.f);

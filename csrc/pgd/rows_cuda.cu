@@ -66,6 +66,26 @@ __global__ void __launch_bounds__(kThreads) l2_distance_kernel(StepArgs a, const
   }
 }
 
+// An example next to the sphere is looked at exactly, before the step writes over x: what lies inside is told by a
+// distance of zero.
+template <GradType T>
+__global__ void __launch_bounds__(kThreads) l2_sphere_kernel(StepArgs a, const double* grad_sums, double* sums) {
+  const int64_t chunks = chunks_of(a.n);
+  for (int64_t row = blockIdx.x; row < a.batch; row += gridDim.x) {
+    const float eps = param_at(a.eps, row, a.n, 0);
+    if (!near_sphere(sqrt(total(sums, row, chunks)), eps)) continue;
+    const int64_t base = row * a.n;
+    const GradReader<T> g(a.grad, base);
+    const double norm2 = T != GradType::none && a.normalize ? total(grad_sums, row, chunks) : 0.;
+    const L2Ascent m = l2_ascent(norm2, param_at(a.step, row, a.n, 0), a.normalize);
+    ExactSum s;
+    for (int64_t i = threadIdx.x; i < a.n; i += kThreads)
+      exact_add(&s, l2_moved<T>(a.x[base + i], g.at(i), m), a.x0[base + i], true);
+    if (exact_inside(block_exact_sum<kThreads>(s), eps, true))
+      for (int64_t c = threadIdx.x; c < chunks; c += kThreads) sums[row * chunks + c] = 0.;
+  }
+}
+
 template <GradType T>
 __global__ void __launch_bounds__(kThreads) l2_write_kernel(StepArgs a, const double* grad_sums, const double* sums) {
   FR_EACH_CHUNK(a) {
@@ -174,6 +194,8 @@ struct Rows {
     if (norm == Norm::l1) return l1_cuda(b, stream);
     if (T != GradType::none && b.normalize) grad_norm();
     FR_LAUNCH(l2_distance_kernel<T>, grid, kThreads, 0, stream, b, first, second);
+    FR_LAUNCH(l2_sphere_kernel<T>, static_cast<unsigned>(b.batch < 65536 ? b.batch : 65536), kThreads, 0, stream, b,
+              first, second);
     FR_LAUNCH(l2_write_kernel<T>, grid, kThreads, 0, stream, b, first, second);
   }
 

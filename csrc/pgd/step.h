@@ -73,12 +73,50 @@ FR_HD V l2_ascend(V x, V g, V pow2, V scale) {
 constexpr double kAccept = 0x1p-23;
 constexpr double kShrink = 0x1p-21;
 
-// Factor for d, or 1 when y is inside.
+// Between (1 - kAccept) eps and (1 + kAccept) eps the point itself decides: one on the sphere stays. hi + lo is the sum
+// of what was added but for `bound`, which is zero where every addition was exact.
+struct ExactSum {
+  double hi = 0., lo = 0., bound = 0.;
+};
+template <class T>
+FR_HD T sum_error(T a, T b, T s) {
+  const T bb = s - a;
+  return (a - (s - bb)) + (b - bb);
+}
+FR_HD void exact_add(ExactSum* s, double v) {
+  const double hi = s->hi + v, error = sum_error(s->hi, v, hi), lo = s->lo + error;
+  s->bound += vabs(sum_error(s->lo, error, lo));
+  s->hi = hi;
+  s->lo = lo;
+}
+// A coordinate's share of ||y - x0||^2 or of the L1 norm: products of floats, exact in double.
+FR_HD void exact_add(ExactSum* s, float y, float x0, bool l2) {
+  const float d = y - x0;
+  const double h = d, l = sum_error(y, -x0, d);
+  exact_add(s, l2 ? h * h : vabs(h));
+  exact_add(s, l2 ? 2. * h * l : (h < 0. ? -l : l));
+  exact_add(s, l2 ? l * l : 0.);
+}
+FR_HD void exact_add(ExactSum* s, const ExactSum& other) {
+  exact_add(s, other.hi);
+  exact_add(s, other.lo);
+  s->bound += other.bound;
+}
+FR_HD bool exact_inside(const ExactSum& s, float eps, bool l2) {
+  const double limit = l2 ? static_cast<double>(eps) * eps : static_cast<double>(eps);
+  const double slack = s.bound > 0. ? 2. * s.bound + 0x1p-50 * vabs(s.lo) : 0.;
+  return (s.hi - limit) + (s.lo + slack) <= 0.;
+}
+// norm is the computed one.
+FR_HD bool near_sphere(double norm, float eps) { return norm > eps * (1. - kAccept) && norm <= eps * (1. + kAccept); }
+
+// Factor for d, or 1 when y is inside. A radius of zero gives x0 itself, whatever the sign of a zero in y.
 FR_HD float l2_shrink(double sum_d2, float eps) {
   const double norm = sqrt(sum_d2);
   const double bound = static_cast<double>(eps);
+  if (!(bound > 0.)) return 0.f;
   if (norm <= bound * (1. - kAccept)) return 1.f;
-  if (!(norm > 0.) || !(bound > 0.)) return 0.f;
+  if (!(norm > 0.)) return 0.f;
   return round_down(bound * (1. - kShrink) / norm);
 }
 template <class V>
@@ -142,14 +180,17 @@ FR_HD float l1_threshold(const R& r, float step, double* spent) {
   return float_from_bits(high);
 }
 
-// The lambda of l1_project. R gives lengths(lambda), the sum of l1_length and minus its slope, and top_distance(), the
-// largest |d|. Newton from the left, kept in a bracket that bisection closes where Newton does not.
+// The lambda of l1_project. R gives lengths(lambda), the sum of l1_length and minus its slope, top_distance(), the
+// largest |d|, and inside(), whether the point lies in box and ball exactly. Newton from the left, kept in a bracket
+// that bisection closes where Newton does not.
 struct L1Lengths {
   double total, slope;
 };
 template <class R>
 FR_HD float l1_lambda(const R& r, float eps) {
-  if (r.lengths(0.f).total <= eps * (1. - kAccept)) return 0.f;
+  if (!(eps > 0.f)) return INFINITY;
+  const double total = r.lengths(0.f).total;
+  if (total <= eps * (1. - kAccept) || (near_sphere(total, eps) && r.inside(eps))) return 0.f;
   const double target = eps * (1. - kShrink);
   float low = 0.f, high = r.top_distance(), guess = 0.f;
   while (true) {

@@ -28,6 +28,9 @@ STEP_CASES: list[tuple[str, Any, type[Exception], str]] = [
     ("x", torch.zeros(3, 2, 4, dtype=torch.complex64), TypeError, "complex64.*float32"),
     ("x", torch.tensor(0.5), ValueError, "0-dimensional.*first dimension"),
     ("x", torch.zeros(3, 2, 4).to_sparse(), TypeError, "sparse.*dense"),
+    ("x", torch.nested.nested_tensor([torch.zeros(2, 4)] * 3), TypeError, "nested.*dense"),
+    ("x0", torch.zeros(3, 2, 4).to_sparse(), TypeError, "sparse.*dense"),
+    ("x0", torch.nested.nested_tensor([torch.zeros(2, 4)] * 3), TypeError, "nested.*dense"),
     ("x0", torch.zeros(3, 2, 5), ValueError, r"\(3, 2, 5\).*\(3, 2, 4\)"),
     ("x0", torch.zeros(2, 4), ValueError, r"\(2, 4\).*\(3, 2, 4\)"),
     ("x0", torch.zeros(3, 2, 4, dtype=torch.float64), TypeError, "float64.*float32"),
@@ -37,6 +40,10 @@ STEP_CASES: list[tuple[str, Any, type[Exception], str]] = [
     ("grad", torch.zeros(3, 2, 4, dtype=torch.int32), TypeError, "int32.*float32"),
     ("grad", torch.zeros(3, 2, 4, dtype=torch.float64), TypeError, "float64.*float32"),
     ("grad", torch.zeros(3, 2, 4, device="meta"), ValueError, "meta.*cpu"),
+    ("grad", torch.zeros(3, 2, 4).to_sparse(), TypeError, "sparse.*dense"),
+    ("grad", torch.nested.nested_tensor([torch.zeros(2, 4)] * 3), TypeError, "nested.*dense"),
+    ("grad", torch.zeros(3, 2, 4, dtype=torch.complex64), TypeError, "complex64.*float32"),
+    ("grad", np.zeros((3, 2, 4), np.float32), TypeError, "array.*from_numpy"),
     ("grad", None, TypeError, "NoneType"),
     ("step_size", -0.1, ValueError, "-0.1.*>= 0"),
     ("step_size", math.nan, ValueError, "nan.*>= 0"),
@@ -52,11 +59,19 @@ STEP_CASES: list[tuple[str, Any, type[Exception], str]] = [
     ("eps", math.nan, ValueError, "nan.*>= 0"),
     ("eps", "8/255", TypeError, "str.*number"),
     ("eps", None, TypeError, "NoneType.*number"),
-    ("eps", [0.1, 0.1, 0.1], TypeError, "list.*number"),
+    ("eps", [0.1, "a", 0.1], TypeError, "list.*number"),
+    ("eps", [[0.1], [0.1, 0.2]], TypeError, "list.*number"),
+    ("eps", [0.1, -0.1, 0.1], ValueError, "negative or NaN.*>= 0"),
+    ("eps", np.array(["a", "b", "c"]), TypeError, "array.*number"),
+    ("eps", np.array([True, False, True]), TypeError, "bool.*number"),
+    ("eps", np.zeros(4), ValueError, r"\(4,\).*\(3,\)"),
+    ("eps", torch.zeros(3).to_sparse(), TypeError, "sparse.*dense"),
+    ("step_size", torch.zeros(3, dtype=torch.complex64), TypeError, "complex64.*floating"),
     ("eps", torch.tensor([0.1, math.nan, 0.1]), ValueError, "negative or NaN.*>= 0"),
     ("eps", torch.tensor(-0.1), ValueError, "negative or NaN.*>= 0"),
     ("eps", torch.zeros(4), ValueError, r"\(4,\).*\(3,\)"),
-    ("eps", torch.zeros(3, 1, 1), ValueError, r"\(3, 1, 1\).*\(3,\)"),
+    ("eps", torch.zeros(2, 1, 1), ValueError, r"\(2, 1, 1\).*\(3,\)"),
+    ("eps", torch.zeros(3, 1, 4, 1), ValueError, r"\(3, 1, 4, 1\).*\(3,\)"),
     ("eps", torch.zeros(3, device="meta"), ValueError, "meta.*cpu"),
     ("norm", 3.7, ValueError, "3.7.*1, 2 or inf"),
     ("norm", 0, ValueError, "0.*1, 2 or inf"),
@@ -72,6 +87,16 @@ STEP_CASES: list[tuple[str, Any, type[Exception], str]] = [
     ("clip", (0.0, 0.5, 1.0), TypeError, r"tuple.*\(lo, hi\) or None"),
     ("clip", ("a", "b"), TypeError, r"tuple.*\(lo, hi\) or None"),
     ("clip", (None, 1.0), TypeError, r"tuple.*\(lo, hi\) or None"),
+    ("clip", "images", TypeError, r"str.*\(lo, hi\) or None"),
+    ("clip", (0.1, 0.1), ValueError, "no float32 number between"),
+    ("clip", ({}, 1.0), TypeError, "tuple"),
+    ("clip", (torch.zeros(2, 1), torch.full((2, 1), -0.1)), ValueError, "lower faces above.*lo <= hi"),
+    ("clip", (torch.full((2, 1), math.nan), 1.0), ValueError, "NaN.*lo <= hi"),
+    ("clip", (torch.zeros(5, 1), 1.0), ValueError, r"\(5, 1\).*\(3, 2, 4\)"),
+    ("clip", (torch.zeros(2), torch.ones(2)), ValueError, r"\(2,\).*\(3, 2, 4\)"),
+    ("clip", (np.zeros((2, 1)), np.array([["a"], ["b"]])), TypeError, "array.*number or a tensor"),
+    ("clip", (torch.zeros(2, 1, dtype=torch.bool), 1.0), TypeError, "bool.*real"),
+    ("clip", (torch.zeros(2, 1, device="meta"), 1.0), ValueError, "meta.*cpu"),
     ("clip", 1.0, TypeError, r"float.*\(lo, hi\) or None"),
     ("active", torch.ones(3), TypeError, "float32.*bool"),
     ("active", torch.ones(4, dtype=torch.bool), ValueError, r"\(4,\).*\(3,\)"),
@@ -118,7 +143,8 @@ def test_step(norm, name, value, error, text) -> None:
     if name != "norm":
         arguments["norm"] = norm
     arguments[name] = value
-    kept = {k: v.clone() for k, v in arguments.items() if isinstance(v, torch.Tensor) and v.device.type == "cpu"}
+    dense = lambda v: isinstance(v, torch.Tensor) and v.device.type == "cpu" and not v.is_nested  # noqa: E731
+    kept = {k: v.clone() for k, v in arguments.items() if dense(v)}
     for in_place in (False, True):
         out = arguments["x"] if in_place and isinstance(arguments["x"], torch.Tensor) else torch.full_like(X, 7.0)
         raises(lambda: ops.pgd_step(**arguments, out=out), name, error, text)  # noqa: B023

@@ -232,28 +232,6 @@ def test_training_step_through_a_model() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_second_derivative_is_pretended(name) -> None:
-    logits, *others = inputs(name, 5, 3, 6)
-    z = logits.requires_grad_()
-    (grad,) = torch.autograd.grad(getattr(ops, name)(z, *others).value.sum(), z, create_graph=True)
-    with pytest.raises(RuntimeError):
-        torch.autograd.grad(grad.square().sum(), z)
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_no_forward_mode_derivative_is_pretended(name, dtype) -> None:
-    logits, *others = inputs(name, 5, 3, 6)
-    others = [o.to(dtype) if o.is_floating_point() else o for o in others]
-    z = logits.to(dtype)
-    with pytest.raises((NotImplementedError, RuntimeError)):
-        torch.func.jvp(lambda z: getattr(ops, name)(z, *others).value, (z,), (torch.ones_like(z),))
-    with torch.autograd.forward_ad.dual_level(), pytest.raises((NotImplementedError, RuntimeError)):
-        getattr(ops, name)(torch.autograd.forward_ad.make_dual(z, torch.ones_like(z)), *others)
-    assert getattr(ops, name)(z, *others).value.isfinite().all()
-
-
-@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_modes_without_gradients(name, mode, dtype) -> None:
@@ -294,3 +272,48 @@ def test_unchecked_labels_of_a_wrong_shape_are_refused(name) -> None:
     if name == "dlr_targeted_loss":
         with pytest.raises(ValueError, match=r"targets: got .*\(6,\)"):
             ops.dlr_targeted_loss(logits, labels[0], labels[1][:6], check=False)
+
+
+def special_rows(classes: int, wide: int) -> torch.Tensor:
+    """Rows with one logit that is no number, at the first, a middle and the last place; then one of ordinary logits."""
+    z = torch.randn(13, classes, generator=torch.Generator().manual_seed(wide))
+    for row, value in enumerate([float("nan"), float("inf"), float("-inf")] * 4):
+        z[row, (0, classes // 2, classes - 1, 1)[row // 3] % classes] = value
+    return z
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("classes", [4, 10, 16, 17, 100])
+def test_rows_with_logits_that_are_no_numbers(name, classes) -> None:
+    """A NaN makes its row's value and gradient NaN; infinities give what the definition gives; other rows know nothing."""
+    z = special_rows(classes, classes)
+    _, *others = inputs(name, 8, 13, classes)
+    loss = getattr(ops, name)(z, *others)
+    assert loss.value[::3][:4].isnan().all() and loss.grad[::3][:4].isnan().all()
+    want, grad = oracle(name, z, *others)
+    assert torch.equal(loss.value.isnan(), want.isnan())
+    finite = want.isfinite()
+    torch.testing.assert_close(loss.value[finite].double(), want[finite], rtol=1e-5, atol=1e-5)
+    assert torch.equal(loss.value[want.isinf()].double(), want[want.isinf()])
+    closed = reference.gradient(name, z.double(), *(o.double() if o.is_floating_point() else o for o in others))
+    torch.testing.assert_close(loss.grad.double(), closed, rtol=1e-4, atol=1e-5, equal_nan=True)
+    alone = getattr(ops, name)(z[12:], *(o[12:] for o in others))
+    assert torch.equal(alone.value, loss.value[12:]) and torch.equal(alone.grad, loss.grad[12:])
+    assert loss.value[12].isfinite() and torch.allclose(grad[12], loss.grad[12].double(), atol=1e-5)
+
+
+def test_softmax_of_nothing_but_infinities_does_not_exist() -> None:
+    z, y = torch.full((2, 5), float("-inf")), torch.tensor([0, 3])
+    for loss in (
+        ops.cross_entropy(z, y),
+        ops.kl_divergence(z, torch.zeros(2, 5)),
+        ops.kl_divergence(torch.zeros(2, 5), z),
+    ):
+        assert loss.value.isnan().all() and loss.grad.isnan().all()
+
+
+def test_a_step_does_not_follow_a_row_without_a_loss() -> None:
+    x = torch.full((2, 5), 0.5)
+    z = torch.tensor([[0.1, float("nan"), 0.2, 0.0, 0.0], [0.1, 0.3, 0.2, 0.0, 0.0]])
+    y = ops.pgd_step(x, x, ops.cross_entropy(z, torch.tensor([0, 0])).grad, 0.1, 0.2)
+    assert torch.equal(y[0], x[0]) and not torch.equal(y[1], x[1])

@@ -242,3 +242,68 @@ def test_an_infinite_l2_step_ends_where_long_steps_end(seed, batch, targeted) ->
         y = ops.pgd_step(x, x0, grad, step, 0.5, 2, clip=None, targeted=targeted)
         torch.testing.assert_close(y[1:].double(), want[1:], rtol=0, atol=1e-6)
         assert same_bits(y[:1], ops.project(x[:1], x0[:1], 0.5, 2, clip=None))
+
+
+@st.composite
+def on_the_sphere(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, float, float]:
+    """x, x0, a radius that is the distance to the last bit, and how much float32 is the next larger."""
+    norm = draw(st.sampled_from([2, 1]))
+    n = draw(st.integers(1, 40))
+    size = draw(st.sampled_from([1.0, 3.0, 2.0**-20, 2.0**-40, 1024.0]))
+    g = torch.Generator().manual_seed(draw(seeds))
+    # multiples of a power of two: differences, squares and sums are exact
+    steps = torch.randint(-3, 4, (1, n), generator=g).double()
+    total = (steps**2).sum().item() if norm == 2 else steps.abs().sum().item()
+    if norm == 2:  # Lagrange: four squares more make the sum a square
+        target = (math.isqrt(int(total)) + 1) ** 2
+        rest = int(target - total)
+        extra = next(
+            (a, b, c, d)
+            for a in range(math.isqrt(rest), -1, -1) for b in range(math.isqrt(rest - a * a), -1, -1)
+            for c in range(math.isqrt(rest - a * a - b * b), -1, -1)
+            for d in [math.isqrt(rest - a * a - b * b - c * c)] if a * a + b * b + c * c + d * d == rest
+        )  # fmt: skip
+        steps, total = torch.cat([steps, torch.tensor([extra]).double()], 1), math.isqrt(target)
+    base = torch.randint(-64, 64, steps.shape, generator=g).double()
+    return (size * (base + steps)).float(), (size * base).float(), size * total, norm
+
+
+@given(case=on_the_sphere(), dtype=st.sampled_from([torch.float32, torch.float64]))
+def test_a_point_on_the_sphere_is_inside(case, dtype) -> None:
+    """Bit for bit, as the ball is closed; with a radius less by one unit in the last place it moves, and inwards."""
+    x, x0, eps, norm = (t.to(dtype) if isinstance(t, torch.Tensor) else t for t in case)
+    if eps == 0:
+        return
+    lo, hi = torch.minimum(x, x0).min().item(), torch.maximum(x, x0).max().item()
+    for clip in (None, (lo, hi)):
+        assert same_bits(ops.project(x, x0, eps, norm, clip), x)
+        assert same_bits(ops.project(x, x0, torch.tensor([eps], dtype=torch.float64), norm, clip), x)
+        assert same_bits(ops.pgd_step(x, x0, torch.zeros_like(x), 0.3, eps, norm, clip), x)
+        less = eps * (1 - (2.0**-24 if dtype == torch.float32 else 2.0**-53))
+        y = ops.project(x, x0, less, norm, clip)
+        assert not torch.equal(y, x)
+        assert_in_ball_and_box(y, x0, less, norm, clip)
+        assert same_bits(ops.project(y, x0, less, norm, clip), y)
+    assert same_bits(ops.project(x, x0, eps, norm, (torch.full_like(x[0], lo), hi)), x)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_radius_of_zero_gives_the_signs_of_x0(norm) -> None:
+    """x at distance zero is x0 but for the sign of a zero."""
+    x0 = torch.tensor([[0.0, -0.0, 0.0, -0.0, 0.0]])
+    for clip in ((0.0, 0.0), (-0.0, 1.0), None):
+        assert same_bits(ops.project(-x0, x0, 0.0, norm, clip), x0)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 2, 3, 4, 5)])
+def test_equal_gradients_move_in_the_order_of_the_index_in_every_format(shape) -> None:
+    fmt = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+    x0 = torch.rand(shape, generator=torch.Generator().manual_seed(1)) * 0.5
+    grad = torch.ones(shape)
+    want = ops.pgd_step(x0, x0, grad, 4.0, 5.0, 1)
+    got = ops.pgd_step(*(t.contiguous(memory_format=fmt) for t in (x0, x0, grad)), 4.0, 5.0, 1)
+    assert same_bits(got, want) and got.is_contiguous(memory_format=fmt)
+    out = torch.empty_like(x0, memory_format=fmt)
+    assert same_bits(ops.pgd_step(x0, x0, grad, 4.0, 5.0, 1, out=out), want)
+    moved = [ops.pgd_step_fosc(x, x0, grad, 4.0, 5.0, -INF, 1)[0] for x in (x0, x0.contiguous(memory_format=fmt))]
+    assert same_bits(*moved)

@@ -224,3 +224,18 @@ def test_normals_of_the_kernel_are_normal() -> None:
 def test_infinite_linf_radius_is_uniform_on_the_box() -> None:
     y = ops.random_start(torch.full((20000, 1), 0.9), INF, seed=3)
     assert ks(y) < KS_LIMIT
+
+
+@pytest.mark.parametrize("norm", [2, 1])
+@pytest.mark.parametrize("eps", [1e-45, 5e-44, 1e-38, 2.0**-97, 2.0**-95, 1e-20, 1e30, 3e38])
+@pytest.mark.parametrize("n", [1, 2, 17, 4000])
+def test_radii_at_the_ends_of_float32(norm, eps, n) -> None:
+    """Subnormal coordinates do not leave the ball, and a radius over a small size does not overflow."""
+    for x0 in (torch.zeros(5, n), torch.rand(5, n)):
+        for seed in range(3):
+            y = ops.random_start(x0, eps, norm, None, seed=seed)
+            assert_in_ball_and_box(y, x0, eps, norm, None)
+            assert y.isfinite().all()
+        want = reference.random_start(x0, eps, norm, None, seed)
+        torch.testing.assert_close(y, want, rtol=2e-5, atol=1e-5 * min(eps, 2.0**100))
+    assert (y != 0).any()

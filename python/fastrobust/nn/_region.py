@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..ops import _conv_cost as cost
 from ..ops import _feature_maps as fm
-from ..ops._dense_conv import dense_weight, input_grad
+from ..ops._dense_conv import dense_weight, in_full_precision, input_grad
 from ..ops._feature_maps import ConvGeometry, Maps
 from ..reference.binary import PackedWeight
 from ._schedule import ARENA, Buffer, Compiled, Schedule, State, plain, sides
@@ -43,6 +43,16 @@ class Unit:
     shift: Tensor | None = None
     residual: int | None = None
     relu: bool = False
+
+    def __post_init__(self) -> None:
+        # Programs hold their addresses and nothing else.
+        for what, t in (("scale", self.scale), ("shift", self.shift)):
+            if t is not None and (t.dtype != torch.float32 or t.device != self.packed.index.device):
+                raise TypeError(
+                    f"model: the {what} of {self.name} is {t.dtype} on {t.device}, expected float32 on "
+                    f"{self.packed.index.device}, as its masked weight"
+                )
+        self.scale, self.shift = (None if t is None else t.contiguous() for t in (self.scale, self.shift))
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -88,8 +98,7 @@ class Group:
 
     def __init__(self, reads: list[Read], native: dict[int, Maps]) -> None:
         self.reads, self.native = reads, native
-        self.forward: dict[tuple[Any, ...], tuple[Compiled, Gates]] = {}
-        self.backward: dict[tuple[Any, ...], tuple[Compiled, list[int]]] = {}
+        self.forward, self.backward = fm.Recent(), fm.Recent()  # by strides
 
 
 class Region:
@@ -103,11 +112,6 @@ class Region:
     def __getstate__(self) -> dict[str, Any]:
         # Programs and memory belong to this process; copies and pickles make their own.
         return {**self.__dict__, "resolved": collections.OrderedDict(), "latest": None}
-
-    def set_units(self, units: list[Unit]) -> None:
-        """Other weights and constants for the same graph."""
-        self.units = units
-        self.resolved.clear()
 
     # ---- layouts ----
 
@@ -208,6 +212,11 @@ class Region:
 
     def forward(self, inputs: list[Tensor], keep: bool) -> tuple[list[Tensor], list[Any]]:
         """Outputs, and per group of images what the backward needs (nothing unless `keep`)."""
+        for x in inputs:
+            if x.dtype != torch.float32 or x.device != self.units[0].packed.index.device:
+                raise TypeError(
+                    f"x: expected float32 on {self.units[0].packed.index.device}, got {x.dtype} on {x.device}"
+                )
         batch = inputs[0].shape[0]
         sizes = [tuple(x.shape[1:]) for x in inputs]
         if any(x.shape[0] != batch for x in inputs):
@@ -219,10 +228,12 @@ class Region:
             parts = [x[begin : begin + how.step] for x in (*inputs, *outs)]
             group = self.latest = self.group(how, parts[0].shape[0], sizes)
             strides = tuple(x.stride() for x in parts)
-            if (keep, strides) not in group.forward:
-                group.forward[keep, strides] = self._forward(group, parts, keep)
-            program, gates = group.forward[keep, strides]
-            state = program.run(parts)
+            found: tuple[Compiled, Gates] | None = group.forward.get((keep, strides))
+            if found is None:
+                found = group.forward[keep, strides] = self._forward(group, parts, keep)
+            program, gates = found
+            with in_full_precision(parts[0]):
+                state = program.run(parts)
             if keep:
                 saved.append((begin, group, strides, gates, state))
         return outs, saved
@@ -300,10 +311,12 @@ class Region:
         for begin, group, strides, gates, state in saved:
             parts = [g[begin : begin + group.native[-1].batch] for g in (*grads, *outs) if g is not None]
             key = (wanted, strides, tuple(x.stride() for x in parts))
-            if key not in group.backward:
-                group.backward[key] = _Backward(self, group, gates, state, parts, wanted).compile()
-            program, results = group.backward[key]
-            program.run([state.tensors[ARENA], *parts, *[state.tensors[base] for base in results]])
+            found: tuple[Compiled, list[int]] | None = group.backward.get(key)
+            if found is None:
+                found = group.backward[key] = _Backward(self, group, gates, state, parts, wanted).compile()
+            program, results = found
+            with in_full_precision(outs[0]):
+                program.run([state.tensors[ARENA], *parts, *[state.tensors[base] for base in results]])
         return outs
 
 

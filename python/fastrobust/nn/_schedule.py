@@ -292,6 +292,11 @@ class Compiled:
             views = [b.view(tensors) for b in step.reads]
             if out.base > self.given_count:
                 result = step.call(*views).contiguous(memory_format=torch.channels_last)
+                if result.dtype != torch.float32 or tuple(result.shape) != out.shape:
+                    # Programs read it by its address.
+                    raise RuntimeError(
+                        f"a step gave {tuple(result.shape)} {result.dtype}, expected {out.shape} float32"
+                    )
                 tensors[out.base], addresses[out.base] = result, result.data_ptr()
             else:
                 step.call(*views, out.view(tensors))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -26,10 +27,11 @@ def allocate(sizes: Sequence[int], rate: float, gamma: float, *, method: str = "
     Raises ValueError for a rate or gamma outside [0, 1], a negative size or an unknown method.
     """
     sizes = [int(n) for n in sizes]
-    if not (isinstance(rate, (int, float)) and 0 <= rate <= 1):
+    if not (isinstance(rate, numbers.Real) and 0 <= rate <= 1):
         raise ValueError(f"rate: expected a pruning rate in [0, 1], got {rate!r}")
-    if not (isinstance(gamma, (int, float)) and 0 <= gamma <= 1):
+    if not (isinstance(gamma, numbers.Real) and 0 <= gamma <= 1):
         raise ValueError(f"gamma: expected a number in [0, 1], got {gamma!r}")
+    gamma = float(gamma)
     if any(n < 0 for n in sizes):
         raise ValueError(f"sizes: expected counts of weights >= 0, got {sizes}")
     if method == "exact":
@@ -40,8 +42,8 @@ def allocate(sizes: Sequence[int], rate: float, gamma: float, *, method: str = "
 
 
 def _keep_rate(rate: float) -> Fraction:
-    # The shortest decimal of the double is what the caller wrote; 1 - 0.99 in doubles is not 0.01.
-    return 1 - Fraction(repr(float(rate)))
+    # The shortest decimal of its type is what the caller wrote; 1 - 0.99 in doubles is not 0.01.
+    return 1 - Fraction(str(+rate))
 
 
 def _exact(sizes: list[int], rate: float, gamma: float) -> list[int]:

@@ -144,7 +144,7 @@ def _cut(model: nn.Module, first: str, norm: str | None, relu: bool, second: str
     made = (a.packed().to_dense() != 0).flatten(1).any(1)
     read = (b.packed().to_dense() != 0).any(0).flatten(1).any(1)
     # What an empty row becomes: its bias, normalised.
-    constant = torch.zeros(a.out_channels, device=made.device) if a.bias is None else a.bias.clone()
+    constant = a.scores.new_zeros(a.out_channels) if a.bias is None else a.bias.clone()
     if norm is not None:
         m = model.get_submodule(norm)
         assert isinstance(m, nn.BatchNorm2d) and m.running_mean is not None and m.running_var is not None
@@ -176,6 +176,7 @@ def _slice(model: nn.Module, name: str, alive: Tensor, dim: int) -> None:
     new = BinaryMaskedConv2d(
         sizes[0], sizes[1], old.kernel_size, g.stride, g.padding, g.dilation, g.groups, old.bias is not None,
         keep=int(mask.sum()), absolute=old.absolute, device=old.scores.device,
+        dtype=old.scores.dtype,
     )  # fmt: skip
     new.scores.copy_(old.scores.index_select(dim, index))
     new.signs.copy_(old.signs.index_select(dim, index))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -12,41 +13,59 @@ from torch import Tensor, nn
 from .. import _record
 from ..ops import binary as ops
 from ..ops import masks
-from ..ops._feature_maps import LINEAR_GEOMETRY, ConvGeometry, pair
-from ..reference.binary import PackedWeight, straight_through
+from ..ops._feature_maps import LINEAR_GEOMETRY, ConvGeometry, pair, whole
+from ..ops._library import is_recorded, is_transformed
+from ..ops._scored_conv import (
+    KeptLists,
+    ranking,
+    scored_conv2d,
+    scored_input_grad,
+    scores_grad,
+    straight_through_weight,
+)
+from ..reference.binary import PackedWeight
 
 INITIALISATIONS = ("binary", "signed_constant")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Weight:
+    """What a call took the layer's weight to be; its gradient uses the same."""
+
+    packed: PackedWeight
+    scale: Tensor | None
+    keep: int
+    absolute: bool
+    geometry: ConvGeometry
 
 
 class _MaskedConv(torch.autograd.Function):
     """Convolution with a packed weight; the scores get the straight-through gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scores: Tensor, bias: Tensor | None, layer: MaskedLayer) -> Tensor:
-        packed = layer.packed()
-        ops.check_operand(x, packed)
-        ctx.layer, ctx.packed = layer, packed
-        ctx.save_for_backward(x, scores)
-        scale = layer.channel_scale()
-        return ops.conv_forward(x, packed, layer.geometry(), bias=bias, scale=scale)
+    def forward(ctx: Any, x: Tensor, scores: Tensor, bias: Tensor | None, signs: Tensor, weight: _Weight) -> Tensor:
+        ctx.weight = weight
+        ctx.save_for_backward(x, scores, signs)
+        shift = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
+        return ops.conv_forward(x, weight.packed, weight.geometry, bias=shift, scale=weight.scale)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, scores = ctx.saved_tensors
-        layer, packed = ctx.layer, ctx.packed
-        grad_x = grad_scores = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = ops.conv_input_grad(
-                grad, packed, (x.shape[2], x.shape[3]), layer.geometry(), scale=layer.channel_scale()
+        x, scores, signs = ctx.saved_tensors
+        weight, grad_x, grad_scores, grad_bias = ctx.weight, None, None, None
+        scaled = grad if weight.scale is None else grad * weight.scale.reshape(1, -1, 1, 1)
+        if ctx.needs_input_grad[0] and torch.is_grad_enabled():
+            # To be differentiated again: the scores are in this gradient too.
+            grad_x = scored_input_grad(
+                scaled, scores, signs, weight.keep, weight.absolute, weight.geometry, x.shape[2:]
             )
+        elif ctx.needs_input_grad[0]:
+            grad_x = ops.conv_input_grad(scaled, weight.packed, x.shape[2:], weight.geometry)
         if ctx.needs_input_grad[1]:
-            weight_grad = ops.conv_weight_grad(grad, x, packed.shape, layer.geometry())
-            weight = layer.unmasked_weight(weight_grad.dtype)
-            grad_scores = straight_through(weight_grad.reshape(weight.shape), weight, scores, layer.absolute)
+            grad_scores = scores_grad(scaled, x, scores, signs, weight.absolute, weight.geometry)
         if ctx.needs_input_grad[2]:
             grad_bias = grad.sum(dim=[0, *range(2, grad.dim())])
-        return grad_x, grad_scores, grad_bias, None
+        return grad_x, grad_scores, grad_bias, None, None
 
 
 def seeded_signs(seed: int, count: int) -> Tensor:
@@ -80,16 +99,20 @@ class MaskedLayer(nn.Module):
         score_range: float,
         absolute: bool,
         device: torch.device | str | None,
+        dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        if dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"dtype: got {dtype}, expected float32 (or float64)")
         self.absolute = absolute
-        self.scores = nn.Parameter(torch.empty(weight_shape, device=device))
+        self.scores = nn.Parameter(torch.empty(weight_shape, device=device, dtype=dtype))
         self.register_buffer("signs", torch.empty(weight_shape, dtype=torch.int8, device=device))
-        self.register_buffer("magnitude", torch.ones((), device=device))
-        self.bias = nn.Parameter(torch.zeros(weight_shape[0], device=device)) if bias else None
+        self.register_buffer("magnitude", torch.ones((), device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(weight_shape[0], device=device, dtype=dtype)) if bias else None
         self._keep = 0
         self.keep = self.scores.numel() if keep is None else keep
-        self._cache: tuple[tuple[Any, ...], PackedWeight] | None = None
+        self._kept = KeptLists()
         self.reset_parameters(init, score_range)
 
     @property
@@ -99,8 +122,7 @@ class MaskedLayer(nn.Module):
     @keep.setter
     def keep(self, value: int) -> None:
         size = self.scores.numel()
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"keep: expected an int, got {type(value).__name__}")
+        value = whole("keep", value)
         if not 0 <= value <= size:
             raise ValueError(f"keep: expected 0 to {size}, the weights of the layer, got {value}")
         self._keep = value
@@ -129,58 +151,60 @@ class MaskedLayer(nn.Module):
 
     def ranking(self) -> Tensor:
         """The values the mask ranks: the scores, or |scores| with absolute=True."""
-        scores = self.scores.detach()
-        return scores.abs() if self.absolute else scores
+        return ranking(self.scores, self.absolute)
 
     def mask(self) -> Tensor:
         """Bool mask of the `keep` highest ranked weights."""
         return masks.topk_mask(self.ranking(), self.keep)
 
     def packed(self) -> PackedWeight:
-        """Index lists of the masked signs, computed once per version of the scores.
+        """Index lists of the masked signs, those of the present scores: every entry is compared with what the lists
+        were made of, and only what changed is made anew."""
+        return self._lists(True)
 
-        In-place changes that torch counts (optimizers, load_state_dict, copy_) are seen; a write
-        through `.data` is not, call `refresh()` after one.
-        """
-        key = self._cache_key()
-        if self._cache is None or self._cache[0] != key:
-            self._cache = (key, masks.pack(self.signs * self.mask()))
-        return self._cache[1]
+    def _lists(self, whole: bool) -> PackedWeight:
+        """`packed`, or for a forward, which must not take long, those of `KeptLists` without `whole`."""
+        found = self._kept.get(self.scores, self.signs, self.keep, self.absolute, whole)
+        return self.set_mask(self.mask()) if found is None else found
 
-    def set_mask(self, mask: Tensor) -> None:
+    def set_mask(self, mask: Tensor) -> PackedWeight:
         """Store the index lists of a mask that was selected together with other layers' masks."""
-        self._cache = (self._cache_key(), masks.pack(self.signs * mask))
+        return self._kept.put(self.scores, self.signs, self.keep, self.absolute, mask)
 
     def stale(self) -> bool:
-        return self._cache is None or self._cache[0] != self._cache_key()
+        """Whether the lists are not those of the present scores and signs."""
+        return self._kept.get(self.scores, self.signs, self.keep, self.absolute, True) is None
 
     def refresh(self) -> None:
-        self._cache = None
+        """Forget the lists: the next call makes them."""
+        self._kept.drop()
 
-    def _cache_key(self) -> tuple[Any, ...]:
-        return (
-            self.scores._version,
-            self.scores.data_ptr(),
-            self.signs._version,
-            self.signs.data_ptr(),
-            self.keep,
-            self.absolute,
-            self.scores.device,
-        )
-
-    def channel_scale(self) -> Tensor | None:
+    def channel_scale(self, dtype: torch.dtype = torch.float32) -> Tensor | None:
         """The magnitude as one factor per output channel, None when it is 1."""
         magnitude = float(self.magnitude)
         if magnitude == 1.0:
             return None
-        return torch.full((self.scores.shape[0],), magnitude, device=self.scores.device)
+        return torch.full((self.scores.shape[0],), magnitude, dtype=dtype, device=self.scores.device)
 
     def _apply_weight(self, x: Tensor) -> Tensor:
         """The convolution of maps x (N, C, H, W) with the masked weight, and the bias."""
         recorder = _record.current()
         if recorder is not None:  # one step for whoever records the model
             return recorder.leaf(self, x, self._apply_weight)
-        found: Tensor = _MaskedConv.apply(x, self.scores, self.bias, self)
+        g = self.geometry()
+        if is_recorded() or is_transformed():
+            if not is_recorded():
+                # Torch's own operators know every transform.
+                weight = straight_through_weight(self.scores, self.signs, self.keep, self.absolute, x.dtype)
+                out = ops.dense_by_torch(x, weight * self.magnitude.to(x.dtype), g)
+            else:
+                out = scored_conv2d(x, self.scores, self.signs, self.keep, self.absolute, g)
+                out = out * self.magnitude.to(x.dtype)
+            return out if self.bias is None else out + self.bias.to(x.dtype).reshape(1, -1, 1, 1)
+        packed = self._lists(False)
+        ops.check_operand(x, packed)
+        taken = _Weight(packed, self.channel_scale(x.dtype), self.keep, self.absolute, g)
+        found: Tensor = _MaskedConv.apply(x, self.scores, self.bias, self.signs, taken)
         return found
 
     def unmasked_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -201,10 +225,6 @@ class MaskedLayer(nn.Module):
         self.keep, self.absolute = int(state["keep"]), bool(state["absolute"])
         self.sign_seed = state.get("sign_seed")
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Index lists are derived data: copies and pickles rebuild them.
-        return {**self.__dict__, "_cache": None}
-
 
 class BinaryMaskedConv2d(MaskedLayer):
     """2-d convolution with weight magnitude * signs * mask(scores).
@@ -215,8 +235,12 @@ class BinaryMaskedConv2d(MaskedLayer):
     absolute: rank |scores|, as the authors' code does; the default ranks the scores as they are
         (thesis, equation 5.2).
 
-    x: (N, C, H, W) float32, NCHW or channels_last; returns (N, K, H', W').
-    Differentiable in x (sparse), scores (straight-through, a dense weight gradient) and bias.
+    dtype: of the scores and the bias, float32 or float64; torch's default type.
+
+    x: (N, C, H, W) float32, NCHW or channels_last; returns (N, K, H', W') of the type of x. Under torch.autocast x may
+    be float16 or bfloat16 and is taken as float32.
+    Differentiable any number of times in x (sparse), scores (straight-through, a dense weight gradient) and bias, also
+    by the transforms of torch.func; torch.compile, export and jit.trace record one op that chooses the mask.
     """
 
     def __init__(
@@ -235,13 +259,19 @@ class BinaryMaskedConv2d(MaskedLayer):
         score_range: float = 0.01,
         absolute: bool = False,
         device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         geometry = ConvGeometry.of(stride, padding, dilation, groups)
+        in_channels, out_channels, groups = (
+            whole("in_channels", in_channels),
+            whole("out_channels", out_channels),
+            geometry.groups,
+        )
         if in_channels % groups or out_channels % groups:
             raise ValueError(f"groups: expected a divisor of {in_channels} and {out_channels}, got {groups}")
         kernel = pair("kernel_size", kernel_size, 1)
         shape = (out_channels, in_channels // groups, *kernel)
-        super().__init__(shape, keep, bias, init, score_range, absolute, device)
+        super().__init__(shape, keep, bias, init, score_range, absolute, device, dtype)
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_size = kernel
         self._geometry = geometry
@@ -250,6 +280,7 @@ class BinaryMaskedConv2d(MaskedLayer):
         return self._geometry
 
     def forward(self, x: Tensor) -> Tensor:
+        x = ops.as_operand(x)
         ops.check_conv(x, tuple(self.scores.shape), self._geometry)
         return self._apply_weight(x)
 
@@ -279,12 +310,15 @@ class BinaryMaskedLinear(MaskedLayer):
         score_range: float = 0.01,
         absolute: bool = False,
         device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         shape = (out_features, in_features)
-        super().__init__(shape, keep, bias, init, score_range, absolute, device)
+        super().__init__(shape, keep, bias, init, score_range, absolute, device, dtype)
         self.in_features, self.out_features = in_features, out_features
 
     def forward(self, x: Tensor) -> Tensor:
+        x = ops.as_operand(x)
+        ops.check_float("x", x)
         if x.dim() < 1 or x.shape[-1] != self.in_features:
             raise ValueError(f"x: expected (..., {self.in_features}), got {tuple(x.shape)}")
         out = self._apply_weight(x.reshape(-1, self.in_features, 1, 1))

@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import lzma
 import os
 import pathlib
+import secrets
 import struct
-import tempfile
 import zlib
 from typing import Any
 
@@ -30,12 +29,17 @@ from torch import Tensor, nn
 
 from ..ops._mask_code import decode_mask, encode_mask
 from ..reference.binary import PackedWeight
-from .convert import mask_layer
+from ._packed_header import Header, LayerEntry, TensorEntry, dtype_name, is_storable, require
+from .convert import mask_layer, replace_layers
 from .masked import MaskedLayer, masked_layers, seeded_signs
 
 MAGIC = b"FRMASK"
 VERSION = 2
 _DIGEST = 32
+# What a file may hold beyond the weights of the model it is loaded into: its header.
+_HEADER_BYTES = 1 << 20
+# State of a masked layer that its mask and signs stand for.
+_OWN = ("scores", "signs", "magnitude", "_extra_state")
 
 
 def pack(model: nn.Module) -> dict[str, PackedWeight]:
@@ -44,6 +48,8 @@ def pack(model: nn.Module) -> dict[str, PackedWeight]:
 
 
 # ---- tensors ----
+
+_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0}]
 
 
 def _squeeze(tensors: list[Tensor]) -> bytes:
@@ -56,27 +62,34 @@ def _squeeze(tensors: list[Tensor]) -> bytes:
     return lzma.compress(data, format=lzma.FORMAT_RAW, filters=_FILTERS)
 
 
-_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0}]
-
-
-def _unsqueeze(data: bytes, entries: list[dict[str, Any]]) -> dict[str, Tensor]:
+def _unsqueeze(data: memoryview, entries: tuple[TensorEntry, ...]) -> dict[str, Tensor]:
+    """The tensors, unpacked to the size the header says and not a byte further."""
+    size = sum(e.bytes for e in entries)
+    # Nothing can repeat what lies further back than the start, so the window need not be larger.
+    window = {"dict_size": min(64 << 20, max(4096, size))}
+    unpacking = lzma.LZMADecompressor(format=lzma.FORMAT_RAW, filters=[{**_FILTERS[0], **window}])
     try:
-        raw = lzma.decompress(data, format=lzma.FORMAT_RAW, filters=_FILTERS)
+        raw = unpacking.decompress(bytes(data), max_length=size + 1)
     except lzma.LZMAError as error:
         raise ValueError(f"path: expected a packed model, got one whose tensors do not unpack ({error})") from None
+    require(len(raw) >= size, "one whose tensors end early")
+    require(len(raw) == size, f"one whose tensors are more than the {size} bytes its header lists")
+    if not unpacking.eof and not unpacking.needs_input:
+        require(not unpacking.decompress(b"", max_length=1), "one whose tensors do not end")
+    require(unpacking.eof and not unpacking.unused_data, "one that does not end where its tensors end")
     out, at = {}, 0
     for entry in entries:
-        dtype = getattr(torch, entry["dtype"])
-        width = torch.empty((), dtype=dtype).element_size()
-        size = int(np.prod(entry["shape"], dtype=np.int64))
-        _require(at + size * width <= len(raw), "its tensors end early")
-        part = np.frombuffer(raw, np.uint8, size * width, at).reshape(width, size).T
-        out[entry["name"]] = torch.from_numpy(part.copy().reshape(-1)).view(dtype).reshape(entry["shape"])
-        at += size * width
+        part = np.frombuffer(raw, np.uint8, entry.bytes, at).reshape(entry.dtype.itemsize, -1).T
+        require(
+            entry.dtype != torch.bool or not part.size or part.max() <= 1,
+            f"a bool tensor {entry.name!r} of other bytes",
+        )
+        out[entry.name] = torch.from_numpy(part.copy().reshape(-1)).view(entry.dtype).reshape(entry.shape)
+        at += entry.bytes
     return out
 
 
-# ---- files ----
+# ---- saving ----
 
 
 def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> int:
@@ -84,137 +97,179 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> int:
 
     Of a masked layer the mask, the signs and the magnitude are stored, not the scores: the file is for running the model,
     not for training it further. Signs that were drawn by the layer are stored as their seed, others (`convert` with
-    signs="weights") with one bit for each kept weight. The rest of the state_dict is stored exactly. The file is complete or absent: it is written
-    beside `path` and moved there.
+    signs="weights") with one bit for each kept weight. The rest of the state_dict is stored exactly. The file is
+    complete or absent: it is written beside `path` and moved there; its mode is that of the file it replaces or what umask says.
+    Raises ValueError when there is no masked layer, or for state that is no ordinary tensor.
     """
     layers = masked_layers(model)
     if not layers:
         raise ValueError("model: expected at least one masked layer, got none")
-    own = {
-        f"{name}.{key}" if name else key for name in layers for key in ("scores", "signs", "magnitude", "_extra_state")
-    }
-    others = {k: v for k, v in model.state_dict().items() if k not in own and isinstance(v, Tensor)}
+    others = _others(model)
+    for name, t in others.items():
+        if not is_storable(t):
+            what = f"{t.layout} {t.dtype}" if isinstance(t, Tensor) else type(t).__name__
+            raise ValueError(f"model: expected a state_dict of ordinary tensors, got {name!r}: {what}")
     payload: list[bytes] = []
-    header: dict[str, list[dict[str, Any]]] = {"layers": [], "tensors": []}
+    entries: list[LayerEntry] = []
     for name, layer in layers.items():
         weight = layer.packed().to_dense(torch.int8).cpu().reshape(-1)
         mask = weight != 0
         data, seed, signs = encode_mask(mask), layer.sign_seed, b""
         if seed is None or not torch.equal(seeded_signs(seed, weight.numel())[mask], weight[mask]):
             seed, signs = None, np.packbits(weight[mask].numpy() < 0).tobytes()
-        header["layers"].append(
-            {
-                "name": name,
-                "shape": list(layer.scores.shape),
-                "kept": int(mask.sum()),
-                "magnitude": float(layer.magnitude),
-                "bytes": len(data),
-                "seed": seed,
-            }
-        )
+        shape = tuple(layer.scores.shape)
+        entries.append(LayerEntry(name, shape, int(mask.sum()), float(layer.magnitude), len(data), seed))
         payload += [data, signs]
     names = sorted(others, key=lambda n: (n.rpartition(".")[2], n))
     payload.append(_squeeze([others[n] for n in names]))
-    header["tensors"] = [
-        {"name": n, "shape": list(others[n].shape), "dtype": str(others[n].dtype).removeprefix("torch.")} for n in names
-    ]
-    text = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
+    tensors = tuple(TensorEntry(n, tuple(others[n].shape), others[n].dtype) for n in names)
+    text = zlib.compress(Header(tuple(entries), tensors).encode(), 9)
     body = MAGIC + struct.pack("<HI", VERSION, len(text)) + text + b"".join(payload)
     body += hashlib.sha256(body).digest()
-    target = pathlib.Path(path)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name)
+    _write(pathlib.Path(path), body)
+    return len(body)
+
+
+def _others(model: nn.Module) -> dict[str, Any]:
+    """The state_dict without what masked layers store in their own way, under whatever name they are held."""
+    own: set[str] = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, MaskedLayer):
+            own.update(f"{name}.{key}" if name else key for key in _OWN)
+    return {name: value for name, value in model.state_dict().items() if name not in own}
+
+
+def _write(path: pathlib.Path, body: bytes) -> None:
+    target = pathlib.Path(os.path.realpath(path))  # a link stays one
+    temporary = target.with_name(f"{target.name}.{secrets.token_hex(8)}")
+    # Created by open itself, whose mode umask decides.
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(body)
+            file.flush()
+            os.fsync(file.fileno())
+        if target.exists():
+            os.chmod(temporary, target.stat().st_mode & 0o7777)
         os.replace(temporary, target)
     except BaseException:
-        pathlib.Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
-    return len(body)
+
+
+# ---- loading ----
 
 
 def load_packed(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """A copy of `model` with the weights and tensors of a file from `save_packed`.
 
     model: the same architecture; a layer that the file holds masked may be masked or an ordinary Conv2d or Linear.
-    The copy computes what the saved model did, bit for bit. The file is checked whole before anything is made.
-    Raises ValueError for a file that is damaged, of another version or kind, or of another architecture.
+    The copy computes what the saved model did, bit for bit: its state is the file's, nothing missing, nothing left over.
+    The file is checked whole, and against the model, before anything of the size it says is made.
+    Raises ValueError for a file that is damaged, forged, of another version or kind, or of another architecture. The
+    checksum tells damage, not who wrote the file.
     """
-    header, payload = _read(pathlib.Path(path).read_bytes())
-    weights, at = {}, 0
-    for entry in header["layers"]:
-        size, kept, seed = int(np.prod(entry["shape"], dtype=np.int64)), entry["kept"], entry["seed"]
-        _require(0 <= kept <= size, "a layer keeps more weights than it has")
-        split = at + entry["bytes"]
-        end = split + (-(-kept // 8) if seed is None else 0)
-        _require(end <= len(payload), "a layer ends early")
-        mask = decode_mask(payload[at:split], size, kept)
-        if seed is None:
-            bits = np.unpackbits(np.frombuffer(payload[split:end], np.uint8), count=kept)
-            signs = torch.zeros(size, dtype=torch.int8)
-            signs[mask] = torch.from_numpy(1 - 2 * bits.astype(np.int8))
-        else:
-            signs = seeded_signs(seed, size)
-        weights[entry["name"]] = mask.reshape(entry["shape"]), signs.reshape(entry["shape"])
-        at = end
-    tensors = _unsqueeze(payload[at:], header["tensors"])
-    return _fill(copy.deepcopy(model), header, weights, tensors)
-
-
-def _read(body: bytes) -> tuple[dict[str, Any], bytes]:
-    start = len(MAGIC) + 6
-    _require(len(body) >= start + _DIGEST and body.startswith(MAGIC), "no packed model at all")
-    version, length = struct.unpack_from("<HI", body, len(MAGIC))
-    _require(
-        hashlib.sha256(body[:-_DIGEST]).digest() == body[-_DIGEST:], "one whose checksum does not match: it is damaged"
-    )
-    _require(version == VERSION, f"version {version}; this release reads version {VERSION}")
-    try:
-        header = json.loads(zlib.decompress(body[start : start + length]))
-    except (zlib.error, ValueError) as error:
-        raise ValueError(f"path: expected a packed model, got one whose header does not read ({error})") from None
-    return header, body[start + length : -_DIGEST]
-
-
-@torch.no_grad()
-def _fill(
-    model: nn.Module, header: dict[str, Any], weights: dict[str, tuple[Tensor, Tensor]], tensors: dict[str, Tensor]
-) -> nn.Module:
-    modules = dict(model.named_modules())
-    for entry in header["layers"]:
-        name = entry["name"]
-        old = modules.get(name)
-        if not isinstance(old, (MaskedLayer, nn.Conv2d, nn.Linear)):
-            raise ValueError(
-                f"model: expected a convolution or linear layer {name!r}, as the file has, got {type(old).__name__}"
-            )
-        shape = tuple(old.scores.shape if isinstance(old, MaskedLayer) else old.weight.shape)
-        if shape != tuple(entry["shape"]):
-            raise ValueError(f"model: expected {name!r} of shape {tuple(entry['shape'])}, as the file has, got {shape}")
-    for entry in header["layers"]:
-        name = entry["name"]
-        old, (mask, signs) = modules[name], weights[name]
-        layer = old if isinstance(old, MaskedLayer) else mask_layer(old, entry["kept"]).to(old.weight.device)
-        layer.keep = entry["kept"]
-        layer.signs.copy_(signs)
-        layer.sign_seed = entry["seed"]
-        layer.scores.copy_(mask)
-        layer.magnitude.fill_(entry["magnitude"])
-        layer.absolute = False
-        if layer is not old:
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, layer)
+    held = sum(t.numel() * t.element_size() for t in model.state_dict().values() if isinstance(t, Tensor))
+    most = 4 * _HEADER_BYTES + 2 * held
+    with open(path, "rb") as file:
+        body = file.read(most + 1)
+    require(len(body) <= most, f"one larger than {most} bytes, the most that this model can take")
+    header, payload = _read(body)
+    del body
+    model = copy.deepcopy(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for layer in header.layers:
+        _match_layer(layer, modules.get(layer.name))
+    stored = sum(layer.stored for layer in header.layers)
+    require(stored <= len(payload), "one whose layers end early")
+    _match_tensors(header, model, modules)
+    tensors = _unsqueeze(payload[stored:], header.tensors)
+    _match_rest(header, model)
+    new: dict[nn.Module, nn.Module] = {}
+    at = 0
+    for layer in header.layers:
+        old = modules[layer.name]
+        masked = old if isinstance(old, MaskedLayer) else mask_layer(old, layer.kept, name=layer.name)
+        _fill(masked, layer, payload[at : at + layer.stored])
+        at += layer.stored
+        new[old] = masked
+    model = replace_layers(model, new)
     state = model.state_dict()
-    for name, value in tensors.items():
-        if name not in state or tuple(state[name].shape) != tuple(value.shape):
-            got = tuple(state[name].shape) if name in state else "none"
-            raise ValueError(
-                f"model: expected a tensor {name!r} of shape {tuple(value.shape)}, as the file has, got {got}"
-            )
-        state[name].copy_(value)
+    with torch.no_grad():
+        for name, value in tensors.items():
+            state[name].copy_(value)
     return model
 
 
-def _require(condition: bool, got: str) -> None:
-    if not condition:
-        raise ValueError(f"path: expected a packed model, got {got}")
+def _read(body: bytes) -> tuple[Header, memoryview]:
+    start = len(MAGIC) + 6
+    require(len(body) >= start + _DIGEST and body.startswith(MAGIC), "no packed model at all")
+    version, length = struct.unpack_from("<HI", body, len(MAGIC))
+    view = memoryview(body)
+    require(
+        hashlib.sha256(view[:-_DIGEST]).digest() == body[-_DIGEST:], "one whose checksum does not match: it is damaged"
+    )
+    require(version == VERSION, f"version {version}; this release reads version {VERSION}")
+    require(start + length + _DIGEST <= len(body), "one whose header ends early")
+    unpacking = zlib.decompressobj()
+    try:
+        text = unpacking.decompress(view[start : start + length], _HEADER_BYTES)
+    except zlib.error as error:
+        raise ValueError(f"path: expected a packed model, got one whose header does not read ({error})") from None
+    require(unpacking.eof and not unpacking.unused_data, f"one whose header does not end within {_HEADER_BYTES} bytes")
+    return Header.decode(text), view[start + length : -_DIGEST]
+
+
+def _match_layer(entry: LayerEntry, module: nn.Module | None) -> None:
+    if not isinstance(module, (MaskedLayer, nn.Conv2d, nn.Linear)):
+        got = "none" if module is None else type(module).__name__
+        raise ValueError(f"model: expected a convolution or linear layer {entry.name!r}, as the file has, got {got}")
+    shape = tuple(module.scores.shape if isinstance(module, MaskedLayer) else module.weight.shape)
+    if shape != entry.shape:
+        raise ValueError(f"model: expected {entry.name!r} of shape {entry.shape}, as the file has, got {shape}")
+
+
+def _match_tensors(header: Header, model: nn.Module, modules: dict[str, nn.Module]) -> None:
+    """Every tensor of the file has its place in the model, of its shape and type."""
+    state = _expected(header, model)
+    for entry in header.tensors:
+        value = state.get(entry.name)
+        found = (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else None
+        if found != (entry.shape, entry.dtype):
+            got = "none" if found is None else f"{found[0]} {dtype_name(found[1])}"
+            wanted = f"{entry.shape} {dtype_name(entry.dtype)}"
+            raise ValueError(f"model: expected a tensor {entry.name!r} of shape {wanted}, as the file has, got {got}")
+
+
+def _match_rest(header: Header, model: nn.Module) -> None:
+    missing = _expected(header, model).keys() - {entry.name for entry in header.tensors}
+    if missing:
+        raise ValueError(f"model: got {', '.join(map(repr, sorted(missing)))}, expected nothing that the file lacks")
+
+
+def _expected(header: Header, model: nn.Module) -> dict[str, Any]:
+    """The state that the file has to hold as tensors: all but the weights that it holds as masks."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    masked = {id(modules[entry.name]) for entry in header.layers}
+    state = model.state_dict()
+    for name, module in modules.items():
+        if id(module) in masked:
+            for key in (*_OWN, *(() if isinstance(module, MaskedLayer) else ("weight",))):
+                state.pop(f"{name}.{key}" if name else key, None)
+    return state
+
+
+@torch.no_grad()
+def _fill(layer: MaskedLayer, entry: LayerEntry, data: memoryview) -> None:
+    size = layer.scores.numel()
+    mask = decode_mask(bytes(data[: entry.bytes]), size, entry.kept)
+    if entry.seed is None:
+        bits = np.unpackbits(np.frombuffer(data[entry.bytes :], np.uint8), count=entry.kept)
+        signs = torch.zeros(size, dtype=torch.int8)
+        signs[mask] = torch.from_numpy(1 - 2 * bits.astype(np.int8))
+    else:
+        signs = seeded_signs(entry.seed, size)
+    layer.keep, layer.absolute, layer.sign_seed = entry.kept, False, entry.seed
+    layer.signs.copy_(signs.reshape(entry.shape))
+    layer.scores.copy_(mask.reshape(entry.shape))
+    layer.magnitude.fill_(entry.magnitude)

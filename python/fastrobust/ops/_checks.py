@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import numbers
+import operator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,8 +22,13 @@ NORMS: dict[Any, float] = {
 def describe(value: Any) -> str:
     """A short description of what came, for errors."""
     if isinstance(value, Tensor):
-        return f"{tuple(value.shape)} {value.dtype} tensor on {value.device}"
-    return f"{type(value).__name__} {value!r}"[:80]
+        if value.is_nested:
+            return f"nested {value.dtype} tensor"
+        kind = "" if value.layout == torch.strided else f"{value.layout} "
+        return f"{tuple(value.shape)} {kind}{value.dtype} tensor on {value.device}"
+    if isinstance(value, np.ndarray):
+        return f"{value.shape} {value.dtype} numpy array (ndarray)"
+    return " ".join(f"{type(value).__name__} {value!r}"[:160].split())[:80]
 
 
 def parse_norm(norm: Any) -> float:
@@ -33,12 +40,12 @@ def parse_norm(norm: Any) -> float:
 
 
 def parse_clip(clip: Any, name: str = "clip") -> tuple[float, float]:
-    """(lo, hi); None is the whole line."""
+    """(lo, hi), one number each; None is the whole line. :func:`_box.parse_box` takes tensors too."""
     if clip is None:
         return -math.inf, math.inf
     try:
         lo, hi = (float(c) for c in clip)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name}: got {describe(clip)}, expected (lo, hi) or None") from None
     if not lo <= hi:
         raise ValueError(f"{name}: got ({lo}, {hi}), expected lo <= hi")
@@ -47,18 +54,25 @@ def parse_clip(clip: Any, name: str = "clip") -> tuple[float, float]:
 
 def need_tensor(value: Any, name: str) -> Tensor:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {describe(value)}, expected a tensor")
+        hint = "; torch.from_numpy makes one" if isinstance(value, np.ndarray) else ""
+        raise TypeError(f"{name}: got {describe(value)}, expected a tensor{hint}")
     return value
+
+
+def need_dense(value: Any, name: str) -> Tensor:
+    """A tensor with elements at strides: not sparse, not nested."""
+    t = need_tensor(value, name)
+    if t.layout != torch.strided or t.is_nested:
+        raise TypeError(f"{name}: got {describe(t)}, expected a strided (dense) tensor")
+    return t
 
 
 def check_state(x: Any, name: str) -> Tensor:
     """The images: float32 (float64 for checking), at least one dimension, dense."""
-    x = need_tensor(x, name)
+    x = need_dense(x, name)
     if x.dtype not in (torch.float32, torch.float64):
         hint = "; scale integer images to [0, 1] first" if not x.dtype.is_floating_point else "; gradients may be half"
         raise TypeError(f"{name}: got {describe(x)}, expected float32{hint}")
-    if x.layout != torch.strided:
-        raise TypeError(f"{name}: got layout {x.layout}, expected a strided (dense) tensor")
     if x.dim() == 0:
         raise ValueError(f"{name}: got a 0-dimensional tensor, expected examples along the first dimension")
     return x
@@ -66,7 +80,7 @@ def check_state(x: Any, name: str) -> Tensor:
 
 def check_like(t: Any, name: str, x: Tensor, x_name: str, dtypes: tuple[torch.dtype, ...] | None = None) -> Tensor:
     """Same shape and device as x, and one of the dtypes (x's own by default)."""
-    t = need_tensor(t, name)
+    t = need_dense(t, name)
     dtypes = dtypes or (x.dtype,)
     if t.dtype not in dtypes:
         raise TypeError(f"{name}: got {describe(t)}, expected {' or '.join(map(str, dtypes))}, as {x_name} has")
@@ -80,7 +94,7 @@ def check_like(t: Any, name: str, x: Tensor, x_name: str, dtypes: tuple[torch.dt
 def check_active(active: Any, x: Tensor) -> Tensor | None:
     if active is None:
         return None
-    active = need_tensor(active, "active")
+    active = need_dense(active, "active")
     if active.dtype != torch.bool:
         raise TypeError(f"active: got {describe(active)}, expected a bool tensor")
     if tuple(active.shape) != (x.shape[0],):
@@ -97,35 +111,69 @@ class Parameter(NamedTuple):
     value: float
 
 
+def as_tensor(value: Any, name: str, device: torch.device, expected: str) -> Tensor:
+    """A float64 tensor of a list or numpy array of numbers."""
+    try:
+        if not isinstance(value, (np.ndarray, list, tuple)):
+            raise TypeError
+        array = np.asarray(value)
+        if array.dtype.kind not in "fiu":
+            raise TypeError
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name}: got {describe(value)}, expected {expected}") from None
+    return torch.as_tensor(array.astype(np.float64), device=device)
+
+
 def check_parameter(value: Any, name: str, x: Tensor, norm: float) -> Parameter:
-    """A float >= 0, a (B,) tensor, or (for norm inf) a tensor of x's shape. CPU values are checked; reading a CUDA
-    tensor's values would stop the device, so there a negative or NaN radius acts as an empty ball."""
-    if isinstance(value, Tensor):
-        if value.device != x.device and value.dim() > 0:
+    """A number >= 0, one per example, or (for norm inf) one per element: whatever broadcasts to x's shape by numpy's rule,
+    except that (B,) is one per example. CPU values are checked; reading a CUDA tensor's values would stop the device, so
+    there a negative or NaN radius acts as an empty ball."""
+    if isinstance(value, (numbers.Real, torch.SymFloat)) and not isinstance(value, bool):
+        number = float(value)
+        if not number >= 0:
+            raise ValueError(f"{name}: got {number}, expected a number >= 0")
+        return Parameter(None, number)
+    if not isinstance(value, Tensor):
+        value = as_tensor(value, name, x.device, "a number >= 0 or a tensor")
+    need_dense(value, name)
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name}: got {describe(value)}, expected a floating-point tensor or a number")
+    if value.device != x.device:
+        if value.dim() > 0:
             raise ValueError(f"{name}: got device {value.device}, expected x's device {x.device}")
-        if not value.dtype.is_floating_point:
-            raise TypeError(f"{name}: got {describe(value)}, expected a floating-point tensor or a number")
-        if value.dim() == 0:
-            value = value.to(x.device).expand(x.shape[0])
-        elif tuple(value.shape) != (x.shape[0],):
-            if value.shape != x.shape:
-                raise ValueError(
-                    f"{name}: got shape {tuple(value.shape)}, expected a number, ({x.shape[0]},) or x's {tuple(x.shape)}"
-                )
-            if norm != math.inf:
-                raise ValueError(
-                    f"{name}: got one value per element, expected a number or one per example for norm {norm:g}"
-                )
-        # not (v >= 0) catches NaN too
-        if value.device.type == "cpu" and has_values(value) and bool((~(value >= 0)).any()):
-            raise ValueError(f"{name}: got negative or NaN values, expected values >= 0")
-        return Parameter(_to_state_dtype(value, x.dtype, name), 0.0)
-    if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat)):
-        raise TypeError(f"{name}: got {describe(value)}, expected a number >= 0 or a tensor")
-    number = float(value)
-    if not number >= 0:
-        raise ValueError(f"{name}: got {number}, expected a number >= 0")
-    return Parameter(None, number)
+        value = value.to(x.device)
+    shape = _parameter_shape(value, name, x)
+    if len(shape) > 1 and norm != math.inf:
+        raise ValueError(f"{name}: got one value per element, expected a number or one per example for norm {norm:g}")
+    # not (v >= 0) catches NaN too
+    if value.device.type == "cpu" and has_values(value) and bool((~(value >= 0)).any()):
+        raise ValueError(f"{name}: got negative or NaN values, expected values >= 0")
+    value = _to_state_dtype(value, x.dtype, name)
+    if tuple(value.shape) != shape:
+        value = (value.reshape(-1) if len(shape) == 1 else value).expand(shape)
+    return Parameter(value, 0.0)
+
+
+def _parameter_shape(value: Tensor, name: str, x: Tensor) -> tuple[int, ...]:
+    """(B,) for one value per example or for all, x's shape for one per element."""
+    have, want = tuple(value.shape), tuple(x.shape)
+    if have == want[:1] or value.numel() == 1:
+        return want[:1]
+    if have == want:
+        return want
+    if fits(have, want) and len(have) > 1:
+        return want[:1] if len(have) == len(want) and have == (want[0], *[1] * (len(want) - 1)) else want
+    raise ValueError(
+        f"{name}: got shape {have}, expected a number, one per example ({want[0]},), or a shape that broadcasts to "
+        f"x's {want}, with as many dimensions as x or one example"
+    )
+
+
+def fits(have: tuple[int, ...], want: tuple[int, ...]) -> bool:
+    """Does a shape broadcast to that of a batch, with the dimensions of the batch or of one example?"""
+    if len(have) not in (len(want), len(want) - 1):
+        return False
+    return all(n in (1, m) for n, m in zip(have, want[len(want) - len(have) :], strict=True))
 
 
 def check_finite(parameter: Parameter, name: str) -> None:
@@ -139,9 +187,17 @@ def check_finite(parameter: Parameter, name: str) -> None:
         )
 
 
+_plain = (Tensor, torch.nn.Parameter)
+_wrapped_by_transform = torch._C._functorch.is_functorch_wrapped_tensor
+_keys_of = torch._C._dispatch_keys
+_tracing = torch._C._get_tracing_state
+
+
 def has_values(t: Tensor) -> bool:
-    """False for fake, meta and traced tensors, whose values and addresses cannot be asked for."""
-    return not torch.compiler.is_compiling() and not t.is_meta and type(t) in (Tensor, torch.nn.Parameter)
+    """False for fake, meta and traced tensors, whose values and addresses cannot be asked for, and for wrapped ones."""
+    if torch.compiler.is_compiling() or t.is_meta or _tracing() is not None or _wrapped_by_transform(t):
+        return False
+    return type(t) in _plain or not _keys_of(t).has(torch._C.DispatchKey.Python)
 
 
 def _to_state_dtype(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
@@ -162,22 +218,45 @@ def check_number(value: Any, name: str, low: float = -math.inf, high: float = ma
     return number
 
 
-def check_values_in_box(x: Tensor, name: str, lo: float, hi: float) -> None:
-    """Reads all of x. The attacks call it once on their input; the ops, which run in every step, do not."""
+def check_integer(value: Any, name: str, expected: str = "an integer") -> Any:
+    """Any integral number, as torch and numpy take them; a symbolic one of a compiled graph as it is."""
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return value
+    try:
+        if isinstance(value, (bool, np.bool_)) or (isinstance(value, Tensor) and value.dtype == torch.bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: got {describe(value)}, expected {expected}") from None
+
+
+def check_values_in_box(x: Tensor, name: str, lo: Any, hi: Any) -> None:
+    """lo and hi: numbers, or tensors that broadcast. Reads all of x. The attacks call it once on their input; the ops,
+    which run in every step, do not."""
     if x.numel() == 0:
         return
+    outside = ~((x >= lo) & (x <= hi))  # holds NaN too
+    if not bool(outside.any()):
+        return
     least, most = (t.item() for t in torch.aminmax(x))
-    if not (least >= lo and most <= hi):
-        raise ValueError(
-            f"{name}: got values from {least:g} to {most:g}, expected values in clip = ({lo:g}, {hi:g}); "
-            "scale the images (and give normalize= for a model that wants other units), or pass clip=None"
-        )
+    count = int(outside.sum())
+    if isinstance(lo, Tensor) or isinstance(hi, Tensor):
+        box = "clip (tensors)"
+        mend = "torch.minimum(torch.maximum(x, lo), hi)"
+    else:
+        box = f"clip = ({lo:g}, {hi:g})"
+        mend = f"x.clamp({lo:g}, {hi:g})"
+    raise ValueError(
+        f"{name}: got values from {least!r} to {most!r} ({count} of {x.numel()} outside), expected values in {box}; "
+        f"{mend} mends what rounding left outside; otherwise scale the images (and give normalize= for a model that "
+        "wants other units), or pass clip=None"
+    )
 
 
 def check_labels(labels: Any, name: str, batch: int, classes: int | None, device: torch.device) -> Tensor:
     """(B,) int64 class indices; values are read on the CPU only (and by the attacks, once, on any device)."""
-    labels = need_tensor(labels, name)
-    if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
+    labels = need_dense(labels, name)
+    if labels.dtype == torch.bool or labels.dtype.is_floating_point or labels.dtype.is_complex:
         raise TypeError(f"{name}: got {describe(labels)}, expected integer class indices")
     if tuple(labels.shape) != (batch,):
         raise ValueError(f"{name}: got shape {tuple(labels.shape)}, expected ({batch},), one class index per example")

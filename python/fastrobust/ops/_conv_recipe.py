@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..reference.binary import PackedWeight
@@ -21,7 +22,7 @@ class Recipe(NamedTuple):
     direct: plain_maps.DirectPlan | None  # from plain maps to plain maps
     lists: fm.Plan | None
     parts: list[tuple[int, fm.Maps, fm.Maps]]  # first image, layouts of what is read and written
-    programs: dict[Any, Any]  # by the strides and what is applied
+    programs: fm.Recent  # by the strides and what is applied
 
 
 def path_of(
@@ -57,9 +58,9 @@ def _new_recipe(
     out_size = g.out_size(shape, height, width)
     choice = path_of(packed, batch, height, width, g, transposed, plain)
     if choice.path == "dense" or batch == 0:
-        return Recipe(choice, out_size, None, None, [], {})
+        return Recipe(choice, out_size, None, None, [], fm.Recent())
     if choice.lanes == cost.PLAIN:
-        return Recipe(choice, out_size, plain_maps.plan(packed, g, height, width, transposed), None, [], {})
+        return Recipe(choice, out_size, plain_maps.plan(packed, g, height, width, transposed), None, [], fm.Recent())
 
     def layouts(count: int) -> tuple[fm.Maps, fm.Maps]:
         if transposed:
@@ -71,7 +72,7 @@ def _new_recipe(
     # Whole groups of lanes that fit the cache.
     step = max(1, cost.CHUNK_FLOATS // max(whole[0].block, whole[1].block)) * choice.lanes
     parts = [(n, *layouts(min(batch, n + step) - n)) for n in range(0, batch, step)]
-    return Recipe(choice, out_size, None, fm.plan(packed, g, whole[0], transposed), parts, {})
+    return Recipe(choice, out_size, None, fm.plan(packed, g, whole[0], transposed), parts, fm.Recent())
 
 
 # What a program is given, in this order; whatever is not there is 0.
@@ -86,9 +87,15 @@ def run_sparse(
     call of the compiled module."""
     if not recipe.parts and recipe.direct is None:  # no images
         return out
+    # Only addresses go in: whatever does not fit would be read past its end.
+    sizes = {"scale": (out.shape[1],), "shift": (out.shape[1],), "residual": tuple(out.shape)}
+    for name, t in (("scale", scale), ("shift", shift), ("residual", residual)):
+        if t is not None and (t.dtype != torch.float32 or t.device != x.device or tuple(t.shape) != sizes[name]):
+            got = f"{tuple(t.shape)} {t.dtype} on {t.device}"
+            raise TypeError(f"{name}: expected {sizes[name]} torch.float32 on {x.device} as x, got {got}")
     if x.is_neg() or residual is not None and residual.is_neg():
         x, residual = x.resolve_neg(), None if residual is None else residual.resolve_neg()
-    scale, shift = (None if t is None else t.contiguous() for t in (scale, shift))
+    scale, shift = (None if t is None else t.resolve_neg().contiguous() for t in (scale, shift))
     if residual is not None and recipe.direct is not None:
         residual = residual.contiguous()
     program = program_for(recipe, x, out, scale, shift, residual, relu)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -11,6 +12,15 @@ from torch import Tensor
 from ..reference.binary import PackedWeight
 from . import _feature_maps as fm
 from ._feature_maps import ConvGeometry
+
+_any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+_NOTHING = contextlib.nullcontext()
+
+
+def in_full_precision(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Where torch's own operators keep the type of x: the kernels are float32 under autocast, and so is what stands in
+    for them."""
+    return torch.autocast(x.device.type, enabled=False) if _any_autocast() else _NOTHING
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
@@ -34,9 +44,10 @@ def dense_weight(packed: PackedWeight, dtype: torch.dtype, layout: torch.memory_
 
 def dense_conv(x: Tensor, packed: PackedWeight, g: ConvGeometry) -> Tensor:
     weight = dense_weight(packed, x.dtype, memory_format(x))
-    if len(packed.shape) == 2:
-        return F.linear(x.flatten(1), weight.flatten(1))[:, :, None, None]
-    return F.conv2d(x, weight, None, g.stride, g.padding, g.dilation, g.groups)
+    with in_full_precision(x):
+        if len(packed.shape) == 2:
+            return F.linear(x.flatten(1), weight.flatten(1))[:, :, None, None]
+        return F.conv2d(x, weight, None, g.stride, g.padding, g.dilation, g.groups)
 
 
 class Prepacked:
@@ -76,7 +87,8 @@ _pointwise: Any = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
 def dense_input_grad(grad: Tensor, packed: PackedWeight, size: tuple[int, ...], g: ConvGeometry) -> Tensor:
     weight = dense_weight(packed, grad.dtype, memory_format(grad))
     if len(packed.shape) == 2:
-        return F.linear(grad.flatten(1), weight.flatten(1).t())[:, :, None, None]
+        with in_full_precision(grad):
+            return F.linear(grad.flatten(1), weight.flatten(1).t())[:, :, None, None]
     return input_grad(grad, weight, size, g)
 
 
@@ -87,7 +99,8 @@ def input_grad(grad: Tensor, weight: Tensor, size: tuple[int, ...], g: ConvGeome
     """
     # Only its sizes and format are looked at.
     x = torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=memory_format(grad))
-    found: Tensor = torch.ops.aten.convolution_backward(
-        grad, x, weight, None, g.stride, g.padding, g.dilation, False, [0, 0], g.groups, [True, False, False]
-    )[0]
+    with in_full_precision(grad):
+        found: Tensor = torch.ops.aten.convolution_backward(
+            grad, x, weight, None, g.stride, g.padding, g.dilation, False, [0, 0], g.groups, [True, False, False]
+        )[0]
     return found

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import numbers
 import threading
 from typing import Any
 
@@ -25,6 +26,9 @@ from ._library import require_cuda_build, stream_of
 VECTOR = 16  # floats the CPU kernels handle at once
 SLACK = 64  # floats behind the last plane that a vector may read
 SCRATCH_FLOATS = 1 << 21  # kept between calls, per thread and slot
+REMEMBERED = (
+    32  # things of one kind (plans, recipes, programs) kept with one weight: images may come in any number of sizes
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,14 +43,14 @@ class ConvGeometry:
     @staticmethod
     def of(stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1) -> ConvGeometry:
         """From arguments as torch.nn.functional.conv2d takes them."""
-        if type(stride) is type(padding) is type(dilation) is type(groups) is int:
+        # A compiler would look into the cache.
+        if type(stride) is type(padding) is type(dilation) is type(groups) is int and not torch.compiler.is_compiling():
             return _of_ints(stride, padding, dilation, groups)
         return ConvGeometry._of(stride, padding, dilation, groups)
 
     @staticmethod
     def _of(stride: Any, padding: Any, dilation: Any, groups: int) -> ConvGeometry:
-        if isinstance(groups, bool) or not isinstance(groups, int):
-            raise TypeError(f"groups: expected an int, got {type(groups).__name__}")
+        groups = whole("groups", groups)
         if groups < 1:
             raise ValueError(f"groups: expected at least 1, got {groups}")
         return ConvGeometry(
@@ -68,13 +72,20 @@ def _of_ints(stride: int, padding: int, dilation: int, groups: int) -> ConvGeome
     return ConvGeometry._of(stride, padding, dilation, groups)
 
 
+def whole(name: str, value: Any) -> int:
+    """An int, also one of numpy's."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    return int(value)
+
+
 def pair(name: str, value: Any, least: int) -> tuple[int, int]:
-    values = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else None
-    if values is None or any(isinstance(v, bool) or not isinstance(v, int) for v in values):
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if any(isinstance(v, bool) or not isinstance(v, numbers.Integral) for v in values):
         raise TypeError(f"{name}: expected an int or two, got {value!r}")
     if len(values) != 2 or any(v < least for v in values):
         raise ValueError(f"{name}: expected one or two ints of at least {least}, got {value!r}")
-    return values[0], values[1]
+    return int(values[0]), int(values[1])
 
 
 LINEAR_GEOMETRY = ConvGeometry()
@@ -243,6 +254,28 @@ def grad_maps(
     return source, target
 
 
+class Derived(dict[Any, Any]):
+    """What is derived from lists. Copies and pickles make it anew: programs and addresses belong to this process."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+
+class Recent(Derived):
+    """The `REMEMBERED` things that were set or got last. What has a raw address of one must hold that one itself."""
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        value = self.pop(key, default)
+        if value is not default:
+            super().__setitem__(key, value)
+        return value
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(key, value)
+        for oldest in list(self)[:-REMEMBERED]:
+            self.pop(oldest, None)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
     """Offsets of one convolution into one layout: segments of rows of a plus and a minus list."""
@@ -253,12 +286,12 @@ class Plan:
     segments: int = 1
     depth: int = 0  # channels read per segment
     stride: int = 1  # outputs read every such pixel and line
-    bound: dict[tuple[int, int], tuple[Maps, Maps, tuple[int, ...]]] = dataclasses.field(default_factory=dict)
+    bound: Recent = dataclasses.field(default_factory=Recent)
 
     def bind(self, source: Maps, target: Maps) -> tuple[int, ...]:
         """The arguments of a call that only the layouts decide."""
         key = (id(source), id(target))
-        found = self.bound.get(key)
+        found: tuple[Maps, Maps, tuple[int, ...]] | None = self.bound.get(key)
         if found is None:
             # The layouts are kept too, so that their ids stay theirs.
             found = self.bound[key] = (source, target, (
@@ -269,18 +302,11 @@ class Plan:
         return found[2]
 
 
-class Derived(dict[Any, Any]):
-    """What is derived from lists. Copies and pickles make it anew: programs and addresses belong to this process."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Derived, ()
-
-
-def kept_with(packed: PackedWeight, name: str) -> dict[Any, Any]:
-    """A dictionary that lives as long as the index lists, for what is derived from them."""
-    found: dict[Any, Any] | None = packed.index.__dict__.get(f"_fastrobust_{name}")
+def kept_with(packed: PackedWeight, name: str) -> Recent:
+    """A bounded dictionary that lives as long as the index lists, for what is derived from them."""
+    found: Recent | None = packed.index.__dict__.get(f"_fastrobust_{name}")
     if found is None:
-        found = packed.index.__dict__[f"_fastrobust_{name}"] = Derived()
+        found = packed.index.__dict__[f"_fastrobust_{name}"] = Recent()
     return found
 
 
@@ -309,10 +335,11 @@ def strided_plan(packed: PackedWeight, geometry: ConvGeometry, source: Maps, out
             return None
     whole = plan(packed, dataclasses.replace(geometry, stride=(1, 1)), source, False)
     plans = kept_with(packed, "strided plans")
-    if id(whole) not in plans:
-        plans[id(whole)] = dataclasses.replace(whole, stride=2, bound={})
-    found: Plan = plans[id(whole)]
-    return found
+    found: tuple[Plan, Plan] | None = plans.get(id(whole))
+    if found is None:
+        # With the plan it was made of, whose id is the key.
+        found = plans[id(whole)] = (whole, dataclasses.replace(whole, stride=2, bound=Recent()))
+    return found[1]
 
 
 def build_lists(

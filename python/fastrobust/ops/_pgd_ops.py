@@ -98,6 +98,11 @@ def _format(x: Tensor) -> torch.memory_format:
     return ck.dense_format(x) or torch.contiguous_format
 
 
+def _working_format(x: Tensor, norm: int) -> torch.memory_format:
+    """The L1 step takes equal gradients in the order of their index: that order is the logical one."""
+    return torch.contiguous_format if norm == NORM_CODE[1.0] else _format(x)
+
+
 def _target(x: Tensor, out: Tensor | None, fmt: torch.memory_format) -> Tensor:
     """Where the kernel writes: out itself when it is dense in fmt."""
     if out is not None and not out.is_neg() and out.is_contiguous(memory_format=fmt):
@@ -105,8 +110,15 @@ def _target(x: Tensor, out: Tensor | None, fmt: torch.memory_format) -> Tensor:
     return torch.empty_like(x, memory_format=fmt)
 
 
-def _deliver(target: Tensor, out: Tensor | None) -> Tensor:
-    return target if out is None or target is out else out.copy_(target)
+def _deliver(target: Tensor, out: Tensor | None, x: Tensor | None = None) -> Tensor:
+    """What is returned, or written to out; in x's format where target may have another."""
+    if out is not None:
+        return target if target is out else out.copy_(target)
+    return target if x is None else target.contiguous(memory_format=_format(x))
+
+
+def _reordered(x: Tensor, norm: int) -> Tensor | None:
+    return x if norm == NORM_CODE[1.0] else None
 
 
 def _step_kernel(
@@ -119,13 +131,13 @@ def _step_kernel(
             y = reference.project(x, x0, radius, p, clip)
         else:
             y = reference.pgd_step(x, x0, grad, _per_value(step_t, step), radius, p, clip, active, normalize)
-        return y if out is None else out.copy_(y)
-    fmt = _format(x)
+        return _deliver(y, out, x)
+    fmt = _working_format(x, norm)
     x_, x0_ = ck.lay_out(x, fmt), ck.lay_out(x0, fmt)
     grad_ = None if grad is None else ck.lay_out(grad, fmt)
     target = _target(x_, out, fmt)
     _call(x_, x0_, grad_, (step_t, step), (eps_t, eps), norm, lo, hi, active, normalize, target, fmt)
-    return _deliver(target, out)
+    return _deliver(target, out, _reordered(x, norm))
 
 
 def _like(x: Tensor) -> Tensor:
@@ -194,15 +206,15 @@ def _step_fosc_kernel(
             x, x0, grad, _per_value(step_t, step), _per_value(eps_t, eps), threshold, _CODE_NORM[norm], _clip(lo, hi),
             active,
         )  # fmt: skip
-        return _deliver(y, out), value, keep
-    fmt = _format(x)
+        return _deliver(y, out, x), value, keep
+    fmt = _working_format(x, norm)
     value = torch.empty(x.shape[0], dtype=x.dtype, device=x.device)
     keep = torch.empty(x.shape[0], dtype=torch.bool, device=x.device)
     x_, x0_, grad_ = (ck.lay_out(t, fmt) for t in (x, x0, grad))
     target = _target(x_, out, fmt)
     outputs = (value.data_ptr(), keep.data_ptr(), threshold)
     _call(x_, x0_, grad_, (step_t, step), (eps_t, eps), norm, lo, hi, active, True, target, fmt, fosc=outputs)
-    return _deliver(target, out), value, keep
+    return _deliver(target, out, _reordered(x, norm)), value, keep
 
 
 def _fosc_fakes(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,14 +250,14 @@ def _atas_kernel(
             x, x0, grad, v, _per_value(step_t, step), _per_value(eps_t, eps), _CODE_NORM[norm], _clip(lo, hi),
             beta, c, "authors" if authors else "paper", (min_step, max_step), active,
         )  # fmt: skip
-        return _deliver(y, out), v_out, step_out
-    fmt = _format(x)
+        return _deliver(y, out, x), v_out, step_out
+    fmt = _working_format(x, norm)
     v_, v_out, step_out = v.contiguous(), torch.empty_like(v), torch.empty_like(v)
     x_, x0_, grad_ = (ck.lay_out(t, fmt) for t in (x, x0, grad))
     target = _target(x_, out, fmt)
     state = (v_.data_ptr(), v_out.data_ptr(), step_out.data_ptr(), beta, c, authors, min_step, max_step)
     _call(x_, x0_, grad_, (step_t, step), (eps_t, eps), norm, lo, hi, active, True, target, fmt, atas=state)
-    return _deliver(target, out), v_out, step_out
+    return _deliver(target, out, _reordered(x, norm)), v_out, step_out
 
 
 atas_step = define(
@@ -263,8 +275,11 @@ atas_step_out = define(
 
 
 def _random_start_kernel(
-    x0: Tensor, eps_t: Tensor | None, eps: float, norm: int, lo: float, hi: float, seed: int, first_example: int
-) -> Tensor:
+    x0: Tensor, eps_t: Tensor | None, eps: float, norm: int, lo: float, hi: float, seed: int, first_example: int,
+    drawn: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    if drawn is not None:  # in place of seed: in a graph the number is drawn when the graph runs
+        seed = int(drawn.item())
     if x0.dtype == torch.float64:
         return reference.random_start(x0, _per_value(eps_t, eps), _CODE_NORM[norm], _clip(lo, hi), seed, first_example)
     require_cuda_build(x0.device)
@@ -283,7 +298,8 @@ def _random_start_kernel(
 
 random_start = define(
     "random_start",
-    "(Tensor x0, Tensor? eps_t, float eps, int norm, float lo, float hi, int seed, int first_example) -> Tensor",
+    "(Tensor x0, Tensor? eps_t, float eps, int norm, float lo, float hi, int seed, int first_example, "
+    "Tensor? drawn=None) -> Tensor",
     _random_start_kernel,
     lambda x0, *args: _like(x0),
 )

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import _C
 from ..reference import losses as reference
 from . import _checks as ck
-from ._library import below_autograd, define, nothing_intercepts, require_cuda_build, stream_of
+from ._library import below_autograd, define, is_transformed, nothing_intercepts, require_cuda_build, stream_of
 
 
 class LossValue(NamedTuple):
-    """``value`` (B,), differentiable with respect to the logits; ``grad`` (B, K) its gradient, one row per example."""
+    """``value`` (B,), differentiable with respect to the logits, as often as wanted; ``grad`` (B, K) its gradient, one row
+    per example, a constant to autograd."""
 
     value: Tensor
     grad: Tensor
@@ -47,25 +48,31 @@ def _launch(name: str, logits: Tensor, first: Tensor, second: Tensor | None) -> 
 
 
 class _Loss(torch.autograd.Function):
-    """Backward is one product with the gradient that the forward computed."""
+    """Backward is one product with the gradient that the forward computed; where it is recorded itself (create_graph), that
+    gradient comes from its formula, which can be differentiated again."""
 
     @staticmethod
-    def forward(ctx: Any, op: Any, logits: Tensor, first: Tensor, second: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, name: str, logits: Tensor, first: Tensor, second: Tensor | None) -> tuple[Tensor, Tensor]:
         others = (first,) if second is None else (first, second)
-        value, grad = below_autograd(op, logits, *others)
+        value, grad = below_autograd(_OPS[name].op, logits, *others)
         ctx.mark_non_differentiable(grad)
-        ctx.save_for_backward(grad, logits, first, value)
+        ctx.save_for_backward(grad, logits, first, second)
+        ctx.name = name
         return value, grad
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grad, logits, first, value = ctx.saved_tensors
-        to_reference = None
+        grad, logits, first, second = ctx.saved_tensors
+        to_logits = to_reference = None
+        if ctx.needs_input_grad[1]:
+            recorded = torch.is_grad_enabled()
+            grad = reference.gradient(ctx.name, logits, first, second) if recorded else grad
+            to_logits = upstream[:, None] * grad
         if ctx.needs_input_grad[2]:  # KL: d/dr_j = p_j (log p_j - log q_j - KL)
-            log_p, log_q = torch.log_softmax(first, 1), torch.log_softmax(logits, 1)
-            to_reference = upstream[:, None] * log_p.exp() * (log_p - log_q - value[:, None])
-        return None, upstream[:, None] * grad, to_reference, None
+            log_p = torch.log_softmax(first, 1)
+            p, ratio = log_p.exp(), log_p - torch.log_softmax(logits, 1)
+            to_reference = upstream[:, None] * p * (ratio - (p * ratio).sum(1, keepdim=True))
+        return None, to_logits, to_reference, None
 
 
 def _define(name: str, schema: str) -> Any:
@@ -76,16 +83,25 @@ def _define(name: str, schema: str) -> Any:
         return logits.new_empty(logits.shape[0]), logits.new_empty(logits.shape)
 
     def autograd(logits: Tensor, first: Tensor, second: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if forward_ad._current_level >= 0:
-            raise NotImplementedError(
-                f"{name}: has no forward-mode derivative; use reverse mode, or fastrobust.reference.losses"
-            )
+        others = (first,) if second is None else (first, second)
+        if is_transformed():
+            return _by_formulas(name, logits, *others)
         if torch.is_grad_enabled() and (logits.requires_grad or first.requires_grad):
-            return _Loss.apply(op, logits, first, second)
-        return below_autograd(op, logits, first, *(() if second is None else (second,)))
+            return _Loss.apply(name, logits, first, second)
+        return below_autograd(_OPS[name].op, logits, *others)
 
-    op = define(name, schema, kernel, fake, autograd)
-    return op
+    return define(name, schema, kernel, fake, autograd)
+
+
+def _by_formulas(name: str, logits: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+    """In torch's own operations, for torch.func's transforms and forward mode, which know those."""
+    value, grad = _reference(name, logits, *others)
+    return value, grad.detach()
+
+
+def _value_and_grad(name: str, logits: Tensor, *others: Tensor) -> LossValue:
+    call = _OPS[name] if torch.compiler.is_compiling() or not is_transformed() else partial(_by_formulas, name)
+    return LossValue(*call(logits, *others))
 
 
 _LABELS = "(Tensor logits, Tensor labels) -> (Tensor, Tensor)"
@@ -93,11 +109,11 @@ _OPS = {name: _define(name, _LABELS) for name in ("cross_entropy", "margin_loss"
 _OPS["dlr_targeted_loss"] = _define(
     "dlr_targeted_loss", "(Tensor logits, Tensor labels, Tensor targets) -> (Tensor, Tensor)"
 )
-_kl_divergence = _define("kl_divergence", "(Tensor logits, Tensor reference) -> (Tensor, Tensor)")
+_OPS["kl_divergence"] = _define("kl_divergence", "(Tensor logits, Tensor reference) -> (Tensor, Tensor)")
 
 
 def _logits(logits: Any, least: int, name: str) -> Tensor:
-    logits = ck.need_tensor(logits, "logits")
+    logits = ck.need_dense(logits, "logits")
     if not logits.dtype.is_floating_point:
         raise TypeError(f"logits: got {ck.describe(logits)}, expected a floating-point tensor")
     if logits.dim() != 2:
@@ -134,7 +150,7 @@ def _evaluate(name: str, least: int, few: str, logits: Any, labels: Any, targets
     others = [_labels(labels, "labels", z, check)]
     if targets is not None:
         others.append(_labels(targets, "targets", z, check))
-    return LossValue(*_OPS[name](z, *others))
+    return _value_and_grad(name, z, *others)
 
 
 def _is_plain(t: Any, dtype: torch.dtype) -> bool:
@@ -150,7 +166,9 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, check: bool = True) -> Loss
             that would stop the device.
 
     Returns:
-        :class:`LossValue`: ``value`` (B,) is differentiable with respect to the logits, ``grad`` (B, K) is constant.
+        :class:`LossValue`: ``value`` (B,) is differentiable with respect to the logits, twice and more too (input-gradient
+        penalties), by autograd and by ``torch.func``; ``grad`` (B, K) is constant. A row with a NaN logit has a NaN value
+        and gradient, which the steps take for zero.
     """
     return _evaluate("cross_entropy", 1, "cross_entropy", logits, labels, None, check)
 
@@ -177,7 +195,7 @@ def dlr_targeted_loss(logits: Tensor, labels: Tensor, targets: Tensor, *, check:
     Needs four classes. ``targets`` is (B,) like ``labels``.
     """
     few = "dlr_targeted_loss; use margin_loss for fewer"
-    return _evaluate("dlr_targeted_loss", 4, few, logits, labels, ck.need_tensor(targets, "targets"), check)
+    return _evaluate("dlr_targeted_loss", 4, few, logits, labels, ck.need_dense(targets, "targets"), check)
 
 
 def kl_divergence(logits: Tensor, reference: Tensor) -> LossValue:
@@ -187,7 +205,7 @@ def kl_divergence(logits: Tensor, reference: Tensor) -> LossValue:
     ``q - p``, the gradient with respect to ``logits``; ``value`` is differentiable with respect to both.
     """
     z = _logits(logits, 1, "kl_divergence")
-    r = ck.need_tensor(reference, "reference")
+    r = ck.need_dense(reference, "reference")
     if r.shape != z.shape or r.device != z.device or not r.dtype.is_floating_point:
         raise ValueError(f"reference: got {ck.describe(r)}, expected logits of shape {tuple(z.shape)} on {z.device}")
-    return LossValue(*_kl_divergence(z, r.to(z.dtype)))
+    return _value_and_grad("kl_divergence", z, r.to(z.dtype))

@@ -11,6 +11,7 @@ from .. import _C
 from .._heap import keep_pages
 from ..reference import binary as reference
 from ..reference.binary import PackedWeight
+from ._feature_maps import whole
 from ._library import define, require_cuda_build, stream_of
 
 # ---- top-k masks ----
@@ -60,7 +61,7 @@ def topk_mask(scores: Tensor, keep: int) -> Tensor:
     would synchronise, infinities rank as usual and NaN above them.
     """
     _check_scores("scores", scores, keep)
-    return _topk_op(scores, keep)
+    return _topk_op(scores, int(keep))
 
 
 def topk_masks(scores: Sequence[Tensor], keeps: Sequence[int]) -> list[Tensor]:
@@ -69,7 +70,7 @@ def topk_masks(scores: Sequence[Tensor], keeps: Sequence[int]) -> list[Tensor]:
         raise ValueError(f"keeps: expected one count per layer, got {len(keeps)} for {len(scores)} layers")
     for i, (s, k) in enumerate(zip(scores, keeps, strict=True)):
         _check_scores(f"scores[{i}]", s, k)
-    return [_topk_op(s, k) for s, k in zip(scores, keeps, strict=True)]
+    return [_topk_op(s, int(k)) for s, k in zip(scores, keeps, strict=True)]
 
 
 def _check_scores(name: str, scores: Tensor, keep: int) -> None:
@@ -77,8 +78,7 @@ def _check_scores(name: str, scores: Tensor, keep: int) -> None:
         raise TypeError(f"{name}: expected a tensor, got {type(scores).__name__}")
     if scores.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{name}: expected float32 or float64, got {scores.dtype}")
-    if isinstance(keep, bool) or not isinstance(keep, int):
-        raise TypeError(f"keep: expected an int, got {type(keep).__name__}")
+    whole("keep", keep)
     if not 0 <= keep <= scores.numel():
         raise ValueError(f"keep: expected 0 to {scores.numel()}, the number of scores, got {keep}")
 
@@ -101,7 +101,7 @@ def pack(weight: Tensor) -> PackedWeight:
     if weight.device.type != "cpu" and weight.numel():
         return _pack_there(weight.detach())
     keep_pages()  # the maps of the convolutions that follow come and go
-    host = weight.detach().to(dtype=torch.float32).contiguous()
+    host = weight.detach().resolve_neg().to(dtype=torch.float32).contiguous()
     rows = host.shape[0]
     size = host.numel() // rows if rows else 0
     ptr = torch.zeros(2 * rows + 1, dtype=torch.int32)

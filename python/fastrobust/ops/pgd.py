@@ -9,34 +9,49 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from . import _box
 from . import _checks as ck
 from . import _pgd_ops as op
+from ._box import Box
 from ._library import nothing_intercepts
+from ._overlap import meets_itself, overlap, same_places
 from ._pgd_ops import NORM_CODE
 
 INF = math.inf
 _GRADS = (torch.float32, torch.float16, torch.bfloat16)
 _AUTHORS_RANGE = (4 / 255, 14 / 255)
 _FLOAT = torch.float32
-_increment_version = torch._C._increment_version  # what torch.autograd.graph.increment_version calls; torch 2.6 has it
+_increment_version = torch._C._increment_version
 
 
-def _checked(x: Any, x0: Any, grad: Any, norm: Any, clip: Any) -> tuple[Tensor, Tensor, Tensor, float, float, float]:
+Clip = tuple[Any, Any] | None  # numbers, or tensors that broadcast
+
+
+def _checked(x: Any, x0: Any, grad: Any, norm: Any, clip: Any) -> tuple[Tensor, Tensor, Tensor, float, Any]:
     p = ck.parse_norm(norm)
-    lo, hi = ck.parse_clip(clip)
     x = ck.check_state(x, "x")
+    box = _box.parse_box(clip, x)
     x0 = ck.check_like(x0, "x0", x, "x")
     grad = ck.check_like(grad, "grad", x, "x", _GRADS if x.dtype == torch.float32 else (*_GRADS, torch.float64))
-    return x, x0, grad, p, lo, hi
+    return x, x0, grad, p, box
 
 
-def _check_out(out: Any, x: Tensor, x0: Tensor, grad: Tensor | None) -> Tensor:
+def _check_out(out: Any, x: Tensor, **read: Tensor | None) -> Tensor:
+    """out: like x, x itself or memory of its own, and nothing that autograd would take for what it was before."""
     out = ck.check_like(out, "out", x, "x")
     if not ck.has_values(out):
         return out
-    for other, name in ((x0, "x0"), (grad, "grad")):
-        if other is not None and out.numel() and out.data_ptr() == other.data_ptr():
-            raise ValueError(f"out: got the memory of {name}, expected memory of its own or x's")
+    if torch.is_grad_enabled() and not out.is_leaf:
+        raise ValueError(
+            "out: got a tensor with a gradient history, expected one without (detach it): the step is not recorded"
+        )
+    if meets_itself(out):
+        raise ValueError("out: got memory that several of its elements share, expected a place for each")
+    if not same_places(out, x):
+        read["x"] = x
+    for name, other in read.items():
+        if other is not None and ck.has_values(other) and overlap(out, other):
+            raise ValueError(f"out: got memory of {name}, expected memory of its own or x itself")
     return out
 
 
@@ -47,7 +62,7 @@ def pgd_step(
     step_size: float | Tensor,
     eps: float | Tensor,
     norm: float | str = INF,
-    clip: tuple[float, float] | None = (0.0, 1.0),
+    clip: Clip = (0.0, 1.0),
     active: Tensor | None = None,
     out: Tensor | None = None,
     *,
@@ -70,12 +85,14 @@ def pgd_step(
         x: (B, ...) current point, float32 (float64 runs the plain-torch reference). Any strides.
         x0: (B, ...) centre of the ball, inside the box (not checked: it would read the tensor once more).
         grad: (B, ...) gradient of the loss, float32, float16 or bfloat16.
-        step_size: a number >= 0, (B,), or for norm inf a tensor of x's shape; in the units of x.
-        eps: the radius, of the same kinds; a Python float is rounded down to float32.
+        step_size: a number >= 0, (B,), or for norm inf whatever broadcasts to x's shape: (3, 1, 1) is one per channel,
+            (B, 1, 1, 1) one per example (for every norm). Tensors, numpy arrays or lists, in the units of x.
+        eps: the radius, of the same kinds; rounded down to float32.
         norm: inf, 2, 1 or "Linf", "L2", "L1".
-        clip: (lo, hi) or None for no box.
+        clip: (lo, hi), each a number or a tensor or array that broadcasts to x's shape, as of images that were
+            normalised per channel; None for no box.
         active: (B,) bool; examples with False keep x.
-        out: where to write; may be x. Its autograd version is bumped.
+        out: where to write: x itself, or memory that no argument has. Its autograd version is bumped.
         targeted: descend instead (the loss is that of a target class).
         normalize: norm 2 only; False takes ``step_size * grad``.
 
@@ -94,6 +111,7 @@ def pgd_step(
         and step_size >= 0.0
         and eps >= 0.0
         and type(clip) is tuple
+        and getattr(out, "is_leaf", True)
         and nothing_intercepts()
     ):
         try:
@@ -104,26 +122,44 @@ def pgd_step(
                 if out is not None:
                     _increment_version((out,))
                 return target
-        except (TypeError, ValueError):  # a bad clip or out: nothing was written, and the checks below say what it is
+        except (
+            TypeError,
+            ValueError,
+            RuntimeError,
+        ):  # a clip of tensors, a bad clip or out: nothing was written, and the checks below say what it is
             pass
-    x, x0, grad, p, lo, hi = _checked(x, x0, grad, norm, clip)
+    x, x0, grad, p, box = _checked(x, x0, grad, norm, clip)
     step_p = ck.check_parameter(step_size, "step_size", x, p)
     eps_p = ck.check_parameter(eps, "eps", x, p)
     active = ck.check_active(active, x)
     if out is not None:
-        out = _check_out(out, x, x0, grad)
+        out = _check_out(out, x, x0=x0, grad=grad, step_size=step_p.tensor, eps=eps_p.tensor, active=active)
     if targeted and p == 1:
         grad = -grad  # the L1 step is a length, not a multiple of a direction
     elif targeted:
         step_p = ck.Parameter(None if step_p.tensor is None else -step_p.tensor, -step_p.value)
-    args = (x, x0, grad, *step_p, *eps_p, NORM_CODE[p], lo, hi, active, normalize)
+    return _step(x, x0, grad, step_p, eps_p, p, box, active, normalize, out)
+
+
+def _step(
+    x: Tensor, x0: Tensor, grad: Tensor | None, step_p: ck.Parameter, eps_p: ck.Parameter, p: float, box: Any,
+    active: Tensor | None, normalize: bool, out: Tensor | None,
+) -> Tensor:  # fmt: skip
+    if isinstance(box, Box):
+        y = _box.step(x, x0, grad, step_p, eps_p, p, box, active, normalize)
+        return y if out is None else _copy_into(out, y)
+    args = (x, x0, grad, *step_p, *eps_p, NORM_CODE[p], *box, active, normalize)
     if out is None:
         return op.pgd_step(*args)
     if ck.has_values(out) and out.is_neg():  # torch cannot resolve a mutable argument beside absent ones
-        return out.copy_(op.pgd_step(*args))
+        return _copy_into(out, op.pgd_step(*args))
     op.pgd_step_out(*args, out)
-    _bump(out)
     return out
+
+
+def _copy_into(out: Tensor, y: Tensor) -> Tensor:
+    with torch.no_grad():
+        return out.copy_(y)
 
 
 def _is_simple(t: Any) -> bool:
@@ -147,25 +183,14 @@ def _step_by_attributes(x: Any, x0: Any, grad: Any, out: Any, norm: int, *number
 _quick_step = _C.pgd_quick_step if _C.learn_tensor_type(Tensor) else _step_by_attributes
 
 
-def _with_out(
-    fresh: Any, into: Any, args: tuple[Any, ...], out: Tensor | None, x: Tensor, x0: Tensor, grad: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _with_out(fresh: Any, into: Any, args: tuple[Any, ...], out: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """An op of (x', two values per example), or its variant that writes x' into out."""
     if out is None:
         return fresh(*args)
-    out = _check_out(out, x, x0, grad)
     if ck.has_values(out) and out.is_neg():
         moved, *values = fresh(*args)
-        return (out.copy_(moved), *values)
-    values = into(*args, out)
-    _bump(out)
-    return (out, *values)
-
-
-def _bump(out: Tensor) -> None:
-    """Raw writes are invisible to autograd; without this a saved tensor would be used after it changed."""
-    if type(out) is Tensor and nothing_intercepts():
-        _increment_version((out,))
+        return (_copy_into(out, moved), *values)
+    return (out, *into(*args, out))
 
 
 def project(
@@ -173,33 +198,28 @@ def project(
     x0: Tensor,
     eps: float | Tensor,
     norm: float | str = INF,
-    clip: tuple[float, float] | None = (0.0, 1.0),
+    clip: Clip = (0.0, 1.0),
     out: Tensor | None = None,
 ) -> Tensor:
     r"""Projection on the ball around x0, then on the box: ``pgd_step`` without a step.
 
     For norm inf and 1 it is the exact projection on the intersection; for norm 2 the ball comes first, then the box
-    (the usual choice; the result lies in both). A point already inside is returned bit for bit. Arguments, guarantees
-    and errors are those of :func:`pgd_step`.
+    (the usual choice; the result lies in both). A point already inside is returned bit for bit, on the sphere too; one
+    outside goes to ``(1 - 2**-21) eps`` for norms 2 and 1, so that no rounding leaves the ball. Projecting twice changes nothing. Arguments, guarantees and errors are those of
+    :func:`pgd_step`.
     """
-    x, x0, _, p, lo, hi = _checked(x, x0, x, norm, clip)
+    x, x0, _, p, box = _checked(x, x0, x, norm, clip)
     eps_p = ck.check_parameter(eps, "eps", x, p)
-    args = (x, x0, None, None, 0.0, *eps_p, NORM_CODE[p], lo, hi, None, True)
-    if out is None:
-        return op.pgd_step(*args)
-    out = _check_out(out, x, x0, None)
-    if ck.has_values(out) and out.is_neg():
-        return out.copy_(op.pgd_step(*args))
-    op.pgd_step_out(*args, out)
-    _bump(out)
-    return out
+    if out is not None:
+        out = _check_out(out, x, x0=x0, eps=eps_p.tensor)
+    return _step(x, x0, None, ck.Parameter(None, 0.0), eps_p, p, box, None, True, out)
 
 
 def random_start(
     x0: Tensor,
     eps: float | Tensor,
     norm: float | str = INF,
-    clip: tuple[float, float] | None = (0.0, 1.0),
+    clip: Clip = (0.0, 1.0),
     seed: int | None = None,
     first_example: int = 0,
 ) -> Tensor:
@@ -214,30 +234,37 @@ def random_start(
 
     Args:
         x0: (B, ...) float32, inside the box.
-        eps: radius, finite unless norm inf meets a box: a number, (B,), or for norm inf a tensor of x0's shape.
+        eps: radius, finite unless norm inf meets a box; of the kinds that :func:`pgd_step` takes. For norms 2 and 1 a
+            radius below 2^-96, whose points float32 cannot tell from the centre in most images, gives x0.
         norm, clip: as in :func:`pgd_step`.
-        seed: 64-bit key. None draws one from torch's default generator (so ``torch.manual_seed`` governs it).
+        seed: 64-bit key, any integral number. None draws one from torch's default CPU generator (so ``torch.manual_seed``
+            governs it); in a compiled, exported or traced graph it is drawn anew in each run.
         first_example: number of the first example, to draw a batch in parts; below 2^32.
     """
     p = ck.parse_norm(norm)
-    lo, hi = ck.parse_clip(clip)
     x0 = ck.check_state(x0, "x0")
+    box = _box.parse_box(clip, x0)
     eps_p = ck.check_parameter(eps, "eps", x0, p)
-    if p != INF or lo == -INF or hi == INF:
+    if p != INF or not _box.is_finite(box):
         ck.check_finite(eps_p, "eps")
+    drawn = None
     if seed is None:
-        seed = int(torch.randint(0, 2**63 - 1, (), dtype=torch.int64).item())
-    if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
-        raise TypeError(f"seed: got {ck.describe(seed)}, expected an integer or None")
+        number, seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu"), 0
+        if nothing_intercepts():
+            seed = int(number)
+        else:
+            drawn = number
+    seed = ck.check_integer(seed, "seed", "an integer or None")
     if isinstance(seed, int):
         if not -(2**63) <= seed < 2**64:
             raise ValueError(f"seed: got {seed}, expected an integer of at most 64 bits")
         seed = (seed + 2**63) % 2**64 - 2**63  # schemas have signed integers
-    if isinstance(first_example, bool) or not isinstance(first_example, (int, torch.SymInt)):
-        raise TypeError(f"first_example: got {ck.describe(first_example)}, expected an integer")
+    first_example = ck.check_integer(first_example, "first_example")
     if not 0 <= first_example <= 2**32 - x0.shape[0]:
         raise ValueError(f"first_example: got {first_example}, expected 0 to 2**32 - {x0.shape[0]}, the batch")
-    return op.random_start(x0, *eps_p, NORM_CODE[p], lo, hi, seed, first_example)
+    if isinstance(box, Box):
+        return _box.random_start(x0, eps_p, p, box, (seed, first_example, drawn))
+    return op.random_start(x0, *eps_p, NORM_CODE[p], *box, seed, first_example, drawn)
 
 
 def fosc(x: Tensor, x0: Tensor, grad: Tensor, eps: float | Tensor, norm: float | str = INF) -> Tensor:
@@ -248,7 +275,7 @@ def fosc(x: Tensor, x0: Tensor, grad: Tensor, eps: float | Tensor, norm: float |
     with q the dual norm (Wang et al. 2019, eq. 4; the paper has p = inf). Zero at a stationary point. NaN gradient
     coordinates count as zero. Returns (B,) float32. Arguments as in :func:`pgd_step`.
     """
-    x, x0, grad, p, _, _ = _checked(x, x0, grad, norm, None)
+    x, x0, grad, p, _ = _checked(x, x0, grad, norm, None)
     return op.fosc(x, x0, grad, *ck.check_parameter(eps, "eps", x, p), NORM_CODE[p])
 
 
@@ -260,7 +287,7 @@ def pgd_step_fosc(
     eps: float | Tensor,
     threshold: float,
     norm: float | str = INF,
-    clip: tuple[float, float] | None = (0.0, 1.0),
+    clip: Clip = (0.0, 1.0),
     active: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -273,11 +300,19 @@ def pgd_step_fosc(
     Returns:
         (x', fosc (B,), active (B,) bool); x' is ``out`` where given. Other arguments as in :func:`pgd_step`.
     """
-    x, x0, grad, p, lo, hi = _checked(x, x0, grad, norm, clip)
+    x, x0, grad, p, box = _checked(x, x0, grad, norm, clip)
     step_p, eps_p = ck.check_parameter(step_size, "step_size", x, p), ck.check_parameter(eps, "eps", x, p)
     level = ck.check_number(threshold, "threshold")
-    args = (x, x0, grad, *step_p, *eps_p, level, NORM_CODE[p], lo, hi, ck.check_active(active, x))
-    return _with_out(op.pgd_step_fosc, op.pgd_step_fosc_out, args, out, x, x0, grad)
+    active = ck.check_active(active, x)
+    if out is not None:
+        out = _check_out(out, x, x0=x0, grad=grad, step_size=step_p.tensor, eps=eps_p.tensor, active=active)
+    if isinstance(box, Box):
+        value = op.fosc(x, x0, grad, *eps_p, NORM_CODE[p])
+        keep = value > level
+        keep = keep if active is None else active & keep
+        return _step(x, x0, grad, step_p, eps_p, p, box, active, True, out), value, keep
+    args = (x, x0, grad, *step_p, *eps_p, level, NORM_CODE[p], *box, active)
+    return _with_out(op.pgd_step_fosc, op.pgd_step_fosc_out, args, out)
 
 
 def atas_step(
@@ -288,7 +323,7 @@ def atas_step(
     step_size: float | Tensor,
     eps: float | Tensor,
     norm: float | str = INF,
-    clip: tuple[float, float] | None = (0.0, 1.0),
+    clip: Clip = (0.0, 1.0),
     *,
     beta: float = 0.5,
     c: float = 0.01,
@@ -314,8 +349,8 @@ def atas_step(
         (x', v' (B,), alpha (B,)). Examples that are not ``active`` keep x and v; x' is ``out`` where
         given. Other arguments as in :func:`pgd_step`.
     """
-    x, x0, grad, p, lo, hi = _checked(x, x0, grad, norm, clip)
-    v = ck.need_tensor(v, "v")
+    x, x0, grad, p, box = _checked(x, x0, grad, norm, clip)
+    v = ck.need_dense(v, "v")
     if v.dtype != x.dtype or tuple(v.shape) != (x.shape[0],) or v.device != x.device:
         raise ValueError(f"v: got {ck.describe(v)}, expected a ({x.shape[0]},) {x.dtype} tensor on {x.device}")
     step_p, eps_p = ck.check_parameter(step_size, "step_size", x, p), ck.check_parameter(eps, "eps", x, p)
@@ -328,8 +363,15 @@ def atas_step(
         raise ValueError("c: got 0, expected a number > 0 for variant 'authors'")
     limits = step_range if step_range is not None else (_AUTHORS_RANGE if variant == "authors" else (0.0, INF))
     low, high = ck.parse_clip(limits, "step_range")
-    args = (
-        x, x0, grad, v, *step_p, *eps_p, NORM_CODE[p], lo, hi, b, constant, variant == "authors", low, high,
-        ck.check_active(active, x),
-    )  # fmt: skip
-    return _with_out(op.atas_step, op.atas_step_out, args, out, x, x0, grad)
+    active = ck.check_active(active, x)
+    if out is not None:
+        out = _check_out(out, x, x0=x0, grad=grad, v=v, step_size=step_p.tensor, eps=eps_p.tensor, active=active)
+    state = (b, constant, variant == "authors", low, high, active)
+    if isinstance(box, Box):
+        moved, v_out, alpha = op.atas_step(x, x0, grad, v, *step_p, *eps_p, NORM_CODE[p], -INF, INF, *state)
+        own = p == 1 or x.dtype == torch.float64  # else what moved needs clipping alone
+        length = ck.Parameter(alpha, 0.0)
+        y = _box.step(x, x0, grad, length, eps_p, p, box, active) if own else _box.clip(moved, x, box, active)
+        return (y if out is None else _copy_into(out, y)), v_out, alpha
+    args = (x, x0, grad, v, *step_p, *eps_p, NORM_CODE[p], *box, *state)
+    return _with_out(op.atas_step, op.atas_step_out, args, out)

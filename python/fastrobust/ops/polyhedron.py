@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import _C
 from ..reference import polyhedron as reference
 from . import _checks as ck
-from ._library import below_autograd, define, require_cuda_build, stream_of
+from ._library import below_autograd, define, first_order_only, is_transformed, require_cuda_build, stream_of
 
 _MAX_DIMS = 6  # leading dimensions that the kernel walks by strides
 
@@ -72,18 +72,24 @@ def _fake(
 class _Distance(torch.autograd.Function):
     """The derivatives at the optimum d with multiplier m: m for b, m d for a, and what an active face of the box costs."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx: Any, a: Tensor, b: Tensor, lower: Tensor, upper: Tensor, p: float, is_signed: bool
+        a: Tensor, b: Tensor, lower: Tensor, upper: Tensor, p: float, is_signed: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         distance, multiplier, point = below_autograd(_op, a, b, lower, upper, p, is_signed, True)
-        ctx.save_for_backward(a, b, lower, upper, distance, multiplier, point)
-        ctx.p = p
-        ctx.mark_non_differentiable(multiplier, point)
         return distance, multiplier, point
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        *tensors, ctx.p, _ = inputs
+        distance, multiplier, point = output
+        ctx.save_for_backward(*tensors, distance, multiplier, point)
+        ctx.mark_non_differentiable(multiplier, point)
+
+    @staticmethod
+    @first_order_only
     def backward(ctx: Any, grad: Tensor, _multiplier: Tensor, _point: Tensor) -> tuple[Tensor | None, ...]:
         a, b, lower, upper, distance, multiplier, point = ctx.saved_tensors
         rate = torch.where(distance.isfinite() & (multiplier > 0), grad * multiplier, 0.0)
@@ -95,7 +101,7 @@ class _Distance(torch.autograd.Function):
             grad_b = rate
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
             # d distance / d side = side's share of the norm's gradient + multiplier a, on the faces that d touches
-            flip = torch.where(b < 0, -1.0, 1.0)[..., None]
+            flip = torch.where(b < 0, -torch.ones_like(b), torch.ones_like(b))[..., None]
             direction = -flip * a.sign()
             share: Tensor | float = 0.0
             if ctx.p != math.inf:
@@ -111,7 +117,7 @@ class _Distance(torch.autograd.Function):
 def _autograd(
     a: Tensor, b: Tensor, lower: Tensor, upper: Tensor, p: float, is_signed: bool, detailed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (a, b, lower, upper)):
+    if is_transformed() or (torch.is_grad_enabled() and any(t.requires_grad for t in (a, b, lower, upper))):
         distance, multiplier, point = _Distance.apply(a, b, lower, upper, p, is_signed)
         return (distance, multiplier, point) if detailed else (distance, b.new_empty(0), a.new_empty(0))
     return below_autograd(_op, a, b, lower, upper, p, is_signed, detailed)
@@ -129,7 +135,7 @@ _op = define(
 def _side(value: Any, name: str, a: Tensor) -> Tensor:
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         return torch.full((1,), float(value), dtype=a.dtype, device=a.device)
-    value = ck.need_tensor(value, name)
+    value = ck.need_dense(value, name)
     if value.dtype != a.dtype:
         raise TypeError(f"{name}: got {ck.describe(value)}, expected {a.dtype}, as a has")
     if value.device != a.device:
@@ -188,7 +194,8 @@ def polyhedral_distance(
         The distance (...): never above the exact value (signed: rounded towards minus infinity), within 1e-6 of it
         relatively; inf where the box does not reach the hyperplane (signed: -inf). With ``return_point`` also d (..., M),
         inside the box exactly and on the hyperplane up to rounding; the corner that goes furthest where unreachable.
-        The distance is differentiable in a, b, lower and upper (closed form at the optimum, zero where unreachable).
+        The distance is differentiable in a, b, lower and upper, once (closed form at the optimum, zero where unreachable),
+        also by ``torch.func.grad`` and ``vmap``; a second derivative raises.
         A row with NaN or infinite a or b, or a NaN in its box, gives NaN, for that row alone.
 
     Raises:
@@ -196,12 +203,12 @@ def polyhedral_distance(
         reading values would stop the device, those rows give NaN.
     """
     p = reference.norm_value(norm)
-    a = ck.need_tensor(a, "a")
+    a = ck.need_dense(a, "a")
     if a.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"a: got {ck.describe(a)}, expected float32 (or float64 for checking)")
     if a.dim() == 0 or a.shape[-1] == 0:
         raise ValueError(f"a: got shape {tuple(a.shape)}, expected (..., M) with M >= 1")
-    b = ck.need_tensor(b, "b")
+    b = ck.need_dense(b, "b")
     if b.dtype != a.dtype:
         raise TypeError(f"b: got {ck.describe(b)}, expected {a.dtype}, as a has")
     if b.shape != a.shape[:-1]:
@@ -209,5 +216,7 @@ def polyhedral_distance(
     if b.device != a.device:
         raise ValueError(f"b: got device {b.device}, expected a's device {a.device}")
     low, high = _side(lower, "lower", a), _side(upper, "upper", a)
-    distance, _, point = _op(a, b, low, high, p, bool(signed), bool(return_point))
+    # torch.func wants to see the function itself, above the dispatcher.
+    call = _autograd if is_transformed() and not torch.compiler.is_compiling() else _op
+    distance, _, point = call(a, b, low, high, p, bool(signed), bool(return_point))
     return (distance, point) if return_point else distance

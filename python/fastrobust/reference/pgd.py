@@ -7,34 +7,45 @@ Every function takes examples along the first dimension, works in the dtype of `
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import random as rnd
-from .rounding import add_down, add_inward, add_up, round_down, round_up
+from .rounding import add_down, add_inward, add_up, in_ball, round_down, round_up
 
 INF = math.inf
+Clip = tuple[float, float] | tuple[Tensor, Tensor] | None
 _LONGEST = 2.0**100  # of an L2 step: longer ones end at the same point of the ball, and their squares overflow
 ACCEPT, SHRINK = 2.0**-23, 2.0**-21  # see csrc/pgd/step.h
+_LEAST_RADIUS, _MOST_RADIUS = 2.0**-96, 2.0**100  # see csrc/pgd/random_start.h
+
+
+def _narrow(value: Tensor, x: Tensor, name: str) -> Tensor:
+    near = value.to(x.dtype)
+    if name != "eps":
+        return near
+    below = torch.nextafter(near, torch.full_like(near, -INF))
+    return torch.where(near.double() > value.double(), below, near)
 
 
 def _per_example(value: float | Tensor, x: Tensor, name: str) -> Tensor:
-    """(B,) of the parameter, in x's dtype; a Python radius is rounded down."""
+    """(B,) of the parameter, in x's dtype; a radius is rounded down."""
     if isinstance(value, Tensor):
-        return value.to(x.dtype).expand(x.shape[0])
+        return _narrow(value, x, name).expand(x.shape[0])
     value = round_down(value, x.dtype) if name == "eps" else value
     return torch.full((x.shape[0],), value, dtype=x.dtype, device=x.device)
 
 
-def _wide(value: float | Tensor, x: Tensor, name: str) -> Tensor:
+def per_element(value: float | Tensor, x: Tensor, name: str) -> Tensor:
     """The parameter with x's shape."""
     if isinstance(value, Tensor) and value.dim() == x.dim() and value.shape == x.shape and x.dim() != 1:
-        return value.to(x.dtype)
+        return _narrow(value, x, name)
     return _per_example(value, x, name).view(-1, *[1] * (x.dim() - 1)).expand_as(x)
 
 
-def _rows(value: Tensor, x: Tensor) -> Tensor:
+def as_rows(value: Tensor, x: Tensor) -> Tensor:
     return value.view(-1, *[1] * (x.dim() - 1))
 
 
@@ -42,8 +53,17 @@ def _total(t: Tensor) -> Tensor:
     return t.reshape(t.shape[0], math.prod(t.shape[1:])).double().sum(1)
 
 
-def _box(clip: tuple[float, float] | None, dtype: torch.dtype) -> tuple[float, float]:
-    return (-INF, INF) if clip is None else (round_up(clip[0], dtype), round_down(clip[1], dtype))
+def _box(clip: Clip, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Its faces: numbers, rounded inwards, or tensors that are of that dtype and broadcast already."""
+    if clip is None:
+        return -INF, INF
+    lo, hi = clip
+    return (lo, hi) if isinstance(lo, Tensor) or isinstance(hi, Tensor) else (round_up(lo, dtype), round_down(hi, dtype))
+
+
+def clip_to(y: Tensor, lo: Any, hi: Any) -> Tensor:
+    """y moved to the box; a -0 on a face keeps its sign, a NaN stays."""
+    return torch.where(y < lo, lo, torch.where(y > hi, hi, y))
 
 
 def clean(grad: Tensor, dtype: torch.dtype) -> Tensor:
@@ -52,40 +72,50 @@ def clean(grad: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.nan_to_num(grad.to(dtype), nan=0.0, posinf=top, neginf=-top)
 
 
-def project(
-    x: Tensor, x0: Tensor, eps: float | Tensor, norm: float = INF, clip: tuple[float, float] | None = (0.0, 1.0)
-) -> Tensor:
+def _accepted(size: Tensor, radius: Tensor) -> Tensor:
+    return (size <= radius * (1 - ACCEPT)) & (radius > 0)  # a radius of zero gives x0, whatever the sign of a zero in x
+
+
+def _near_sphere(size: Tensor, radius: Tensor) -> Tensor:
+    """Where the computed size does not tell on which side a point lies."""
+    return (size > radius * (1 - ACCEPT)) & (size <= radius * (1 + ACCEPT))
+
+
+def project(x: Tensor, x0: Tensor, eps: float | Tensor, norm: float = INF, clip: Clip = (0.0, 1.0)) -> Tensor:
     """Projection on the ball around x0, then on the box; for norm 1 exactly on their intersection."""
     lo, hi = _box(clip, x.dtype)
     if norm == INF:
-        e = _wide(eps, x, "eps")
-        return torch.minimum(torch.maximum(x, add_up(x0, -e)), add_down(x0, e)).clamp(lo, hi)
+        e = per_element(eps, x, "eps")
+        return clip_to(torch.minimum(torch.maximum(x, add_up(x0, -e)), add_down(x0, e)), lo, hi)
     radius = _per_example(eps, x, "eps").double()
     d = x - x0
     if norm == 2:
         size = _total(d.double() ** 2).sqrt()
         factor = torch.where(size > 0, radius * (1 - SHRINK) / size.clamp_min(1e-300), 0).to(x.dtype)
-        inside = size <= radius * (1 - ACCEPT)
-        shrunk = add_inward(x0, d * _rows(factor, x))
-        return torch.where(_rows(inside, x), x, shrunk).clamp(lo, hi)
+        inside = _accepted(size, radius) | (_near_sphere(size, radius) & in_ball(x, x0, radius, 2))
+        shrunk = add_inward(x0, d * as_rows(factor, x))
+        return clip_to(torch.where(as_rows(inside, x), x, shrunk), lo, hi)
     room = torch.where(d > 0, hi - x0, x0 - lo)
-    lengths = lambda lam: torch.minimum((d.abs() - _rows(lam, x)).clamp_min(0), room)
+    lengths = lambda lam: torch.minimum((d.abs() - as_rows(lam, x)).clamp_min(0), room)
     low = torch.zeros_like(radius)
-    inside = _total(lengths(low.to(x.dtype))) <= radius * (1 - ACCEPT)
+    total = _total(lengths(low.to(x.dtype)))
+    in_box = ((x >= lo) & (x <= hi)).reshape(x.shape[0], -1 if x.numel() else 0).all(1)
+    inside = _accepted(total, radius) | (_near_sphere(total, radius) & in_box & in_ball(x, x0, radius, 1))
     high = d.abs().reshape(x.shape[0], -1).double().amax(1) if x.numel() else low
     for _ in range(100):  # bisection for sum min(max(|d| - lambda, 0), room) = eps
         mid = 0.5 * (low + high)
         fits = _total(lengths(mid.to(x.dtype))) <= radius * (1 - SHRINK)
         low, high = torch.where(fits, low, mid), torch.where(fits, mid, high)
-    length = (d.abs() - _rows(high.to(x.dtype), x)).clamp_min(0)
+    length = (d.abs() - as_rows(high.to(x.dtype), x)).clamp_min(0)
     shrunk = add_inward(x0, torch.where(d < 0, -length, length))
-    return torch.where(_rows(inside, x), x, shrunk).clamp(lo, hi)
+    return clip_to(torch.where(as_rows(inside, x), x, shrunk), lo, hi)
 
 
-def _l1_ascend(x: Tensor, g: Tensor, step: Tensor, lo: float, hi: float) -> Tensor:
+def _l1_ascend(x: Tensor, g: Tensor, step: Tensor, lo: Any, hi: Any) -> Tensor:
     """max <g, p> with ||p||_1 <= step inside the box: fill coordinates in order of |g| (ties: lower index first)."""
     n = math.prod(x.shape[1:])
     flat, gf = x.reshape(x.shape[0], n), g.reshape(x.shape[0], n)
+    lo, hi = (side.expand_as(x).reshape(flat.shape) if isinstance(side, Tensor) else side for side in (lo, hi))
     room = torch.where(gf > 0, hi - flat, torch.where(gf < 0, flat - lo, 0)).clamp_min(0).double()
     order = gf.abs().argsort(dim=1, descending=True, stable=True)
     sorted_room = room.gather(1, order)
@@ -98,20 +128,20 @@ def _l1_ascend(x: Tensor, g: Tensor, step: Tensor, lo: float, hi: float) -> Tens
 
 
 def ascend(
-    x: Tensor, grad: Tensor, step_size: float | Tensor, norm: float, lo: float, hi: float, normalize: bool
+    x: Tensor, grad: Tensor, step_size: float | Tensor, norm: float, lo: Any, hi: Any, normalize: bool
 ) -> Tensor:
     """The step before projection."""
     g = clean(grad, x.dtype)
     if norm == INF:
-        return x + _wide(step_size, x, "step_size") * g.sign()
+        return torch.where(g == 0, x, x + per_element(step_size, x, "step_size") * g.sign())  # an infinite step times 0
     step = _per_example(step_size, x, "step_size")
     if norm == 1:
         return _l1_ascend(x, g, step, lo, hi)
     if not normalize:
-        return x + _rows(step, x) * g
+        return torch.where(g == 0, x, x + as_rows(step, x) * g)
     length = _total(g.double() ** 2).sqrt()
     far = step.double().clamp(-_LONGEST, _LONGEST)
-    scaled = g.double() * _rows(torch.where(length > 0, far / length.clamp_min(1e-300), 0), x)
+    scaled = g.double() * as_rows(torch.where(length > 0, far / length.clamp_min(1e-300), 0), x)
     return x + scaled.to(x.dtype)
 
 
@@ -122,14 +152,14 @@ def pgd_step(
     step_size: float | Tensor,
     eps: float | Tensor,
     norm: float = INF,
-    clip: tuple[float, float] | None = (0.0, 1.0),
+    clip: Clip = (0.0, 1.0),
     active: Tensor | None = None,
     normalize: bool = True,
 ) -> Tensor:
     """``project(x + steepest ascent step of size step_size)`` (thesis eq. 2.2); see :func:`fastrobust.ops.pgd_step`."""
     lo, hi = _box(clip, x.dtype)
     y = project(ascend(x, grad, step_size, norm, lo, hi, normalize), x0, eps, norm, clip)
-    return y if active is None else torch.where(_rows(active, x), y, x)
+    return y if active is None else torch.where(as_rows(active, x), y, x)
 
 
 def fosc(x: Tensor, x0: Tensor, grad: Tensor, eps: float | Tensor, norm: float = INF) -> Tensor:
@@ -137,7 +167,7 @@ def fosc(x: Tensor, x0: Tensor, grad: Tensor, eps: float | Tensor, norm: float =
     g = clean(grad, x.dtype).double()
     inner = _total((x - x0).double() * g)
     if norm == INF:
-        dual = _total(g.abs() * _wide(eps, x, "eps").double())
+        dual = _total(g.abs() * per_element(eps, x, "eps").double())
     elif norm == 2:
         dual = _per_example(eps, x, "eps").double() * _total(g**2).sqrt()
     else:
@@ -155,7 +185,7 @@ def pgd_step_fosc(
     eps: float | Tensor,
     threshold: float,
     norm: float = INF,
-    clip: tuple[float, float] | None = (0.0, 1.0),
+    clip: Clip = (0.0, 1.0),
     active: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One iteration of Wang et al. 2019, algorithm 1: move the active examples, then drop those with FOSC <= threshold."""
@@ -173,7 +203,7 @@ def atas_step(
     step_size: float | Tensor,
     eps: float | Tensor,
     norm: float = INF,
-    clip: tuple[float, float] | None = (0.0, 1.0),
+    clip: Clip = (0.0, 1.0),
     beta: float = 0.5,
     c: float = 0.01,
     variant: str = "paper",
@@ -198,7 +228,7 @@ def random_start(
     x0: Tensor,
     eps: float | Tensor,
     norm: float = INF,
-    clip: tuple[float, float] | None = (0.0, 1.0),
+    clip: Clip = (0.0, 1.0),
     seed: int = 0,
     first_example: int = 0,
 ) -> Tensor:
@@ -207,16 +237,26 @@ def random_start(
     lo, hi = _box(clip, x0.dtype)
     u = rnd.words(seed, batch, n, first_example, 0, x0.device)
     if norm == INF:
-        e = _wide(eps, x0, "eps")
-        start, end = add_up(x0, -e).clamp_min(lo), add_down(x0, e).clamp_max(hi)
-        y = start + rnd.uniform(u).to(x0.dtype).reshape(x0.shape) * (end - start)
-        return torch.minimum(torch.maximum(y, start), end)
+        e = per_element(eps, x0, "eps")
+        return spread(rnd.uniform(u).to(x0.dtype).reshape(x0.shape), x0, e, lo, hi)
     even = rnd.words(seed, batch, n + n % 2, first_example, 0, x0.device)
     t = (rnd.normals(even)[:, :n] if norm == 2 else rnd.laplace(u)).double()
     extra = -rnd.uniform_open(rnd.words(seed, batch, 1, first_example, 1, x0.device)[:, 0]).log()
     size = ((t**2).sum(1) + 2 * extra).sqrt() if norm == 2 else t.abs().sum(1) + extra
     radius = _per_example(eps, x0, "eps").double()
+    radius = torch.where(radius < _LEAST_RADIUS, 0, radius.clamp_max(_MOST_RADIUS))
     d = (t * (radius * (1 - 2.0**-20) / size)[:, None]).to(x0.dtype).reshape(x0.shape)
+    return reflect(d, x0, lo, hi)
+
+
+def spread(u: Tensor, x0: Tensor, eps: Any, lo: Any, hi: Any) -> Tensor:
+    """u in [0, 1) to the intersection of the L-inf ball and the box."""
+    start, end = add_up(x0, -eps).clamp_min(lo), add_down(x0, eps).clamp_max(hi)
+    return torch.minimum(torch.maximum(start + u * (end - start), start), end)
+
+
+def reflect(d: Tensor, x0: Tensor, lo: Any, hi: Any) -> Tensor:
+    """x0 + d, on the other side of x0 where it leaves the box and that side does not, and clipped otherwise."""
     above, below = hi - x0, x0 - lo
     d = torch.where(((d > above) & (d <= below)) | ((-d > below) & (-d <= above)), -d, d)
-    return add_inward(x0, d).clamp(lo, hi)
+    return clip_to(add_inward(x0, d), lo, hi)

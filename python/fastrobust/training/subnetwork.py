@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
@@ -120,7 +121,7 @@ class PerturbationStore:
     def __init__(self, factor: int = 2) -> None:
         if factor < 1:
             raise ValueError(f"factor: expected at least 1, got {factor}")
-        self.factor = factor
+        self.factor = int(factor)
         self.kept: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
@@ -214,6 +215,7 @@ def _train(
         total = right = 0.0
         count = 0
         for x, y, *rest in loader:
+            y = y if y.is_floating_point() else y.long()
             adversarial = attacked(x, y, rest[0] if rest else None)
             model.train()
             logits = model(adversarial)
@@ -243,7 +245,7 @@ def _train(
 def _check(model: nn.Module, epochs: int, attack_mode: str) -> None:
     if not masked_layers(model):
         raise ValueError("model: expected masked layers (see fastrobust.nn.convert), got none")
-    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
+    if isinstance(epochs, bool) or not isinstance(epochs, numbers.Integral) or epochs < 0:
         raise ValueError(f"epochs: expected an int of at least 0, got {epochs!r}")
     if attack_mode not in ("eval", "train"):
         raise ValueError(f"attack_mode: expected 'eval' or 'train', got {attack_mode!r}")
