@@ -55,6 +55,10 @@ class UnreadableModelError(ValueError):
     """A model that computes in a way that no record of one call can stand for."""
 
 
+class ModelMismatchError(ValueError):
+    """What was read of a model does not compute what the model does: no result of it is returned."""
+
+
 class Place(NamedTuple):
     """Where in its storage a tensor lies, in elements."""
 
@@ -478,7 +482,7 @@ def unwrapped(model: Any) -> Any:
 
 def current() -> Recorder | None:
     """The recorder whose call this is, where there is one."""
-    if not torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():
         return None
     mode = _get_current_dispatch_mode()
     return mode if isinstance(mode, Recorder) else None

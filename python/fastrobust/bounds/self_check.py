@@ -10,13 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastrobust._record import without_recording
+from fastrobust._record import ModelMismatchError, without_recording
 from fastrobust.bounds import graph as G
 from fastrobust.reference import relaxations
-
-
-class ModelMismatchError(ValueError):
-    """What was bounded is not what the model computes: no bound of it is returned."""
 
 
 def evaluate(graph: G.Graph, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -156,6 +156,8 @@ class Region:
             cost.estimate(count, *sizes[u.source], u.shape, u.geometry, u.packed.kept, lanes) for u in self.units
         ]
         floats = {i: count * u.shape[0] * math.prod(sizes[i]) for i, u in enumerate(self.units)}
+        # Of the region's inputs: a residual is of the size of the unit's output.
+        floats |= {u.residual: floats[i] for i, u in enumerate(self.units) if u.residual is not None}
         floats |= {u.source: count * u.shape[1] * u.geometry.groups * math.prod(sizes[u.source]) for u in self.units}
 
         def total(dense: list[bool]) -> float:

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import collections
 import copy
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from .freeze import Tracer, is_relu, norm_affine
-from .masked import BinaryMaskedConv2d, masked_layers
+from .._record import Constant, UnreadableModelError, unwrapped
+from . import _proof
+from ._observe import Call, observe
+from ._program import Norm, Readers, affine, is_whole
+from ._snapshot import evaluating
+from .masked import BinaryMaskedConv2d, BinaryMaskedLinear, masked_layers
+
+# Of the images that are tried where no example is given.
+_SIDES = (32, 28, 64, 224, 16, 8)
 
 
 @torch.no_grad()
-def compact(model: nn.Module) -> nn.Module:
+def compact(model: nn.Module, example: Tensor | None = None) -> nn.Module:
     """A copy of `model` in eval mode without the dead inner channels, the same function of its input.
 
     A channel between two masked convolutions (batch normalisation and ReLU may lie between, nothing else may read it) is
@@ -21,51 +31,108 @@ def compact(model: nn.Module) -> nn.Module:
     is no constant at the border. Removing channels can kill others, so this goes on until nothing changes; one channel
     is always left. Outputs are equal up to the order of float32 sums.
 
+    example: a batch as the model takes it; what happens between the convolutions is seen by running it, and the result
+    is compared with the model on it. Without one, images or rows that fit the first masked layer are tried.
+
     Only for models whose scores are settled: the scores and signs of cut channels are gone, while dead channels of a
-    model in training can revive. Raises ValueError for a model that torch.fx cannot trace.
+    model in training can revive. Raises ValueError where no example fits, UnreadableModelError for models that branch on
+    values or draw random numbers, ModelMismatchError when the result is not the same function on the example.
     """
-    model = copy.deepcopy(model).eval()
-    try:
-        graph = Tracer().trace(model)
-    except Exception as error:
-        raise ValueError(f"model: expected one that torch.fx can trace, got {type(model).__name__}: {error}") from error
-    links = _links(graph, model)
-    while any(_cut(model, *link) for link in links):
+    source = unwrapped(model)
+    small = copy.deepcopy(source).eval()
+    links, x = _found(small, example)
+    while any(_cut(small, *link) for link in links):
         pass
-    return model
+    with evaluating(source):
+        _proof.outputs(lambda given: source(*given), [x], _proof.leaves(small(x)), True)
+    return small
 
 
-def _links(graph: fx.Graph, model: nn.Module) -> list[tuple[str, str | None, bool, str]]:
+class _Itself:
+    """A model in eval mode, to be recorded."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.model(*args, **kwargs)
+
+
+Link = tuple[str, str | None, bool, str]
+
+
+def _found(model: nn.Module, example: Tensor | None) -> tuple[list[Link], Tensor]:
+    """The links of the model and what it was run on."""
+    if example is not None:
+        return _links(model, example), example
+    problem: Exception | None = None
+    for x in _tried(model):
+        try:
+            return _links(model, x), x
+        except UnreadableModelError:
+            raise
+        except Exception as error:  # whatever a model says to images of another size
+            problem = error
+    raise ValueError(f"example: got none, expected one, as the model takes no input that was tried ({problem})")
+
+
+def _tried(model: nn.Module) -> Iterator[Tensor]:
+    first = next((m for m in model.modules() if isinstance(m, (BinaryMaskedConv2d, BinaryMaskedLinear, nn.Conv2d))), None)  # fmt: skip  # noqa: E501
+    device = next((layer.scores.device for layer in masked_layers(model).values()), None)
+    if isinstance(first, BinaryMaskedLinear):
+        yield _proof.wave(torch.empty(2, first.in_features, device=device))
+    elif first is not None:
+        for side in _SIDES:
+            yield _proof.wave(torch.empty(2, first.in_channels, side, side, device=device))
+
+
+def _links(model: nn.Module, x: Tensor) -> list[Link]:
     """(first convolution, batch normalisation, whether a ReLU follows, second convolution) by name."""
-    modules = dict(model.named_modules())
-
-    def module(node: fx.Node) -> nn.Module | None:
-        return modules[str(node.target)] if node.op == "call_module" else None
-
-    calls: dict[str, int] = {}
-    for node in graph.nodes:
-        if node.op == "call_module":
-            calls[str(node.target)] = calls.get(str(node.target), 0) + 1
-    found = []
-    for node in graph.nodes:
-        if not isinstance(module(node), BinaryMaskedConv2d):
+    call = Call((x,), {})
+    work = observe(_Itself(model), call, call.tensors)
+    names = {id(m): name for name, m in model.named_modules()}
+    norms = {id(m.running_mean): (name, m) for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    readers = Readers(work)
+    calls = collections.Counter(id(step.func) for step in work.steps if step.name == "leaf")
+    # Of every tensor that was read, how often: the layer of one that is read twice cannot be cut for one of the calls.
+    reads = collections.Counter(
+        id(v.base) for step in work.steps for v in (*step.args, *step.kwargs.values()) if isinstance(v, Constant)
+    )
+    found: list[Link] = []
+    for step in work.steps:
+        first = step.func
+        if step.name != "leaf" or not isinstance(first, BinaryMaskedConv2d):
             continue
-        norm, relu, at = None, False, node
-        while len(at.users) == 1:
-            at = next(iter(at.users))
-            other = module(at)
-            if isinstance(other, nn.BatchNorm2d) and norm is None and not relu and other.running_mean is not None:
-                norm = str(at.target)
-            elif is_relu(at, other):
-                relu = True
-            elif not isinstance(other, nn.Identity):
+        norm, relu, value = None, False, step.results[0]
+        while value is not None and (at := readers.only(value)) is not None:
+            follower = work.steps[at]
+            if follower.name == "leaf" and isinstance(follower.func, BinaryMaskedConv2d):
+                pair = (first, follower.func)
+                once = first is not follower.func and all(calls[id(m)] == 1 and id(m) in names for m in pair)
+                if once and is_whole(follower.args[0]):
+                    found.append((names[id(first)], norm, relu, names[id(follower.func)]))
                 break
-        last = module(at)
-        names = [str(node.target), str(at.target), *([norm] if norm else [])]
-        # A module that is called twice cannot be cut for one of its calls.
-        if isinstance(last, BinaryMaskedConv2d) and at is not node and all(calls[n] == 1 for n in names):
-            found.append((str(node.target), norm, relu, str(at.target)))
+            seen = Norm.of(follower, readers.uses)
+            if seen is not None and is_whole(seen.source) and norm is None and not relu:
+                name, owner = norms.get(id(seen.tensors[2].base), (None, None))
+                if name is None or reads[id(seen.tensors[2].base)] != 1 or not _owns(owner, seen):
+                    break
+                norm = name
+            elif follower.name == "relu" and is_whole(follower.args[0]):
+                relu = True
+            else:
+                break
+            value = follower.results[0]
     return found
+
+
+def _owns(owner: nn.Module | None, norm: Norm) -> bool:
+    """Whether all that was read is the module's own, and it has nothing else that would have to be cut."""
+    assert isinstance(owner, nn.BatchNorm2d)
+    mine = (owner.weight, owner.bias, owner.running_mean, owner.running_var)
+    read = tuple(None if t is None else t.base for t in norm.tensors)
+    known = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+    return all(a is b for a, b in zip(mine, read, strict=True)) and set(owner.state_dict()) <= known
 
 
 def _cut(model: nn.Module, first: str, norm: str | None, relu: bool, second: str) -> bool:
@@ -79,7 +146,9 @@ def _cut(model: nn.Module, first: str, norm: str | None, relu: bool, second: str
     # What an empty row becomes: its bias, normalised.
     constant = a.scores.new_zeros(a.out_channels) if a.bias is None else a.bias.clone()
     if norm is not None:
-        alpha, beta = norm_affine(model.get_submodule(norm))
+        m = model.get_submodule(norm)
+        assert isinstance(m, nn.BatchNorm2d) and m.running_mean is not None and m.running_var is not None
+        alpha, beta = affine(m.weight, m.bias, m.running_mean, m.running_var, m.eps)
         constant = constant * alpha + beta
     if relu:
         constant = constant.relu()
@@ -120,13 +189,16 @@ def _slice(model: nn.Module, name: str, alive: Tensor, dim: int) -> None:
 
 
 def _slice_norm(model: nn.Module, name: str, alive: Tensor) -> None:
-    old = model.get_submodule(name)
-    assert isinstance(old, nn.BatchNorm2d)
-    new = nn.BatchNorm2d(int(alive.sum()), old.eps, old.momentum, old.affine, True).to(alive.device)
-    for key, value in old.state_dict().items():
-        new.state_dict()[key].copy_(value[alive] if value.dim() else value)
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, new.eval())
+    """Keep the `alive` channels; whatever else a subclass has stays."""
+    norm = model.get_submodule(name)
+    assert isinstance(norm, nn.BatchNorm2d)
+    norm.num_features = int(alive.sum())
+    for key in ("weight", "bias"):
+        old = getattr(norm, key)
+        if old is not None:
+            setattr(norm, key, nn.Parameter(old[alive], requires_grad=old.requires_grad))
+    for key in ("running_mean", "running_var"):
+        setattr(norm, key, getattr(norm, key)[alive])
 
 
 def dead_channels(model: nn.Module) -> dict[str, int]:

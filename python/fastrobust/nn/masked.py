@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .. import _record
 from ..ops import binary as ops
 from ..ops import masks
 from ..ops._feature_maps import LINEAR_GEOMETRY, ConvGeometry, pair, whole
@@ -187,6 +188,9 @@ class MaskedLayer(nn.Module):
 
     def _apply_weight(self, x: Tensor) -> Tensor:
         """The convolution of maps x (N, C, H, W) with the masked weight, and the bias."""
+        recorder = _record.current()
+        if recorder is not None:  # one step for whoever records the model
+            return recorder.leaf(self, x, self._apply_weight)
         g = self.geometry()
         if is_recorded() or is_transformed():
             if not is_recorded():
