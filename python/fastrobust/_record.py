@@ -290,6 +290,9 @@ class Recorder(TorchDispatchMode):
         if kind.writes:
             return self._write(func, args, kwargs, tracked)
         if not tracked:
+            if kind.name in ("lift_fresh", "lift"):  # torch.tensor(...) of the call itself
+                self.fresh.update(storages)
+                self.kept += given
             out = func(*args, **kwargs)
             self._constants(out, given, storages)
             return out

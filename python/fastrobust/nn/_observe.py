@@ -61,12 +61,6 @@ class _Recorder(Recorder):
         super().__init__(model, False)
         self.cuts = cuts
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift.default):
-            self.fresh.add(args[0].untyped_storage()._cdata)
-            self.kept.append(args[0])
-        return super().__torch_dispatch__(func, types, args, kwargs)
-
     def _add(self, name: str, func: Any, args: Any, *rest: Any) -> None:
         # What was there before a write was read by it as its first argument.
         if name == "overlay" and isinstance(args[0], Read) and isinstance(self.steps[-1].args[0], Cut):
