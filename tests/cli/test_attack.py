@@ -236,3 +236,27 @@ def test_mnist(run: Run, data_dir: Path, tmp_path: Path) -> None:
 def test_on_a_gpu(run: Run, digits_model: nn.Module) -> None:
     status, out, _ = run("attack", "--device", "cuda")
     assert status == 0 and "cuda" in out and "the ball of 0.1 holds" in out
+
+
+def test_randomised_model_with_several_outputs(run: Run, tmp_path: Path) -> None:
+    """The remedies that the errors and warnings name exist in the command."""
+    (tmp_path / "noisy.py").write_text(
+        "import torch\nfrom torch import nn\n\n\n"
+        "class Noisy(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.layer = nn.Linear(64, 10)\n\n"
+        "    def forward(self, x):\n"
+        "        return x, self.layer((x + 0.1 * torch.randn_like(x)).flatten(1))\n"
+    )
+    layer = nn.Linear(64, 10)
+    torch.save({"layer.weight": layer.weight.detach(), "layer.bias": layer.bias.detach()}, tmp_path / "noisy.pt")
+    model = ("--model", tmp_path / "noisy.pt", "--factory", f"{tmp_path / 'noisy.py'}:Noisy")
+    given = (*model, "--attack", "ifgsm", "--steps", "2", "--eps", "0.1", *FEW)
+    status, _, err = run("attack", *given)
+    assert status == 2 and "output=0" in err
+    status, text, err = run("attack", *given, "--output", "1")
+    assert status == 0 and "robust accuracy" in text and "eot_samples" in err
+    status, text, err = run("attack", *given, "--output", "1", "--eot-samples", "3", "--report", tmp_path / "r.json")
+    assert status == 0 and "eot_samples" not in err
+    assert report_of(tmp_path / "r.json")["setting"]["eot_samples"] == 3

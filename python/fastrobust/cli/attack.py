@@ -45,6 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--keep", type=str.lower, choices=("last", "best"), default="last", help="the iterate kept (default: last)"
     )  # fmt: skip
+    add("--eot-samples", type=common.count, default=1, metavar="N", help="average over N passes of a randomised model")
+    add("--output", type=_output, metavar="KEY", help="what of a tuple's or dictionary's outputs is attacked")
     run = parser.add_argument_group("running and results")
     shared.add_running(run, 256)
     run.add_argument(
@@ -81,6 +83,10 @@ def _norm(text: str) -> str:
 
 def _targets(text: str) -> int | str:
     return "all" if text.lower() == "all" else common.count(text)
+
+
+def _output(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
 
 
 def _eps(args: argparse.Namespace, name: str) -> float:
@@ -129,7 +135,8 @@ def _setting(args: argparse.Namespace, eps: float, images: data.Images, given: s
     return {
         "attack": args.attack, "norm": args.norm, "eps": eps, "steps": steps, "step_size": step_size,
         "restarts": args.restarts, "loss": args.loss, "reported_loss": loss, "target": args.targeted, "targets": args.targets,
-        "early_stop": args.early_stop, "keep": args.keep, "clip": shared.clip_of(args), "normalize": args.normalize,
+        "early_stop": args.early_stop, "keep": args.keep,
+        "eot_samples": args.eot_samples, "output": args.output, "clip": shared.clip_of(args), "normalize": args.normalize,
         "seed": args.seed, "batch_size": args.batch_size, "model": given.name, "built": given.built, "data": shared.data_text(images),
         "device": shared.device_text(args.device), "first": args.first, "version": info["version"], "torch": info["torch"],
     }  # fmt: skip
