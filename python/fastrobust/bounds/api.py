@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from fastrobust.bounds.engine import METHODS, Engine
 from fastrobust.bounds.intervals import margins_of_chain, small_margins
 from fastrobust.bounds.margins import margins_of_plan
 from fastrobust.bounds.region import Region
+from fastrobust.bounds.results import Bounds, LinearBounds, Options
 from fastrobust.bounds.self_check import check_contained
 from fastrobust.bounds.stage_margins import margins_of_stages
 from fastrobust.bounds.trace import first_parameter, trace
@@ -25,56 +26,38 @@ from fastrobust.ops.linear_bounds import check_norm
 from fastrobust.ops.margin_bounds import Rows
 from fastrobust.reference.bounds import Clip
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-@dataclass
-class LinearBounds:
-    """lower_A x' + lower_b <= margin(x') <= upper_A x' + upper_b for every x' of the input set.
-
-    A: (B, S, *x.shape[1:]), b: (B, S); None for a side that was not asked for. With same-slope methods upper_A is lower_A.
-    ``input_lower`` and ``input_upper``, of x's shape, are the box around the input set.
-    """
-
-    lower_A: Any
-    lower_b: Any
-    upper_A: Tensor | None
-    upper_b: Tensor | None
-    input_lower: Tensor
-    input_upper: Tensor
-
-    def lower_at(self, x: Tensor) -> Tensor:
-        """The lower linear function at x (B, *shape): (B, S)."""
-        if self.lower_A is None:
-            raise ValueError("lower_at: these bounds were computed with sides='upper'")
-        value: Tensor = torch.einsum("bsn,bn->bs", self.lower_A.flatten(2), x.flatten(1)) + self.lower_b
-        return value
-
-    def upper_at(self, x: Tensor) -> Tensor:
-        if self.upper_A is None:
-            raise ValueError("upper_at: these bounds were computed with sides='lower'")
-        value = torch.einsum("bsn,bn->bs", self.upper_A.flatten(2), x.flatten(1))
-        return value if self.upper_b is None else value + self.upper_b
+Model: TypeAlias = "nn.Module | Callable[[Tensor], Tensor]"
+Eps: TypeAlias = "float | Tensor | Any"  # any number, list or array that broadcasts to x
 
 
-@dataclass
-class Bounds:
-    """lower <= f(x') <= upper for every x' of the input set; (B, S), or (B, *output shape) without labels and spec. None for a side
-    that was not asked for."""
-
-    lower: Any  # a tensor, but for sides="upper"
-    upper: Tensor | None
-    linear: LinearBounds | None = None
-    intermediate: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-
+@overload
 def compute_bounds(
-    model: nn.Module,
+    model: Model, x: Tensor, eps: Eps, *, sides: Literal["both"] = "both", **options: Unpack[Options]
+) -> Bounds[Tensor, Tensor]: ...
+@overload
+def compute_bounds(
+    model: Model, x: Tensor, eps: Eps, *, sides: Literal["lower"], **options: Unpack[Options]
+) -> Bounds[Tensor, None]: ...
+@overload
+def compute_bounds(
+    model: Model, x: Tensor, eps: Eps, *, sides: Literal["upper"], **options: Unpack[Options]
+) -> Bounds[None, Tensor]: ...
+@overload
+def compute_bounds(
+    model: Model, x: Tensor, eps: Eps, *, sides: str, **options: Unpack[Options]
+) -> Bounds[Any, Any]: ...
+def compute_bounds(
+    model: Model,
     x: Tensor,
-    eps: float | Tensor,
+    eps: Eps,
     *,
     norm: float | str = math.inf,
     clip: Clip = None,
     method: str = "crown-ibp",
-    labels: Tensor | None = None,
+    labels: Any = None,
     spec: Tensor | None = None,
     rounding: str = "nearest",
     return_linear: bool = False,
@@ -85,7 +68,7 @@ def compute_bounds(
     refine: str = "unstable",
     max_memory: int = 1 << 30,
     check: str = "one",
-) -> Bounds:
+) -> Bounds[Any, Any]:
     """Bounds of model(x + d) over ||d||_p <= eps (and x + d in ``clip``).
 
     x: (B, *shape) float32 or float64. eps: a float, (B,), or x's shape (then the set is {x + eps * v : ||v||_p <= 1}).

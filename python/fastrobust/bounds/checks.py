@@ -179,7 +179,7 @@ def _examples(batch: int, rows: int, device: torch.device) -> Tensor:
     return torch.arange(batch, device=device)[:, None].expand(-1, rows).contiguous().flatten()
 
 
-def explain_not_finite(model: nn.Module, low: Tensor | None, up: Tensor | None) -> None:
+def explain_not_finite(model: Any, low: Tensor | None, up: Tensor | None) -> None:
     """Raises for bounds that hold nothing and names the parameter behind them; a lower bound of -inf is valid and passes."""
     for kind in (model.named_parameters(), model.named_buffers()) if isinstance(model, nn.Module) else ():
         for name, p in kind:

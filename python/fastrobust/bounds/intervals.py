@@ -9,7 +9,7 @@ import math
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastrobust import _C
 from fastrobust.bounds import graph as G
@@ -64,7 +64,7 @@ def chain_of(graph: G.Graph) -> Chain | None:
     return cast("Chain | None", graph.chain)
 
 
-def small_margins(model: nn.Module, x: Any, eps: Any, clip: Any, labels: Any, sides: int) -> Tensor | None:
+def small_margins(model: Any, x: Any, eps: Any, clip: Any, labels: Any, sides: int) -> Tensor | None:
     """Interval bounds (sides, B, K - 1) of the margins over an l-infinity ball, in one call; None where arguments, model or
     results want the longer way, which then also says what is wrong with them."""
     if type(x) is not Tensor or type(labels) is not Tensor or type(eps) is not float or not 0.0 <= eps < math.inf:

@@ -1,4 +1,4 @@
-"""The types of the attacks' arguments and results, as mypy sees them."""
+"""The types of arguments and results of the public API, as mypy sees them."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_mypy_accepts_and_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", ["attacks", "bounds"])
+def test_mypy_accepts_and_refuses(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call that ought to be refused and is not leaves an unused ignore, which is an error."""
     api = pytest.importorskip("mypy.api", reason="mypy is not installed")
     monkeypatch.setenv("MYPYPATH", str(ROOT / "python"))
     monkeypatch.chdir(tmp_path)
-    file = str(ROOT / "tests" / "typing" / "attacks.py")
+    file = str(ROOT / "tests" / "typing" / f"{family}.py")
     out, err, status = api.run(
         ["--config-file=", "--warn-unused-ignores", "--follow-imports=silent", "--ignore-missing-imports", file]
     )
