@@ -27,6 +27,7 @@ _SHAPES = (
     "new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided", "empty_like", "zeros_like", "ones_like",
     "full_like",
 )  # fmt: skip
+_EMPTY = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted")
 _MOVES = ("set_", "resize_", "resize_as_")  # to other memory
 
 
@@ -39,6 +40,7 @@ class _Kind(NamedTuple):
     random: bool
     asks: bool  # Python gets to know values
     shapes: bool  # no value of its tensors matters
+    empty: bool  # leaves memory as it was
 
 
 @functools.cache
@@ -48,7 +50,7 @@ def _kind(func: Any) -> _Kind:
     # The noise of rrelu is nothing where it does not train.
     writes = func._schema.is_mutable and name != "rrelu_with_noise"
     view = not writes and bool(returns) and all(r.alias_info is not None for r in returns)
-    return _Kind(name, writes, view, torch.Tag.nondeterministic_seeded in tags, asks, name in _SHAPES)
+    return _Kind(name, writes, view, torch.Tag.nondeterministic_seeded in tags, asks, name in _SHAPES, name in _EMPTY)
 
 
 class UnreadableModelError(ValueError):
@@ -295,6 +297,8 @@ class Recorder(TorchDispatchMode):
                 self.kept += given
             out = func(*args, **kwargs)
             self._constants(out, given, storages)
+            if kind.empty:  # what was there before is nothing that a model computes
+                out.zero_()
             return out
         if kind.view:  # its place says all
             return func(*args, **kwargs)

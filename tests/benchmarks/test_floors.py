@@ -1,11 +1,12 @@
 """Cache sizes, the memory a working set lives in, copies, and peak memory."""
 
+import subprocess
 import sys
 
 import pytest
 import torch
 
-from fastrobust.benchmarks import floors, memory
+from fastrobust.benchmarks import floors
 
 CPU = torch.device("cpu")
 
@@ -57,27 +58,37 @@ def test_machine_measures_positive_rates():
     assert machine.matrix_rate > 1e7
 
 
+PEAKS = """
+import torch
+from fastrobust.benchmarks import memory
+
+size = 64 << 20  # bytes; blocks of more than 32 MB go back to the system as soon as they are freed
+a = torch.zeros(size // 4)
+
+
+def two_at_once():
+    b = a + 1
+    return b + 1
+
+
+def one_after_the_other():
+    for _ in range(4):
+        b = a + 1
+        del b
+
+
+two_at_once()
+for f in (two_at_once, one_after_the_other, lambda: a.add_(1)):
+    peak = memory.peak_bytes(f, torch.device("cpu"))
+    print(-1.0 if peak is None else peak / size)
+"""
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident set sizes are read from /proc")
 def test_peak_memory_counts_what_is_held_at_once():
-    size = 64 << 20  # bytes; blocks of more than 32 MB go back to the system as soon as they are freed
-    a = torch.zeros(size // 4)
-
-    def two_at_once():
-        b = a + 1
-        return b + 1
-
-    def one_after_the_other():
-        for _ in range(4):
-            b = a + 1
-            del b
-
-    def in_place():
-        a.add_(1)
-
-    two_at_once()
-    peak = memory.peak_bytes(two_at_once, CPU)
-    if peak is None:
+    """In a process of its own: what other tests did to the heap decides when blocks go back to the system."""
+    done = subprocess.run([sys.executable, "-c", PEAKS], capture_output=True, text=True, check=True)
+    two, one, none = map(float, done.stdout.split())
+    if two < 0:
         pytest.skip("the system does not let a process reset its peak resident set")
-    assert 1.9 * size < peak < 2.5 * size
-    assert 0.9 * size < memory.peak_bytes(one_after_the_other, CPU) < 1.5 * size
-    assert memory.peak_bytes(in_place, CPU) < 0.3 * size
+    assert 1.9 < two < 2.5 and 0.9 < one < 1.5 and none < 0.3

@@ -24,7 +24,6 @@ class _Patchwork(NamedTuple):
     sources: list[Ref]
     places: Tensor
     rest: Tensor | None
-    shape: tuple[int, ...]
 
 
 class Lowering(Builder):
@@ -51,7 +50,7 @@ class Lowering(Builder):
         for step in reversed(self.recording.steps):
             if any(v in wanted for v in step.results if v is not None):
                 needed.append(step)
-                sources = {r.value for r in inside((step.args, step.kwargs)) if isinstance(r, Read)}
+                sources = {r.value for r in inside((_read(step), step.kwargs)) if isinstance(r, Read)}
                 wanted |= sources
                 for v in sources:
                     reads[v] = reads.get(v, 0) + 1
@@ -77,7 +76,7 @@ class Lowering(Builder):
             raise self.fail(type(step.module).__name__ if own else f"operation {step.name}")
         names = [a.name for a in step.func._schema.arguments]
         given = {a.name: a.default_value for a in step.func._schema.arguments}
-        given.update(zip(names, step.args, strict=False))
+        given.update(zip(names, _read(step), strict=False))
         given.update(step.kwargs)
         args = {k: replaced(v, lambda t: self.read(t) if isinstance(t, Read) else t) for k, v in given.items()}
         args["step"] = step
@@ -96,9 +95,8 @@ class Lowering(Builder):
         v, place = r
         if v not in self.refs and v not in self.patches:
             raise self.fail("a second result of an operation (the places of a maximum, saved statistics)")
-        base = self.value(v)
-        if place == v.place:
-            return Tracked(base, place.size)
+        if place == v.place and v in self.refs:
+            return Tracked(self.refs[v], place.size)
         if r not in self.views:
             span = max(1, int(v.place.positions().max()) + 1 if v.place.numel else 1)
             logical = torch.full((span,), -1)
@@ -106,8 +104,27 @@ class Lowering(Builder):
             wanted = place.positions().flatten()
             if place.numel and (wanted.max() >= span or wanted.min() < 0 or (logical[wanted] < 0).any()):
                 raise self.fail("a view that reaches beyond what an operation wrote")
-            self.views[r] = self.pick(base, logical[wanted], per_example(place.size), _permutation(v.place, place))
+            at, shape = logical[wanted], per_example(place.size)
+            if v in self.refs:
+                self.views[r] = self.pick(self.refs[v], at, shape, _permutation(v.place, place))
+            else:
+                self.views[r] = self._gathered(self.patches[v], at, shape)
         return Tracked(self.views[r], place.size)
+
+    def _gathered(self, patchwork: _Patchwork, at: Tensor, shape: tuple[int, ...]) -> Ref:
+        """The elements ``at`` of a value written in parts."""
+        sources, places, rest = patchwork
+        places = places[at]
+        total = sum(self.nodes[r.index].size for r in sources)
+        parts = tuple(r.index for r in sources)
+        both = sources[0] if len(sources) == 1 else self.add(G.Concat(parts, (total,), self.where))
+        out = self.pick(both, places, shape)
+        still = places < 0
+        if rest is not None and bool(still.any()):
+            kept = rest[at.to(rest.device)]
+            shift = torch.where(still.to(rest.device), kept, torch.zeros_like(kept)).view(shape)
+            out = self.affine(out, None, self.constant(Constant(shift, None)))
+        return out
 
     def _overlay(self, old: Read | Constant, new: Read, known: Place) -> _Patchwork:
         span = int(known.positions().max()) + 1
@@ -122,26 +139,11 @@ class Lowering(Builder):
             before = self.patches[old.value]
             sources, places, rest = list(before.sources), before.places.clone(), before.rest
         else:
-            sources, places = [self.flat(self.value(old.value))], torch.arange(known.numel)
+            sources, places = [self.flat(self.refs[old.value])], torch.arange(known.numel)
         first = sum(self.nodes[r.index].size for r in sources)
         places[where] = first + torch.arange(len(where))
         sources.append(self.flat(self.read(Read(new.value, new.value.place)).ref))
-        return _Patchwork(sources, places, rest, per_example(known.size))
-
-    def value(self, v: Value) -> Ref:
-        """The node of a value; of one written in parts, made when it is read."""
-        if v not in self.refs and v in self.patches:
-            sources, places, rest, shape = self.patches[v]
-            total = sum(self.nodes[r.index].size for r in sources)
-            parts = tuple(r.index for r in sources)
-            both = sources[0] if len(sources) == 1 else self.add(G.Concat(parts, (total,), self.where))
-            out = self.pick(both, places, shape)
-            still = places < 0
-            if rest is not None and bool(still.any()):
-                shift = torch.where(still.to(rest.device), rest, torch.zeros_like(rest)).view(shape)
-                out = self.affine(out, None, self.constant(Constant(shift, None)))
-            self.refs[v] = out
-        return self.refs[v]
+        return _Patchwork(sources, places, rest)
 
     def flat(self, x: Ref) -> Ref:
         return self.to_shape(x, (self.nodes[x.index].size,))
@@ -205,6 +207,11 @@ class Lowering(Builder):
         if size and size[0] == 1 and t.dim() == len(size) and t.dim() > 0:
             return lambda: get().squeeze(0)
         return get
+
+
+def _read(step: Step) -> tuple[Any, ...]:
+    """The arguments whose values matter: what is written over does not."""
+    return (None, *step.args[1:]) if step.name in ("copy", "fill", "zero") else step.args
 
 
 def _permutation(a: Place, b: Place) -> tuple[tuple[int, ...], tuple[int, ...]] | None:

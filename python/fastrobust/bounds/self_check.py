@@ -140,7 +140,8 @@ def check_contained(
     """Raises ModelMismatchError where the model's outputs for the examples x, which the input set holds, lie outside
     the bounds by more than rounding explains. z: those outputs, where they are known. rows: labels or spec of x; ends:
     (lower, upper) of x."""
-    labels, spec = rows
+    spec = rows[1]
+    labels = None if rows[0] is None else torch.as_tensor(rows[0])  # of numpy, too
     low, up = ends
     with torch.no_grad():
         x = x.detach()
