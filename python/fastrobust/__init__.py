@@ -13,5 +13,9 @@ if _C.__version__ != __version__:
 
 from . import attacks, bounds, certify, nn, ops, reference, training  # noqa: E402
 from ._info import build_info  # noqa: E402
+from ._record import ModelMismatchError, UnreadableModelError  # noqa: E402
 
-__all__ = ["__version__", "attacks", "bounds", "build_info", "certify", "nn", "ops", "reference", "training"]
+__all__ = [
+    "ModelMismatchError", "UnreadableModelError", "__version__", "attacks", "bounds", "build_info", "certify", "nn", "ops",
+    "reference", "training",
+]  # fmt: skip

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastrobust as fr
-from fastrobust._record import ModelMismatchError, UnreadableModelError
+from fastrobust import ModelMismatchError, UnreadableModelError
 from fastrobust.nn import _program
 from fastrobust.nn.freeze import REMEMBERED
 
@@ -199,7 +199,7 @@ def test_a_wrong_program_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
         with pytest.raises(ModelMismatchError, match="rounding explains"):
             frozen(images())
-    unchecked = fr.nn.freeze(model, check="off")(images())
+    unchecked = fr.nn.freeze(model, check="none")(images())
     assert not torch.allclose(unchecked, model(images()), rtol=1e-4, atol=1e-5)
 
 
@@ -228,7 +228,7 @@ def test_another_batch_size_runs_no_model() -> None:
         return plain(m, x) * (2 if x.shape[0] > 40 else 1)
 
     model = masked(body)
-    frozen = fr.nn.freeze(model, check="off")
+    frozen = fr.nn.freeze(model, check="none")
     want = {n: model(images(n)) for n in (30, 17, 2, 29, 50, 51, 1)}
     del calls[:]
     for n in (30, 17, 2, 29):
@@ -245,7 +245,7 @@ def test_another_batch_size_runs_no_model() -> None:
 
 
 def test_programs_of_many_shapes_are_forgotten() -> None:
-    frozen = fr.nn.freeze(masked(), check="off")
+    frozen = fr.nn.freeze(masked(), check="none")
     with torch.no_grad():
         for n in range(2, 2 + REMEMBERED + 20):
             frozen(torch.rand(n, 2, 3, 3))

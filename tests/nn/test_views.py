@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastrobust._record import place_of
+from fastrobust._places import place_of
 from fastrobust.nn._views import looking, overlaying
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastrobust._record import Constant
+from fastrobust._places import Constant
 from fastrobust.bounds import graph as G
 from fastrobust.bounds.builder import Ref, Tracked, per_example
 

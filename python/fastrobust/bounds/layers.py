@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastrobust._record import Constant, Read, Step, inside, replaced
+from fastrobust._places import Constant, Read, inside, replaced
+from fastrobust._record import Step
 from fastrobust.bounds import graph as G
 from fastrobust.bounds.builder import Ref, Tracked, per_example
 from fastrobust.bounds.elementwise import scaled

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastrobust._record import Constant, Place, Read, Recording, Step, Value, inside, place_of, replaced
+from fastrobust._places import Constant, Place, Read, Value, inside, place_of, replaced
+from fastrobust._record import Recording, Step
 from fastrobust.bounds import graph as G
 from fastrobust.bounds.builder import Builder, Ref, Tracked, per_example
 from fastrobust.bounds.operations import HANDLERS

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastrobust._record import Constant, Step, inside, replaced
+from fastrobust._places import Constant, inside, replaced
+from fastrobust._record import Step
 from fastrobust.bounds import elementwise as E
 from fastrobust.bounds import graph as G
 from fastrobust.bounds import layers as L

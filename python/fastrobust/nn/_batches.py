@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .._record import Constant, Place, Read, Step, Value, current
+from .._places import Constant, Place, Read, Value
+from .._record import Step, current
 from ._observe import Call, Steps, observe
 
 SIZES = (5, 9, 11)

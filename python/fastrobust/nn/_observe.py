@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from .._record import Constant, Read, Recorder, UnreadableModelError, Value, unwrapped, without_recording
+from .._places import Constant, Read, Value
+from .._record import Recorder, UnreadableModelError, unwrapped, without_recording
 from ._program import Cut, Steps
 from ._proof import wave
 

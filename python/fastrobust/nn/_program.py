@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._record import Constant, Place, Read, Step, UnreadableModelError, Value, inside, replaced
+from .._places import Constant, Place, Read, Value, inside, replaced
+from .._record import Step, UnreadableModelError
 from ..ops import binary as ops
 from ..ops._dense_conv import dense_weight
 from ..ops._library import nothing_intercepts

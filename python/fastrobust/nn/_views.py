@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .._record import Place, UnreadableModelError
+from .._places import Place
+from .._record import UnreadableModelError
 
 View = Callable[[Tensor], Tensor]
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._record import Constant, UnreadableModelError, unwrapped
+from .._places import Constant
+from .._record import UnreadableModelError, unwrapped
 from . import _proof
 from ._observe import Call, observe
 from ._program import Norm, Readers, affine, is_whole

@@ -22,7 +22,7 @@ from ._region import Region
 from ._snapshot import Snapshot
 from .masked import update_masks
 
-CHECKS = ("one", "all", "off")
+CHECKS = ("one", "all", "none")
 # Shapes of inputs whose programs are kept.
 REMEMBERED = 64
 
@@ -152,7 +152,7 @@ class FrozenModel(nn.Module):
 
         gradient: _proof.GradientProof | None = None
         wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors) and tensors[0].shape[:1] != (0,)
-        if self.check != "off" and wanted and not program.differentiated:
+        if self.check != "none" and wanted and not program.differentiated:
 
             def done() -> None:
                 program.differentiated = True
@@ -160,7 +160,7 @@ class FrozenModel(nn.Module):
             gradient = _proof.GradientProof(itself, tensors, done, every)
             tensors = gradient.inputs
         leaves = program.outputs(tensors)
-        if self.check == "off":
+        if self.check == "none":
             program.proven = program.differentiated = True
         elif not program.proven:
             program.proven = _proof.outputs(itself, call.tensors, leaves, every)
@@ -235,7 +235,7 @@ def freeze(model: nn.Module, *, check: str = "one") -> FrozenModel:
 
     What the model does is recorded as it runs (flags, hooks, in-place changes, shapes), once for each shape of input.
     check: before the first outputs for a shape are returned, and at the first gradient, they are compared with the
-    model's own on one example ("one") or "all" of the input that came; "off" trusts the record.
+    model's own on one example ("one") or "all" of the input that came; "none" trusts the record.
 
     The frozen model does not follow the model: call `update()` after an optimiser step or any other change. The authors
     attack in train mode, on batch statistics; that needs the model itself.
