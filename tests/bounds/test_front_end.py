@@ -296,6 +296,20 @@ def test_gradients_reach_what_weights_are_computed_from() -> None:
         torch.testing.assert_close(grad[1, 0], (above - below) / 2e-6, rtol=1e-4, atol=1e-6)
 
 
+def test_what_large_batches_do_is_seen() -> None:
+    net = Net(lambda m, x: m.b(x) if len(x) < 40 else -m.b(x)).eval()
+    compute_bounds(net, torch.rand(3, 6), 0.1)
+    for _ in range(2):
+        with pytest.raises(ModelMismatchError):
+            compute_bounds(net, torch.rand(40, 6), 0.1)
+    tied = nn.Sequential(nn.Linear(6, 4), nn.ReLU()).eval()
+    x = torch.rand(3, 6)
+    del tied[0].weight
+    for _ in range(2):
+        tied[0].weight = torch.randn(4, 6)
+        centre(tied, x)
+
+
 def test_check_on_request() -> None:
     class Late(nn.Module):
         """Differs from what a record of its first example says, on the third example alone."""

@@ -8,7 +8,7 @@ is kept while the record stays the same.
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch.nn as nn
@@ -33,10 +33,11 @@ class _Kept:
     shape: tuple[int, ...]
     graph: G.Graph
     held: Any  # tensors that the key names by address
+    batches: set[int] = field(default_factory=set)  # sizes of batches that the model was compared on
 
 
 _CACHE: weakref.WeakKeyDictionary[nn.Module, dict[bool, _Kept]] = weakref.WeakKeyDictionary()
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_backward_hooks")
+_BATCHES: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKeyDictionary()  # where no graph is kept
 _READ: dict[type, tuple[str, ...]] = {  # what the common layers read in forward; of others all attributes are compared
     nn.Sequential: (), nn.Linear: (), nn.ReLU: ("inplace",), nn.Sigmoid: (), nn.Tanh: (), nn.Identity: (),
     nn.Flatten: ("start_dim", "end_dim"),
@@ -66,6 +67,8 @@ def _attributes(model: nn.Module) -> tuple[Any, ...] | None:
             return None
         out += (id(m), kind.forward)
         if read is not None:
+            if "weight" in own or "bias" in own:  # in place of the parameters
+                return None
             out.extend([own.get(k) for k in read])
         else:
             for k, v in own.items():
@@ -121,41 +124,42 @@ def trace(model: Any, x: Tensor, exact: bool = False, every: bool = False) -> Tr
     into its convolution), with parameters in float64."""
     model = unwrapped(model)
     shape = tuple(x.shape[1:])
-    plain = _attributes(model) if isinstance(model, nn.Module) else None
-    cached = isinstance(model, nn.Module)
-    held = _CACHE.setdefault(model, {}) if cached else {}
+    module = isinstance(model, nn.Module)
+    plain = _attributes(model) if module else None
+    held = _CACHE.setdefault(model, {}) if module else {}
     hit = held.get(exact)
-    if (
-        hit is not None
-        and hit.shape == shape
-        and plain is not None
-        and isinstance(hit.key, _Attributes)
-        and hit.key.values == plain
-    ):
+    if hit is not None and hit.shape != shape:
+        hit = None
+    if hit is not None and plain is not None and isinstance(hit.key, _Attributes) and hit.key.values == plain:
         if every:
             check_graph(model, hit.graph, x, True)
         return Traced(hit.graph, None)
     one = x[:1] if len(x) else x.new_zeros(1, *shape)
     recording = _recorded(model, one, False)
     output = recording.result if isinstance(recording.result, Tensor) else None
-    if hit is not None and hit.shape == shape and plain is None and not recording.computed and hit.key == recording.key:
-        if every:
-            check_graph(model, hit.graph, x, True)
-        return Traced(hit.graph, output)
-    # Once more, with the names of what runs: a model may change what it does, or its tensors, only between calls.
-    named = _recorded(model, one, True)
-    lowering = Lowering(named, shape, not exact)
-    graph = lowering.build()
-    check_graph(model, graph, x, every)
-    if exact:
-        for node in graph.nodes:
-            if isinstance(node, (G.Dense, G.Conv, G.ConvTranspose)):
-                node.get_weight, node.get_bias = _in_double(node.get_weight), _in_double(node.get_bias)
-    if cached and not lowering.baked:
-        key = _Attributes(plain) if plain is not None else named.key
-        held[exact] = _Kept(key, shape, graph, named.held)
+    if hit is not None and plain is None and not recording.computed and hit.key == recording.key:
+        graph, batches = hit.graph, hit.batches
     else:
-        held.pop(exact, None)
+        # Once more, with the names of what runs: a model may change what it does, or its tensors, only between calls.
+        named = _recorded(model, one, True)
+        lowering = Lowering(named, shape, not exact)
+        graph = lowering.build()
+        check_graph(model, graph, x)
+        if exact:
+            for node in graph.nodes:
+                if isinstance(node, (G.Dense, G.Conv, G.ConvTranspose)):
+                    node.get_weight, node.get_bias = _in_double(node.get_weight), _in_double(node.get_bias)
+        if module and not lowering.baked:
+            key = _Attributes(plain) if plain is not None else named.key
+            held[exact] = _Kept(key, shape, graph, named.held)
+            batches = held[exact].batches
+        else:
+            held.pop(exact, None)
+            batches = _BATCHES.setdefault(model, set()) if module else set()
+    # What a model does may depend on the size of the batch, which the record of one example does not show.
+    if every or plain is None and len(x) > 1 and len(x) not in batches:
+        check_graph(model, graph, x, True)
+        batches.add(len(x))
     return Traced(graph, output)
 
 
