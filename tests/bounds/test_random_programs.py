@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -21,6 +21,7 @@ def runs(model: nn.Module, x: torch.Tensor) -> bool:
     return True
 
 
+@settings(max_examples=8 * settings().max_examples)  # hundreds by default, thousands in the thorough profile
 @given(st.integers(0, 2**32 - 1), st.sampled_from(list(METHODS)))
 def test_bounds_are_of_the_model(seed: int, method: str) -> None:
     model = Program(seed).eval()
