@@ -5,7 +5,6 @@ import sys
 
 import pytest
 import torch
-
 from fastrobust.benchmarks import floors
 
 CPU = torch.device("cpu")
