@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+
 from fastrobust.benchmarks import floors
 
 CPU = torch.device("cpu")
