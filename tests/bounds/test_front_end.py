@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastrobust.bounds import METHODS, ModelMismatchError, UnreadableModelError, compute_bounds
+from fastrobust.bounds import METHODS, ModelMismatchError, UnreadableModelError, api, compute_bounds
 
 
 class Net(nn.Module):
@@ -308,6 +308,18 @@ def test_what_large_batches_do_is_seen() -> None:
     for _ in range(2):
         tied[0].weight = torch.randn(4, 6)
         centre(tied, x)
+
+
+@pytest.mark.parametrize("wrong", [0.5, -0.5])
+def test_bounds_that_do_not_hold_are_not_returned(wrong: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever kernel they come from."""
+    net, x, y = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)).eval(), torch.rand(3, 6), torch.arange(3)
+    right = compute_bounds(net, x, 0.0, method="ibp", labels=y)
+    ends = torch.stack([right.lower, right.upper]) + wrong
+    monkeypatch.setattr(api, "small_margins", lambda *a: ends)
+    with pytest.raises(ModelMismatchError, match="outside the bounds"):
+        compute_bounds(net, x, 0.0, method="ibp", labels=y)
+    assert torch.equal(compute_bounds(net, x, 0.0, method="ibp", labels=y, check="none").lower, ends[0])
 
 
 def test_check_on_request() -> None:

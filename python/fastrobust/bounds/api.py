@@ -197,7 +197,14 @@ def _compare(
     one = check == "one"
     cut = lambda t: t if t is None or not one else t[:1]  # noqa: E731
     rows = cut(labels), spec if spec is None or spec.dim() == 2 else cut(spec)
-    check_contained(model, cut(x), output if one else None, rows, (cut(low), cut(up)))
+    check_contained(
+        model,
+        cut(x),
+        output if one else None,
+        rows,
+        (cut(low), cut(up)),
+        lambda: trace(model, cut(x), every=True).graph,
+    )
 
 
 def _sides(out: Tensor, negative: bool) -> tuple[Tensor | None, Tensor | None]:

@@ -5,7 +5,7 @@ names of its schema, inputs that depend on x as ``Tracked`` and the others as ``
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,6 @@ from fastrobust._places import Constant, Place, Read, Value, inside, place_of, r
 from fastrobust._record import Recording, Step
 from fastrobust.bounds import graph as G
 from fastrobust.bounds.builder import Builder, Ref, Tracked, per_example
-from fastrobust.bounds.operations import HANDLERS
 
 
 class _Patchwork(NamedTuple):
@@ -30,9 +29,9 @@ class _Patchwork(NamedTuple):
 class Lowering(Builder):
     """``baked``: the graph holds values that this call computed, so that the next call needs a graph of its own."""
 
-    def __init__(self, recording: Recording, shape: tuple[int, ...], fold: bool):
+    def __init__(self, recording: Recording, shape: tuple[int, ...], fold: bool, handlers: Mapping[str, Any]):
         super().__init__(shape, fold)
-        self.recording, self.baked = recording, False
+        self.recording, self.handlers, self.baked = recording, handlers, False
         self.refs: dict[Value, Ref] = {recording.input: Ref(0)}
         self.patches: dict[Value, _Patchwork] = {}
         self.views: dict[tuple[Value, Place], Ref] = {}
@@ -71,7 +70,7 @@ class Lowering(Builder):
             return
         if step.name == "leaf":
             raise self.fail(type(step.func).__name__)
-        handler = HANDLERS.get(step.name)
+        handler = self.handlers.get(step.name)
         if handler is None:
             own = step.module is not None and type(step.module).__module__.startswith("torch.nn.")
             raise self.fail(type(step.module).__name__ if own else f"operation {step.name}")

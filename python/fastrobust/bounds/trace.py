@@ -18,6 +18,7 @@ from torch.nn.modules import module as _module
 from fastrobust._record import UnreadableModelError, record, unwrapped
 from fastrobust.bounds import graph as G
 from fastrobust.bounds.lowering import Lowering
+from fastrobust.bounds.operations import HANDLERS
 from fastrobust.bounds.self_check import check_graph
 
 
@@ -142,7 +143,7 @@ def trace(model: Any, x: Tensor, exact: bool = False, every: bool = False) -> Tr
     else:
         # Once more, with the names of what runs: a model may change what it does, or its tensors, only between calls.
         named = _recorded(model, one, True)
-        lowering = Lowering(named, shape, not exact)
+        lowering = Lowering(named, shape, not exact, HANDLERS)
         graph = lowering.build()
         check_graph(model, graph, x)
         if exact:
