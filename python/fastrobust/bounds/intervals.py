@@ -64,9 +64,11 @@ def chain_of(graph: G.Graph) -> Chain | None:
     return cast("Chain | None", graph.chain)
 
 
-def small_margins(model: Any, x: Any, eps: Any, clip: Any, labels: Any, sides: int) -> Tensor | None:
+def small_margins(
+    model: Any, x: Any, eps: Any, clip: Any, labels: Any, sides: int, graph: G.Graph | None = None
+) -> Tensor | None:
     """Interval bounds (sides, B, K - 1) of the margins over an l-infinity ball, in one call; None where arguments, model or
-    results want the longer way, which then also says what is wrong with them."""
+    results want the longer way, which then also says what is wrong with them. graph: the model's, where it has been read."""
     if type(x) is not Tensor or type(labels) is not Tensor or type(eps) is not float or not 0.0 <= eps < math.inf:
         return None
     batch = len(x) if x.dim() > 1 else 0
@@ -77,7 +79,7 @@ def small_margins(model: Any, x: Any, eps: Any, clip: Any, labels: Any, sides: i
     low, high = check_clip(clip, x) if clip is not None else (-math.inf, math.inf)
     if isinstance(low, Tensor):
         return None
-    graph = plain_graph(model, x)
+    graph = plain_graph(model, x) if graph is None else graph
     chain = None if graph is None else chain_of(graph)
     if graph is None or chain is None or batch > chain.most or not graph.nodes[0].size or chain.last.shape[0] < 2:
         return None
