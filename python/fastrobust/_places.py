@@ -100,3 +100,10 @@ def inside(v: Any) -> Iterator[Any]:
     elif isinstance(v, dict):
         for i in v.values():
             yield from inside(i)
+
+
+def wave(t: Tensor) -> Tensor:
+    """Numbers in [-1, 1] for every element of t, the same in every run: points to compare on, and no random state is
+    touched."""
+    ramp = torch.sin(torch.arange(t.numel(), dtype=torch.float64) * 12.9898 + 4.1414) * 43758.5453
+    return (2 * (ramp - ramp.floor()) - 1).to(t.device, t.dtype).view(t.shape)

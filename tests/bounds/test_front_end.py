@@ -22,6 +22,7 @@ class Net(nn.Module):
         super().__init__()
         self.a, self.b, self.act = nn.Linear(6, 6), nn.Linear(6, 4), nn.ReLU(inplace=True)
         self.rnn, self.run = nn.RNN(2, 4, batch_first=True), run
+        self.rectified = nn.RNN(2, 4, nonlinearity="relu", batch_first=True)
         for name, part in parts.items():
             setattr(self, name, part)
 
@@ -90,6 +91,25 @@ MODELS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "recurrent": lambda m, x: m.rnn(x.view(-1, 3, 2))[0][:, -1],
     "turned in place": lambda m, x: m.b(
         x.view(-1, 2, 3).clone().transpose_(1, 2).reshape(-1, 6).unsqueeze_(1).squeeze_(1)
+    ),
+    "scaled exponentials": lambda m, x: m.b(F.selu(x)) + F.celu(x, 0.5)[:, :4] + F.hardsigmoid(x)[:, 2:],
+    "randomised slope": lambda m, x: F.rrelu(x, training=False),
+    "recurrent, rectified": lambda m, x: m.rectified(x.view(-1, 3, 2))[0][:, -1],
+    "tokens": lambda m, x: F.linear(x.view(-1, 3, 2), m.b.weight[:2, :2], m.b.bias[:2]).transpose(0, 1).transpose(0, 1),
+    "different matrices": lambda m, x: torch.baddbmm(
+        x.view(-1, 3, 2), x.view(-1, 3, 2), m.b.weight[:2, :2].expand(len(x), 2, 2)
+    ),
+    "heads": lambda m, x: (x.view(-1, 3, 1, 2) @ m.b.weight.view(-1, 2, 2)[:3]).flatten(1),
+    "volumes": lambda m, x: F.conv3d(x.view(-1, 1, 1, 2, 3), m.b.weight.view(-1, 1, 1, 2, 3)).flatten(1),
+    "folded": lambda m, x: F.fold(F.unfold(x.view(-1, 1, 2, 3), 2), (2, 3), 2).flatten(1),
+    "running sums": lambda m, x: x.cumsum(1),
+    "gathered": lambda m, x: torch.cat([x[:, [5, 0, 0]], x.gather(1, torch.tensor([[1, 3]]).expand(len(x), 2))], 1),
+    "chosen by constants": lambda m, x: torch.where(m.b.bias.repeat(2)[:6] > 0, x, -x).masked_fill(
+        m.b.bias.repeat(2)[:6] < -0.2, 1.5
+    ),
+    "smooth interpolation": lambda m, x: F.interpolate(x.view(-1, 1, 2, 3), size=(3, 4), mode="bicubic").flatten(1),
+    "shuffled": lambda m, x: F.pixel_unshuffle(F.pixel_shuffle(x.view(-1, 6, 1, 1).repeat(1, 2, 1, 1), 2), 2).flatten(
+        1
     ),
     "by hand": lambda m, x: (x - x.new_tensor(0.3)) / torch.tensor([0.2] * 6) - 2 * x.flip(1).roll(1, 1),
 }

@@ -148,10 +148,6 @@ class Lowering(Builder):
     def flat(self, x: Ref) -> Ref:
         return self.to_shape(x, (self.nodes[x.index].size,))
 
-    def full(self, x: Tracked) -> Ref:
-        """With the dimension of the batch, where it has one, as a dimension of the example."""
-        return self.to_shape(x.ref, x.size)
-
     def moved(self, x: Tracked, f: Callable[[Tensor], Tensor]) -> Tracked:
         """What f, which only moves numbers and fills in zeros, makes of x; f takes tensors of x's size."""
         n = math.prod(x.size)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastrobust._places import wave
 from fastrobust._record import ModelMismatchError, without_recording
 from fastrobust.bounds import graph as G
 from fastrobust.reference import relaxations
@@ -88,14 +89,12 @@ def check_graph(model: Any, graph: G.Graph, x: Tensor, every: bool = False) -> N
         base = (x if every else x[:2]).detach()
         if not len(base):
             base = x.new_zeros(1, *x.shape[1:])
-        # Points on both sides of kinks, the same in every run: no random state is touched.
-        wave = torch.sin(torch.arange(base[0].numel(), dtype=torch.float64) * 12.9898 + 4.1414) * 43758.5453
-        wave = (2 * (wave - wave.floor()) - 1).to(x).view(1, *x.shape[1:])
+        across = wave(base[:1])  # points on both sides of kinks
         size = base.abs().amax() + 1e-3
         points = (
-            torch.cat([base, base + 0.1 * size * wave, -base, 4 * size * wave])
+            torch.cat([base, base + 0.1 * size * across, -base, 4 * size * across])
             if not every
-            else torch.cat([base, base[:1] + size * wave])
+            else torch.cat([base, base[:1] + size * across])
         )
         got, largest = evaluate(graph, points)
         compare(_outputs(model, points), got, largest)

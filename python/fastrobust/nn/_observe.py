@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from .._places import Constant, Read, Value
+from .._places import Constant, Read, Value, wave
 from .._record import Recorder, UnreadableModelError, unwrapped, without_recording
 from ._program import Cut, Steps
-from ._proof import wave
 
 _PLAIN = (int, float, bool, str, bytes, complex, type(None), torch.Size, torch.dtype, torch.device)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves as leaves
 
+from .._places import wave
 from .._record import ModelMismatchError
 
 # What float32 rounding of two orders of the same sums explains, in units of the last place of the largest output.
@@ -22,12 +23,6 @@ _GRADIENT = (
 _WHY = "does forward leave torch, or has the model changed since freeze() or update()?"
 
 Call = Callable[[Sequence[Tensor]], Any]  # the model itself on other tensors
-
-
-def wave(t: Tensor) -> Tensor:
-    """Numbers in [-1, 1] for every element, the same in every run: no random state is touched."""
-    ramp = torch.sin(torch.arange(t.numel(), dtype=torch.float64) * 12.9898 + 4.1414) * 43758.5453
-    return (2 * (ramp - ramp.floor()) - 1).to(t.device, t.dtype).view(t.shape)
 
 
 def nudged(tensors: Sequence[Tensor], by: float) -> list[Tensor]:
