@@ -1,61 +1,119 @@
-// Lines around activations, their gradients and ranges on CUDA: one thread per neuron.
+// Lines around activations, their gradients and ranges on CUDA: a thread takes four neighbouring neurons, or twice
+// four.
 #include "bounds/kernels.h"
 #include "bounds/lines.h"
-#include "runtime/cuda.h"
+#include "runtime/wide_cuda.h"
 
 FR_NS_BEGIN
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 128;
 
-template <Activation kAct, class T>
-__global__ void __launch_bounds__(kThreads) lines_kernel(LinesArgs<T> g) {
-  const T p0 = static_cast<T>(g.p0), p1 = static_cast<T>(g.p1);
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < g.count;
-       i += static_cast<int64_t>(gridDim.x) * kThreads) {
-    T slope_low, slope_up, low, up;
-    lines<kAct>(g.lower[i], g.upper[i], p0, p1, g.adaptive, slope_low, slope_up, low, up);
-    if (g.bias != nullptr) {
-      const T bias = g.bias[i % g.period];
-      low = low + slope_low * bias;
-      up = up + slope_up * bias;
+// One number per neuron, from [count], or from [period] again and again; null: zeros.
+template <class T>
+struct Input {
+  const T* p = nullptr;
+  int64_t period = 0;
+
+  __device__ __forceinline__ int64_t place(int64_t i) const { return period == 0 ? i : i % period; }
+  __device__ __forceinline__ Values<T, 1> at(One i) const { return load_at(p, One{place(i.first)}); }
+  __device__ __forceinline__ Values<T, 4> at(Four i) const { return load_at(p, Four{place(i.first)}); }
+  __device__ __forceinline__ Values<T, 8> at(Eight i) const {
+    return load_at(p, Eight{place(i.first), place(i.second)});
+  }
+};
+// What is read and written; outputs that are null are not wanted.
+template <class T, int kIn, int kOut>
+struct Map {
+  Input<T> in[kIn];
+  T* out[kOut];
+  int64_t count;
+  int shift;
+
+  // Whether 16-byte accesses serve, with `shift`.
+  bool wide() {
+    Addresses lie;
+    bool repeats = false;
+    for (const Input<T>& each : in) {
+      lie.add(each.p);
+      repeats |= each.period != 0;
+      if (each.period % 4 != 0) return false;
     }
-    g.slopes[i] = slope_low;
-    if (g.adaptive) g.slopes[g.count + i] = slope_up;
-    g.intercepts[i] = low;
-    g.intercepts[g.count + i] = up;
+    for (T* const p : out) lie.add(p);
+    shift = lie.shift;
+    return lie.aligned && (!repeats || shift == 0);
   }
-}
+};
 
-template <Activation kAct, class T>
-__global__ void __launch_bounds__(kThreads) lines_grad_kernel(LinesGradArgs<T> g) {
-  const T p0 = static_cast<T>(g.p0), p1 = static_cast<T>(g.p1);
-  const T* const upper_slopes = g.adaptive ? g.from_slopes + g.count : g.from_slopes;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < g.count;
-       i += static_cast<int64_t>(gridDim.x) * kThreads) {
-    T to_l, to_u;
-    lines_grad<kAct>(g.lower[i], g.upper[i], p0, p1, g.adaptive, g.adaptive ? g.from_slopes[i] : T(0), upper_slopes[i],
-                     g.from_intercepts[i], g.from_intercepts[g.count + i], to_l, to_u);
-    g.to_lower[i] = to_l;
-    g.to_upper[i] = to_u;
-  }
+// f(numbers in, numbers out) for every neuron. At once, a thread has the code of eight neurons; where that is long, it
+// goes from one to the next and keeps its numbers in shared memory, where an index known only at run time costs
+// nothing.
+template <bool kWide, bool kAtOnce, class T, int kIn, int kOut, class F>
+__device__ __forceinline__ void each_neuron(const Map<T, kIn, kOut>& m, F f) {
+  constexpr bool kKeep = kWide && !kAtOnce;
+  constexpr int kPlanes = kIn > kOut ? kIn : kOut;
+  __shared__ T kept[kKeep ? kPlanes : 1][kKeep ? 8 : 1][kKeep ? kThreads : 1];  // a column for each thread
+  const int column = kKeep ? static_cast<int>(threadIdx.x) : 0;
+  each_element<kWide, 4>(m.count, m.shift, static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x,
+                         static_cast<int64_t>(gridDim.x) * kThreads, [&](auto i) {
+                           constexpr int kCount = decltype(i)::count;
+                           Values<T, kCount> in[kIn], out[kOut];
+                           for (int s = 0; s < kIn; ++s)
+                             in[s] = m.in[s].p != nullptr ? m.in[s].at(i) : all_equal(T(0), i);
+                           if constexpr (kKeep && kCount > 1) {
+                             for (int s = 0; s < kIn; ++s)
+                               for (int k = 0; k < kCount; ++k) kept[s][k][column] = in[s].v[k];
+#pragma unroll 1
+                             for (int k = 0; k < kCount; ++k) {
+                               T from[kIn], to[kOut];
+                               for (int s = 0; s < kIn; ++s) from[s] = kept[s][k][column];
+                               f(from, to);
+                               for (int s = 0; s < kOut; ++s) kept[s][k][column] = to[s];
+                             }
+                             for (int s = 0; s < kOut; ++s)
+                               for (int k = 0; k < kCount; ++k) out[s].v[k] = kept[s][k][column];
+                           } else {
+#pragma unroll
+                             for (int k = 0; k < kCount; ++k) {
+                               T from[kIn], to[kOut];
+                               for (int s = 0; s < kIn; ++s) from[s] = in[s].v[k];
+                               f(from, to);
+                               for (int s = 0; s < kOut; ++s) out[s].v[k] = to[s];
+                             }
+                           }
+                           for (int s = 0; s < kOut; ++s)
+                             if (m.out[s] != nullptr) store_at(m.out[s], i, out[s]);
+                         });
 }
 
 template <Activation kAct>
-__global__ void __launch_bounds__(kThreads) range_kernel(RangeArgs<float> g) {
-  const float p0 = static_cast<float>(g.p0), p1 = static_cast<float>(g.p1);
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < g.count;
-       i += static_cast<int64_t>(gridDim.x) * kThreads) {
-    float low, up;
-    range_of<kAct>(g.lower[i], g.upper[i], p0, p1, low, up);
-    g.out_lower[i] = low;
-    g.out_upper[i] = up;
-  }
+constexpr bool kShort = kAct == Activation::relu;
+
+// in: lower, upper, bias; out: slopes low and up, intercepts low and up
+template <Activation kAct, bool kWide, class T>
+__global__ void __launch_bounds__(kThreads) lines_kernel(Map<T, 3, 4> m, T p0, T p1, bool adaptive) {
+  const bool shifted = m.in[2].p != nullptr;
+  each_neuron<kWide, kShort<kAct>>(m, [&](const T(&in)[3], T(&out)[4]) {
+    lines<kAct>(in[0], in[1], p0, p1, adaptive, out[0], out[1], out[2], out[3]);
+    if (shifted) {
+      out[2] = out[2] + out[0] * in[2];
+      out[3] = out[3] + out[1] * in[2];
+    }
+  });
 }
 
-dim3 grid_of(int64_t count) {
-  const int64_t blocks = (count + kThreads - 1) / kThreads;
-  return dim3(static_cast<unsigned>(blocks < 65535 * 16 ? blocks : 65535 * 16));
+// in: lower, upper, gradients of slopes low and up and of intercepts low and up; out: gradients of lower and upper
+template <Activation kAct, bool kWide, class T>
+__global__ void __launch_bounds__(kThreads, 4) lines_grad_kernel(Map<T, 6, 2> m, T p0, T p1, bool adaptive) {
+  each_neuron<kWide, kShort<kAct>>(m, [&](const T(&in)[6], T(&out)[2]) {
+    lines_grad<kAct>(in[0], in[1], p0, p1, adaptive, in[2], in[3], in[4], in[5], out[0], out[1]);
+  });
+}
+
+template <Activation kAct, bool kWide>
+__global__ void __launch_bounds__(kThreads) range_kernel(Map<float, 2, 2> m, float p0, float p1) {
+  each_neuron<kWide, true>(
+      m, [&](const float (&in)[2], float (&out)[2]) { range_of<kAct>(in[0], in[1], p0, p1, out[0], out[1]); });
 }
 
 // Calls f.run<activation>() for the activation of the arguments.
@@ -91,7 +149,16 @@ struct Lines {
   void* stream;
   template <Activation kAct>
   void run() const {
-    FR_LAUNCH((lines_kernel<kAct, T>), grid_of(g.count), dim3(kThreads), 0, stream, g);
+    Map<T, 3, 4> m{{{g.lower}, {g.upper}, {g.bias, g.bias == nullptr ? 0 : g.period}},
+                   {g.slopes, g.adaptive ? g.slopes + g.count : nullptr, g.intercepts, g.intercepts + g.count},
+                   g.count,
+                   0};
+    const dim3 grid(blocks_of(g.count, 8 * kThreads));
+    const T p0 = static_cast<T>(g.p0), p1 = static_cast<T>(g.p1);
+    if (m.wide())
+      FR_LAUNCH((lines_kernel<kAct, true, T>), grid, dim3(kThreads), 0, stream, m, p0, p1, g.adaptive);
+    else
+      FR_LAUNCH((lines_kernel<kAct, false, T>), grid, dim3(kThreads), 0, stream, m, p0, p1, g.adaptive);
   }
 };
 template <class T>
@@ -100,7 +167,22 @@ struct LinesGrad {
   void* stream;
   template <Activation kAct>
   void run() const {
-    FR_LAUNCH((lines_grad_kernel<kAct, T>), grid_of(g.count), dim3(kThreads), 0, stream, g);
+    const T* const up = g.adaptive ? g.from_slopes + g.count : g.from_slopes;
+    Map<T, 6, 2> m{{{g.lower},
+                    {g.upper},
+                    {g.adaptive ? g.from_slopes : nullptr},
+                    {up},
+                    {g.from_intercepts},
+                    {g.from_intercepts + g.count}},
+                   {g.to_lower, g.to_upper},
+                   g.count,
+                   0};
+    const dim3 grid(blocks_of(g.count, 8 * kThreads));
+    const T p0 = static_cast<T>(g.p0), p1 = static_cast<T>(g.p1);
+    if (m.wide())
+      FR_LAUNCH((lines_grad_kernel<kAct, true, T>), grid, dim3(kThreads), 0, stream, m, p0, p1, g.adaptive);
+    else
+      FR_LAUNCH((lines_grad_kernel<kAct, false, T>), grid, dim3(kThreads), 0, stream, m, p0, p1, g.adaptive);
   }
 };
 struct Range {
@@ -108,7 +190,13 @@ struct Range {
   void* stream;
   template <Activation kAct>
   void run() const {
-    FR_LAUNCH((range_kernel<kAct>), grid_of(g.count), dim3(kThreads), 0, stream, g);
+    Map<float, 2, 2> m{{{g.lower}, {g.upper}}, {g.out_lower, g.out_upper}, g.count, 0};
+    const dim3 grid(blocks_of(g.count, 8 * kThreads));
+    const float p0 = static_cast<float>(g.p0), p1 = static_cast<float>(g.p1);
+    if (m.wide())
+      FR_LAUNCH((range_kernel<kAct, true>), grid, dim3(kThreads), 0, stream, m, p0, p1);
+    else
+      FR_LAUNCH((range_kernel<kAct, false>), grid, dim3(kThreads), 0, stream, m, p0, p1);
   }
 };
 

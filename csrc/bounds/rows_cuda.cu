@@ -1,43 +1,53 @@
 // Backward step on CUDA: one block a row, neighbours on neighbouring addresses.
-#include "bounds/formulas.h"
 #include "bounds/kernels.h"
-#include "bounds/window.h"
-#include "runtime/cuda.h"
+#include "bounds/rows_cuda.h"
 
 FR_NS_BEGIN
 namespace {
 
 constexpr int kThreads = 128;
 
-__global__ void __launch_bounds__(kThreads) back_kernel(BackArgs g) {
+template <bool kWide>
+__global__ void __launch_bounds__(kThreads, 4) back_kernel(BackArgs g) {
   const Rows& r = g.rows;
-  const int64_t maps = map_size(r);
+  const int64_t maps = map_size(r), second = g.examples * maps;
+  const bool two = r.sides == 2;
   for (int64_t row = blockIdx.x; row < r.count; row += gridDim.x) {
+    const PlacedRow placed(r, row);
     const int64_t ex = example_of(r, row) * maps;
+    float* const out = g.out + row * r.length;
+    float* const out_up = g.sides_out == 2 ? out + r.count * r.length : nullptr;
     double low = 0., up = 0.;
-    for (int64_t i = threadIdx.x; i < r.length; i += kThreads) {
-      const int64_t m = map_of(r, row, i), o = row * r.length + i;
-      if (m < 0) {
-        g.out[o] = 0.f;
-        if (g.sides_out == 2) g.out[r.count * r.length + o] = 0.f;
-        continue;
-      }
-      const float a = coefficient(r, row, 0, i), sl = g.slopes[ex + m];
-      const float su = g.slope_sides == 2 ? g.slopes[g.examples * maps + ex + m] : sl;
-      const float il = g.intercepts[ex + m], iu = g.intercepts[g.examples * maps + ex + m];
-      low += static_cast<double>(a * by_sign(a, il, iu));
-      g.out[o] = a * by_sign(a, sl, su);
-      if (r.sides == 2) {
-        const float c = r.side_stride == 0 ? a : coefficient(r, row, r.side_stride, i);
-        up += static_cast<double>(c * by_sign(c, iu, il));
-        if (g.sides_out == 2) g.out[r.count * r.length + o] = c * by_sign(c, su, sl);
-      }
-    }
+    // Sums in the order of a plain loop over the threads (see each_in_order).
+    each_in_order<kWide, 4, 2, kThreads, kThreads>(
+        0, r.length,
+        [&](auto i, auto& t) {
+          const auto m = placed.on_map(i);
+          auto a = placed.coefficients(0, i), c = a;
+          if (two && r.side_stride != 0) c = placed.coefficients(r.side_stride, i);
+          const auto il = from_map(g.intercepts + ex, m), iu = from_map(g.intercepts + second + ex, m);
+          const auto sl = from_map(g.slopes + ex, m);
+          const auto su = g.slope_sides == 2 ? from_map(g.slopes + second + ex, m) : sl;
+          for (int k = 0; k < i.count; ++k) {  // where there is no map its numbers are zero: so is what is written
+            const bool there = m.there(k);
+            const float one = a.v[k], other = c.v[k];
+            t.v[0][k] = there ? one * by_sign(one, il.v[k], iu.v[k]) : 0.f;
+            t.v[1][k] = there && two ? other * by_sign(other, iu.v[k], il.v[k]) : 0.f;
+            a.v[k] = there ? one * by_sign(one, sl.v[k], su.v[k]) : 0.f;
+            c.v[k] = there ? other * by_sign(other, su.v[k], sl.v[k]) : 0.f;
+          }
+          store_at(out, i, a);
+          if (two && out_up != nullptr) store_at(out_up, i, c);
+        },
+        [&](const float* t) {
+          low += static_cast<double>(t[0]);
+          up += static_cast<double>(t[1]);
+        });
     low = block_sum(low);
-    if (r.sides == 2) up = block_sum(up);
+    if (two) up = block_sum(up);
     if (threadIdx.x == 0) {
       g.b_out[row] = g.b[row] + static_cast<float>(low);
-      if (r.sides == 2) g.b_out[r.count + row] = g.b[r.count + row] + static_cast<float>(up);
+      if (two) g.b_out[r.count + row] = g.b[r.count + row] + static_cast<float>(up);
     }
   }
 }
@@ -49,8 +59,13 @@ namespace fastrobust {
 
 void back_cuda(const BackArgs& g, void* stream) {
   const int64_t rows = g.rows.count, most = int64_t{1} << 30;
-  if (rows > 0)
-    FR_LAUNCH(back_kernel, dim3(static_cast<unsigned>(rows < most ? rows : most)), dim3(kThreads), 0, stream, g);
+  if (rows == 0) return;
+  const dim3 grid(static_cast<unsigned>(rows < most ? rows : most));
+  Addresses lie = addresses_of(g.rows);
+  if (by_fours(g.rows) && lie.add(g.slopes).add(g.intercepts).add(g.out).whole(4))
+    FR_LAUNCH(back_kernel<true>, grid, dim3(kThreads), 0, stream, g);
+  else
+    FR_LAUNCH(back_kernel<false>, grid, dim3(kThreads), 0, stream, g);
 }
 
 }  // namespace fastrobust

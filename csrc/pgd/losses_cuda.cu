@@ -4,123 +4,196 @@
 #include "core/exp.h"
 #include "pgd/kernels.h"
 #include "pgd/losses.h"
-#include "runtime/cuda.h"
+#include "runtime/wide_cuda.h"
 
 FR_NS_BEGIN
 namespace {
 
 constexpr int kThreads = 128;
 
-__device__ bool any_nan(const float* z, int64_t k, int lane) {
-  bool found = false;
-  for (int64_t j = lane; j < k; j += kWarp) found |= !(z[j] == z[j]);
-  return warp_max(found ? 1.f : 0.f) > 0.f;
-}
+// One example, for the lanes of a warp. Sums are in the order of a plain loop over the lanes (see each_in_order).
+template <bool kWide>
+struct WarpRow {
+  const LossArgs& a;
+  int64_t row;
+  int lane;
+  const float* z;
+  float* grad;
 
-// What a row without a loss gives: no number, and a gradient that no step follows.
-__device__ void undefined(const LossArgs& a, int64_t row, int lane) {
-  for (int64_t j = lane; j < a.classes; j += kWarp) a.grad[row * a.classes + j] = NAN;
-  if (lane == 0) a.value[row] = NAN;
-}
+  __device__ __forceinline__ WarpRow(const LossArgs& args, int64_t r, int l)
+      : a(args), row(r), lane(l), z(args.logits + r * args.classes), grad(args.grad + r * args.classes) {}
 
-struct Softmax {
-  float top;
-  double sum;
-  __device__ bool exists() const { return vabs(top) <= FLT_MAX; }
+  template <class Body>
+  __device__ __forceinline__ void each(Body body) const {
+    each_element<kWide, 4>(a.classes, 0, lane, kWarp, body);
+  }
+  template <int kTerms, class Natural, class Add>
+  __device__ __forceinline__ void each_term(Natural natural, Add add) const {
+    each_in_order<kWide, 4, kTerms, kWarp, kThreads>(0, a.classes, natural, add);
+  }
+
+  // The largest number; NaN when there is one.
+  __device__ float top_of(const float* p) const {
+    float top = -INFINITY;
+    bool nan = false;
+    each([&](auto i) {
+      const auto v = load_at(p, i);
+      for (int k = 0; k < i.count; ++k) {
+        top = vmax(top, v.v[k]);
+        nan |= !(v.v[k] == v.v[k]);
+      }
+    });
+    top = warp_max(top);
+    return warp_max(nan ? 1.f : 0.f) > 0.f ? NAN : top;
+  }
+  // What a row without a loss gives: no number, and a gradient that no step follows.
+  __device__ void undefined() const {
+    each([&](auto i) { store_at(grad, i, all_equal(static_cast<float>(NAN), i)); });
+    if (lane == 0) a.value[row] = NAN;
+  }
+
+  __device__ void cross_entropy() const {
+    const float top = top_of(z);
+    if (!(vabs(top) <= FLT_MAX)) return undefined();
+    double sum = 0.;
+    each_term<1>(
+        [&](auto i, auto& t) {
+          const auto v = load_at(z, i);
+          for (int k = 0; k < i.count; ++k) t.v[0][k] = portable_exp(v.v[k] - top);
+        },
+        [&](const float* t) { sum += t[0]; });
+    sum = warp_sum(sum);
+    const float inverse = static_cast<float>(1. / sum);
+    const int64_t y = a.labels[row];
+    each([&](auto i) {
+      auto v = load_at(z, i);
+      for (int k = 0; k < i.count; ++k) {
+        const float e = portable_exp(v.v[k] - top);
+        v.v[k] = i.at(k) == y ? static_cast<float>(static_cast<double>(e) / sum - 1.) : e * inverse;
+      }
+      store_at(grad, i, v);
+    });
+    if (lane == 0) a.value[row] = static_cast<float>((static_cast<double>(top) - z[y]) + log(sum));
+  }
+
+  __device__ void kl() const {
+    const float* const r = a.reference + row * a.classes;
+    const float top = top_of(z), top_r = top_of(r);
+    if (!(vabs(top) <= FLT_MAX) || !(vabs(top_r) <= FLT_MAX)) return undefined();
+    double sum = 0., sum_r = 0., inner = 0.;
+    each_term<2>(
+        [&](auto i, auto& t) {
+          const auto v = load_at(z, i), w = load_at(r, i);
+          for (int k = 0; k < i.count; ++k) {
+            t.v[0][k] = portable_exp(v.v[k] - top);
+            t.v[1][k] = portable_exp(w.v[k] - top_r);
+          }
+        },
+        [&](const float* t) {
+          sum += t[0];
+          sum_r += t[1];
+        });
+    sum = warp_sum(sum);
+    sum_r = warp_sum(sum_r);
+    const float inverse = static_cast<float>(1. / sum), inverse_r = static_cast<float>(1. / sum_r);
+    each_term<2>(
+        [&](auto i, auto& t) {
+          auto v = load_at(z, i);
+          const auto w = load_at(r, i);
+          for (int k = 0; k < i.count; ++k) {
+            const float ri = w.v[k] - top_r, zi = v.v[k] - top, p = portable_exp(ri) * inverse_r;
+            t.v[0][k] = p;
+            t.v[1][k] = ri - zi;
+            v.v[k] = portable_exp(zi) * inverse - p;
+          }
+          store_at(grad, i, v);
+        },
+        [&](const float* t) { inner += static_cast<double>(t[0]) * t[1]; });
+    inner = warp_sum(inner);
+    if (lane == 0) a.value[row] = static_cast<float>(inner + log(sum) - log(sum_r));
+  }
+
+  // Largest logit apart from the first kTaken of `taken`; the lower index at ties.
+  template <int kTaken>
+  __device__ void next_largest(const int64_t* taken, float* value, int64_t* index) const {
+    float best = -INFINITY;
+    int64_t at = -1;
+    each([&](auto i) {
+      const auto v = load_at(z, i);
+      for (int k = 0; k < i.count; ++k) {
+        bool skip = false;
+#pragma unroll
+        for (int t = 0; t < kTaken; ++t) skip |= taken[t] == i.at(k);
+        if (!skip && (at < 0 || v.v[k] > best)) {
+          best = v.v[k];
+          at = i.at(k);
+        }
+      }
+    });
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+      const float other = __shfl_xor_sync(0xffffffffu, best, offset);
+      const int64_t other_at = __shfl_xor_sync(0xffffffffu, static_cast<long long>(at), offset);
+      if (other_at >= 0 && (at < 0 || other > best || (other == best && other_at < at))) {
+        best = other;
+        at = other_at;
+      }
+    }
+    *value = best;
+    *index = at;
+  }
+
+  template <Loss kLoss>
+  __device__ void sparse() const {
+    const int64_t y = a.labels[row], target = a.targets != nullptr ? a.targets[row] : y;
+    const float top = top_of(z);
+    if (!(top == top)) return undefined();
+    Top t;
+    top_start(&t);
+    next_largest<1>(&y, &t.other, &t.other_index);
+    if constexpr (kLoss != Loss::margin) {
+      next_largest<0>(t.index, &t.value[0], &t.index[0]);
+      if (a.classes > 1) next_largest<1>(t.index, &t.value[1], &t.index[1]);
+      if (a.classes > 2) next_largest<2>(t.index, &t.value[2], &t.index[2]);
+      if (a.classes > 3) next_largest<3>(t.index, &t.value[3], &t.index[3]);
+    }
+    const Sparse s = sparse_loss(kLoss, t, z[y], y, z[target], target);
+    each([&](auto i) {
+      Values<float, decltype(i)::count> g;
+      for (int k = 0; k < i.count; ++k) {
+        g.v[k] = 0.f;
+#pragma unroll
+        for (int e = 0; e < 5; ++e)  // an index known when compiling keeps the list in registers
+          if (e < s.count) g.v[k] += s.index[e] == i.at(k) ? s.weight[e] : 0.f;
+      }
+      store_at(grad, i, g);
+    });
+    if (lane == 0) a.value[row] = s.value;
+  }
 };
-__device__ Softmax softmax(const float* z, int64_t k, int lane) {
-  float top = -INFINITY;
-  for (int64_t j = lane; j < k; j += kWarp) top = vmax(top, z[j]);
-  top = warp_max(top);
-  double s = 0.;
-  for (int64_t j = lane; j < k; j += kWarp) s += portable_exp(z[j] - top);
-  return {top, warp_sum(s)};
-}
 
-__device__ void cross_entropy(const LossArgs& a, int64_t row, int lane) {
-  const float* z = a.logits + row * a.classes;
-  const Softmax s = softmax(z, a.classes, lane);
-  if (!s.exists() || any_nan(z, a.classes, lane)) return undefined(a, row, lane);
-  const float inverse = static_cast<float>(1. / s.sum);
-  const int64_t y = a.labels[row];
-  for (int64_t j = lane; j < a.classes; j += kWarp) {
-    const float e = portable_exp(z[j] - s.top);
-    a.grad[row * a.classes + j] = j == y ? static_cast<float>(static_cast<double>(e) / s.sum - 1.) : e * inverse;
-  }
-  if (lane == 0) a.value[row] = static_cast<float>((static_cast<double>(s.top) - z[y]) + log(s.sum));
-}
-
-__device__ void kl(const LossArgs& a, int64_t row, int lane) {
-  const float* z = a.logits + row * a.classes;
-  const float* r = a.reference + row * a.classes;
-  const Softmax q = softmax(z, a.classes, lane), p = softmax(r, a.classes, lane);
-  if (!q.exists() || !p.exists() || any_nan(z, a.classes, lane) || any_nan(r, a.classes, lane))
-    return undefined(a, row, lane);
-  const float inverse_q = static_cast<float>(1. / q.sum), inverse_p = static_cast<float>(1. / p.sum);
-  double inner = 0.;
-  for (int64_t j = lane; j < a.classes; j += kWarp) {
-    const float ri = r[j] - p.top, zi = z[j] - q.top, pi = portable_exp(ri) * inverse_p;
-    inner += static_cast<double>(pi) * (ri - zi);
-    a.grad[row * a.classes + j] = portable_exp(zi) * inverse_q - pi;
-  }
-  inner = warp_sum(inner);
-  if (lane == 0) a.value[row] = static_cast<float>(inner + log(q.sum) - log(p.sum));
-}
-
-// Largest logit apart from the classes taken already; the lower index at ties.
-__device__ void next_largest(const float* z, int64_t k, const int64_t* taken, int count, int lane, float* value,
-                             int64_t* index) {
-  float best = -INFINITY;
-  int64_t at = -1;
-  for (int64_t j = lane; j < k; j += kWarp) {
-    bool skip = false;
-    for (int t = 0; t < count; ++t) skip |= taken[t] == j;
-    if (!skip && (at < 0 || z[j] > best)) {
-      best = z[j];
-      at = j;
-    }
-  }
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    const float other = __shfl_xor_sync(0xffffffffu, best, offset);
-    const int64_t other_at = __shfl_xor_sync(0xffffffffu, static_cast<long long>(at), offset);
-    if (other_at >= 0 && (at < 0 || other > best || (other == best && other_at < at))) {
-      best = other;
-      at = other_at;
-    }
-  }
-  *value = best;
-  *index = at;
-}
-
-__device__ void sparse(const LossArgs& a, int64_t row, int lane) {
-  const float* z = a.logits + row * a.classes;
-  const int64_t y = a.labels[row], target = a.targets != nullptr ? a.targets[row] : y;
-  if (any_nan(z, a.classes, lane)) return undefined(a, row, lane);
-  Top t;
-  top_start(&t);
-  next_largest(z, a.classes, &y, 1, lane, &t.other, &t.other_index);
-  if (a.loss != Loss::margin)
-    for (int k = 0; k < 4 && k < a.classes; ++k) next_largest(z, a.classes, t.index, k, lane, &t.value[k], &t.index[k]);
-  const Sparse s = sparse_loss(a.loss, t, z[y], y, z[target], target);
-  for (int64_t j = lane; j < a.classes; j += kWarp) {
-    float g = 0.f;
-    for (int k = 0; k < s.count; ++k) g += s.index[k] == j ? s.weight[k] : 0.f;
-    a.grad[row * a.classes + j] = g;
-  }
-  if (lane == 0) a.value[row] = s.value;
-}
-
-__global__ void __launch_bounds__(kThreads) loss_kernel(LossArgs a) {
+template <Loss kLoss, bool kWide>
+__global__ void __launch_bounds__(kThreads, 8) loss_kernel(LossArgs a) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int64_t warps = static_cast<int64_t>(gridDim.x) * (kThreads / kWarp);
   for (int64_t row = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kWarp; row < a.batch; row += warps) {
-    if (a.loss == Loss::cross_entropy)
-      cross_entropy(a, row, lane);
-    else if (a.loss == Loss::kl)
-      kl(a, row, lane);
+    const WarpRow<kWide> r(a, row, lane);
+    if constexpr (kLoss == Loss::cross_entropy)
+      r.cross_entropy();
+    else if constexpr (kLoss == Loss::kl)
+      r.kl();
     else
-      sparse(a, row, lane);
+      r.template sparse<kLoss>();
   }
+}
+
+template <Loss kLoss>
+void launch(const LossArgs& a, void* stream) {
+  const int64_t blocks = (a.batch * kWarp + kThreads - 1) / kThreads;
+  const unsigned grid = static_cast<unsigned>(blocks < 0x7fffffff ? blocks : 0x7fffffff);
+  if (Addresses().add(a.logits).add(a.reference).add(a.grad).whole(a.classes))
+    FR_LAUNCH((loss_kernel<kLoss, true>), grid, kThreads, 0, stream, a);
+  else
+    FR_LAUNCH((loss_kernel<kLoss, false>), grid, kThreads, 0, stream, a);
 }
 
 }  // namespace
@@ -130,8 +203,18 @@ namespace fastrobust {
 
 void loss_cuda(const LossArgs& a, void* stream) {
   if (a.batch == 0) return;
-  const int64_t blocks = (a.batch * kWarp + kThreads - 1) / kThreads;
-  FR_LAUNCH(loss_kernel, static_cast<unsigned>(blocks < 0x7fffffff ? blocks : 0x7fffffff), kThreads, 0, stream, a);
+  switch (a.loss) {
+    case Loss::cross_entropy:
+      return launch<Loss::cross_entropy>(a, stream);
+    case Loss::margin:
+      return launch<Loss::margin>(a, stream);
+    case Loss::dlr:
+      return launch<Loss::dlr>(a, stream);
+    case Loss::dlr_targeted:
+      return launch<Loss::dlr_targeted>(a, stream);
+    case Loss::kl:
+      return launch<Loss::kl>(a, stream);
+  }
 }
 
 }  // namespace fastrobust

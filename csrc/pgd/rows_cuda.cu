@@ -2,10 +2,8 @@
 // sums in the workspace; the next kernel's blocks add up the chunks of their example in a fixed order. So a batch of a
 // few large images fills the device as a batch of many small ones does, and no atomic makes results vary.
 #include "pgd/kernels.h"
-#include "pgd/load.h"
 #include "pgd/rows_cuda.h"
 #include "pgd/step.h"
-#include "runtime/cuda.h"
 
 FR_NS_BEGIN
 namespace {
@@ -22,22 +20,34 @@ __device__ double total(const double* parts, int64_t row, int64_t chunks) {
   return block_sum(s);
 }
 
-// Runs f(row, i) for the block's chunk, strided by threads, for all the rows of its y.
+// A block's chunk, for all the rows of its y.
 #define FR_EACH_CHUNK(a)                                               \
   const int64_t chunk = blockIdx.x, chunks = gridDim.x;                \
   const int64_t begin = chunk * kChunk;                                \
   const int64_t end = begin + kChunk < (a).n ? begin + kChunk : (a).n; \
   for (int64_t row = blockIdx.y; row < (a).batch; row += gridDim.y)
 
-template <GradType T>
+// Sums over [begin, end) in the order of a plain loop over the threads of a block (see each_in_order).
+template <GradType T, bool kWide, int kTerms, class Natural, class Add>
+__device__ __forceinline__ void each_term(int64_t begin, int64_t end, Natural natural, Add add) {
+  each_in_order<kWide, kUnit<T>, kTerms, kThreads, kThreads>(begin, end, natural, add);
+}
+
+template <GradType T, bool kWide>
 __global__ void __launch_bounds__(kThreads) grad_norm_kernel(StepArgs a, double* sums) {
   FR_EACH_CHUNK(a) {
     const GradReader<T> g(a.grad, row * a.n);
     double s = 0.;
-    for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-      const double w = clean_grad(g.at(i));
-      s += w * w;
-    }
+    each_term<T, kWide, 1>(
+        begin, end,
+        [&](auto i, auto& t) {
+          const auto gi = grad_at(g, i);
+          for (int k = 0; k < i.count; ++k) t.v[0][k] = clean_grad(gi.v[k]);
+        },
+        [&](const float* t) {
+          const double w = t[0];
+          s += w * w;
+        });
     s = block_sum(s);
     if (threadIdx.x == 0) sums[row * chunks + chunk] = s;
   }
@@ -49,7 +59,7 @@ __device__ __forceinline__ float l2_moved(float x, float g, const L2Ascent& m) {
   return T == GradType::none ? x : l2_ascend(x, clean_grad(g), m.pow2, m.scale);
 }
 
-template <GradType T>
+template <GradType T, bool kWide>
 __global__ void __launch_bounds__(kThreads) l2_distance_kernel(StepArgs a, const double* grad_sums, double* sums) {
   FR_EACH_CHUNK(a) {
     const int64_t base = row * a.n;
@@ -57,10 +67,16 @@ __global__ void __launch_bounds__(kThreads) l2_distance_kernel(StepArgs a, const
     const double norm2 = T != GradType::none && a.normalize ? total(grad_sums, row, chunks) : 0.;
     const L2Ascent m = l2_ascent(norm2, param_at(a.step, row, a.n, 0), a.normalize);
     double s = 0.;
-    for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-      const double d = l2_moved<T>(a.x[base + i], g.at(i), m) - a.x0[base + i];
-      s += d * d;
-    }
+    each_term<T, kWide, 1>(
+        begin, end,
+        [&](auto i, auto& t) {
+          const auto x = load_at(a.x + base, i), x0 = load_at(a.x0 + base, i), gi = grad_at(g, i);
+          for (int k = 0; k < i.count; ++k) t.v[0][k] = l2_moved<T>(x.v[k], gi.v[k], m) - x0.v[k];
+        },
+        [&](const float* t) {
+          const double d = t[0];
+          s += d * d;
+        });
     s = block_sum(s);
     if (threadIdx.x == 0) sums[row * chunks + chunk] = s;
   }
@@ -68,7 +84,7 @@ __global__ void __launch_bounds__(kThreads) l2_distance_kernel(StepArgs a, const
 
 // An example next to the sphere is looked at exactly, before the step writes over x: what lies inside is told by a
 // distance of zero.
-template <GradType T>
+template <GradType T, bool kWide>
 __global__ void __launch_bounds__(kThreads) l2_sphere_kernel(StepArgs a, const double* grad_sums, double* sums) {
   const int64_t chunks = chunks_of(a.n);
   for (int64_t row = blockIdx.x; row < a.batch; row += gridDim.x) {
@@ -79,57 +95,76 @@ __global__ void __launch_bounds__(kThreads) l2_sphere_kernel(StepArgs a, const d
     const double norm2 = T != GradType::none && a.normalize ? total(grad_sums, row, chunks) : 0.;
     const L2Ascent m = l2_ascent(norm2, param_at(a.step, row, a.n, 0), a.normalize);
     ExactSum s;
-    for (int64_t i = threadIdx.x; i < a.n; i += kThreads)
-      exact_add(&s, l2_moved<T>(a.x[base + i], g.at(i), m), a.x0[base + i], true);
+    each_term<T, kWide, 2>(
+        0, a.n,
+        [&](auto i, auto& t) {
+          const auto x = load_at(a.x + base, i), x0 = load_at(a.x0 + base, i), gi = grad_at(g, i);
+          for (int k = 0; k < i.count; ++k) {
+            t.v[0][k] = l2_moved<T>(x.v[k], gi.v[k], m);
+            t.v[1][k] = x0.v[k];
+          }
+        },
+        [&](const float* t) { exact_add(&s, t[0], t[1], true); });
     if (exact_inside(block_exact_sum<kThreads>(s), eps, true))
       for (int64_t c = threadIdx.x; c < chunks; c += kThreads) sums[row * chunks + c] = 0.;
   }
 }
 
-template <GradType T>
-__global__ void __launch_bounds__(kThreads) l2_write_kernel(StepArgs a, const double* grad_sums, const double* sums) {
+template <GradType T, bool kWide>
+__global__ void __launch_bounds__(kThreads)
+    l2_write_kernel(StepArgs a, int shift, const double* grad_sums, const double* sums) {
   FR_EACH_CHUNK(a) {
-    const int64_t base = row * a.n;
+    const int64_t base = row * a.n + begin;
     const bool move = a.active == nullptr || a.active[row] != 0;
     const GradReader<T> g(a.grad, base);
     const double norm2 = T != GradType::none && a.normalize ? total(grad_sums, row, chunks) : 0.;
     const L2Ascent m = l2_ascent(norm2, param_at(a.step, row, a.n, 0), a.normalize);
     const float shrink = l2_shrink(total(sums, row, chunks), param_at(a.eps, row, a.n, 0));
-    for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-      const float x = a.x[base + i];
-      a.out[base + i] = move ? l2_project(l2_moved<T>(x, g.at(i), m), a.x0[base + i], shrink, a.lo, a.hi) : x;
-    }
+    each_element<kWide, kUnit<T>>(end - begin, shift + base, threadIdx.x, kThreads, [&](auto i) {
+      auto x = load_at(a.x + base, i);
+      if (move) {
+        const auto x0 = load_at(a.x0 + base, i), gi = grad_at(g, i);
+        for (int k = 0; k < i.count; ++k)
+          x.v[k] = l2_project(l2_moved<T>(x.v[k], gi.v[k], m), x0.v[k], shrink, a.lo, a.hi);
+      }
+      store_at(a.out + base, i, x);
+    });
   }
 }
 
 // ---- FOSC, with the L-inf step in the same pass when there is an output ----
-template <GradType T>
-__global__ void __launch_bounds__(kThreads)
+template <GradType T, bool kWide>
+__global__ void __launch_bounds__(kThreads, 2)
     fosc_kernel(StepArgs a, Norm norm, bool write, double* duals, double* inners) {
   FR_EACH_CHUNK(a) {
     const int64_t base = row * a.n;
     const bool move = a.active == nullptr || a.active[row] != 0;
     const GradReader<T> g(a.grad, base);
-    const bool step_each = a.step.per == Per::element, eps_each = a.eps.per == Per::element;
-    const float step_all = step_each ? 0.f : param_at(a.step, row, a.n, 0);
-    const float eps_all = eps_each ? 0.f : param_at(a.eps, row, a.n, 0);
+    const StepRow at(a, row);
     double dual = 0., inner = 0.;
     float top = 0.f;
-    for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-      const float gi = clean_grad(g.at(i)), x = a.x[base + i], x0 = a.x0[base + i];
-      const float eps = eps_each ? a.eps.data[base + i] : eps_all;
-      inner += static_cast<double>(x - x0) * gi;
-      if (norm == Norm::linf)
-        dual += static_cast<double>(vabs(gi)) * eps;
-      else if (norm == Norm::l2)
-        dual += static_cast<double>(gi) * gi;
-      else
-        top = vmax(top, vabs(gi));
-      if (write) {
-        const float step = step_each ? a.step.data[base + i] : step_all;
-        a.out[base + i] = move ? linf_project(linf_ascend(x, gi, step), x0, eps, a.lo, a.hi) : x;
-      }
-    }
+    each_term<T, kWide, 3>(
+        begin, end,
+        [&](auto i, auto& t) {
+          const auto x = load_at(a.x + base, i), x0 = load_at(a.x0 + base, i), eps = at.eps(i);
+          auto gi = grad_at(g, i);
+          for (int k = 0; k < i.count; ++k) {
+            gi.v[k] = clean_grad(gi.v[k]);
+            t.v[0][k] = x.v[k] - x0.v[k];
+            t.v[1][k] = gi.v[k];
+            t.v[2][k] = eps.v[k];
+          }
+          if (write) store_at(a.out + base, i, move ? at.linf(x, x0, gi, i) : x);
+        },
+        [&](const float* t) {
+          inner += static_cast<double>(t[0]) * t[1];
+          if (norm == Norm::linf)
+            dual += static_cast<double>(vabs(t[1])) * t[2];
+          else if (norm == Norm::l2)
+            dual += static_cast<double>(t[1]) * t[1];
+          else
+            top = vmax(top, vabs(t[1]));
+        });
     inner = block_sum(inner);
     dual = norm == Norm::l1 ? static_cast<double>(block_max(top)) : block_sum(dual);
     if (threadIdx.x == 0) {
@@ -177,6 +212,8 @@ struct Rows {
   dim3 grid;
   unsigned row_blocks;
   double *first, *second;
+  Addresses lie;
+  bool whole;  // every row starts at a multiple of 16 bytes and ends at one, as sums need it
 
   Rows(const StepArgs& args, double* workspace, void* s)
       : a(args),
@@ -185,24 +222,45 @@ struct Rows {
         grid(static_cast<unsigned>(chunks), grid_y(args.batch)),
         row_blocks(static_cast<unsigned>((args.batch + kThreads - 1) / kThreads)),
         first(workspace),
-        second(workspace + args.batch * chunks) {}
+        second(workspace + args.batch * chunks),
+        lie(addresses_of(args)),
+        whole(lie.whole(args.n)) {}
 
-  void grad_norm() const { FR_LAUNCH(grad_norm_kernel<T>, grid, kThreads, 0, stream, a, first); }
-
+  void grad_norm() const {
+    if constexpr (T != GradType::none) {
+      if (whole)
+        FR_LAUNCH((grad_norm_kernel<T, true>), grid, kThreads, 0, stream, a, first);
+      else
+        FR_LAUNCH((grad_norm_kernel<T, false>), grid, kThreads, 0, stream, a, first);
+    }
+  }
+  template <bool kWide>
+  void l2_sums(const StepArgs& b) const {
+    FR_LAUNCH((l2_distance_kernel<T, kWide>), grid, kThreads, 0, stream, b, first, second);
+    FR_LAUNCH((l2_sphere_kernel<T, kWide>), static_cast<unsigned>(b.batch < 65536 ? b.batch : 65536), kThreads, 0,
+              stream, b, first, second);
+  }
   void step(const StepArgs& b, Norm norm) const {
     if (norm == Norm::linf) return linf_cuda(b, stream);
     if (norm == Norm::l1) return l1_cuda(b, stream);
     if (T != GradType::none && b.normalize) grad_norm();
-    FR_LAUNCH(l2_distance_kernel<T>, grid, kThreads, 0, stream, b, first, second);
-    FR_LAUNCH(l2_sphere_kernel<T>, static_cast<unsigned>(b.batch < 65536 ? b.batch : 65536), kThreads, 0, stream, b,
-              first, second);
-    FR_LAUNCH(l2_write_kernel<T>, grid, kThreads, 0, stream, b, first, second);
+    whole ? l2_sums<true>(b) : l2_sums<false>(b);
+    if (lie.aligned)
+      FR_LAUNCH((l2_write_kernel<T, true>), grid, kThreads, 0, stream, b, lie.shift, first, second);
+    else
+      FR_LAUNCH((l2_write_kernel<T, false>), grid, kThreads, 0, stream, b, 0, first, second);
+  }
+  void fosc(Norm norm, bool write) const {
+    if (whole)
+      FR_LAUNCH((fosc_kernel<T, true>), grid, kThreads, 0, stream, a, norm, write, first, second);
+    else
+      FR_LAUNCH((fosc_kernel<T, false>), grid, kThreads, 0, stream, a, norm, write, first, second);
   }
 
   void run(Norm norm) const {
     if (a.fosc != nullptr) {
       const bool together = norm == Norm::linf && a.out != nullptr;
-      FR_LAUNCH(fosc_kernel<T>, grid, kThreads, 0, stream, a, norm, together, first, second);
+      fosc(norm, together);
       FR_LAUNCH(fosc_end_kernel, row_blocks, kThreads, 0, stream, a, norm, chunks, first, second);
       if (a.out != nullptr && !together) step(a, norm);
     } else if (a.v_out != nullptr) {

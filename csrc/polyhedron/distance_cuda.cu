@@ -3,13 +3,13 @@
 #include "polyhedron/solve.h"
 //
 #include "polyhedron/kernels.h"
-#include "runtime/cuda.h"
+#include "runtime/wide_cuda.h"
 
 FR_NS_BEGIN
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kSharedBytes = 48 * 1024 - 8 * 1024;  // what every device grants, less the static arrays
+constexpr int64_t kSharedBytes = 48 * 1024 - 16 * 1024;  // what every device grants, less the static arrays
 
 // The largest of one double per thread.
 __device__ __forceinline__ double block_largest(double v) {
@@ -48,36 +48,57 @@ struct Element {
 };
 
 // The passes over one row, each a strided loop and block sums.
-template <bool kShared>
+template <bool kShared, bool kWide>
 struct BlockRow {
   const float* a;
   const float* lower;
   const float* upper;
-  int64_t lower_inner, upper_inner, m;
+  float lower_all = 0.f, upper_all = 0.f;  // of the whole row, where `lower` and `upper` are null
+  int64_t m;
   bool flip;
   double p;
   float* w_shared;
   float* c_shared;
 
-  __device__ __forceinline__ Element read(int64_t j) const {
-    const float x = flip ? -a[j] : a[j], size = vabs(x);
-    const float room = x > 0.f ? -lower[j * lower_inner] : upper[j * upper_inner];
+  __device__ __forceinline__ Element element(float given, float lo, float hi) const {
+    const float x = flip ? -given : given, size = vabs(x), room = x > 0.f ? -lo : hi;
     return size > 0.f && room > 0.f ? Element{size, room} : Element{0.f, 0.f};
   }
-  __device__ __forceinline__ Element at(int64_t j) const {
-    return kShared ? Element{w_shared[j], c_shared[j]} : read(j);
+  // body(k-th of the neighbours, a, lower, upper)
+  template <class P, class Body>
+  __device__ __forceinline__ void read(P i, Body body) const {
+    const auto x = load_at<Use::again>(a, i), lo = load_or<Use::again>(lower, lower != nullptr, lower_all, i),
+               hi = load_or<Use::again>(upper, upper != nullptr, upper_all, i);
+    for (int k = 0; k < P::count; ++k) body(k, x.v[k], lo.v[k], hi.v[k]);
+  }
+  // body(element), in the order of a plain loop over the threads (see each_in_order)
+  template <class Body>
+  __device__ __forceinline__ void each(Body body) const {
+    if constexpr (kShared) {
+      for (int64_t j = threadIdx.x; j < m; j += kThreads) body(Element{w_shared[j], c_shared[j]});
+    } else {
+      each_in_order<kWide, 4, 2, kThreads, kThreads>(
+          0, m,
+          [&](auto i, auto& t) {
+            read(i, [&](int k, float x, float lo, float hi) {
+              const Element e = element(x, lo, hi);
+              t.v[0][k] = e.w;
+              t.v[1][k] = e.c;
+            });
+          },
+          [&](const float* t) { body(Element{t[0], t[1]}); });
+    }
   }
 
   template <Distance kKind>
   __device__ FastSums fast(float t) const {
     float used = 0.f, slope = 0.f;
-    for (int64_t j = threadIdx.x; j < m; j += kThreads) {
-      const Element e = at(j);
+    each([&](Element e) {
       if (e.c <= cap_at<kKind>(t, e.w))
         used += e.w * e.c;
       else
         slope += slope_of<kKind>(e.w);
-    }
+    });
     const double total = block_sum(used);
     return {total, block_sum(slope)};
   }
@@ -85,8 +106,7 @@ struct BlockRow {
   __device__ RowSums sums(double t, double high) const {
     double used = 0., slope = 0., squares = 0.;
     float changed = 0.f;
-    for (int64_t j = threadIdx.x; j < m; j += kThreads) {
-      const Element e = at(j);
+    each([&](Element e) {
       const double w = e.w, c = e.c;
       if (c <= cap_at<kKind>(t, w)) {
         used += w * c;
@@ -95,7 +115,7 @@ struct BlockRow {
         slope += slope_of<kKind>(w);
         if (c <= cap_at<kKind>(high, w)) changed = 1.f;
       }
-    }
+    });
     RowSums s;
     s.used = block_sum(used);
     s.slope = block_sum(slope);
@@ -106,10 +126,9 @@ struct BlockRow {
   template <class Fixed>
   __device__ Pair exact(const Fixed& fixed) const {
     Pair s{0., 0.};
-    for (int64_t j = threadIdx.x; j < m; j += kThreads) {
-      const Element e = at(j);
+    each([&](Element e) {
       if (e.w > 0.f && fixed(e)) s = add(s, static_cast<double>(e.w) * static_cast<double>(e.c));
-    }
+    });
     return block_pair(s);
   }
   template <Distance kKind, bool kNarrow>
@@ -123,29 +142,27 @@ struct BlockRow {
   }
   __device__ PowerSums power(double level) const {
     double largest = 0., top = -kInf;
-    for (int64_t j = threadIdx.x; j < m; j += kThreads) {
-      const Element e = at(j);
-      if (!(e.w > 0.f)) continue;
+    each([&](Element e) {
+      if (!(e.w > 0.f)) return;
       if (meets(e) <= level)
         largest = largest > e.c ? largest : static_cast<double>(e.c);
       else
         top = fmax(top, log2(static_cast<double>(e.w)));
-    }
+    });
     PowerSums s;
     s.largest = block_largest(largest);
     s.top = block_largest(top);
     const double q = p / (p - 1.);
     double used = 0., powers = 0., slope = 0.;
-    for (int64_t j = threadIdx.x; j < m; j += kThreads) {
-      const Element e = at(j);
-      if (!(e.w > 0.f)) continue;
+    each([&](Element e) {
+      if (!(e.w > 0.f)) return;
       if (meets(e) <= level) {
         used += static_cast<double>(e.w) * static_cast<double>(e.c);
         powers += pow(static_cast<double>(e.c) / s.largest, p);
       } else {
         slope += exp2(q * (log2(static_cast<double>(e.w)) - s.top));
       }
-    }
+    });
     s.used = block_sum(used);
     s.powers = block_sum(powers);
     s.slope = block_sum(slope);
@@ -157,15 +174,14 @@ struct BlockRow {
 
   __device__ FillStep fill_fast(float level) const {
     float used = 0.f, above = static_cast<float>(kInf), up_to = 0.f;
-    for (int64_t j = threadIdx.x; j < m; j += kThreads) {
-      const Element e = at(j);
+    each([&](Element e) {
       if (e.w > level) {
         used += e.w * e.c;
         above = vmin(above, e.w);
       } else {
         up_to = vmax(up_to, e.w);
       }
-    }
+    });
     FillStep s;
     s.used = block_sum(used);
     s.above = -block_max(-above);
@@ -175,8 +191,7 @@ struct BlockRow {
   __device__ FillStep fill_start(double) const { return fill_fast(0.f); }
   __device__ FillSums fill(float level) const {
     double used = 0., cost = 0., tie = 0., count = 0.;
-    for (int64_t j = threadIdx.x; j < m; j += kThreads) {
-      const Element e = at(j);
+    each([&](Element e) {
       if (e.w > level) {
         used += static_cast<double>(e.w) * static_cast<double>(e.c);
         cost += static_cast<double>(e.c);
@@ -186,7 +201,7 @@ struct BlockRow {
         else
           count += 1.;
       }
-    }
+    });
     FillSums s;
     s.used = block_sum(used);
     s.cost = block_sum(cost);
@@ -199,17 +214,17 @@ struct BlockRow {
   }
 };
 
-template <Distance kKind, bool kShared>
-__global__ void __launch_bounds__(kThreads) distance_kernel(DistanceArgs args) {
+template <Distance kKind, bool kShared, bool kWide>
+__global__ void __launch_bounds__(kThreads, 2) distance_kernel(DistanceArgs args) {
   FR_DYNAMIC_SHARED(float, shared);
   for (int64_t r = blockIdx.x; r < args.rows; r += gridDim.x) {
     const double b = static_cast<double>(args.b[r]);
-    BlockRow<kShared> row;
+    BlockRow<kShared, kWide> row;
     row.a = args.a + r * args.m;
     row.lower = args.lower.data + side_offset(args, args.lower, r);
     row.upper = args.upper.data + side_offset(args, args.upper, r);
-    row.lower_inner = args.lower.inner;
-    row.upper_inner = args.upper.inner;
+    if (args.lower.inner == 0) row.lower_all = *row.lower, row.lower = nullptr;
+    if (args.upper.inner == 0) row.upper_all = *row.upper, row.upper = nullptr;
     row.m = args.m;
     row.flip = args.is_signed && b < 0.;
     row.p = args.p;
@@ -217,19 +232,25 @@ __global__ void __launch_bounds__(kThreads) distance_kernel(DistanceArgs args) {
     row.c_shared = shared + args.m;
     __syncthreads();  // the row before this one is done with the shared memory
     float bad = 0.f, largest = 0.f, total = 0.f;
-    for (int64_t j = threadIdx.x; j < args.m; j += kThreads) {
-      const float x = row.a[j], lo = row.lower[j * row.lower_inner], hi = row.upper[j * row.upper_inner];
-      if (!(lo <= 0.f && hi >= 0.f && vabs(x) <= FLT_MAX)) bad = 1.f;
-      const Element e = row.read(j);
-      if (kShared) {
-        row.w_shared[j] = e.w;
-        row.c_shared[j] = e.c;
-      }
-      if (kKind == Distance::l1)
-        largest = vmax(largest, e.w);
-      else
-        total += slope_of<kKind>(e.w);
-    }
+    each_in_order<kWide, 4, 1, kThreads, kThreads>(
+        0, args.m,
+        [&](auto i, auto& t) {
+          row.read(i, [&](int k, float x, float lo, float hi) {
+            if (!(lo <= 0.f && hi >= 0.f && vabs(x) <= FLT_MAX)) bad = 1.f;
+            const Element e = row.element(x, lo, hi);
+            t.v[0][k] = e.w;
+            if (kShared) {
+              row.w_shared[i.at(k)] = e.w;
+              row.c_shared[i.at(k)] = e.c;
+            }
+          });
+        },
+        [&](const float* t) {
+          if (kKind == Distance::l1)
+            largest = vmax(largest, t[0]);
+          else
+            total += slope_of<kKind>(t[0]);
+        });
     __syncthreads();
     const bool valid = block_max(bad) == 0.f && fabs(b) < kInf;
     const double target = row.flip ? -b : b;
@@ -250,23 +271,41 @@ __global__ void __launch_bounds__(kThreads) distance_kernel(DistanceArgs args) {
     }
     if (args.point) {
       float* point = args.point + r * args.m;
-      for (int64_t j = threadIdx.x; j < args.m; j += kThreads) {
-        const Element e = row.at(j);
-        const float step = static_cast<float>(moved_by(result, kKind, args.p, e.w, e.c));
-        point[j] = valid ? ((row.a[j] > 0.f) != row.flip ? -step : step) : nan;
-      }
+      each_element<kWide, 4>(args.m, 0, threadIdx.x, kThreads, [&](auto i) {
+        Values<float, decltype(i)::count> to;
+        row.read(i, [&](int k, float x, float lo, float hi) {
+          const Element e = row.element(x, lo, hi);
+          const float step = static_cast<float>(moved_by(result, kKind, args.p, e.w, e.c));
+          to.v[k] = valid ? ((x > 0.f) != row.flip ? -step : step) : nan;
+        });
+        store_at(point, i, to);
+      });
     }
   }
 }
 
-template <Distance kKind>
+// Whether rows of a side start at multiples of 16 bytes, or are one number each.
+bool in_fours(const DistanceArgs& args, const BoxSide& side) {
+  if (side.inner == 0) return true;
+  for (int k = 0; k < args.dims; ++k)
+    if (args.size[k] > 1 && side.stride[k] % 4 != 0) return false;
+  return Addresses().add(side.data).whole(4);
+}
+
+template <Distance kKind, bool kWide>
 void launch(const DistanceArgs& args, void* stream) {
   const int64_t bytes = 2 * args.m * static_cast<int64_t>(sizeof(float));
   const unsigned blocks = static_cast<unsigned>(args.rows < 0x7fffffff ? args.rows : 0x7fffffff);
   if (bytes <= kSharedBytes)
-    FR_LAUNCH((distance_kernel<kKind, true>), blocks, kThreads, static_cast<size_t>(bytes), stream, args);
+    FR_LAUNCH((distance_kernel<kKind, true, kWide>), blocks, kThreads, static_cast<size_t>(bytes), stream, args);
   else
-    FR_LAUNCH((distance_kernel<kKind, false>), blocks, kThreads, 0, stream, args);
+    FR_LAUNCH((distance_kernel<kKind, false, kWide>), blocks, kThreads, 0, stream, args);
+}
+template <Distance kKind>
+void launch(const DistanceArgs& args, void* stream) {
+  const bool wide =
+      Addresses().add(args.a).add(args.point).whole(args.m) && in_fours(args, args.lower) && in_fours(args, args.upper);
+  wide ? launch<kKind, true>(args, stream) : launch<kKind, false>(args, stream);
 }
 
 }  // namespace

@@ -86,5 +86,10 @@ __device__ __forceinline__ float block_max(float v) {
 
 // Grids: y is limited to 65535, so kernels stride over it.
 inline unsigned grid_y(int64_t n) { return static_cast<unsigned>(n < 65535 ? n : 65535); }
+// Along x for n elements, kernels stride over what is left.
+inline unsigned blocks_of(int64_t n, int64_t per_block) {
+  const int64_t blocks = (n + per_block - 1) / per_block;
+  return static_cast<unsigned>(blocks < (1 << 20) ? blocks : 1 << 20);
+}
 
 FR_NS_END

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from fastrobust.ops import _pgd_ops, losses, pgd, polyhedron
+from fastrobust.ops import _pgd_ops, bounds, losses, pgd, polyhedron
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -72,5 +72,24 @@ def on_device(emulated_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> C
                 m.setattr(module, "require_cuda_build", lambda device: None)
             m.setattr(pgd, "_is_simple", lambda t: False)  # the fast path is the CPU's
             return op(*args, **kwargs)
+
+    return run
+
+
+@pytest.fixture
+def bounds_on_device(emulated_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """bounds_on_device(f, ...) runs f with every op of the library on the emulated CUDA kernels."""
+    modules = [
+        m for name, m in sys.modules.items() if name.startswith("fastrobust.ops") and hasattr(m, "require_cuda_build")
+    ]
+    assert bounds in modules
+
+    def run(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with monkeypatch.context() as m:
+            for module in modules:
+                m.setattr(module, "_C", emulated_module, raising=False)
+                m.setattr(module, "stream_of", lambda device: (0, 0), raising=False)
+                m.setattr(module, "require_cuda_build", lambda device: None)
+            return f(*args, **kwargs)
 
     return run

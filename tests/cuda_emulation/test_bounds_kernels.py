@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,25 +14,6 @@ from bounds.nets import make
 from bounds.test_lines import CASES, gradients_of, intervals
 from fastrobust.bounds import METHODS, compute_bounds
 from fastrobust.reference import bounds as reference
-
-
-@pytest.fixture
-def bounds_on_device(emulated_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """bounds_on_device(f, ...) runs f with every op of the library on the emulated CUDA kernels."""
-    modules = [
-        m for name, m in sys.modules.items() if name.startswith("fastrobust.ops") and hasattr(m, "require_cuda_build")
-    ]
-    assert ops in modules
-
-    def run(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with monkeypatch.context() as m:
-            for module in modules:
-                m.setattr(module, "_C", emulated_module, raising=False)
-                m.setattr(module, "stream_of", lambda device: (0, 0), raising=False)
-                m.setattr(module, "require_cuda_build", lambda device: None)
-            return f(*args, **kwargs)
-
-    return run
 
 
 def near(got: Tensor, want: Tensor, tolerance: float = 2e-6) -> None:
