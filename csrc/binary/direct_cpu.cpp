@@ -74,12 +74,14 @@ FR_HD void over_tile(Vec* acc, P p, int64_t step, const F& f) {
 // and the last of the tile have the same masks.
 constexpr int kUnmasked = -1, kEach = 0;
 
+// terms(e) is what entry e does to a sum: f(sum, what was read).
 template <int R, int C, int K, class F>
-FR_HD void add_entries(const Tile& t, Vec* acc, int64_t from, int64_t to, const F& f) {
+FR_HD void add_entries(const Tile& t, Vec* acc, int64_t from, int64_t to, const F& terms) {
   const int32_t* const offsets = t.a.offsets;
   const uint16_t* const taps = t.a.taps;
   for (int64_t e = from; e < to; ++e) {
     const float* const x = t.x + offsets[e];
+    const auto f = terms(e);
     if constexpr (K > 0) {
       const uint16_t* const m = t.masks + taps[e] * t.vectors;
       LoadMask first[K], middle[K], last[K];
@@ -110,10 +112,25 @@ void tile_row(const Tile& t, int64_t row) {
   Vec acc[T];
 #pragma GCC unroll 32
   for (int i = 0; i < T; ++i) acc[i] = Vec(0.f);
-  for (int64_t segment = 0; segment < a.segments; ++segment) {
-    const int32_t* const ptr = a.ptr + 2 * (segment * a.rows + row);
-    add_entries<R, C, K>(t, acc, ptr[0], ptr[1], [](Vec v, Vec x) FR_INLINE_LAMBDA { return v + x; });
-    add_entries<R, C, K>(t, acc, ptr[1], ptr[2], [](Vec v, Vec x) FR_INLINE_LAMBDA { return v - x; });
+  // Two loops, so that the one of signs keeps its registers.
+  const auto segments = [&](const auto& walk) FR_INLINE_LAMBDA {
+    for (int64_t segment = 0; segment < a.segments; ++segment) walk(a.ptr + 2 * (segment * a.rows + row));
+  };
+  if (const float* const values = a.values; values != nullptr) {
+    segments([&](const int32_t* ptr) FR_INLINE_LAMBDA {
+      add_entries<R, C, K>(t, acc, ptr[0], ptr[2], [values](int64_t e) FR_INLINE_LAMBDA {
+        return [value = Vec(values[e])](Vec v, Vec x) FR_INLINE_LAMBDA { return v + x * value; };
+      });
+    });
+  } else {
+    segments([&](const int32_t* ptr) FR_INLINE_LAMBDA {
+      add_entries<R, C, K>(t, acc, ptr[0], ptr[1], [](int64_t) FR_INLINE_LAMBDA {
+        return [](Vec v, Vec x) FR_INLINE_LAMBDA { return v + x; };
+      });
+      add_entries<R, C, K>(t, acc, ptr[1], ptr[2], [](int64_t) FR_INLINE_LAMBDA {
+        return [](Vec v, Vec x) FR_INLINE_LAMBDA { return v - x; };
+      });
+    });
   }
   if (a.scale != nullptr || a.shift != nullptr) {
     const Vec scale(a.scale == nullptr ? 1.f : a.scale[row]), shift(a.shift == nullptr ? 0.f : a.shift[row]);

@@ -1,15 +1,9 @@
 // What happens to a sum before it is written, for float and for sixteen lanes.
 #pragma once
 
-#include "core/simd.h"
+#include "binary/activation.h"
 
 FR_NS_BEGIN
-
-// Zero for negative values; NaN stays NaN as in torch.
-template <class V>
-FR_HD V relu(V v) {
-  return select(v < V(0.f), V(0.f), v);
-}
 
 template <class V>
 FR_HD V affine(V sum, V scale, V shift) {
@@ -23,10 +17,10 @@ FR_HD V through(V v, V gate) {
 }
 
 #if !defined(__CUDACC__)
-// Lane i where bit i is set, zero elsewhere.
-FR_HD Vec where_set(Vec v, uint16_t set) {
+// Lane i of a where bit i is set, of b elsewhere.
+FR_HD Vec pick(uint16_t set, Vec a, Vec b) {
 #if defined(__AVX512F__)
-  return _mm512_maskz_mov_ps(set, v.v);
+  return _mm512_mask_blend_ps(set, b.v, a.v);
 #else
   constexpr int kEach = kLanes / kRegs;
   Mask m;
@@ -35,7 +29,16 @@ FR_HD Vec where_set(Vec v, uint16_t set) {
     for (int j = 0; j < kEach; ++j) bit[j] = 1 << (i * kEach + j);
     m.r[i] = ((NativeI{} + set) & bit) == bit;
   }
-  return select(m, v, Vec(0.f));
+  return select(m, a, b);
+#endif
+}
+
+// Lane i where bit i is set, zero elsewhere.
+FR_HD Vec where_set(Vec v, uint16_t set) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_mov_ps(set, v.v);
+#else
+  return pick(set, v, Vec(0.f));
 #endif
 }
 

@@ -40,6 +40,7 @@ struct Tile {
   int64_t x_step;  // the same in what is read
   int64_t sides;   // of the bits of a ReLU, in groups of sixteen floats, without the row
   float* sums;     // of the segments so far, tile by tile of a row
+  float* room;     // two tiles
 };
 
 FR_HD float channel_value(const float* p, int64_t channel, float missing) {
@@ -58,40 +59,32 @@ FR_HD void over_tile(Vec* acc, P p, int64_t step, int64_t each, const F& f) {
   }
 }
 
-// One row of one tile and one segment. A tile is R lines of C vectors: a stretch of the run (R = 1), or a patch, which
-// may read every S-th vector of every S-th line.
-template <int R, int C, int S = 1>
-void tile_row(const Tile& t, int64_t row, int64_t segment) {
+// The activations on a tile written to memory: calls, so that their many branches are compiled once and not for every
+// shape of a tile. ReLU is done in the registers.
+__attribute__((noinline)) void activate(const Act& act, float* v, float* slopes, int vectors) {
+  if (slopes == nullptr)
+    with_act<Vec>(act, [&](const auto& f) FR_INLINE_LAMBDA {
+      for (int i = 0; i < vectors; ++i) store(v + i * kLanes, f(load(v + i * kLanes)));
+    });
+  else
+    with_act_and_slope<Vec>(act, [&](const auto& f) FR_INLINE_LAMBDA {
+      for (int i = 0; i < vectors; ++i) {
+        Vec slope;
+        store(v + i * kLanes, f(load(v + i * kLanes), slope));
+        store(slopes + i * kLanes, slope);
+      }
+    });
+}
+
+// A tile is R lines of C vectors: a stretch of the run (R = 1), or a patch, which may read every S-th vector of every
+// S-th line.
+
+// What follows the sums of a row, and their write.
+template <int R, int C>
+FR_HD void finish(const Tile& t, int64_t row, Vec* acc) {
   constexpr int T = R * C;
   const GatherArgs& a = t.a;
   const int64_t step = t.step;
-  const int32_t* ptr = a.ptr + 2 * (segment * a.rows + row);
-  const int32_t* p = a.offsets + ptr[0];
-  const int32_t* const minus = a.offsets + ptr[1];
-  const int32_t* const end = a.offsets + ptr[2];
-  const bool last = segment + 1 == a.segments;
-  if (segment > 0 && p == end && !last) return;
-  float* const sums = t.sums + row * T * kLanes;
-  Vec acc[T];
-  if (segment > 0) {
-#pragma GCC unroll 32
-    for (int i = 0; i < T; ++i) acc[i] = load(sums + i * kLanes);
-  } else {
-#pragma GCC unroll 32
-    for (int i = 0; i < T; ++i) acc[i] = Vec(0.f);
-  }
-  const float* const x = t.x;
-  for (; p < minus; ++p)
-    over_tile<R, C>(acc, x + *p, t.x_step, S * kLanes,
-                    [](Vec& v, const float* s) FR_INLINE_LAMBDA { v = v + load(s); });
-  for (; p < end; ++p)
-    over_tile<R, C>(acc, x + *p, t.x_step, S * kLanes,
-                    [](Vec& v, const float* s) FR_INLINE_LAMBDA { v = v - load(s); });
-  if (!last) {
-#pragma GCC unroll 32
-    for (int i = 0; i < T; ++i) store(sums + i * kLanes, acc[i]);
-    return;
-  }
   const Epilogue& e = a.epilogue;
   const int64_t channel = row % e.channels, base = t.out + row * a.out_plane;
   if (e.scale != nullptr || e.shift != nullptr) {
@@ -102,21 +95,49 @@ void tile_row(const Tile& t, int64_t row, int64_t segment) {
   if (e.residual != nullptr)
     over_tile<R, C>(acc, e.residual + base, step, kLanes,
                     [](Vec& v, const float* s) FR_INLINE_LAMBDA { v = v + load(s); });
-  if (e.relu) {
+  const auto put = [](const Vec& v, float* d) FR_INLINE_LAMBDA { store(d, v); };
+  const int64_t sides = t.sides + row * (a.out_plane / kLanes);
+  if (e.act.kind == ActKind::relu && e.slopes == nullptr) {
+    if (e.passed != nullptr)
+      over_tile<R, C>(acc, e.passed + sides, step / kLanes, 1, [](const Vec& v, uint16_t* s) FR_INLINE_LAMBDA {
+        *s = static_cast<uint16_t>(bits(v > Vec(0.f)));
+      });
 #pragma GCC unroll 32
     for (int i = 0; i < T; ++i) acc[i] = relu(acc[i]);
+  } else if (e.act.kind != ActKind::none) {
+    if (e.passed != nullptr)
+      over_tile<R, C>(acc, e.passed + sides, step / kLanes, 1, [&](const Vec& v, uint16_t* s) FR_INLINE_LAMBDA {
+        *s = static_cast<uint16_t>(bits(is_open(e.act, v)));
+      });
+#pragma GCC unroll 32
+    for (int i = 0; i < T; ++i) store(t.room + i * kLanes, acc[i]);
+    float* const slopes = e.slopes == nullptr ? nullptr : t.room + T * kLanes;
+    activate(e.act, t.room, slopes, T);
+    if (slopes != nullptr) {
+#pragma GCC unroll 32
+      for (int i = 0; i < T; ++i) acc[i] = load(slopes + i * kLanes);
+      over_tile<R, C>(acc, e.slopes + base, step, kLanes, put);
+    }
+#pragma GCC unroll 32
+    for (int i = 0; i < T; ++i) acc[i] = load(t.room + i * kLanes);
   }
-  if (e.gate != nullptr)
-    over_tile<R, C>(acc, e.gate + base, step, kLanes,
-                    [](Vec& v, const float* s) FR_INLINE_LAMBDA { v = through(v, load(s)); });
-  const int64_t sides = t.sides + row * (a.out_plane / kLanes);
-  if (e.open != nullptr)
-    over_tile<R, C>(acc, e.open + sides, step / kLanes, 1,
-                    [](Vec& v, const uint16_t* s) FR_INLINE_LAMBDA { v = through(v, *s); });
-  if (e.passed != nullptr)
-    over_tile<R, C>(acc, e.passed + sides, step / kLanes, 1,
-                    [](const Vec& v, uint16_t* s) FR_INLINE_LAMBDA { *s = static_cast<uint16_t>(bits(v > Vec(0.f))); });
-  const auto put = [](const Vec& v, float* d) FR_INLINE_LAMBDA { store(d, v); };
+  if (e.gate != nullptr) {
+    if (e.gate_act.kind == ActKind::relu)
+      over_tile<R, C>(acc, e.gate + base, step, kLanes,
+                      [](Vec& v, const float* s) FR_INLINE_LAMBDA { v = through(v, load(s)); });
+    else
+      over_tile<R, C>(acc, e.gate + base, step, kLanes,
+                      [&](Vec& v, const float* s) FR_INLINE_LAMBDA { v = through(e.gate_act, v, load(s)); });
+  }
+  if (e.open != nullptr) {
+    const float slope = slope_of(e.gate_act);
+    if (slope == 0.f)
+      over_tile<R, C>(acc, e.open + sides, step / kLanes, 1,
+                      [](Vec& v, const uint16_t* s) FR_INLINE_LAMBDA { v = through(v, *s); });
+    else
+      over_tile<R, C>(acc, e.open + sides, step / kLanes, 1,
+                      [slope](Vec& v, const uint16_t* s) FR_INLINE_LAMBDA { v = pick(*s, v, v * Vec(slope)); });
+  }
   if (e.pre != nullptr) over_tile<R, C>(acc, e.pre + base, step, kLanes, put);
   if (e.post != nullptr) {
     const Vec post(e.post[channel]);
@@ -126,7 +147,88 @@ void tile_row(const Tile& t, int64_t row, int64_t segment) {
   over_tile<R, C>(acc, a.out + base, step, kLanes, put);
 }
 
-using RowFn = void (*)(const Tile&, int64_t, int64_t);
+// Rows whose lists are walked side by side: a sum is a chain of additions, each of which waits four cycles for the
+// last, and a tile of few vectors has few chains of its own.
+constexpr int rows_together(int64_t vectors) {
+#if defined(__AVX512F__)
+  constexpr int64_t kRegisters = 1;  // of a vector
+#else
+  constexpr int64_t kRegisters = kRegs;
+#endif
+  const int64_t rows = 8 / (vectors * kRegisters);
+  return rows > 4 ? 4 : rows < 1 ? 1 : static_cast<int>(rows);
+}
+
+// Entries ptr[2 k + from] to ptr[2 k + to] of the lists of rows k < K, in their order for each row; add(entry) is what
+// one does to a vector of the sum.
+template <int R, int C, int S, int K, class F>
+FR_HD void walk(const Tile& t, Vec* acc, const int32_t* ptr, int from, int to, const F& add) {
+  const float* const x = t.x;
+  const int32_t* const offsets = t.a.offsets;
+  int64_t common = K > 1 ? INT64_MAX : 0;
+  if constexpr (K > 1) {
+    for (int k = 0; k < K; ++k) common = std::min<int64_t>(common, ptr[2 * k + to] - ptr[2 * k + from]);
+    for (int64_t i = 0; i < common; ++i)
+#pragma GCC unroll 4
+      for (int k = 0; k < K; ++k) {
+        const int64_t e = ptr[2 * k + from] + i;
+        over_tile<R, C>(acc + k * R * C, x + offsets[e], t.x_step, S * kLanes, add(e));
+      }
+  }
+#pragma GCC unroll 4
+  for (int k = 0; k < K; ++k)
+    for (int64_t e = ptr[2 * k + from] + common, end = ptr[2 * k + to]; e < end; ++e)
+      over_tile<R, C>(acc + k * R * C, x + offsets[e], t.x_step, S * kLanes, add(e));
+}
+
+// K rows of one tile and one segment.
+template <int R, int C, int S, int K>
+void tile_rows(const Tile& t, int64_t row, int64_t segment) {
+  constexpr int T = R * C;
+  const GatherArgs& a = t.a;
+  const int32_t* const ptr = a.ptr + 2 * (segment * a.rows + row);
+  const bool last = segment + 1 == a.segments;
+  if (segment > 0 && ptr[0] == ptr[2 * K] && !last) return;
+  float* const sums = t.sums + row * T * kLanes;
+  Vec acc[K * T];
+  if (segment > 0) {
+#pragma GCC unroll 32
+    for (int i = 0; i < K * T; ++i) acc[i] = load(sums + i * kLanes);
+  } else {
+#pragma GCC unroll 32
+    for (int i = 0; i < K * T; ++i) acc[i] = Vec(0.f);
+  }
+  if (const float* const values = a.values; values != nullptr) {
+    walk<R, C, S, K>(t, acc, ptr, 0, 2, [values](int64_t e) FR_INLINE_LAMBDA {
+      return [value = Vec(values[e])](Vec& v, const float* s) FR_INLINE_LAMBDA { v = v + load(s) * value; };
+    });
+  } else {
+    walk<R, C, S, K>(t, acc, ptr, 0, 1, [](int64_t) FR_INLINE_LAMBDA {
+      return [](Vec& v, const float* s) FR_INLINE_LAMBDA { v = v + load(s); };
+    });
+    walk<R, C, S, K>(t, acc, ptr, 1, 2, [](int64_t) FR_INLINE_LAMBDA {
+      return [](Vec& v, const float* s) FR_INLINE_LAMBDA { v = v - load(s); };
+    });
+  }
+  if (!last) {
+#pragma GCC unroll 32
+    for (int i = 0; i < K * T; ++i) store(sums + i * kLanes, acc[i]);
+    return;
+  }
+#pragma GCC unroll 4
+  for (int k = 0; k < K; ++k) finish<R, C>(t, row + k, acc + k * T);
+}
+
+// `count` rows, at most rows_together of the tile.
+template <int R, int C, int S = 1>
+void tile_row(const Tile& t, int64_t row, int64_t count, int64_t segment) {
+  constexpr int kTogether = rows_together(R * C);
+  if constexpr (kTogether > 1)
+    if (count == kTogether) return tile_rows<R, C, S, kTogether>(t, row, segment);
+  for (int64_t end = row + count; row < end; ++row) tile_rows<R, C, S, 1>(t, row, segment);
+}
+
+using RowFn = void (*)(const Tile&, int64_t, int64_t, int64_t);
 
 template <int T>
 RowFn run_fn(int64_t tile) {
@@ -243,10 +345,11 @@ void gather_cpu(const GatherArgs& a) {
   const int64_t grain = std::max<int64_t>(1, kGrainWork / work);
   parallel_for(items, grain, [&](int64_t first, int64_t last) {
     std::vector<Gap> gaps;
+    alignas(kLanes * sizeof(float)) float room[2 * kMaxTile * kLanes];
     float* const sums = a.segments > 1 ? thread_sums.floats(a.rows * kMaxTile * kLanes) : nullptr;
     for (int64_t item = first; item < last; ++item) {
       const int64_t part = item % parts, tile = item / parts % tiles, block = item / parts / tiles;
-      int64_t begin, x_begin;
+      int64_t begin, x_begin, together;
       RowFn fn;
       if (patches.down > 0) {
         const int64_t down = tile / patches.across, across = tile % patches.across;
@@ -255,6 +358,7 @@ void gather_cpu(const GatherArgs& a) {
         begin = y0 * line + x0 * a.lanes;
         x_begin = a.x_stride * (y0 * x_line + x0 * a.lanes);
         fn = patch_fn(y1 - y0, x1 - x0, a.x_stride);
+        together = rows_together((y1 - y0) * (x1 - x0));
         // The last patch of its lines answers for their borders.
         gaps.clear();
         if (a.borders && x1 == a.width) find_gaps(a, y0 * line, y1 * line, false, gaps);
@@ -262,6 +366,7 @@ void gather_cpu(const GatherArgs& a) {
         x_begin = begin = tile * per_tile * kLanes;
         const int64_t end = std::min(vectors * kLanes, begin + per_tile * kLanes);
         fn = run_fn<kMaxTile>((end - begin) / kLanes);
+        together = rows_together((end - begin) / kLanes);
         find_gaps(a, begin, end, true, gaps);
       }
       const Tile t{a,
@@ -270,16 +375,19 @@ void gather_cpu(const GatherArgs& a) {
                    line,
                    a.x_stride * x_line,
                    block * a.rows * (a.out_plane / kLanes) + begin / kLanes,
-                   sums};
+                   sums,
+                   room};
       const int64_t row0 = row_boundary(a, part, parts), row1 = row_boundary(a, part + 1, parts);
       for (int64_t segment = 0; segment < a.segments; ++segment)
-        for (int64_t row = row0; row < row1; ++row) {
-          fn(t, row, segment);
+        for (int64_t row = row0; row < row1; row += together) {
+          const int64_t count = std::min<int64_t>(together, row1 - row);
+          fn(t, row, count, segment);
           if (segment + 1 < a.segments) continue;
-          const int64_t plane = block * a.out_block + row * a.out_plane + a.out_origin;
-          for (const Gap& gap : gaps) {
-            clear(a.out + plane + gap.at, gap.length);
-            if (a.epilogue.pre != nullptr) clear(a.epilogue.pre + plane + gap.at, gap.length);
+          for (int64_t k = row; k < row + count; ++k) {
+            const int64_t plane = block * a.out_block + k * a.out_plane + a.out_origin;
+            for (const Gap& gap : gaps)
+              for (float* const written : {a.out, a.epilogue.pre, a.epilogue.slopes})
+                if (written != nullptr) clear(written + plane + gap.at, gap.length);
           }
         }
     }

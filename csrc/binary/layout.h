@@ -1,6 +1,8 @@
 // Addresses in a Layout.
 #pragma once
 
+#include <cstring>
+
 #include "binary/args.h"
 #include "core/macros.h"
 
@@ -23,5 +25,21 @@ FR_HD int64_t run_length(const GatherArgs& a) { return ((a.height - 1) * a.pitch
 FR_HD bool is_pixel(const GatherArgs& a, int64_t p) {
   return p >= 0 && p < run_length(a) && p / a.lanes % a.pitch < a.width;
 }
+
+#if !defined(__CUDACC__)
+// Zeros in what a plane of `size` floats without phases holds beside the pixels.
+inline void clear_borders(float* plane, const Layout& l, int64_t height, int64_t width, int64_t size) {
+  const auto clear = [&](int64_t from, int64_t to) {
+    std::memset(plane + from, 0, static_cast<size_t>(to - from) * sizeof(float));
+  };
+  clear(0, l.origin);
+  const int64_t gap = l.row - width * l.col;
+  for (int64_t y = 0; y + 1 < height && gap > 0; ++y) {
+    float* const p = plane + l.origin + y * l.row + width * l.col;
+    for (int64_t i = 0; i < gap; ++i) p[i] = 0.f;
+  }
+  clear(l.origin + (height - 1) * l.row + width * l.col, size);
+}
+#endif
 
 FR_NS_END

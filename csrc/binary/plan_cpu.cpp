@@ -1,6 +1,7 @@
 // From the index lists of a weight to offsets into a fast layout, and from a dense weight to its index lists.
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -37,7 +38,7 @@ bool plan_cpu(const PlanArgs& a) {
   for (int64_t k = 0; k < a.kernel_h; ++k) ys.push_back(tap(k, a.stride_h, a.pad_h, a.dilation_h));
   for (int64_t k = 0; k < a.kernel_w; ++k) xs.push_back(tap(k, a.stride_w, a.pad_w, a.dilation_w));
   bool fits = true;
-  // Calls f(list, offset, tap) for every entry, in the order of the weight.
+  // Calls f(list, offset, tap, entry) for every entry, in the order of the weight.
   const auto each = [&](const auto& f) {
     for (int64_t k = 0; k < a.out_channels; ++k)
       for (int sign = 0; sign < 2; ++sign)
@@ -48,32 +49,35 @@ bool plan_cpu(const PlanArgs& a) {
                         phased = (y.phase * a.stride_w + x.phase) * a.in_channels + channel;
           const int64_t shift = (y.shift * a.pitch + x.shift) * a.lanes;
           if (a.transposed)
-            f(2 * (k % group_out / segment * rows + phased) + sign, k * a.plane - shift, t);
+            f(2 * (k % group_out / segment * rows + phased) + sign, k * a.plane - shift, t, e);
           else
-            f(2 * (c / segment * rows + k) + sign, phased * a.plane + shift, t);
+            f(2 * (c / segment * rows + k) + sign, phased * a.plane + shift, t, e);
         }
   };
   int32_t* const ptr = a.out_ptr;
   for (int64_t i = 0; i <= 2 * segments * rows; ++i) ptr[i] = 0;
-  each([&](int64_t list, int64_t offset, int64_t) {
+  each([&](int64_t list, int64_t offset, int64_t, int64_t) {
     ++ptr[list + 1];
     fits = fits && offset >= INT32_MIN && offset <= INT32_MAX;
   });
   if (!fits) return false;
   for (int64_t i = 0; i < 2 * segments * rows; ++i) ptr[i + 1] += ptr[i];
   std::vector<int32_t> next(ptr, ptr + 2 * segments * rows);
-  each([&](int64_t list, int64_t offset, int64_t t) {
+  each([&](int64_t list, int64_t offset, int64_t t, int64_t e) {
     const int32_t at = next[static_cast<size_t>(list)]++;
     a.offsets[at] = static_cast<int32_t>(offset);
     if (a.taps != nullptr) a.taps[at] = static_cast<uint16_t>(t);
+    if (a.values != nullptr) a.out_values[at] = a.values[e];
   });
   return true;
 }
 
-bool pack_cpu(const PackArgs& a) {
+// First without `index`: counts into ptr, and what the entries are. A real weight has one list a row, in place of the
+// plus list.
+Entries pack_cpu(const PackArgs& a) {
   const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, a.row_size));
   if (a.index == nullptr) {
-    std::atomic<bool> signs{true};
+    std::atomic<bool> signs{true}, finite{true};
     parallel_for(a.rows, grain, [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row) {
         const float* const w = a.weight + row * a.row_size;
@@ -83,13 +87,21 @@ bool pack_cpu(const PackArgs& a) {
           minus += w[i] == -1.f;
           zero += w[i] == 0.f;
         }
-        if (plus + minus + zero != a.row_size) signs = false;
+        if (plus + minus + zero != a.row_size) {
+          signs = false;
+          if (!std::all_of(w, w + a.row_size, [](float v) { return std::isfinite(v); })) finite = false;
+          minus = static_cast<int32_t>(a.row_size) - zero - plus;
+        }
         a.ptr[2 * row + 1] = plus;
         a.ptr[2 * row + 2] = minus;
       }
     });
+    for (int64_t row = 0; row < a.rows && !signs; ++row) {
+      a.ptr[2 * row + 1] += a.ptr[2 * row + 2];
+      a.ptr[2 * row + 2] = 0;
+    }
     for (int64_t i = 0; i < 2 * a.rows; ++i) a.ptr[i + 1] += a.ptr[i];
-    return signs;
+    return signs ? Entries::signs : finite ? Entries::real : Entries::not_finite;
   }
   parallel_for(a.rows, grain, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
@@ -105,13 +117,18 @@ bool pack_cpu(const PackArgs& a) {
           }
         }
         for (const int64_t end = std::min(a.row_size, i + kLanes); i < end; ++i) {
-          if (w[i] > 0.f) *plus++ = static_cast<int32_t>(i);
-          if (w[i] < 0.f) *minus++ = static_cast<int32_t>(i);
+          if (a.values != nullptr && w[i] != 0.f) {
+            a.values[plus - a.index] = w[i];
+            *plus++ = static_cast<int32_t>(i);
+          } else {
+            if (w[i] > 0.f) *plus++ = static_cast<int32_t>(i);
+            if (w[i] < 0.f) *minus++ = static_cast<int32_t>(i);
+          }
         }
       }
     }
   });
-  return true;
+  return a.values == nullptr ? Entries::signs : Entries::real;
 }
 
 FR_NS_END

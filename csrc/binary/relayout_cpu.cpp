@@ -31,21 +31,6 @@ std::vector<int64_t> pixel_offsets(const Layout& l, int64_t height, int64_t widt
   return at;
 }
 
-// What a plane holds beside its pixels, when every row of it is written.
-void clear_borders(float* plane, const RelayoutArgs& a) {
-  const Layout& d = a.to;
-  const auto clear = [&](int64_t from, int64_t to) {
-    std::memset(plane + from, 0, static_cast<size_t>(to - from) * sizeof(float));
-  };
-  clear(0, d.origin);
-  const int64_t gap = d.row - a.width * d.col;
-  for (int64_t y = 0; y + 1 < a.height && gap > 0; ++y) {
-    float* const p = plane + d.origin + y * d.row + a.width * d.col;
-    for (int64_t i = 0; i < gap; ++i) p[i] = 0.f;
-  }
-  clear(d.origin + (a.height - 1) * d.row + a.width * d.col, a.plane);
-}
-
 // Contiguous images on one side, `lanes` of them interleaved on the other.
 template <bool kInterleave>
 void transpose_images(const float* src, float* dst, int64_t image, const int64_t* at, int64_t pixels, int64_t lanes,
@@ -121,6 +106,40 @@ void transpose_channels(const RelayoutArgs& a, const float* src, float* dst, con
       }
 }
 
+// Channels side by side on the plain side, each in rows of its own on the other (one lane), up to kChannels of them.
+template <bool kInto>
+void transpose_rows(const RelayoutArgs& a, const float* src, float* dst, int64_t channels) {
+  const Layout &p = kInto ? a.from : a.to, &f = kInto ? a.to : a.from;
+  const int64_t even = channels / 4 * 4, step = p.col * f.phases_w;
+  for (int64_t y = 0; y < a.height; ++y)
+    for (int64_t phase = 0; phase < std::min<int64_t>(f.phases_w, a.width); ++phase) {
+      const int64_t width = (a.width - phase + f.phases_w - 1) / f.phases_w;
+      const int64_t plain = y * p.row + phase * p.col, fast = row_at(f, y) + phase * f.phase;
+      const float* const from = src + (kInto ? plain : fast);
+      float* const to = dst + (kInto ? fast : plain);
+      const auto one = [&](int64_t x, int64_t c) FR_INLINE_LAMBDA {
+        if (kInto)
+          to[c * f.channel + x] = from[x * step + c];
+        else
+          to[x * step + c] = from[c * f.channel + x];
+      };
+      int64_t x = 0;
+      for (; x + 4 <= width; x += 4) {
+        for (int64_t c = 0; c < even; c += 4) {
+          Quad q[4];
+          for (int j = 0; j < 4; ++j)
+            q[j] = load_quad(kInto ? from + (x + j) * step + c : from + (c + j) * f.channel + x);
+          transpose(q);
+          for (int j = 0; j < 4; ++j) store_quad(kInto ? to + (c + j) * f.channel + x : to + (x + j) * step + c, q[j]);
+        }
+        for (int64_t c = even; c < channels; ++c)
+          for (int j = 0; j < 4; ++j) one(x + j, c);
+      }
+      for (; x < width; ++x)
+        for (int64_t c = 0; c < channels; ++c) one(x, c);
+    }
+}
+
 struct Job {
   const RelayoutArgs& a;
   const int64_t* from;  // pixel offsets
@@ -169,7 +188,9 @@ void relayout_cpu(const RelayoutArgs& a) {
   const std::vector<int64_t> from = pixel_offsets(s, a.height, a.width), to = pixel_offsets(d, a.height, a.width);
   const int phases = d.phases_h * d.phases_w;
   const int64_t group = lanes / d.lanes;  // destination blocks per group of images
-  const bool into = is_channels_last(s), out_of = is_channels_last(d), by_channels = lanes % 4 == 0 && (into || out_of);
+  const bool into = is_channels_last(s), out_of = is_channels_last(d),
+             by_rows = lanes == 1 && ((into && d.col == 1) || (out_of && s.col == 1)),
+             by_channels = by_rows || (lanes % 4 == 0 && (into || out_of));
   const int64_t each = by_channels ? kChannels : 1, groups = (a.channels + each - 1) / each;
   const int64_t grain = std::max<int64_t>(1, kGrainFloats / std::max<int64_t>(1, pixels * lanes * each));
   parallel_for(blocks * groups, grain, [&](int64_t first, int64_t last) {
@@ -178,18 +199,24 @@ void relayout_cpu(const RelayoutArgs& a) {
       const int64_t channels = std::min(each, a.channels - c), n0 = block * lanes,
                     count = std::min(lanes, a.batch - n0);
       const Job job{a, from.data(), to.data(), a.src + c * s.channel, a.dst + c * d.channel, n0, count};
-      if (a.plane > 0)
+      // Calls f(a plane that is written, whether all of its rows are).
+      const auto planes = [&](const auto& f) {
+        if (a.plane == 0) return;
         for (int64_t b = block * group; b * d.lanes < n0 + count; ++b)
-          for (int64_t k = 0; k < channels * phases; ++k) {
-            float* const plane = job.dst + b * d.block + k % phases * d.phase + k / phases * d.channel;
-            if (phases == 1 && (b + 1) * d.lanes <= a.batch)
-              clear_borders(plane, a);
-            else
-              std::memset(plane, 0, static_cast<size_t>(a.plane) * sizeof(float));
-          }
+          for (int64_t k = 0; k < channels * phases; ++k)
+            f(job.dst + b * d.block + k % phases * d.phase + k / phases * d.channel,
+              phases == 1 && (b + 1) * d.lanes <= a.batch);
+      };
+      planes([&](float* plane, bool rows) {
+        if (!rows) std::memset(plane, 0, static_cast<size_t>(a.plane) * sizeof(float));
+      });
       const float* const src = job.src + image_at(s, n0);
       float* const dst = job.dst + image_at(d, n0);
-      if (by_channels && into) {
+      if (by_rows && into) {
+        transpose_rows<true>(a, src, dst, channels);
+      } else if (by_rows) {
+        transpose_rows<false>(a, src, dst, channels);
+      } else if (by_channels && into) {
         transpose_channels<true>(a, src, dst, job.from, job.to, channels, lanes, count);
       } else if (by_channels) {
         transpose_channels<false>(a, src, dst, job.to, job.from, channels, lanes, count);
@@ -203,6 +230,10 @@ void relayout_cpu(const RelayoutArgs& a) {
       } else {
         copy_any(job);
       }
+      // Afterwards, while the lines are near.
+      planes([&](float* plane, bool rows) {
+        if (rows) clear_borders(plane, d, a.height, a.width, a.plane);
+      });
     }
   });
 }

@@ -7,8 +7,10 @@ FR_NS_BEGIN
 void gather_cpu(const GatherArgs&);
 void direct_cpu(const DirectArgs&);
 void relayout_cpu(const RelayoutArgs&);
+void max_pool_cpu(const PoolArgs&);
+void max_pool_grad_cpu(const PoolArgs&);
 bool plan_cpu(const PlanArgs&);
-bool pack_cpu(const PackArgs&);
+Entries pack_cpu(const PackArgs&);
 void topk_cpu(const TopkArgs&);
 int64_t encode_cpu(const CodeArgs&);
 void decode_cpu(const CodeArgs&);
@@ -19,7 +21,7 @@ constexpr bool kStrides = true;  // a pixel of sixteen images is a register
 #else
 constexpr bool kStrides = false;
 #endif
-const BinaryTable binary_table = {kStrides, gather_cpu, direct_cpu, relayout_cpu, plan_cpu,
-                                  pack_cpu, topk_cpu,   encode_cpu, decode_cpu};
+const BinaryTable binary_table = {kStrides, gather_cpu, direct_cpu, relayout_cpu, max_pool_cpu, max_pool_grad_cpu,
+                                  plan_cpu, pack_cpu,   topk_cpu,   encode_cpu,   decode_cpu};
 
 FR_NS_END

@@ -1,7 +1,7 @@
 // Radix selection of the `keep` largest scores on CUDA, without leaving the device.
 #include "binary/kernels.h"
 #include "binary/order.h"
-#include "runtime/cuda.h"
+#include "runtime/wide_cuda.h"
 
 FR_NS_BEGIN
 namespace {
@@ -16,16 +16,21 @@ __device__ int64_t rank_of(const uint32_t* w) {
   return static_cast<int64_t>(static_cast<uint64_t>(w[kRankHigh]) << 32 | w[kRankLow]);
 }
 
-__global__ void __launch_bounds__(kThreads) histogram_kernel(TopkArgs a, int pass) {
+template <bool kWide>
+__global__ void __launch_bounds__(kThreads) histogram_kernel(TopkArgs a, int pass, int shift) {
   __shared__ uint32_t counts[kBins];
   for (int b = static_cast<int>(threadIdx.x); b < kBins; b += kThreads) counts[b] = 0;
   __syncthreads();
   const uint32_t prefix = a.workspace[kPrefix];
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < a.n;
-       i += static_cast<int64_t>(gridDim.x) * kThreads) {
-    const uint32_t key = order_key(a.scores[i]);
-    if (pass == 0 || (key >> digit_shift(pass - 1)) == prefix) atomicAdd(&counts[digit(key, pass)], 1u);
-  }
+  each_element<kWide, 4>(a.n, shift, static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x,
+                         static_cast<int64_t>(gridDim.x) * kThreads, [&](auto i) {
+                           const auto scores = load_at<Use::again>(a.scores, i);
+                           for (int k = 0; k < i.count; ++k) {
+                             const uint32_t key = order_key(scores.v[k]);
+                             if (pass == 0 || (key >> digit_shift(pass - 1)) == prefix)
+                               atomicAdd(&counts[digit(key, pass)], 1u);
+                           }
+                         });
   __syncthreads();
   uint32_t* const total = a.workspace + pass * kBins;
   for (int b = static_cast<int>(threadIdx.x); b < kBins; b += kThreads)
@@ -51,19 +56,33 @@ struct Chunk {
   int64_t begin, end;
 };
 __device__ Chunk chunk_of(int64_t n, int64_t block, int64_t blocks) {
-  const int64_t size = (n + blocks - 1) / blocks, begin = block * size, end = begin + size;
+  const int64_t size = ((n + blocks - 1) / blocks + 15) / 16 * 16, begin = block * size, end = begin + size;
   return {begin < n ? begin : n, end < n ? end : n};
 }
 
+// kWide: sixteen scores make sixteen bytes of the mask.
+template <bool kWide>
 __global__ void __launch_bounds__(kThreads) mask_kernel(TopkArgs a) {
   const uint32_t threshold = a.workspace[kPrefix];
   const Chunk c = chunk_of(a.n, blockIdx.x, gridDim.x);
   uint32_t equal = 0;
-  for (int64_t i = c.begin + threadIdx.x; i < c.end; i += kThreads) {
-    const uint32_t key = order_key(a.scores[i]);
-    a.mask[i] = a.keep > 0 && key >= threshold;
+  const auto kept = [&](float score) {
+    const uint32_t key = order_key(score);
     equal += key == threshold ? 1u : 0u;
+    return static_cast<uint8_t>(a.keep > 0 && key >= threshold);
+  };
+  int64_t whole = c.begin;
+  if constexpr (kWide) {
+    whole += (c.end - c.begin) / 16 * 16;
+    for (int64_t i = c.begin + 16 * threadIdx.x; i < whole; i += 16 * kThreads) {
+      const Values<float, 16> scores = load_wide<16, Use::again>(a.scores + i);
+      Values<uint8_t, 16> mask;
+#pragma unroll
+      for (int k = 0; k < 16; ++k) mask.v[k] = kept(scores.v[k]);
+      store_wide<16>(a.mask + i, mask);
+    }
   }
+  for (int64_t i = whole + threadIdx.x; i < c.end; i += kThreads) a.mask[i] = kept(a.scores[i]);
   if (equal != 0) atomicAdd(&a.workspace[kTies + blockIdx.x], equal);
 }
 
@@ -101,11 +120,18 @@ int64_t topk_workspace_words(int64_t n) { return kTies + static_cast<int64_t>(bl
 void topk_cuda(const TopkArgs& a, void* stream) {
   if (a.n == 0) return;
   const unsigned blocks = blocks_for(a.n);
+  const Addresses scores = Addresses().add(a.scores), both = Addresses(scores).add(a.mask, 1);
   for (int pass = 0; pass < kPasses; ++pass) {
-    FR_LAUNCH(histogram_kernel, blocks, kThreads, 0, stream, a, pass);
+    if (scores.aligned)
+      FR_LAUNCH(histogram_kernel<true>, blocks, kThreads, 0, stream, a, pass, scores.shift);
+    else
+      FR_LAUNCH(histogram_kernel<false>, blocks, kThreads, 0, stream, a, pass, 0);
     FR_LAUNCH(select_kernel, 1, kThreads, 0, stream, a, pass);
   }
-  FR_LAUNCH(mask_kernel, blocks, kThreads, 0, stream, a);
+  if (both.whole(16))
+    FR_LAUNCH(mask_kernel<true>, blocks, kThreads, 0, stream, a);
+  else
+    FR_LAUNCH(mask_kernel<false>, blocks, kThreads, 0, stream, a);
   if (a.keep > 0) FR_LAUNCH(ties_kernel, blocks, kThreads, 0, stream, a);
 }
 

@@ -1,4 +1,5 @@
 // Python bindings of the binary family: raw addresses in, kernels launched on the CPU or on a CUDA stream.
+#include <algorithm>
 #include <array>
 #include <string>
 #include <tuple>
@@ -62,12 +63,27 @@ void launch(int device, Address, const DirectArgs& a) {
 }
 
 // What only the lists and the layouts decide: ptr, offsets, rows, segments, entries, blocks, x_block, x_origin,
-// out_block, out_origin, out_plane, height, width, pitch, lanes, depth, x_pitch, x_stride
-using GatherShape = std::array<int64_t, 18>;
+// out_block, out_origin, out_plane, height, width, pitch, lanes, depth, x_pitch, x_stride, values
+using GatherShape = std::array<int64_t, 19>;
+
+// kind, a, b
+using ActTuple = std::tuple<int32_t, float, float>;
+
+Act act_of(const ActTuple& t, const char* name, bool sided) {
+  const auto [kind, a, b] = t;
+  if (kind < 0 || kind >= kActKinds)
+    throw std::invalid_argument(std::string(name) + ": got kind " + std::to_string(kind) + ", expected 0 to " +
+                                std::to_string(kActKinds - 1));
+  const Act act{static_cast<ActKind>(kind), a, b};
+  if (sided && act.kind != ActKind::relu && act.kind != ActKind::leaky_relu && act.kind != ActKind::hardtanh)
+    throw std::invalid_argument(std::string(name) + ": got kind " + std::to_string(kind) +
+                                " with bits of its sides, expected relu, leaky_relu or hardtanh");
+  return act;
+}
 
 GatherArgs gather_args(Address x, Address out, const GatherShape& shape, Address scale, Address shift, Address post,
-                       Address residual, Address gate, Address pre, Address passed, Address open, int64_t channels,
-                       bool relu, bool borders) {
+                       Address residual, Address gate, Address pre, Address passed, Address open, Address slopes,
+                       int64_t channels, const ActTuple& act, const ActTuple& gate_act, bool borders) {
   GatherArgs a;
   a.rows = shape[2];
   a.segments = shape[3];
@@ -92,6 +108,7 @@ GatherArgs gather_args(Address x, Address out, const GatherShape& shape, Address
   a.out = pointer<float>(out, size, "out");
   a.ptr = pointer<const int32_t>(static_cast<Address>(shape[0]), 1, "ptr");
   a.offsets = pointer<const int32_t>(static_cast<Address>(shape[1]), a.entries, "offsets");
+  a.values = as<const float>(static_cast<Address>(shape[18]));
   a.borders = borders;
   a.epilogue.scale = as<const float>(scale);
   a.epilogue.shift = as<const float>(shift);
@@ -102,19 +119,23 @@ GatherArgs gather_args(Address x, Address out, const GatherShape& shape, Address
   a.epilogue.passed = as<uint16_t>(passed);
   a.epilogue.open = as<const uint16_t>(open);
   a.epilogue.channels = channels;
-  a.epilogue.relu = relu;
+  a.epilogue.slopes = as<float>(slopes);
+  a.epilogue.act = act_of(act, "act", passed != 0);
+  a.epilogue.gate_act = act_of(gate_act, "gate_act", open != 0);
   return a;
 }
 
 void gather(int device, Address stream, Address x, Address out, const GatherShape& shape, Address scale, Address shift,
-            Address post, Address residual, Address gate, Address pre, int64_t channels, bool relu) {
-  const GatherArgs a = gather_args(x, out, shape, scale, shift, post, residual, gate, pre, 0, 0, channels, relu, true);
+            Address post, Address residual, Address gate, Address pre, Address slopes, int64_t channels,
+            const ActTuple& act, const ActTuple& gate_act) {
+  const GatherArgs a =
+      gather_args(x, out, shape, scale, shift, post, residual, gate, pre, 0, 0, slopes, channels, act, gate_act, true);
   without_gil(a.blocks * a.rows * a.height * a.width, [&] { launch(device, stream, a); });
 }
 
 // ptr, offsets, taps, masks, rows, segments, entries, tap_count, batch, x_block, channels, in_height, in_width,
-// stride_h, stride_w, phases, height, width
-using DirectShape = std::array<int64_t, 18>;
+// stride_h, stride_w, phases, height, width, values
+using DirectShape = std::array<int64_t, 19>;
 
 DirectArgs direct_args(Address x, Address out, const DirectShape& shape, Address scale, Address shift, Address residual,
                        bool relu) {
@@ -138,6 +159,7 @@ DirectArgs direct_args(Address x, Address out, const DirectShape& shape, Address
   a.out = pointer<float>(out, size, "out");
   a.ptr = pointer<const int32_t>(static_cast<Address>(shape[0]), 1, "ptr");
   a.offsets = pointer<const int32_t>(static_cast<Address>(shape[1]), a.entries, "offsets");
+  a.values = as<const float>(static_cast<Address>(shape[18]));
   a.taps = pointer<const uint16_t>(static_cast<Address>(shape[2]), a.entries, "taps");
   a.masks = pointer<const uint16_t>(static_cast<Address>(shape[3]), size, "masks");
   a.scale = as<const float>(scale);
@@ -176,16 +198,81 @@ void relayout(int device, Address stream, Address src, Address dst, const Layout
   without_gil(batch * channels * height * width, [&] { launch(device, stream, a); });
 }
 
+// kernel, stride, padding, dilation, each by dimension
+using PoolWindow = std::array<int64_t, 8>;
+
+// sizes: of the pool's input and output.
+PoolArgs pool_args(Address x, Address out, Address where, const LayoutTuple& from, const LayoutTuple& to, int64_t batch,
+                   int64_t channels, const std::array<int64_t, 4>& sizes, const PoolWindow& window, int64_t plane) {
+  PoolArgs a;
+  a.from = layout(from);
+  a.to = layout(to);
+  for (const Layout* l : {&a.from, &a.to})
+    if (l->lanes != a.from.lanes || l->col != l->lanes || l->lanes < 1 || 16 % l->lanes != 0 ||
+        l->phases_h * l->phases_w != 1)
+      throw std::invalid_argument("max_pool: got layouts of " + std::to_string(a.from.lanes) + " and " +
+                                  std::to_string(a.to.lanes) +
+                                  " lanes, expected equally many, 1, 2, 4, 8 or 16, without phases");
+  a.batch = batch;
+  a.channels = channels;
+  std::tie(a.in_h, a.in_w, a.out_h, a.out_w) = std::tie(sizes[0], sizes[1], sizes[2], sizes[3]);
+  std::tie(a.kernel_h, a.kernel_w, a.stride_h, a.stride_w) = std::tie(window[0], window[1], window[2], window[3]);
+  std::tie(a.pad_h, a.pad_w, a.dilation_h, a.dilation_w) = std::tie(window[4], window[5], window[6], window[7]);
+  if (std::min({a.kernel_h, a.kernel_w, a.stride_h, a.stride_w, a.dilation_h, a.dilation_w}) < 1 ||
+      std::min(a.pad_h, a.pad_w) < 0 || (where != 0 && a.kernel_h * a.kernel_w > 255))
+    throw std::invalid_argument("max_pool: got a window of " + std::to_string(a.kernel_h) + " x " +
+                                std::to_string(a.kernel_w) +
+                                ", expected positive sizes, and at most 255 pixels where a gradient is wanted");
+  const int64_t size = batch * channels;
+  a.x = pointer<const float>(x, size, "x");
+  a.out = pointer<float>(out, size, "out");
+  a.where = as<uint8_t>(where);
+  a.plane = plane;
+  return a;
+}
+
+struct PoolGradArgs : PoolArgs {};
+
+void launch(int device, Address stream, const PoolArgs& a) {
+  if (a.batch * a.channels * a.in_h * a.in_w * a.out_h * a.out_w == 0) return;
+  if (device < 0) {
+    binary().max_pool(a);
+    return;
+  }
+#if defined(FASTROBUST_HAS_CUDA)
+  const DeviceGuard guard(device);
+  max_pool_cuda(a, as<void>(stream));
+#else
+  (void)stream;
+  no_cuda();
+#endif
+}
+
+void launch(int device, Address stream, const PoolGradArgs& a) {
+  if (a.batch * a.channels * a.in_h * a.in_w * a.out_h * a.out_w == 0) return;
+  if (device < 0) {
+    binary().max_pool_grad(a);
+    return;
+  }
+#if defined(FASTROBUST_HAS_CUDA)
+  const DeviceGuard guard(device);
+  max_pool_grad_cuda(a, as<void>(stream));
+#else
+  (void)stream;
+  no_cuda();
+#endif
+}
+
 // A sequence of gathers and copies that differs from run to run only in where its buffers lie, so that a network costs
 // one call from Python. An address is absolute (weights, constants) or, with base b + 1 in its top byte, an offset into
 // the b-th of the bases that `run` is given.
 class Program {
  public:
   void gather(Address x, Address out, const GatherShape& shape, Address scale, Address shift, Address post,
-              Address residual, Address gate, Address pre, Address passed, Address open, int64_t channels, bool relu,
-              bool borders) {
-    steps_.emplace_back(
-        gather_args(x, out, shape, scale, shift, post, residual, gate, pre, passed, open, channels, relu, borders));
+              Address residual, Address gate, Address pre, Address passed, Address open, Address slopes,
+              int64_t channels, const ActTuple& act, const ActTuple& gate_act, bool borders) {
+    steps_.emplace_back(gather_args(x, out, shape, scale, shift, post, residual, gate, pre, passed, open, slopes,
+                                    channels, act, gate_act, borders));
   }
 
   void direct(Address x, Address out, const DirectShape& shape, Address scale, Address shift, Address residual,
@@ -198,13 +285,25 @@ class Program {
     steps_.emplace_back(relayout_args(src, dst, from, to, batch, channels, height, width, plane));
   }
 
+  void max_pool(Address x, Address out, Address where, const LayoutTuple& from, const LayoutTuple& to, int64_t batch,
+                int64_t channels, const std::array<int64_t, 4>& sizes, const PoolWindow& window, int64_t plane) {
+    steps_.emplace_back(pool_args(x, out, where, from, to, batch, channels, sizes, window, plane));
+  }
+
+  void max_pool_grad(Address grad, Address where, Address dx, const LayoutTuple& from, const LayoutTuple& to,
+                     int64_t batch, int64_t channels, const std::array<int64_t, 4>& sizes, const PoolWindow& window,
+                     int64_t plane) {
+    pointer<const uint8_t>(where, batch * channels, "where");
+    steps_.emplace_back(PoolGradArgs{pool_args(grad, dx, where, from, to, batch, channels, sizes, window, plane)});
+  }
+
   void run(int device, Address stream, const std::vector<Address>& bases) const {
     py::gil_scoped_release release;
     for (const Step& step : steps_) std::visit([&](auto args) { launch(device, stream, place(args, bases)); }, step);
   }
 
  private:
-  using Step = std::variant<GatherArgs, DirectArgs, RelayoutArgs>;
+  using Step = std::variant<GatherArgs, DirectArgs, RelayoutArgs, PoolArgs, PoolGradArgs>;
 
   template <class T>
   static void place(T*& p, const std::vector<Address>& bases) {
@@ -221,6 +320,7 @@ class Program {
     place(a.epilogue.pre, bases);
     place(a.epilogue.passed, bases);
     place(a.epilogue.open, bases);
+    place(a.epilogue.slopes, bases);
     return a;
   }
   static DirectArgs place(DirectArgs a, const std::vector<Address>& bases) {
@@ -237,12 +337,20 @@ class Program {
     return a;
   }
 
+  template <class Args, std::enable_if_t<std::is_base_of_v<PoolArgs, Args>, int> = 0>
+  static Args place(Args a, const std::vector<Address>& bases) {
+    place(a.x, bases);
+    place(a.out, bases);
+    place(a.where, bases);
+    return a;
+  }
+
   std::vector<Step> steps_;
 };
 
 void plan(Address ptr, Address index, int64_t kept, const std::array<int64_t, 5>& shape,
           const std::array<int64_t, 6>& geometry, bool transposed, int64_t lanes, int64_t plane, int64_t pitch,
-          int64_t segment, Address out_ptr, Address offsets, Address taps) {
+          int64_t segment, Address out_ptr, Address offsets, Address taps, Address values, Address out_values) {
   PlanArgs a;
   a.ptr = pointer<const int32_t>(ptr, 1, "ptr");
   a.index = pointer<const int32_t>(index, kept, "index");
@@ -265,19 +373,25 @@ void plan(Address ptr, Address index, int64_t kept, const std::array<int64_t, 5>
   a.out_ptr = pointer<int32_t>(out_ptr, 1, "out_ptr");
   a.offsets = pointer<int32_t>(offsets, kept, "offsets");
   a.taps = as<uint16_t>(taps);
+  a.values = as<const float>(values);
+  if (values != 0) a.out_values = pointer<float>(out_values, kept, "out_values");
   bool fits = false;
   without_gil(kept, [&] { fits = binary().plan(a); });
   if (!fits)
     throw std::invalid_argument("x: one group of images is too large for 32-bit offsets; expected a smaller map");
 }
 
-// Counts first, then the lists: their length is data, so this is for the CPU. False for an entry not in {-1, 0, 1}.
-bool pack(Address weight, int64_t rows, int64_t row_size, Address ptr, Address index, bool counting) {
-  const PackArgs a{pointer<const float>(weight, rows * row_size, "weight"), rows, row_size,
-                   pointer<int32_t>(ptr, 1, "ptr"), counting ? nullptr : as<int32_t>(index)};
-  bool signs = true;
-  without_gil(rows * row_size, [&] { signs = binary().pack(a); });
-  return signs;
+// Counts first, then the lists: their length is data, so this is for the CPU. Returns the number of an `Entries`.
+int pack(Address weight, int64_t rows, int64_t row_size, Address ptr, Address index, Address values, bool counting) {
+  const PackArgs a{pointer<const float>(weight, rows * row_size, "weight"),
+                   rows,
+                   row_size,
+                   pointer<int32_t>(ptr, 1, "ptr"),
+                   counting ? nullptr : as<int32_t>(index),
+                   as<float>(values)};
+  Entries entries = Entries::signs;
+  without_gil(rows * row_size, [&] { entries = binary().pack(a); });
+  return static_cast<int>(entries);
 }
 
 // CPU: returns false when a score is not finite, the mask is then untouched.
@@ -334,6 +448,8 @@ void bind_binary(py::module_& m) {
       .def("gather", &Program::gather)
       .def("direct", &Program::direct)
       .def("relayout", &Program::relayout)
+      .def("max_pool", &Program::max_pool)
+      .def("max_pool_grad", &Program::max_pool_grad)
       .def("run", &Program::run);
   m.attr("huge_page") = kHugePage;
   m.def("prefer_huge_pages", &prefer_huge_pages);

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "bounds/args.h"
-#include "bounds/elementary.h"
+#include "core/elementary.h"
 
 FR_NS_BEGIN
 

@@ -282,6 +282,8 @@ class Everything(nn.Module):
     def __init__(self, norm: float, clip: Any) -> None:
         super().__init__()
         self.norm, self.clip = norm, clip
+        self.register_buffer("labels", LABELS)  # torch 2.6 exports no tensor that is neither a buffer nor an argument
+        self.register_buffer("targets", TARGETS)
 
     def forward(self, x: Tensor, x0: Tensor, grad: Tensor, v: Tensor, z: Tensor) -> tuple[Tensor, ...]:
         norm, clip = self.norm, self.clip
@@ -291,7 +293,7 @@ class Everything(nn.Module):
         start = ops.random_start(x0, 0.2, norm, clip, seed=4)
         return (
             ops.project(again, x0, 0.2, norm, clip), value, keep, average, alpha, start, ops.fosc(x, x0, grad, 0.1, norm),
-            *ops.cross_entropy(z, LABELS), *ops.dlr_targeted_loss(z, LABELS, TARGETS), *ops.kl_divergence(z, z.flip(1)),
+            *ops.cross_entropy(z, self.labels), *ops.dlr_targeted_loss(z, self.labels, self.targets), *ops.kl_divergence(z, z.flip(1)),
             ops.polyhedral_distance(z, z.amax(1), -0.5, 0.5, 2),
         )  # type: ignore[return-value]  # fmt: skip
 

@@ -42,7 +42,7 @@ COPY = {"copy": 0.12e-3, "copy far": 0.1e-3, "copy single": 0.0, "copy row": 5.4
 _COPY_CHANNELS_LAST = 0.25e-3  # a float, which lies in as many lines of cache as there are images
 # torch: `mac` a multiplication of a dense convolution (of a kernel of one pixel), `weight` a float of the weight, which is
 # reordered in every call, `map` a float read or written, `map reordered` what it costs more where channels are outermost. Input
-# gradients are computed for multiples of sixteen channels.
+# gradients, and groups of channels, are computed for multiples of sixteen channels.
 DENSE = {"start": 20.0, "mac": 4.7e-6, "mac 1x1": 4.9e-6, "weight": 0.175e-3, "map": 0.06e-3, "map reordered": 0.2e-3}
 # From plain maps to plain maps: as SPARSE, `add masked` where borders are masks, `add lines` where only those of the first
 # and the last line of a tile differ from the others, `phase` a float of the phases of a stride.
@@ -56,12 +56,24 @@ DIRECT = {
     "store": 0.1e-3,
     "phase": 0.13e-3,
 }
+# By which a multiplication lengthens an addition (not fitted: where sixteen images lie side by side the loads are aligned
+# and cheaper, so that it shows more).
+_VALUED = {
+    "add": 1.45,
+    "add segmented": 1.45,
+    "add unaligned": 1.3,
+    "add masked": 1.15,
+    "add lines": 1.15,
+}
 _DIRECT_CALL = 4.0  # a call from Python by itself
 _DIRECT_MARGIN = 0.85  # see _MARGIN
 _COPIED = 1.05  # the factor by which copies that are not in cache lengthen calls on lanes in the mean
 _CALL = 6.0  # a sparse call from Python by itself, beyond its three kernels
 _STEP = 2.0  # a kernel among others in one call
 _PASS = 0.02e-3  # one float of an elementwise pass of torch
+_LANES_PASS = 0.03e-3  # the same of a copy or pooling in the fast layout
+_TORCH = 3.0  # a call of a small operation of torch from a schedule
+GROUP = 8.0  # a group of images by itself
 # The sparse path is taken where it is expected to win by more than the estimates err: copies of maps that are not in cache
 # and a memory shared with others take half as long again.
 _MARGIN = 0.65
@@ -78,6 +90,8 @@ class Choice:
 
     @property
     def reason(self) -> str:
+        if math.isinf(self.sparse):
+            return f"done by torch, estimated {self.dense:.0f} us"
         how = "plain maps" if self.lanes == PLAIN else f"{self.lanes} lanes"
         return f"estimated {self.sparse:.0f} us sparse ({how}), {self.dense:.0f} us dense"
 
@@ -112,18 +126,19 @@ def forced_path() -> str | None:
 @functools.lru_cache(maxsize=4096)
 def choose(
     batch: int, height: int, width: int, shape: tuple[int, int, int, int], geometry: ConvGeometry, kept: int,
-    forced: str | None, transposed: bool = False, plain: bool = False,
+    forced: str | None, transposed: bool = False, plain: bool = False, valued: bool = False,
 ) -> Choice:  # fmt: skip
     """The path of one call on plain tensors: a convolution of `batch` maps with `kept` weights of `shape`, or its input
-    gradient. plain: what is read is contiguous and on the CPU."""
+    gradient. plain: what is read is contiguous and on the CPU; valued: the weights are not just signs."""
 
     def through_lanes(lanes: int) -> float:
-        kernel = _sum(SPARSE, sparse_terms(batch, height, width, shape, geometry, kept, lanes, transposed))
+        kernel = _sum(SPARSE, sparse_terms(batch, height, width, shape, geometry, kept, lanes, transposed), valued)
         return kernel + _sum(COPY, copy_terms(batch, height, width, shape, geometry, lanes)) + _CALL
 
     direct = math.inf
     if plain and forced != "lanes" and plain_maps.fits(height, width, shape, geometry, transposed):
-        direct = _sum(DIRECT, direct_terms(batch, height, width, shape, geometry, kept, transposed)) + _DIRECT_CALL
+        terms = direct_terms(batch, height, width, shape, geometry, kept, transposed)
+        direct = _sum(DIRECT, terms, valued) + _DIRECT_CALL
     sparse, lanes = min((through_lanes(lanes), lanes) for lanes in LANES)
     dense = _sum(DENSE, dense_terms(batch, height, width, shape, geometry, transposed, plain))
     if direct < _COPIED * sparse or forced == "plain" and direct < math.inf:
@@ -136,23 +151,33 @@ def choose(
 
 def estimate(
     batch: int, height: int, width: int, shape: tuple[int, int, int, int], geometry: ConvGeometry, kept: int,
-    lanes: int,
+    lanes: int, valued: bool = False, conv: bool = True,
 ) -> Choice:  # fmt: skip
     """Both paths inside a network that keeps maps in the form the path reads; the path named is the cheaper one.
 
     Of a forward and an input gradient together, so that both take the same path and the outputs do not depend on whether
-    a gradient is wanted.
+    a gradient is wanted. conv: torch runs it as a convolution, and not as passes over the maps.
     """
     sparse = dense = 0.0
     for transposed in (False, True):
-        sparse += _sum(SPARSE, sparse_terms(batch, height, width, shape, geometry, kept, lanes, transposed)) + _STEP
-        dense += _sum(DENSE, dense_terms(batch, height, width, shape, geometry, transposed))
+        terms = sparse_terms(batch, height, width, shape, geometry, kept, lanes, transposed)
+        sparse += _sum(SPARSE, terms, valued) + _STEP
+        if conv:
+            dense += _sum(DENSE, dense_terms(batch, height, width, shape, geometry, transposed))
+    if not conv:
+        floats = batch * shape[0] * (height * width + math.prod(geometry.out_size(shape, height, width)))
+        dense = 2 * (_TORCH + floats * _PASS)
     return Choice("sparse" if sparse < dense else "dense", lanes, sparse, dense)
 
 
 def copy(floats: int) -> float:
     """Between a plain tensor, channels last, and the fast layout."""
-    return floats * _COPY_CHANNELS_LAST
+    return _STEP + floats * _COPY_CHANNELS_LAST
+
+
+def passes(floats: int, lanes: int) -> Choice:
+    """A forward and a gradient of something that reads and writes so many floats."""
+    return Choice("sparse", lanes, 2 * (_STEP + floats * _LANES_PASS), 2 * (_TORCH + floats * _PASS))
 
 
 def dense_epilogue(floats: int, residual: bool, relu: bool) -> float:
@@ -160,8 +185,8 @@ def dense_epilogue(floats: int, residual: bool, relu: bool) -> float:
     return floats * (2 * residual + relu) * _PASS
 
 
-def _sum(constants: Mapping[str, float], terms: Mapping[str, float]) -> float:
-    return sum(constants[name] * value for name, value in terms.items())
+def _sum(constants: Mapping[str, float], terms: Mapping[str, float], valued: bool = False) -> float:
+    return sum(constants[name] * value * (_VALUED.get(name, 1.0) if valued else 1.0) for name, value in terms.items())
 
 
 def dense_terms(
@@ -169,7 +194,9 @@ def dense_terms(
     transposed: bool = False, plain: bool = False,
 ) -> dict[str, float]:  # fmt: skip
     out, size = math.prod(geometry.out_size(shape, height, width)), math.prod(shape)
-    computed = size * (-(-shape[1] // VECTOR) * VECTOR) / shape[1] if transposed and shape[1] else size
+    single = geometry.groups > 1 and shape[1] == 1  # channels by themselves have a kernel of their own
+    padded = shape[1] and not single and (transposed or geometry.groups > 1)
+    computed = size * (-(-shape[1] // VECTOR) * VECTOR) / shape[1] if padded else size
     maps = float(batch * (shape[1] * geometry.groups * height * width + shape[0] * out))
     return {
         "start": 1.0,

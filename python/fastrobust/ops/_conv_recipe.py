@@ -11,6 +11,7 @@ from ..reference.binary import PackedWeight
 from . import _conv_cost as cost
 from . import _feature_maps as fm
 from . import _plain_maps as plain_maps
+from ._activation import NONE, RELU
 from ._feature_maps import ConvGeometry
 
 
@@ -35,7 +36,8 @@ def path_of(
     """
     shape = fm.conv_shape(packed.shape)
     plain = packed.index.device.type == "cpu" if plain is None else plain
-    return cost.choose(batch, height, width, shape, g, packed.kept, cost.forced_path(), transposed, plain)
+    valued = packed.values is not None
+    return cost.choose(batch, height, width, shape, g, packed.kept, cost.forced_path(), transposed, plain, valued)
 
 
 def recipe_for(
@@ -149,7 +151,7 @@ def _program(
             )
         program.gather(
             _READ, _WRITTEN, recipe.lists.bind(source, target), scaled, shifted, 0, 0 if residual is None else _ADDED,
-            0, 0, 0, 0, target.channels, relu, False,
+            0, 0, 0, 0, 0, target.channels, (RELU if relu else NONE).code, NONE.code, False,
         )  # fmt: skip
         program.relayout(_WRITTEN, at[_OUT], target.layout, fm.plain_layout(out), *target.size, 0)
     return program

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .. import _C
 from ..reference.binary import PackedWeight
+from ._activation import NONE, RELU, Act
 from ._library import require_cuda_build, stream_of
 
 VECTOR = 16  # floats the CPU kernels handle at once
@@ -278,7 +279,10 @@ class Recent(Derived):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
-    """Offsets of one convolution into one layout: segments of rows of a plus and a minus list."""
+    """Offsets of one convolution into one layout: segments of rows of a plus and a minus list.
+
+    values: float32, of each offset; None where they are signs.
+    """
 
     ptr: Tensor
     offsets: Tensor
@@ -286,6 +290,7 @@ class Plan:
     segments: int = 1
     depth: int = 0  # channels read per segment
     stride: int = 1  # outputs read every such pixel and line
+    values: Tensor | None = None
     bound: Recent = dataclasses.field(default_factory=Recent)
 
     def bind(self, source: Maps, target: Maps) -> tuple[int, ...]:
@@ -298,15 +303,18 @@ class Plan:
                 self.ptr.data_ptr(), self.offsets.data_ptr(), self.rows, self.segments, self.offsets.numel(),
                 source.blocks, source.block, source.origin, target.block, target.origin, target.plane,
                 *target.phase_size, target.pitch, target.lanes, self.depth, source.pitch, self.stride,
+                address(self.values),
             ))  # fmt: skip
         return found[2]
 
 
 def kept_with(packed: PackedWeight, name: str) -> Recent:
     """A bounded dictionary that lives as long as the index lists, for what is derived from them."""
-    found: Recent | None = packed.index.__dict__.get(f"_fastrobust_{name}")
+    # Lists of the same mask may have other values.
+    home = (packed.index if packed.values is None else packed.values).__dict__
+    found: Recent | None = home.get(f"_fastrobust_{name}")
     if found is None:
-        found = packed.index.__dict__[f"_fastrobust_{name}"] = Recent()
+        found = home[f"_fastrobust_{name}"] = Recent()
     return found
 
 
@@ -328,11 +336,9 @@ def strided_plan(packed: PackedWeight, geometry: ConvGeometry, source: Maps, out
     if geometry.stride != (2, 2) or source.lanes != VECTOR or source.phases != (1, 1) or not _C.binary_strides():
         return None
     shape = conv_shape(packed.shape)
-    room = source.halo, min(source.lead, source.pitch - source.width)
-    for dim, size in enumerate((source.height, source.width)):
-        reach = 2 * (out[dim] - 1) + geometry.dilation[dim] * (shape[2 + dim] - 1) - geometry.padding[dim]
-        if max(geometry.padding[dim], reach - (size - 1)) > room[dim]:
-            return None
+    need = strided_room(shape, geometry, (source.height, source.width), out)
+    if need[0] > source.halo or need[1] > min(source.lead, source.pitch - source.width):
+        return None
     whole = plan(packed, dataclasses.replace(geometry, stride=(1, 1)), source, False)
     plans = kept_with(packed, "strided plans")
     found: tuple[Plan, Plan] | None = plans.get(id(whole))
@@ -340,6 +346,17 @@ def strided_plan(packed: PackedWeight, geometry: ConvGeometry, source: Maps, out
         # With the plan it was made of, whose id is the key.
         found = plans[id(whole)] = (whole, dataclasses.replace(whole, stride=2, bound=Recent()))
     return found[1]
+
+
+def strided_room(
+    shape: tuple[int, ...], geometry: ConvGeometry, size: tuple[int, int], out: tuple[int, int]
+) -> tuple[int, int]:
+    """Rows and columns of zeros around maps of `size` that a convolution of stride 2 reads, by `strided_plan`."""
+    room = []
+    for dim in (0, 1):
+        padding, reach = geometry.padding[dim], geometry.dilation[dim] * (shape[2 + dim] - 1)
+        room.append(max(padding, 2 * (out[dim] - 1) + reach - padding - (size[dim] - 1)))
+    return room[0], room[1]
 
 
 def build_lists(
@@ -362,24 +379,31 @@ def build_lists(
     _check_lists(host, k, c * kh * kw)
     ptr = torch.empty(2 * segments * rows + 1, dtype=torch.int32)
     offsets = torch.empty(packed.kept, dtype=torch.int32)
+    given = None if host.values is None else host.values.detach().resolve_neg().to(torch.float32)
+    values = None if given is None else torch.empty_like(given)
     _C.binary_plan(
         host.ptr.data_ptr(), host.index.data_ptr(), packed.kept, (k, c * geometry.groups, kh, kw, geometry.groups),
         (*geometry.stride, *geometry.padding, *geometry.dilation), transposed,
-        lanes, plane, pitch, segment, ptr.data_ptr(), offsets.data_ptr(), address(taps),
+        lanes, plane, pitch, segment, ptr.data_ptr(), offsets.data_ptr(), address(taps), address(given), address(values),
     )  # fmt: skip
     device = packed.index.device
-    return Plan(ptr.to(device), offsets.to(device), rows, segments, segment or read)
+    values = None if values is None else values.to(device)
+    return Plan(ptr.to(device), offsets.to(device), rows, segments, segment or read, values=values)
 
 
 def _check_lists(packed: PackedWeight, rows: int, row_size: int) -> None:
     """Lists made by hand must not send the kernel outside its memory."""
-    ptr, index = packed.ptr, packed.index
+    ptr, index, values = packed.ptr, packed.index, packed.values
     good = ptr.dtype == index.dtype == torch.int32 and ptr.is_contiguous() and index.is_contiguous()
     good = good and ptr.numel() == 2 * rows + 1 and int(ptr[0]) == 0 and int(ptr[-1]) == index.numel()
     good = good and bool((ptr[1:] >= ptr[:-1]).all())
     if good and index.numel():
         least, most = (int(v) for v in torch.aminmax(index))
         good = least >= 0 and most < row_size
+    if good and values is not None:
+        # One list a row; where nothing is read, zeros times what is not finite would not be zero.
+        good = values.shape == index.shape and values.dtype in (torch.float32, torch.float64) and values.is_contiguous()
+        good = good and bool((ptr[1::2] == ptr[2::2]).all()) and bool(values.to(torch.float32).isfinite().all())
     if not good:
         raise ValueError(f"packed: expected index lists of a weight {packed.shape} as fastrobust.ops.pack makes them")
 
@@ -411,23 +435,26 @@ def gather(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     residual: Tensor | None = None,
-    relu: bool = False,
+    act: Act = NONE,
     gate: Tensor | None = None,
+    gate_act: Act = RELU,
     pre: Tensor | None = None,
+    slopes: Tensor | None = None,
     post: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Run a plan: x laid out as `source` to a tensor laid out as `target`.
 
-    v = sum * scale + shift + residual; relu; v = 0 where gate <= 0; pre = v; result v * post, with
-    residual, gate and pre laid out as `target` and scale, shift and post per channel.
+    v = sum * scale + shift + residual; slopes = act'(v); v = act(v); v = v * (what gate tells); pre = v; result v * post,
+    with residual, gate, pre and slopes laid out as `target` and scale, shift and post per channel. gate holds such
+    derivatives of `gate_act`, or its results or arguments where `gate_act.by_value`.
     """
     out = target.empty(x) if out is None else out
     device, stream = device_of(x)
     _C.binary_gather(
         device, stream, x.data_ptr(), out.data_ptr(), lists.bind(source, target),
-        address(scale), address(shift), address(post), address(residual), address(gate), address(pre),
-        target.channels, relu,
+        address(scale), address(shift), address(post), address(residual), address(gate), address(pre), address(slopes),
+        target.channels, act.code, gate_act.code,
     )  # fmt: skip
     return out
 

@@ -43,7 +43,7 @@ class DirectPlan:
         return (
             lists.ptr.data_ptr(), lists.offsets.data_ptr(), self.taps.data_ptr(), self.masks.data_ptr(), lists.rows,
             lists.segments, lists.offsets.numel(), self.masks.shape[0], batch, math.prod(self.rest[:3]),
-            *self.rest,
+            *self.rest, fm.address(lists.values),
         )  # fmt: skip
 
 

@@ -157,7 +157,9 @@ def _lists(scores: Tensor, signs: Tensor, keep: int, absolute: bool) -> PackedWe
 
 def _conv_kernel(x: Tensor, scores: Tensor, signs: Tensor, keep: int, absolute: bool, *geometry: Any) -> Tensor:
     packed = _lists(scores, signs, keep, absolute)
-    return binary.conv_kernel(x, packed.ptr, packed.index, packed.shape, *geometry, None, None, None, False)
+    return binary.conv_kernel(
+        x, packed.ptr, packed.index, packed.values, packed.shape, *geometry, None, None, None, False
+    )
 
 
 def _conv_fake(x: Tensor, scores: Tensor, signs: Tensor, keep: int, absolute: bool, *geometry: Any) -> Tensor:
@@ -168,7 +170,7 @@ def _conv_fake(x: Tensor, scores: Tensor, signs: Tensor, keep: int, absolute: bo
 
 def _grad_kernel(grad: Tensor, scores: Tensor, signs: Tensor, keep: int, absolute: bool, *rest: Any) -> Tensor:
     packed = _lists(scores, signs, keep, absolute)
-    return binary.grad_kernel(grad, packed.ptr, packed.index, packed.shape, *rest)
+    return binary.grad_kernel(grad, packed.ptr, packed.index, packed.values, packed.shape, *rest)
 
 
 def _grad_fake(
@@ -244,8 +246,8 @@ _grad_op = define(
 def scored_conv2d(x: Tensor, scores: Tensor, signs: Tensor, keep: int, absolute: bool, g: ConvGeometry) -> Tensor:
     """conv2d(x, signs * topk_mask(scores, keep)), of |scores| with `absolute`; as one op that graphs can hold.
 
-    x: (N, C, H, W) float32. scores, signs: (K, C / groups, kh, kw), or (K, C) for 1x1 maps. Differentiable any number
-    of times in x and, straight through the mask, in the scores.
+    x: (N, C, H, W) float32. scores, signs: (K, C / groups, kh, kw), or (K, C) for 1x1 maps; signs are the fixed weights
+    and may be any finite numbers. Differentiable any number of times in x and, straight through the mask, in the scores.
     """
     out: Tensor = _conv_op(x, scores, signs, keep, absolute, g.stride, g.padding, g.dilation, g.groups)
     return out

@@ -22,7 +22,9 @@ from ._library import below_autograd, define, is_transformed, nothing_intercepts
 
 # ---- convolutions: kernels ----
 
-_CONV_ARGS = "Tensor ptr, Tensor index, int[] shape, int[] stride, int[] padding, int[] dilation, int groups"
+_CONV_ARGS = (
+    "Tensor ptr, Tensor index, Tensor? values, int[] shape, int[] stride, int[] padding, int[] dilation, int groups"
+)
 
 
 def _geometry(stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int) -> ConvGeometry:
@@ -31,14 +33,14 @@ def _geometry(stride: Sequence[int], padding: Sequence[int], dilation: Sequence[
 
 def _arguments(packed: PackedWeight, g: ConvGeometry) -> tuple[Any, ...]:
     """A packed weight and a geometry as the registered ops take them (see _CONV_ARGS)."""
-    return packed.ptr, packed.index, packed.shape, g.stride, g.padding, g.dilation, g.groups
+    return packed.ptr, packed.index, packed.values, packed.shape, g.stride, g.padding, g.dilation, g.groups
 
 
 def conv_kernel(
-    x: Tensor, ptr: Tensor, index: Tensor, shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], groups: int, *rest: Any,
+    x: Tensor, ptr: Tensor, index: Tensor, values: Tensor | None, shape: Sequence[int], stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], groups: int, *rest: Any,
 ) -> Tensor:  # fmt: skip
-    packed, g = PackedWeight(tuple(shape), ptr, index), _geometry(stride, padding, dilation, groups)
+    packed, g = PackedWeight(tuple(shape), ptr, index, values), _geometry(stride, padding, dilation, groups)
     check_conv(x, fm.conv_shape(packed.shape), g, packed)
     return _run_conv(x, packed, g, *rest)
 
@@ -56,7 +58,9 @@ def _run_conv(
     return run_sparse(x, recipe, out, scale, shift, residual, relu)
 
 
-def _conv_fake(x: Tensor, ptr: Tensor, index: Tensor, shape: Sequence[int], *args: Any) -> Tensor:
+def _conv_fake(
+    x: Tensor, ptr: Tensor, index: Tensor, values: Tensor | None, shape: Sequence[int], *args: Any
+) -> Tensor:
     out_size = _geometry(*args[:4]).out_size(fm.conv_shape(tuple(shape)), x.shape[2], x.shape[3])
     return torch.empty(
         (x.shape[0], shape[0], *out_size), dtype=x.dtype, device=x.device, memory_format=memory_format(x)
@@ -64,10 +68,10 @@ def _conv_fake(x: Tensor, ptr: Tensor, index: Tensor, shape: Sequence[int], *arg
 
 
 def grad_kernel(
-    grad: Tensor, ptr: Tensor, index: Tensor, shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], groups: int, height: int, width: int,
+    grad: Tensor, ptr: Tensor, index: Tensor, values: Tensor | None, shape: Sequence[int], stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], groups: int, height: int, width: int,
 ) -> Tensor:  # fmt: skip
-    packed, g = PackedWeight(tuple(shape), ptr, index), _geometry(stride, padding, dilation, groups)
+    packed, g = PackedWeight(tuple(shape), ptr, index, values), _geometry(stride, padding, dilation, groups)
     weight = fm.conv_shape(packed.shape)
     size = (grad.shape[0], weight[1] * groups, height, width)
     check_operand(grad, packed, "grad")
@@ -82,8 +86,8 @@ def grad_kernel(
 
 
 def _grad_fake(
-    grad: Tensor, ptr: Tensor, index: Tensor, shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], groups: int, height: int, width: int,
+    grad: Tensor, ptr: Tensor, index: Tensor, values: Tensor | None, shape: Sequence[int], stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], groups: int, height: int, width: int,
 ) -> Tensor:  # fmt: skip
     size = (grad.shape[0], fm.conv_shape(tuple(shape))[1] * groups, height, width)
     return torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=memory_format(grad))
@@ -96,35 +100,35 @@ class _Conv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
         out = below_autograd(_conv_op, x, *args)
-        lists, scale, relu = args[:7], args[7], args[10]
-        ctx.save_for_backward(lists[0], lists[1], scale, out if relu else None)
-        ctx.rest, ctx.size = lists[2:], x.shape[2:]
+        lists, scale, relu = args[:8], args[8], args[11]
+        ctx.save_for_backward(*lists[:3], scale, out if relu else None)
+        ctx.rest, ctx.size = lists[3:], x.shape[2:]
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        ptr, index, scale, out = ctx.saved_tensors
+        ptr, index, values, scale, out = ctx.saved_tensors
         if out is not None:
             grad = grad * (out > 0)
         grad_x = None
         if ctx.needs_input_grad[0]:
             through = grad if scale is None else grad * scale.reshape(1, -1, 1, 1)
-            grad_x = for_batches(_grad_op, through)(through, ptr, index, *ctx.rest, *ctx.size)
-        grad_shift = grad.sum(dim=(0, 2, 3)) if ctx.needs_input_grad[9] else None
-        return grad_x, *([None] * 8), grad_shift, grad if ctx.needs_input_grad[10] else None, None
+            grad_x = for_batches(_grad_op, through)(through, ptr, index, values, *ctx.rest, *ctx.size)
+        grad_shift = grad.sum(dim=(0, 2, 3)) if ctx.needs_input_grad[10] else None
+        return grad_x, *([None] * 9), grad_shift, grad if ctx.needs_input_grad[11] else None, None
 
 
 class _InputGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, grad: Tensor, *args: Any) -> Tensor:
-        ctx.save_for_backward(*args[:2])
-        ctx.rest = args[2:7]
+        ctx.save_for_backward(*args[:3])
+        ctx.rest = args[3:8]
         return below_autograd(_grad_op, grad, *args)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         # The input gradient is linear in the output gradient; its adjoint is the convolution.
-        return _conv_op(grad, *ctx.saved_tensors, *ctx.rest, None, None, None, False), *([None] * 9)
+        return _conv_op(grad, *ctx.saved_tensors, *ctx.rest, None, None, None, False), *([None] * 10)
 
 
 _conv_op = define(
@@ -160,7 +164,7 @@ def masked_conv2d(
     residual: Tensor | None = None,
     relu: bool = False,
 ) -> Tensor:
-    """act((conv2d(x, W) + bias) scale + shift + residual) for a packed weight W with entries in {-1, 0, +1}.
+    """act((conv2d(x, W) + bias) scale + shift + residual) for a packed weight W.
 
     x: (N, C, H, W) float32, NCHW or channels_last (the output follows). packed: from `pack`, shape (K, C / groups, kh,
     kw). bias, scale, shift: (K,), for instance an eval-mode batch normalisation; residual: the output's shape; act: the
@@ -171,7 +175,8 @@ def masked_conv2d(
     Only the kept weights are visited, forward and in the gradient of x; where a cost model finds torch's dense
     convolution faster, that is called instead (FASTROBUST_BINARY=sparse|dense overrides). float64 takes the dense path.
     Under torch.autocast float16 and bfloat16 arguments are taken too, as float32: the result is float32 on every path.
-    Differentiable, any number of times, in x, bias, scale, shift and residual; inside the transforms of torch.func and
+    Differentiable, any number of times, in x, bias, scale, shift and residual, not in the weight (masked layers learn
+    scores); inside the transforms of torch.func and
     in forward mode as torch's dense convolution.
     Raises TypeError or ValueError for arguments that do not fit together.
     """

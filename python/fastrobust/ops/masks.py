@@ -1,4 +1,4 @@
-"""Top-k masks, and index lists of +-1 weights (thesis, section 5.1)."""
+"""Top-k masks, and index lists of masked weights (thesis, section 5.1)."""
 
 from __future__ import annotations
 
@@ -87,10 +87,12 @@ def _check_scores(name: str, scores: Tensor, keep: int) -> None:
 
 
 def pack(weight: Tensor) -> PackedWeight:
-    """Index lists of a weight with entries in {-1, 0, +1}, for `masked_conv2d` and `masked_linear`.
+    """Index lists of the entries of a weight that are not zero, for `masked_conv2d` and `masked_linear`.
 
-    weight: (K, C / groups, kh, kw) or (K, C), any real dtype. The length of the lists is data, so on CUDA this
-    waits for the device. Raises ValueError for other entries or ranks.
+    weight: (K, C / groups, kh, kw) or (K, C), any real dtype, finite. Where all entries are in {-1, 0, +1} the lists are
+    all there is; else they have `values`, which cost a multiplication a term: float32, or float64 of a float64 weight
+    (the kernels, which are float32, then take them rounded). The length of the lists is data, so on CUDA this waits for
+    the device. Not differentiable. Raises ValueError for entries that are not finite in float32, and for other ranks.
     """
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight: expected a tensor, got {type(weight).__name__}")
@@ -105,17 +107,31 @@ def pack(weight: Tensor) -> PackedWeight:
     rows = host.shape[0]
     size = host.numel() // rows if rows else 0
     ptr = torch.zeros(2 * rows + 1, dtype=torch.int32)
-    if not _C.binary_pack(host.data_ptr(), rows, size, ptr.data_ptr(), 0, True):
-        bad = host[(host != 0) & (host.abs() != 1)].flatten()[0].item()
-        raise ValueError(f"weight: expected entries in {{-1, 0, +1}}, got {bad}")
+    entries = _C.binary_pack(host.data_ptr(), rows, size, ptr.data_ptr(), 0, 0, True)
+    if entries == _NOT_FINITE:
+        raise _not_finite(host)
+    if weight.dtype == torch.float64 and not bool((weight == host).all()):
+        return reference.pack(weight.detach())
     index = torch.empty(int(ptr[-1]), dtype=torch.int32)
-    _C.binary_pack(host.data_ptr(), rows, size, ptr.data_ptr(), index.data_ptr(), False)
-    return PackedWeight(tuple(weight.shape), ptr, index)
+    values = torch.empty(index.numel(), dtype=torch.float32) if entries == _REAL else None
+    address = 0 if values is None else values.data_ptr()
+    _C.binary_pack(host.data_ptr(), rows, size, ptr.data_ptr(), index.data_ptr(), address, False)
+    return PackedWeight(tuple(weight.shape), ptr, index, values)
+
+
+# What the compiled module finds in a weight (`Entries` in csrc/binary/args.h).
+_REAL, _NOT_FINITE = 1, 2
+
+
+def _not_finite(weight: Tensor) -> ValueError:
+    return ValueError(
+        f"weight: expected entries that are finite in float32, got {weight[~weight.isfinite()][0].item()}"
+    )
 
 
 def _pack_there(weight: Tensor) -> PackedWeight:
     """On the weight's own device: no copy of it leaves, only the number of kept entries does."""
-    bad = weight[(weight != 0) & (weight.abs() != 1)]
-    if bad.numel():
-        raise ValueError(f"weight: expected entries in {{-1, 0, +1}}, got {bad[0].item()}")
+    weight = weight if weight.dtype == torch.float64 else weight.float()
+    if not bool(weight.float().isfinite().all()):
+        raise _not_finite(weight.float())
     return reference.pack(weight)

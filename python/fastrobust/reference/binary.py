@@ -1,8 +1,8 @@
-"""Masks and +-1 convolutions in plain torch: the definition of every op of the family.
+"""Masks and masked convolutions in plain torch: the definition of every op of the family.
 
-Everything here works on any floating dtype and any device and is written to be read. The kept
-weights of a layer are -1 or +1 (thesis, section 5.1.3), so a layer is two index lists, one of the
-inputs to add and one of the inputs to subtract.
+Everything here works on any floating dtype and any device and is written to be read. Where the kept
+weights of a layer are -1 or +1 (thesis, section 5.1.3) it is two index lists, one of the inputs to
+add and one of the inputs to subtract; others are one list of inputs with a value for each.
 """
 
 from __future__ import annotations
@@ -80,17 +80,22 @@ def decode_mask(data: bytes, size: int, kept: int) -> list[bool]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PackedWeight:
-    """The kept entries of a {-1, 0, +1} weight as two index lists per output row.
+    """The kept entries of a weight as index lists, two per output row.
 
     shape: (K, C / groups, kh, kw) of a convolution or (K, C) of a linear layer.
     ptr: int32 (2 K + 1). Row k adds index[ptr[2k] : ptr[2k + 1]] and subtracts
         index[ptr[2k + 1] : ptr[2k + 2]].
     index: int32 (kept,), flat position inside the row, c kh kw + ky kw + kx, ascending in each list.
+    values: None where every kept entry is -1 or +1. Else (kept,), float32 or float64, finite: the
+        entries in the order of index, with their signs; every row then has the first of its lists only.
+
+    What is derived from the lists is kept with them: make new ones rather than write into these.
     """
 
     shape: tuple[int, ...]
     ptr: Tensor
     index: Tensor
+    values: Tensor | None = None
 
     @property
     def kept(self) -> int:
@@ -104,10 +109,11 @@ class PackedWeight:
         return self.kept / size if size else 0.0
 
     def to(self, device: torch.device | str) -> PackedWeight:
-        return PackedWeight(self.shape, self.ptr.to(device), self.index.to(device))
+        values = None if self.values is None else self.values.to(device)
+        return PackedWeight(self.shape, self.ptr.to(device), self.index.to(device), values)
 
     def to_dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight the lists stand for, entries in {-1, 0, +1}."""
+        """The weight the lists stand for."""
         rows = self.shape[0]
         row_size = 1
         for extent in self.shape[1:]:
@@ -115,19 +121,23 @@ class PackedWeight:
         counts = (self.ptr[1:] - self.ptr[:-1]).long()
         lists = torch.repeat_interleave(torch.arange(2 * rows, device=counts.device), counts)
         dense = torch.zeros(rows * row_size, dtype=dtype, device=counts.device)
-        dense[(lists // 2) * row_size + self.index.long()] = (1 - 2 * (lists % 2)).to(dtype)
+        entries = 1 - 2 * (lists % 2) if self.values is None else self.values
+        dense[(lists // 2) * row_size + self.index.long()] = entries.to(dtype)
         return dense.reshape(self.shape)
 
 
 def pack(weight: Tensor) -> PackedWeight:
-    """Index lists of a weight with entries in {-1, 0, +1}, shape (K, C / groups, kh, kw) or (K, C)."""
+    """Index lists of a finite weight, shape (K, C / groups, kh, kw) or (K, C); see `PackedWeight`."""
     rows = weight.reshape(weight.shape[0], -1)
+    signs = bool(((rows == 0) | (rows.abs() == 1)).all())
     # For each row first its +1 columns and then its -1 columns, so one nonzero() of a (K, 2, size)
     # stack lists the entries in the final order.
-    lists = torch.stack([rows > 0, rows < 0], dim=1)
+    first, second = (rows > 0, rows < 0) if signs else (rows != 0, torch.zeros_like(rows, dtype=torch.bool))
+    lists = torch.stack([first, second], dim=1)
     counts = lists.sum(dim=2).reshape(-1)
     ptr = F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
-    return PackedWeight(tuple(weight.shape), ptr, lists.nonzero()[:, 2].to(torch.int32))
+    index = lists.nonzero()[:, 2].to(torch.int32)
+    return PackedWeight(tuple(weight.shape), ptr, index, None if signs else rows[first])
 
 
 def epilogue(

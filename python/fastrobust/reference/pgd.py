@@ -32,10 +32,9 @@ def _narrow(value: Tensor, x: Tensor, name: str) -> Tensor:
 
 def _per_example(value: float | Tensor, x: Tensor, name: str) -> Tensor:
     """(B,) of the parameter, in x's dtype; a radius is rounded down."""
-    if isinstance(value, Tensor):
-        return _narrow(value, x, name).expand(x.shape[0])
-    value = round_down(value, x.dtype) if name == "eps" else value
-    return torch.full((x.shape[0],), value, dtype=x.dtype, device=x.device)
+    if not isinstance(value, Tensor):  # rounded as a tensor: older torch traces no Tensor.item
+        value = torch.full((), value, dtype=torch.float64, device=x.device)
+    return _narrow(value, x, name).expand(x.shape[0])
 
 
 def per_element(value: float | Tensor, x: Tensor, name: str) -> Tensor:

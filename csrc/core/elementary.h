@@ -1,4 +1,4 @@
-// Elementary functions of the activations: on float and Vec by polynomials with the same operations on every device,
+// Elementary functions: on float and Vec by polynomials with the same operations on every device,
 // on double by the C library (float64 checks them). Errors are relative, in units in the last place (ulp), over all
 // arguments that the activations give; tests/bounds/test_lines.py measures what they come to.
 #pragma once
@@ -81,8 +81,9 @@ FR_HD V atanh_ratio(V v) {
 // log(1 + z) for 0 <= z <= 1
 template <class V>
 FR_HD V log1p_of(V z) {
-  const V y = z / (V(2.f) + z);
-  return (y + y) * atanh_ratio(y * y);
+  // Squares that are subnormal numbers would take the processor long; the ratio is 1 there.
+  const V y = z / (V(2.f) + z), c = vmax(y, V(1e-18f));
+  return (y + y) * atanh_ratio(c * c);
 }
 FR_HD double log1p_of(double z) { return log1p(z); }
 
