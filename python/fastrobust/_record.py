@@ -29,6 +29,8 @@ _SHAPES = (
     "full_like",
 )  # fmt: skip
 _EMPTY = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted")
+# Views of the same memory that show other numbers, as operations that write them down.
+_SIGNED = {"_neg_view": torch.ops.aten.neg.default, "_conj": torch.ops.aten.conj_physical.default}
 _MOVES = ("set_", "resize_", "resize_as_")  # to other memory
 
 
@@ -115,6 +117,7 @@ class Recorder(TorchDispatchMode):
         self.bases: dict[tuple[int, Place], Tensor] = {}  # tensors from before the call
         self.views: dict[int, list[Tensor]] = {}  # those of them that lie in one storage
         self.derived: set[tuple[int, Place]] = set()  # places that the call made views of
+        self.signed: set[int] = set()  # storages with a part that a view shows with another sign
         self.kept: list[Tensor] = []  # no storage may be freed and its address be used again
         self.held: list[Tensor] = []
         self.read: dict[int, list[Step]] = {}  # steps that read constants of the call, by storage
@@ -209,8 +212,11 @@ class Recorder(TorchDispatchMode):
             if kind.empty:  # what was there before is nothing that a model computes
                 out.zero_()
             return out
-        if kind.view:  # its place says all
+        if kind.view and kind.name not in _SIGNED:  # its place says all
             return func(*args, **kwargs)
+        if kind.name in _SIGNED:
+            func = _SIGNED[kind.name]
+            self.signed.update(storages)
         key: list[Any] = [func]
         marked = [self._marked(v, key) for v in args], {k: self._marked(v, key) for k, v in kwargs.items()}
         out = func(*args, **kwargs)
@@ -222,8 +228,10 @@ class Recorder(TorchDispatchMode):
             else:
                 new = True
                 results.append(self.start(t))
+        if kind.name in _SIGNED:
+            self.signed.add(_storage(out))
         if new:
-            self._add(kind.name, func, *marked, results, key)
+            self._add(_kind(func).name, func, *marked, results, key)
         return out
 
     def _constants(self, out: Any, given: list[Tensor], storages: list[int]) -> None:
@@ -286,7 +294,7 @@ class Recorder(TorchDispatchMode):
         if not tracked:
             self._spare(targets)
             return func(*args, **kwargs)
-        if len(targets) != 1 or name in _MOVES:
+        if len(targets) != 1 or name in _MOVES or _storage(targets[0]) in self.signed:
             raise UnreadableModelError(f"model: {name} cannot be followed{self.at()}")
         target = targets[0]
         s = _storage(target)

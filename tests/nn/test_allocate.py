@@ -62,5 +62,14 @@ def test_bad_arguments() -> None:
         fnn.allocate([10], 0.5, 1.5)
     with pytest.raises(ValueError, match="sizes: expected"):
         fnn.allocate([10, -1], 0.5, 0.5)
-    with pytest.raises(ValueError, match="method: expected 'exact' or 'sequential', got 'fast'"):
+    with pytest.raises(ValueError, match="method: expected 'exact', 'sequential' or 'layerwise', got 'fast'"):
         fnn.allocate([10], 0.5, 0.5, method="fast")
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3, 0.5, 0.7, 0.99, 1.0])
+def test_layerwise(rate: float) -> None:
+    """Each layer by itself: all but int((1 - k) n) of its weights, k the decimal that was meant."""
+    share = round(1 - rate, 2)
+    for sizes in (RESNET34, [1, 7, 100, 0]):
+        kept = fnn.allocate(sizes, rate, 1.0, method="layerwise")
+        assert kept == [n - int((1 - share) * n) for n in sizes]

@@ -90,7 +90,7 @@ def test_what_is_left_out_is_named() -> None:
     with pytest.warns(
         UserWarning, match=r"left as they are: .*own \(Standardised has a forward of its own\)"
     ) as record:
-        model = fnn.convert(net, 0.5, 1.0, last_dense=True)
+        model = fnn.convert(net, 0.5, 1.0, last_dense=True, init="binary")
     assert "last" not in str(record[0].message)
     assert isinstance(model["plain"], fnn.BinaryMaskedConv2d) and isinstance(model["named"], fnn.BinaryMaskedConv2d)
     assert set(model.left_out) == set(net) - {"plain", "named", "layer_norm"}

@@ -33,21 +33,21 @@ def model() -> nn.Module:
     )
 
 
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, dict[str, Any], bytes]:
-    """A path to write to, and header and payload of a good file."""
+@pytest.fixture(scope="module", params=["binary", "given"])
+def written(request, tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, dict[str, Any], bytes]:
+    """A path to write to, and header and payload of a good file, of signs and of other weights."""
     path = tmp_path_factory.mktemp("forged") / "model"
     torch.manual_seed(7)
-    masked = fnn.convert(model(), 0.5, 0.5)
+    masked = fnn.convert(model(), 0.5, 0.5, init=request.param)
     fnn.save_packed(masked, path)
     body = path.read_bytes()
     (length,) = struct.unpack_from("<I", body, 8)
     return path, json.loads(zlib.decompress(body[12 : 12 + length])), body[12 + length : -32]
 
 
-def forged(header: Any, payload: bytes, text: bytes | None = None) -> bytes:
+def forged(header: Any, payload: bytes, text: bytes | None = None, version: int = storage.VERSION) -> bytes:
     text = zlib.compress(json.dumps(header).encode()) if text is None else text
-    body = storage.MAGIC + struct.pack("<HI", storage.VERSION, len(text)) + text + payload
+    body = storage.MAGIC + struct.pack("<HI", version, len(text)) + text + payload
     return body + hashlib.sha256(body).digest()
 
 
@@ -58,7 +58,7 @@ def load(path: pathlib.Path, body: bytes) -> nn.Module:
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-5, 40) | st.integers(1 << 30, 1 << 70) | st.floats() | st.text(max_size=5)
-    | st.sampled_from(["float32", "float64", "bool", "load", "0.weight", "1.running_var", "qint8", "device"]),
+    | st.sampled_from(["float32", "float64", "float16", "bool", "load", "0.weight", "1.running_var", "qint8", "device"]),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
     max_leaves=6,
 )  # fmt: skip
@@ -147,7 +147,7 @@ def _bomb(size: int) -> bytes:
 
 
 def _large(kind: str, header: dict[str, Any], payload: bytes) -> bytes:
-    stored = sum(e["bytes"] + (-(-e["kept"] // 8) if e["seed"] is None else 0) for e in header["layers"])
+    stored = sum(e["bytes"] + (4 * e["kept"] if e["values"] else -(-e["kept"] // 8)) for e in header["layers"])
     if kind == "tensors":
         return forged(header, payload[:stored] + _bomb(1 << 28))
     if kind == "header":
@@ -157,7 +157,8 @@ def _large(kind: str, header: dict[str, Any], payload: bytes) -> bytes:
     if kind == "digits":
         return forged(header, payload, zlib.compress(b"[" + b"9" * 900_000 + b"]"))
     if kind == "layer":
-        header["layers"][0] |= {"shape": [1 << 15, (1 << 15) - 1], "kept": 0, "bytes": 0, "seed": 3}
+        large = {"shape": [1 << 15, (1 << 15) - 1], "kept": 0, "bytes": 0, "seed": 3, "values": None}
+        header["layers"][0] |= large
     elif kind == "tensor":
         header["tensors"][0]["shape"] = [1 << 30]
     else:
@@ -176,6 +177,45 @@ def test_small_files_make_nothing_large(kind: str, written) -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 40 << 20
+
+
+@pytest.mark.parametrize("bad", [0.0, -0.0, float("inf"), float("nan")])
+def test_weights_that_no_file_of_ours_has(bad: float, tmp_path) -> None:
+    fnn.save_packed(fnn.convert(model(), 0.5, 0.5, init="given"), tmp_path / "model")
+    body = (tmp_path / "model").read_bytes()
+    (length,) = struct.unpack_from("<I", body, 8)
+    header, payload = json.loads(zlib.decompress(body[12 : 12 + length])), body[12 + length : -32]
+    at = header["layers"][0]["bytes"]
+    changed = payload[:at] + struct.pack("<f", bad) + payload[at + 4 :]
+    with pytest.raises(ValueError, match="path: expected a packed model, got a layer '0' that keeps weights of zero"):
+        load(tmp_path / "model", forged(header, changed))
+    for values in ("float64", "int8", 1, True, ["float32"]):
+        header["layers"][0]["values"] = values
+        with pytest.raises(ValueError, match=REFUSED):
+            load(tmp_path / "model", forged(header, payload))
+    header["layers"][0] |= {"values": "float32", "seed": 4}
+    with pytest.raises(ValueError, match="got a layer '0' with weights of type 'float32'"):
+        load(tmp_path / "model", forged(header, payload))
+
+
+def test_files_of_version_2_are_read(tmp_path) -> None:
+    """They say nothing of values; a file that is older or newer than what is known is refused."""
+    torch.manual_seed(8)
+    masked = fnn.convert(model(), 0.5, 0.5, init="binary")
+    fnn.save_packed(masked, tmp_path / "model")
+    body = (tmp_path / "model").read_bytes()
+    (length,) = struct.unpack_from("<I", body, 8)
+    header, payload = json.loads(zlib.decompress(body[12 : 12 + length])), body[12 + length : -32]
+    for entry in header["layers"]:
+        assert entry.pop("values") is None
+    loaded = load(tmp_path / "old", forged(header, payload, version=2))
+    x = torch.rand(2, 2, 6, 6)
+    assert torch.equal(loaded.eval()(x), masked.eval()(x))
+    with pytest.raises(ValueError, match="one in which a layer is"):
+        load(tmp_path / "old", forged(header, payload, version=3))
+    for version in (0, 1, storage.VERSION + 1):
+        with pytest.raises(ValueError, match=f"got version {version}; this release reads versions 2 to 3"):
+            load(tmp_path / "old", forged(header, payload, version=version))
 
 
 def test_a_larger_model_is_refused_by_what_the_file_lacks(tmp_path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fastrobust as fr
 from fastrobust import ModelMismatchError, UnreadableModelError
-from fastrobust.nn import _program
+from fastrobust.nn import _layers, _program
 from fastrobust.nn.freeze import REMEMBERED
 
 Forward = Callable[..., Any]
@@ -193,8 +193,8 @@ def test_what_leaves_torch_is_seen_by_the_check() -> None:
 
 def test_a_wrong_program_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     model = masked()
-    right = _program.affine
-    monkeypatch.setattr(_program, "affine", lambda *args: (right(*args)[0] * 1.01, right(*args)[1]))
+    right = _layers.affine
+    monkeypatch.setattr(_layers, "affine", lambda *args: (right(*args)[0] * 1.01, right(*args)[1]))
     frozen = fr.nn.freeze(model)
     for _ in range(2):
         with pytest.raises(ModelMismatchError, match="rounding explains"):

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 import fastrobust as fr
 from fastrobust import nn as fnn
+from fastrobust.nn._nodes import Unit
 from fastrobust.ops import _conv_cost as cost
 from fastrobust.ops import _feature_maps as fm
+from fastrobust.ops._activation import RELU
 from fastrobust.reference import binary as reference
 from variant_runs import outputs_by_variant
 
@@ -173,8 +175,8 @@ def test_the_gradient_of_a_deep_network_is_exact_between_the_kinks(rate: float, 
     # ReLUs run in the order of the units.
     nodes = (n for n in torch.fx.symbolic_trace(fnn.dense_copy(model)).graph.nodes if "relu" in n.name)
     gates = {}
-    for i, unit in enumerate(region.units):
-        if unit.relu:
+    for i, unit in enumerate(region.nodes):
+        if isinstance(unit, Unit) and unit.act == RELU:
             name = next(nodes).name
             maps = group.native[i]
             if group.reads[i].dense:
@@ -237,7 +239,7 @@ for batch in (1, 5, 16):
     frozen(x.detach())
     (region,) = frozen.regions.values()
     outs, saved = region.forward([x.detach()], True)
-    (grad,) = region.backward([torch.randn_like(outs[0])], saved, [x.shape])
+    (grad,) = region.backward([torch.randn_like(outs[0])], saved, [x.shape], [torch.contiguous_format])
     for t in (outs[0], grad):
         digest.update(t.numpy().tobytes())
 print(digest.hexdigest())

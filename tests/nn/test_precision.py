@@ -147,14 +147,14 @@ def test_the_registered_ops_check_for_themselves(wrong: str, monkeypatch: pytest
     given = {"scale": None, "shift": None, "residual": None, **WRONG[wrong]}
     with pytest.raises(TypeError, match=f"{next(iter(WRONG[wrong]))}: expected"):
         torch.ops.fastrobust.masked_conv2d(
-            torch.ones(2, 4, 6, 6), packed.ptr, packed.index, packed.shape, (1, 1), (0, 0), (1, 1), 1,
+            torch.ones(2, 4, 6, 6), packed.ptr, packed.index, packed.values, packed.shape, (1, 1), (0, 0), (1, 1), 1,
             given["scale"], given["shift"], given["residual"], False,
         )  # fmt: skip
 
 
 def test_registered_ops_refuse_maps_that_do_not_fit() -> None:
     packed = fr.ops.pack(signs(6, 4, 3, 3))
-    lists = packed.ptr, packed.index, packed.shape, (1, 1), (0, 0), (1, 1), 1
+    lists = packed.ptr, packed.index, packed.values, packed.shape, (1, 1), (0, 0), (1, 1), 1
     with pytest.raises(ValueError, match=r"x: expected \(N, 4, H, W\)"):
         torch.ops.fastrobust.masked_conv2d(torch.ones(2, 3, 6, 6), *lists, None, None, None, False)
     with pytest.raises(ValueError, match=r"grad: expected \(2, 6, 4, 4\)"):

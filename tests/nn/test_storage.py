@@ -94,7 +94,7 @@ def test_loads_to_bit_identical_outputs(into: str, signs: str, tmp_path) -> None
 
 
 def test_zero_signs_and_full_layers(tmp_path) -> None:
-    model = fnn.convert(fnn.small_cnn(width=4), 0.0, 1.0).eval()
+    model = fnn.convert(fnn.small_cnn(width=4), 0.0, 1.0, init="binary").eval()
     model[0].signs[0] = 0
     model[0].refresh()
     fnn.save_packed(model, tmp_path / "model")

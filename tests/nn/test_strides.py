@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 import fastrobust as fr
+from fastrobust.ops import _conv_cost as cost
 from fastrobust.ops import _feature_maps as fm
+from fastrobust.ops._activation import NONE, RELU
 
 GEOMETRIES = [(1, 0, 1), (3, 1, 1), (3, 0, 1), (3, 2, 2), (5, 2, 1), (2, 0, 1), (2, 1, 1), (7, 3, 1)]
 
@@ -15,14 +17,16 @@ GEOMETRIES = [(1, 0, 1), (3, 1, 1), (3, 0, 1), (3, 2, 2), (5, 2, 1), (2, 0, 1), 
 @pytest.mark.skipif(not fm._C.binary_strides(), reason="this CPU variant reads phases")
 @pytest.mark.parametrize("kernel, padding, dilation", GEOMETRIES)
 @pytest.mark.parametrize("size", [(16, 16), (9, 14), (17, 11)])
-def test_strided_reads_equal_phases(kernel, padding, dilation, size, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("init", ["binary", "given"])
+def test_strided_reads_equal_phases(kernel, padding, dilation, size, init, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTROBUST_BINARY", "sparse")
+    monkeypatch.setattr(cost, "LANES", (16,))
     torch.manual_seed(kernel)
     net = nn.Sequential(
         nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 9, kernel, 2, padding, dilation), nn.ReLU(),
         nn.Conv2d(9, 40, 3, 2, 1),
     )  # fmt: skip
-    model = fr.nn.convert(net, 0.6, 1.0).eval()
+    model = fr.nn.convert(net, 0.6, 1.0, init=init).eval()
     x = torch.randn(19, 3, *size)
     made = []
     real = fm.strided_plan
@@ -41,6 +45,6 @@ def test_strided_reads_equal_phases(kernel, padding, dilation, size, monkeypatch
 
 def test_only_sixteen_lanes_are_read_with_a_stride() -> None:
     program = fm.new_program()
-    shape = (1 << 60,) * 2 + (4, 1, 0, 1, 64, 0, 64, 0, 16, 2, 2, 3, 8, 1, 5, 2)
+    shape = (1 << 60,) * 2 + (4, 1, 0, 1, 64, 0, 64, 0, 16, 2, 2, 3, 8, 1, 5, 2, 0)
     with pytest.raises(ValueError, match="x_stride: expected 1, or 2 with sixteen lanes, got 2"):
-        program.gather(1 << 56, 2 << 56, shape, 0, 0, 0, 0, 0, 0, 0, 0, 4, False, False)
+        program.gather(1 << 56, 2 << 56, shape, 0, 0, 0, 0, 0, 0, 0, 0, 0, 4, NONE.code, RELU.code, False)

@@ -11,7 +11,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from .._places import Constant, Read, Value, wave
 from .._record import Recorder, UnreadableModelError, unwrapped, without_recording
-from ._program import Cut, Steps
+from ._layers import Cut
+from ._program import Steps
 
 _PLAIN = (int, float, bool, str, bytes, complex, type(None), torch.Size, torch.dtype, torch.device)
 

@@ -42,7 +42,8 @@ def is_storable(value: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class LayerEntry:
-    """A masked layer: the bytes of its mask, and the seed of its signs; None where those of the kept ones follow."""
+    """A masked layer: the bytes of its mask, and the seed of its signs; None where those of the kept ones follow, or, of
+    type `values`, the kept weights themselves."""
 
     name: str
     shape: tuple[int, ...]
@@ -50,10 +51,13 @@ class LayerEntry:
     magnitude: float
     bytes: int
     seed: int | None
+    values: torch.dtype | None = None
 
     @property
     def stored(self) -> int:
         """Bytes of the payload."""
+        if self.values is not None:
+            return self.bytes + self.kept * self.values.itemsize
         return self.bytes + (-(-self.kept // 8) if self.seed is None else 0)
 
 
@@ -75,28 +79,30 @@ class Header:
 
     def encode(self) -> bytes:
         tensors = [{**dataclasses.asdict(t), "dtype": dtype_name(t.dtype)} for t in self.tensors]
-        layers = [dataclasses.asdict(layer) for layer in self.layers]
+        names = [None if layer.values is None else dtype_name(layer.values) for layer in self.layers]
+        layers = [{**dataclasses.asdict(layer), "values": name} for layer, name in zip(self.layers, names, strict=True)]
         return json.dumps({"layers": layers, "tensors": tensors}, separators=(",", ":"), allow_nan=False).encode()
 
     @staticmethod
-    def decode(text: bytes) -> Header:
+    def decode(text: bytes, version: int) -> Header:
+        """Version 2 has no layers with values."""
         try:
             given = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"path: expected a packed model, got one whose header does not read ({error})") from None
         lists = _fields(given, "its header", "layers", "tensors")
         require(all(type(entries) is list for entries in lists), "one whose header has no lists of layers and tensors")
-        header = Header(tuple(map(_layer, lists[0])), tuple(map(_tensor, lists[1])))
+        header = Header(tuple(_layer(entry, version) for entry in lists[0]), tuple(map(_tensor, lists[1])))
         names = [entry.name for entry in header.layers] + [entry.name for entry in header.tensors]
         require(len(names) == len(set(names)), "one that lists a name twice")
         require(bool(header.layers), "one without masked layers")
         return header
 
 
-def _layer(given: Any) -> LayerEntry:
-    name, shape, kept, magnitude, size, seed = _fields(
-        given, "a layer", "name", "shape", "kept", "magnitude", "bytes", "seed"
-    )
+def _layer(given: Any, version: int) -> LayerEntry:
+    fields = ("name", "shape", "kept", "magnitude", "bytes", "seed", *(("values",) if version > 2 else ()))
+    name, shape, kept, magnitude, size, seed, *rest = _fields(given, "a layer", *fields)
+    values = rest[0] if rest else None
     _check_name(name)
     dims = _shape(shape, name)
     weights = math.prod(dims)
@@ -109,7 +115,9 @@ def _layer(given: Any) -> LayerEntry:
     # Seeds are keys of a Philox generator.
     good = seed is None or _is_int(seed) and 0 <= seed < 1 << 128
     require(good, f"a layer {name!r} with signs from {_short(seed)}")
-    return LayerEntry(name, dims, kept, float(magnitude), size, seed)
+    good = values is None or type(values) is str and values in ("float32", "float64") and seed is None
+    require(good, f"a layer {name!r} with weights of type {_short(values)}")
+    return LayerEntry(name, dims, kept, float(magnitude), size, seed, None if values is None else _DTYPES[values])
 
 
 def _tensor(given: Any) -> TensorEntry:

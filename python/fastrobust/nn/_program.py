@@ -1,258 +1,87 @@
-"""Programs of frozen models: the steps of a record, masked convolutions in regions, everything else as it ran.
+"""Programs of frozen models: the steps of a record, masked layers and what lies between them in regions, all else as it
+ran.
 
-Steps are aten operations on values that nobody writes into (see ``_record``). A masked convolution with the batch
-normalisation, the addition and the ReLU that follow it, each the only reader of what comes before, is a unit; neighbouring
-units make a region. Units, regions and linear layers are shared between the programs of different shapes.
+Steps are aten operations on values that nobody writes into (see ``_record``). What steps become nodes of a region is in
+``_units``; neighbouring nodes make a region where one of them is masked. Regions are shared between the programs of
+different shapes.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .._places import Constant, Place, Read, Value, inside, replaced
-from .._record import Step, UnreadableModelError
-from ..ops import binary as ops
-from ..ops._dense_conv import dense_weight
+from .._record import Step
+from ..ops._dense_conv import memory_format
 from ..ops._library import nothing_intercepts
-from ..reference.binary import PackedWeight
-from ._region import Region, Unit
+from ._functional import functional
+from ._layers import Cut as Cut
+from ._layers import Layer as Layer
+from ._layers import Norm as Norm
+from ._layers import Pool as Pool
+from ._layers import affine as affine
+from ._layers import as_maps, is_flat, map_size, reshaped
+from ._nodes import Flatten, Node, Spread
+from ._region import Region
+from ._units import CopySpec, Spec, UnitSpec, spec_of
 from ._views import looking, overlaying
-from .masked import BinaryMaskedConv2d, BinaryMaskedLinear, MaskedLayer
 
 Values = list[Any]
 Run = Callable[[Values], None]
-# Where an operation has its flag for batch statistics; None where it has none and uses running ones.
-_NORMS = {
-    "native_batch_norm": 5, "cudnn_batch_norm": 5, "miopen_batch_norm": 5,
-    "_native_batch_norm_legit_no_training": None, "_batch_norm_no_update": None,
-}  # fmt: skip
-
-
-class Cut(Read):
-    """A read through which no gradient passes: of a detached tensor, or under no_grad."""
-
-    __slots__ = ()
-
-
-@dataclasses.dataclass(eq=False)
-class Layer:
-    """A masked layer as it was at the last update."""
-
-    name: str
-    packed: PackedWeight
-    geometry: Any
-    scale: Tensor | None
-    shift: Tensor | None
-
-    @staticmethod
-    def of(name: str, layer: MaskedLayer) -> Layer:
-        shift = None if layer.bias is None else layer.bias.detach().to(torch.float32, copy=True)
-        return Layer(name, layer.packed(), layer.geometry(), layer.channel_scale(), shift)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The layer on maps x (N, C, H, W), for whoever may look on or differentiate in any way."""
-        g = self.geometry
-        scale, shift = (None if t is None else t.to(x.dtype) for t in (self.scale, self.shift))
-        if len(self.packed.shape) == 2:
-            return ops.masked_linear(x.flatten(1), self.packed, None, scale=scale, shift=shift)[:, :, None, None]
-        return ops.masked_conv2d(
-            x, self.packed, None, g.stride, g.padding, g.dilation, g.groups, scale=scale, shift=shift
-        )
-
-
-@dataclasses.dataclass(eq=False)
-class Norm:
-    """Batch normalisation with fixed statistics, x alpha + beta per channel."""
-
-    source: Any
-    tensors: tuple[Any, ...]  # weight, bias, mean, variance as recorded
-    eps: float
-
-    @staticmethod
-    def of(step: Step, uses: collections.Counter[int]) -> Norm | None:
-        if step.name not in _NORMS or step.kwargs or any(v is not None and uses[v.index] for v in step.results[1:]):
-            return None
-        flag, (source, *tensors) = _NORMS[step.name], step.args[:5]
-        if flag is not None and step.args[flag]:
-            return None
-        fixed = all(t is None or isinstance(t, Constant) for t in tensors) and None not in tensors[2:]
-        return Norm(source, tuple(tensors), float(step.args[-1])) if fixed else None
-
-    def affine(self, pool: Pool) -> tuple[Tensor, Tensor]:
-        weight, bias, mean, var = (None if t is None else pool.constant(t) for t in self.tensors)
-        assert mean is not None and var is not None
-        return affine(weight, bias, mean, var, self.eps)
-
-    def key(self, pool: Pool) -> tuple[Any, ...]:
-        return (*(None if t is None else id(pool.constant(t)) for t in self.tensors), self.eps)
-
-
-def affine(weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Batch normalisation with these statistics as x alpha + beta."""
-    alpha = torch.rsqrt(var + eps)
-    if weight is not None:
-        alpha = alpha * weight
-    beta = -mean * alpha
-    if bias is not None:
-        beta = beta + bias
-    return alpha.detach(), beta.detach()
-
-
-class Pool:
-    """What the programs of one state of a model share: its layers and constants, regions and dense weights."""
-
-    def __init__(self, layers: dict[int, Layer], owned: set[int]) -> None:
-        self.layers = layers  # by the id of the module
-        self.kept: list[MaskedLayer] = []  # whose ids must not be another's
-        self.owned = owned  # storages that nobody but the programs knows
-        self.constants: dict[Any, Tensor] = {}
-        self.regions: dict[Any, Region] = {}
-        self.linears: dict[Any, FrozenLinear] = {}
-
-    def layer(self, module: MaskedLayer) -> Layer:
-        """The layer of a module; one that is none of the model's own, as inside another frozen model, as it is now."""
-        if id(module) not in self.layers:
-            self.layers[id(module)] = Layer.of(f"masked layer {len(self.layers)}", module)
-            self.kept.append(module)
-        return self.layers[id(module)]
-
-    def constant(self, c: Constant) -> Tensor:
-        """The tensor, such that nobody else can write into it, and the same one at every request."""
-        t = c.tensor
-        if c.base is None:
-            return t.detach() if t.requires_grad else t
-        key = (t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride())
-        if key not in self.constants:
-            own = t.detach() if key[0] in self.owned else t.detach().clone(memory_format=torch.preserve_format)
-            own.frozen_from = t  # type: ignore[attr-defined]  # its storage must not be given to another
-            self.constants[key] = own
-        return self.constants[key]
-
-    def region(self, units: list[tuple[_UnitSteps, int, int | None]], inputs: int, outputs: list[int]) -> Region:
-        key = (tuple((*u.key(self), at, res) for u, at, res in units), inputs, tuple(outputs))
-        if key not in self.regions:
-            made = [u.unit(self, at, res) for u, at, res in units]
-            self.regions[key] = Region(made, inputs, outputs)
-        return self.regions[key]
-
-    def linear(self, layer: Layer, norm: Norm | None) -> FrozenLinear:
-        key = (layer.name, None if norm is None else norm.key(self))
-        if key not in self.linears:
-            self.linears[key] = FrozenLinear(layer, None if norm is None else norm.affine(self))
-        return self.linears[key]
-
-
-class FrozenLinear:
-    """A masked linear layer with the batch normalisation that follows it, if any."""
-
-    def __init__(self, layer: Layer, norm: tuple[Tensor, Tensor] | None) -> None:
-        self.layer, self.packed, self.geometry = layer, layer.packed, layer.geometry
-        self.scale, self.shift, self.folded = layer.scale, layer.shift, norm is not None
-        if norm is not None:
-            self.scale = norm[0] if self.scale is None else self.scale * norm[0]
-            self.shift = norm[1] if self.shift is None else self.shift * norm[0] + norm[1]
-        weight = dense_weight(self.packed, torch.float32, torch.contiguous_format).flatten(1)
-        self.weight = weight if self.scale is None else weight * self.scale[:, None]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if ops.path_of(self.packed, x.shape[0], 1, 1, self.geometry).path == "dense":
-            return F.linear(x, self.weight, self.shift)
-        return ops.masked_linear(x, self.packed, None, scale=self.scale, shift=self.shift)
+Shapes = list[tuple[int, ...] | None]
 
 
 class _RunRegion(torch.autograd.Function):
+    """A region of inputs, some of them seen in another shape, and outputs, some as rows: views by torch would be recorded,
+    which takes longer than small layers."""
+
     @staticmethod
-    def forward(ctx: Any, region: Region, *inputs: Tensor) -> tuple[Tensor, ...]:
-        keep = any(ctx.needs_input_grad[1:])
-        outs, saved = region.forward([x.resolve_neg() for x in inputs], keep)
-        ctx.region, ctx.saved, ctx.sizes = region, saved, [x.shape for x in inputs]
+    def forward(ctx: Any, region: Region, shapes: Shapes, rows: list[bool], *inputs: Tensor) -> tuple[Tensor, ...]:
+        keep = any(ctx.needs_input_grad[3:])
+        xs = _shaped(inputs, shapes)
+        outs, saved = region.forward(xs, keep)
+        ctx.region, ctx.saved, ctx.rows = region, saved, rows
+        ctx.sizes, ctx.formats, ctx.given = (
+            [x.shape for x in xs],
+            [memory_format(x) for x in xs],
+            [x.shape for x in inputs],
+        )
         ctx.set_materialize_grads(False)
-        return tuple(outs)
+        # No views: whoever is given them may write into them.
+        return tuple(out.flatten(1).data if flat else out for out, flat in zip(outs, rows, strict=True))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         if all(g is None for g in grads):
-            return None, *([None] * len(ctx.sizes))
-        given = [None if g is None else g.contiguous() for g in grads]
-        with torch.autocast(next(g for g in given if g is not None).device.type, enabled=False):
-            return None, *ctx.region.backward(given, ctx.saved, ctx.sizes)
+            return None, None, None, *([None] * len(ctx.sizes))
+        given = [
+            None if g is None else g[:, :, None, None] if flat else g.contiguous(memory_format=memory_format(g))
+            for g, flat in zip(grads, ctx.rows, strict=True)
+        ]
+        found = ctx.region.backward(given, ctx.saved, ctx.sizes, ctx.formats)
+        return None, None, None, *(g.reshape(size) for g, size in zip(found, ctx.given, strict=True))
 
 
-def _flat(read: Read) -> Read:
-    """Of rows seen as maps (N, C, 1, 1), the rows (N, C)."""
-    place = read.place
-    return type(read)(read.value, Place(place.size[:2], place.stride[:2], place.offset))
-
-
-def _whole_rows(read: Any) -> bool:
-    """All of the maps (N, C, 1, 1) as rows (N, C)."""
-    whole = isinstance(read, Read) and not isinstance(read, Cut)
-    return whole and len(read.shape) == 2 and read.place == _flat(Read(read.value, read.value.place)).place
+def _shaped(inputs: Sequence[Tensor], shapes: Shapes) -> list[Tensor]:
+    """The inputs as a region reads them."""
+    return [(x if shape is None else x.reshape(shape)).resolve_neg() for x, shape in zip(inputs, shapes, strict=True)]
 
 
 def is_whole(read: Any) -> bool:
     return isinstance(read, Read) and not isinstance(read, Cut) and read.place == read.value.place
 
 
-class _UnitSteps:
-    """The steps that one unit stands for."""
-
-    def __init__(self, layer: Layer, at: int, step: Step) -> None:
-        out = step.results[0]
-        assert out is not None
-        self.layer, self.last, self.out = layer, at, out
-        self.source: Read = step.args[0]
-        self.norm: Norm | None = None
-        self.residual: Read | None = None
-        self.relu = False
-
-    def extend(self, step: Step, uses: collections.Counter[int]) -> bool:
-        """Whether the step, the only reader of the unit's value, is part of the unit from now on."""
-        if self.relu or len(step.results) < 1 or step.results[0] is None:
-            return False
-        norm = Norm.of(step, uses)
-        if norm is not None:
-            if self.norm is not None or self.residual is not None or not is_whole(norm.source):
-                return False
-            self.norm = norm
-        elif step.name == "add" and len(step.args) == 2 and step.kwargs.get("alpha", 1) == 1:
-            own = [is_whole(a) and a.value is self.out for a in step.args]
-            other = step.args[1] if own[0] else step.args[0]
-            if self.residual is not None or not any(own) or not isinstance(other, Read):
-                return False
-            if other.shape != self.out.place.size or other.value.dtype != torch.float32:
-                return False
-            self.residual = other
-        elif step.name == "relu" and is_whole(step.args[0]):
-            self.relu = True
-        else:
-            return False
-        self.out = step.results[0]
-        return True
-
-    def key(self, pool: Pool) -> tuple[Any, ...]:
-        return (self.layer.name, None if self.norm is None else self.norm.key(pool), self.relu)
-
-    def unit(self, pool: Pool, source: int, residual: int | None) -> Unit:
-        scale, shift = self.layer.scale, self.layer.shift
-        if self.norm is not None:
-            alpha, beta = self.norm.affine(pool)
-            shift = beta if shift is None else shift * alpha + beta
-            scale = alpha if scale is None else scale * alpha
-        return Unit(self.layer.name, source, self.layer.packed, self.layer.geometry, scale, shift, residual, self.relu)
-
-
 @dataclasses.dataclass(eq=False)
 class Steps:
-    """What a program is made of: steps in order, values of the inputs, reads and constants in the leaves of the output."""
+    """What a program is made of: steps in order, values of the inputs, reads and constants in the output's leaves."""
 
     steps: Sequence[Step]
     inputs: list[Value]
@@ -262,18 +91,23 @@ class Steps:
 
 
 class Readers:
-    """Who reads the values of a record."""
+    """Who reads the values of a record. `dead`: steps whose results nobody reads, such as the copies that torch makes of what
+    an activation changes in place, for a gradient."""
 
     def __init__(self, work: Steps) -> None:
-        self.uses = collections.Counter[int]()
+        self.uses = collections.Counter[int](read.value.index for read in _reads(work.output))
+        given = set(self.uses)
         self.last: dict[int, int] = {}
-        for i, step in enumerate(work.steps):
+        self.dead: set[int] = set()
+        for i, step in reversed(list(enumerate(work.steps))):
+            made = [v.index for v in step.results if v is not None]
+            if made and not any(self.uses[v] for v in made):
+                self.dead.add(i)
+                continue
             for read in _reads((step.args, step.kwargs)):
                 self.uses[read.value.index] += 1
-                self.last[read.value.index] = i
-        for read in _reads(work.output):
-            self.uses[read.value.index] += 1
-            self.last.pop(read.value.index, None)
+                if read.value.index not in given:
+                    self.last.setdefault(read.value.index, i)
 
     def only(self, value: Value) -> int | None:
         """The step that alone reads a value, once."""
@@ -281,18 +115,18 @@ class Readers:
 
 
 class Program:
-    """Runs the steps on other tensors of the same shapes. ``outputs(tensors)`` returns the leaves of the model's output."""
+    """Runs the steps on other tensors of the same shapes; ``outputs(tensors)``: the leaves of the model's output."""
 
     def __init__(self, work: Steps, pool: Pool) -> None:
         self.pool, self.work = pool, work
         self.regions: list[Region] = []
-        self.linears: list[FrozenLinear] = []
+        self.ends: list[str] = []  # of each region: what came after it
         self.proven = self.differentiated = False
         self.readers = Readers(work)
         self.uses = self.readers.uses
         self.inputs = [v.index for v in work.inputs]
         self.runs: list[Run] = []
-        self._schedule(*self._units())
+        self._schedule()
         self.output = [self._leaf(v) for v in work.output]
 
     def outputs(self, tensors: Sequence[Tensor]) -> list[Any]:
@@ -305,128 +139,116 @@ class Program:
 
     def _leaf(self, v: Any) -> Callable[[Values], Any]:
         if isinstance(v, Read):
-            i, look = v.value.index, _look(v)
-            return (lambda values: values[i]) if look is None else (lambda values: look(values[i]))
+            i, look, form = v.value.index, _look(v), _format(v.value.place)
+            if form is None:
+                return (lambda values: values[i]) if look is None else (lambda values: look(values[i]))
+            # In memory as the model would leave it: views that work of its output are to work of this one.
+            first = self.work.inputs[0]
+            x, same = first.index, _format(first.place) == form
+
+            def run(values: Values) -> Any:
+                out = values[i].contiguous(memory_format=memory_format(values[x]) if same else form)
+                return out if look is None else look(out)
+
+            return run
         if isinstance(v, Constant):
             v = self.pool.constant(v)
         return lambda values: v
 
-    # ---- units and regions ----
+    # ---- regions ----
 
-    def _units(self) -> tuple[dict[int, _UnitSteps], dict[int, tuple[Layer, Norm | None, Value]], set[int]]:
-        """Units and linear layers by the number of their last step, and the steps inside of them."""
-        units: dict[int, _UnitSteps] = {}
-        linears: dict[int, tuple[Layer, Norm | None, Value]] = {}
+    def _specs(self) -> dict[int, Spec]:
+        """Nodes by the number of their first step."""
+        found: dict[int, Spec] = {}
         taken: set[int] = set()
         for i, step in enumerate(self.work.steps):
-            if step.name != "leaf":
+            if i in taken or i in self.readers.dead:
                 continue
-            layer, out = self.pool.layer(step.func), step.results[0]
-            assert out is not None
-            if isinstance(step.func, BinaryMaskedConv2d) and out.dtype == torch.float32:
-                unit = _UnitSteps(layer, i, step)
-                taken.add(i)
-                while (j := self.readers.only(unit.out)) is not None and j not in taken:
-                    if not unit.extend(self.work.steps[j], self.uses):
-                        break
-                    unit.last = j
-                    taken.add(j)
-                units[unit.last] = unit
-            elif isinstance(step.func, BinaryMaskedLinear) and out.dtype == torch.float32:
-                j = self.readers.only(out)
-                norm = None if j is None else Norm.of(self.work.steps[j], self.uses)
-                if norm is None or not _whole_rows(norm.source):
-                    linears[i] = layer, None, out
-                    continue
-                assert j is not None
-                taken |= {i, j}
-                out = self.work.steps[j].results[0]
-                assert out is not None
-                linears[i] = layer, norm, out
-        return units, linears, taken - units.keys()
+            layer = self.pool.layer(step.func) if step.name == "leaf" else None
+            spec = spec_of(i, step, layer, self.uses)
+            if spec is None:
+                continue
+            while (j := self.readers.only(spec.out)) is not None and j not in taken:
+                if not spec.extend(self.work.steps[j], self.uses):
+                    break
+                spec.steps.append(j)
+            taken.update(spec.steps)
+            found[i] = spec
+        return found
 
-    def _schedule(
-        self, units: dict[int, _UnitSteps], linears: dict[int, tuple[Layer, Norm | None, Value]], inner: set[int]
-    ) -> None:
-        group: list[_UnitSteps] = []
+    def _schedule(self) -> None:
+        specs = self._specs()
+        last = {spec.steps[-1]: spec for spec in specs.values()}
+        inner = {i for spec in specs.values() for i in spec.steps}
+        group: list[Spec] = []
 
-        def close() -> None:
-            if group:
-                self._region(list(group))
-                group.clear()
+        def close(why: str) -> None:
+            if any(spec.masked for spec in group):
+                self._region(group)
+                self.ends.append(why)
+            else:
+                self.runs += [self._plain(self.work.steps[i]) for i in sorted(i for spec in group for i in spec.steps)]
+            group.clear()
 
         for i, step in enumerate(self.work.steps):
-            made = {u.out.index for u in group}
-            if i in units:
-                unit = units[i]
-                read = [r for r in (unit.source, unit.residual) if r is not None]
-                apart = any(r.value.index in made and not is_whole(r) for r in read)
-                if apart or (group and group[0].out.place.size[0] != unit.out.place.size[0]):
-                    close()
-                group.append(unit)
-            elif i in linears or i not in inner:
-                if any(r.value.index in made for r in _reads((step.args, step.kwargs))):
-                    close()
-                if i in linears:
-                    layer, norm, out = linears[i]
-                    self.linears.append(self.pool.linear(layer, norm))
-                    self.runs.append(self._linear(self.linears[-1], step.args[0], out))
-                else:
-                    self.runs.append(self._plain(step))
-        close()
+            if i in self.readers.dead:
+                continue
+            made = {spec.out.index for spec in group}
+            spec = last.get(i)
+            if spec is not None and isinstance(spec, CopySpec) and spec.reads[0].value.index not in made:
+                spec = None
+            elif spec is None and i in inner:
+                continue
+            reads = list(_reads((step.args, step.kwargs))) if spec is None else spec.reads
+            if spec is None:
+                if any(r.value.index in made for r in reads):
+                    close(f"{step.name} is done by torch")
+                self.runs.append(self._plain(step))
+                continue
+            if any(r.value.index in made and not (as_maps(r) or is_flat(r)) for r in reads):
+                close(f"{self._named(spec)} reads a part or another view of it")
+            elif group and group[0].out.place.size[0] != spec.out.place.size[0]:
+                close(f"{self._named(spec)} has another batch size")
+            group.append(spec)
+        close("the end of the model")
 
-    def _region(self, group: list[_UnitSteps]) -> None:
-        made = {u.out.index: i for i, u in enumerate(group)}
-        inputs: dict[Any, int] = {}
-        looks: list[tuple[int, Callable[[Tensor], Tensor] | None]] = []
-        own = collections.Counter[int]()
+    def _named(self, spec: Spec) -> str:
+        step = self.work.steps[spec.steps[0]]
+        return self.pool.layer(step.func).name if spec.masked else step.name
 
-        def number(read: Read | None) -> int | None:
-            if read is None:
-                return None
-            if read.value.index in made:
-                own[read.value.index] += 1
-                return made[read.value.index]
-            key = (type(read), read.value.index, read.place)
-            if key not in inputs:
-                inputs[key] = -1 - len(inputs)
-                looks.append((read.value.index, _look(read)))
-            return inputs[key]
-
-        units: list[tuple[_UnitSteps, int, int | None]] = []
-        for u in group:
-            source = number(u.source)
-            assert source is not None
-            units.append((u, source, number(u.residual)))
-        outputs = [i for i, u in enumerate(group) if self.uses[u.out.index] > own[u.out.index]]
-        region = self.pool.region(units, len(inputs), outputs)
-        slots = [group[i].out.index for i in outputs]
+    def _region(self, group: list[Spec]) -> None:
+        nodes = _Nodes(self.pool, {spec.out.index for spec in group})
+        for spec in group:
+            nodes.add_spec(spec)
+        outside = [spec.out for spec in group if self.uses[spec.out.index] > nodes.own[spec.out.index]]
+        outputs = sorted({nodes.made[v.index] for v in outside})
+        region = self.pool.region(tuple(nodes.keys), nodes.all, len(nodes.inputs), outputs)
         self.regions.append(region)
+        looks, shapes = nodes.looks, nodes.shapes
+        # Handed out as rows, where nobody reads them as maps of one pixel.
+        rows = [all(len(v.place.size) == 2 for v in outside if nodes.made[v.index] == at) for at in outputs]
+        slots, given = [], set()
+        for v in outside:
+            at = outputs.index(nodes.made[v.index])
+            # A copy of a value is the value itself only as long as nobody can write into one of them.
+            slots.append((v.index, at, len(v.place.size) == 2 and not rows[at], at in given))
+            given.add(at)
 
         def run(values: Values) -> None:
             xs = [values[i] if look is None else look(values[i]) for i, look in looks]
             if nothing_intercepts() and not (torch.is_grad_enabled() and any(x.requires_grad for x in xs)):
-                outs, _ = region.forward([x.resolve_neg() for x in xs], False)
+                outs, _ = region.forward(_shaped(xs, shapes), False)
+                outs = [out.flatten(1) if flat else out for out, flat in zip(outs, rows, strict=True)]
             else:
-                outs = _RunRegion.apply(region, *xs)
-            for slot, out in zip(slots, outs, strict=True):
-                values[slot] = out
+                outs = _RunRegion.apply(region, shapes, rows, *xs)
+            for slot, i, flat, copied in slots:
+                out = outs[i].clone() if copied else outs[i]
+                values[slot] = out.flatten(1) if flat else out
 
         if slots:
             self.runs.append(run)
 
     # ---- everything else ----
-
-    @staticmethod
-    def _linear(linear: FrozenLinear, read: Read, out: Value) -> Run:
-        source, look, slot, size = read.value.index, _look(_flat(read)), out.index, out.place.size
-
-        def run(values: Values) -> None:
-            x = values[source] if look is None else look(values[source])
-            y = linear(x)
-            values[slot] = y if len(size) == 2 else y[:, :, None, None]
-
-        return run
 
     def _plain(self, step: Step) -> Run:
         if step.name == "overlay":
@@ -450,8 +272,76 @@ class Program:
         return run
 
 
+class _Nodes:
+    """Numbers the values of a region, and its nodes."""
+
+    def __init__(self, pool: Pool, inside: set[int]) -> None:
+        self.pool, self.inside = pool, inside
+        self.made: dict[int, int] = {}  # values of the record
+        self.keys: list[Any] = []
+        self.makes: list[Callable[[], Node]] = []
+        self.inputs: dict[Any, int] = {}
+        self.looks: list[tuple[int, Callable[[Tensor], Tensor] | None]] = []
+        self.shapes: Shapes = []  # in which the inputs are read, where that is another than what `looks` shows
+        self.own = collections.Counter[int]()  # reads inside
+        self.more: dict[Any, int] = {}  # values as rows, and those of one pixel as whole maps
+
+    def all(self) -> list[Node]:
+        return [make() for make in self.makes]
+
+    def add_spec(self, spec: Spec) -> None:
+        first, *others = spec.reads
+        numbers = [self._number(first)]
+        if isinstance(spec, CopySpec):
+            self.made[spec.out.index] = numbers[0]
+            return
+        size = map_size(spec.out.place)
+        assert size is not None
+        for read in others:
+            at = self._number(read)
+            if isinstance(spec, UnitSpec) and map_size(read.place) != size:  # one pixel, to be added to all
+                make = functools.partial(Spread, "spread", at, size[1:], self.pool.device)
+                at = self._once(("spread", at, size), make)
+            numbers.append(at)
+        key = (*spec.key(self.pool), tuple(numbers))
+        self.made[spec.out.index] = self._add(key, lambda: spec.node(self.pool, numbers))
+
+    def _add(self, key: Any, make: Callable[[], Node]) -> int:
+        self.keys.append(key)
+        self.makes.append(make)
+        return len(self.makes) - 1
+
+    def _once(self, key: Any, make: Callable[[], Node]) -> int:
+        if key not in self.more:
+            self.more[key] = self._add(key, make)
+        return self.more[key]
+
+    def _number(self, read: Read) -> int:
+        """The value that a node reads."""
+        if read.value.index in self.inside:
+            self.own[read.value.index] += 1
+            at = self.made[read.value.index]
+            return at if as_maps(read) else self._once(("flatten", at), lambda: Flatten("flatten", at))
+        key = (type(read), read.value.index, read.place)
+        if key not in self.inputs:
+            self.inputs[key] = -1 - len(self.inputs)
+            shape = (*read.shape, 1, 1)[:4]
+            self.looks.append((read.value.index, None if reshaped(read) else _look(read)))
+            self.shapes.append(shape if reshaped(read) or len(read.shape) == 2 else None)
+        return self.inputs[key]
+
+
 def _reads(v: Any) -> Iterator[Read]:
     return (r for r in inside(v) if isinstance(r, Read))
+
+
+def _format(place: Place) -> torch.memory_format | None:
+    """That of maps, None where they are of neither format or of both."""
+    if len(place.size) != 4 or not place.dense():
+        return None
+    order = place.order()
+    rows, last = order == sorted(order), order == [d for d in (0, 2, 3, 1) if d in order]
+    return None if rows == last else torch.contiguous_format if rows else torch.channels_last
 
 
 def _look(read: Read) -> Callable[[Tensor], Tensor] | None:
@@ -487,42 +377,3 @@ def _single(function: Callable[..., Any], args: Sequence[Any], slot: int, kwargs
         values[slot] = function(*filled, **given)
 
     return run
-
-
-# In-place operations whose functional forms torch does not differentiate: what they leave depends on the last argument.
-_FILLS: dict[str, Callable[..., Tensor]] = {
-    "copy": lambda target, source, *_: source.to(target.device),
-    "fill": lambda target, value: value if isinstance(value, Tensor) else torch.full_like(target, value),
-    "zero": torch.zeros_like,
-}
-
-
-def functional(step: Step) -> Callable[..., Any]:
-    """The operation of a step, writing into nothing."""
-    func, schema, value = step.func, step.func._schema, step.results[0]
-    if not schema.is_mutable:
-        return func
-    assert value is not None
-    space, _, name = schema.name.partition("::")
-    packet = getattr(getattr(torch.ops, space), name.removesuffix("_"), None)
-    names = [a.name for a in schema.arguments if not a.kwarg_only or a.alias_info is None]
-    dtype, size = value.dtype, value.place.size
-
-    def cast(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def run(*args: Any, **kwargs: Any) -> Tensor:
-            out = f(*args, **kwargs)
-            return (out if out.dtype == dtype else out.to(dtype)).expand(size)
-
-        return run
-
-    if step.name in _FILLS and space == "aten":
-        return cast(_FILLS[step.name])
-    for overload in packet.overloads() if packet is not None else ():
-        other = getattr(packet, overload)
-        same = [a.name for a in other._schema.arguments] == names
-        types = [str(a.type) for a in other._schema.arguments] == [str(a.type) for a in schema.arguments[: len(names)]]
-        if not other._schema.is_mutable and same and types:
-            return cast(other)
-    if name.endswith("_") and schema.arguments[0].alias_info is not None:
-        return lambda target, *args, **kwargs: func(target.clone(), *args, **kwargs)
-    raise UnreadableModelError(f"model: {name}.{func._overloadname} cannot be frozen; write it without out=")

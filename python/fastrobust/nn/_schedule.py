@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..ops import _feature_maps as fm
+from ..ops._activation import NONE, RELU, Act
 from ..ops._feature_maps import Maps
 
 ARENA = 0
@@ -28,7 +29,7 @@ def plain(shape: tuple[int, ...], base: int = ARENA) -> Buffer:
 
 
 def sides(maps: Maps) -> Buffer:
-    """Room for one bit per value: which side of a ReLU it fell on."""
+    """Room for one bit per value: which side of an activation it fell on."""
     rows = maps.blocks * maps.channels * math.prod(maps.phases)
     return Buffer(ARENA, shape=(-(-rows * maps.plane // 32),), strides=(1,))
 
@@ -77,9 +78,17 @@ class Buffer:
         assert owner is not None
         if self.maps is not None:
             return owner[self.offset : self.offset + self.maps.blocks * self.maps.block]
-        if owner.shape == self.shape:
+        if not self.shape or owner.shape == self.shape:
             return owner
         return owner.as_strided(self.shape, self.strides, owner.storage_offset() + self.offset)
+
+
+def pooling_sizes(given: Maps, result: Maps) -> tuple[Any, ...]:
+    """What a pool's kernels ask about the layouts of its input and output."""
+    if given.size[:2] != result.size[:2]:
+        raise ValueError(f"max_pool: got maps of {given.size} and {result.size}, expected the same images and channels")
+    sizes = (given.height, given.width, result.height, result.width)
+    return given.layout, result.layout, given.batch, given.channels, sizes
 
 
 @dataclasses.dataclass
@@ -165,24 +174,25 @@ class Schedule:
 
     def gather(
         self, x: Buffer, target: Maps, lists: fm.Plan, *, residual: Buffer | None = None, gate: Buffer | None = None,
-        pre: bool = False, scale: Tensor | None = None, shift: Tensor | None = None, post: Tensor | None = None,
-        relu: bool = False, passed: Buffer | None = None,
-    ) -> tuple[Buffer, Buffer | None]:  # fmt: skip
-        """`feature_maps.gather`; returns the result and, where asked for, `pre`.
+        gate_act: Act = RELU, pre: bool = False, scale: Tensor | None = None, shift: Tensor | None = None,
+        post: Tensor | None = None, act: Act = NONE, slopes: bool = False, passed: Buffer | None = None,
+    ) -> tuple[Buffer, Buffer | None, Buffer | None]:  # fmt: skip
+        """`feature_maps.gather`; returns the result and, where asked for, `pre` and `slopes`.
 
-        passed: written with the sides of the ReLU, one bit each. gate: such bits, or the values behind a ReLU.
+        passed: written with the sides of a sided `act`, one bit each. gate: such bits of `gate_act`, or values.
         """
         assert x.maps is not None
         source = x.maps
-        out, before = Buffer(ARENA, target), Buffer(ARENA, target) if pre else None
+        out, before, steep = Buffer(ARENA, target), *(Buffer(ARENA, target) if b else None for b in (pre, slopes))
         values, bits = (gate, None) if gate is None or gate.maps is not None else (None, gate)
+        written = [b for b in (out, before, steep, passed) if b is not None]
 
         def emit(program: Any) -> None:
             program.gather(
                 x.address, out.address, lists.bind(source, target), fm.address(scale), fm.address(shift),
                 fm.address(post),
-                *(0 if b is None else b.address for b in (residual, values, before, passed, bits)),
-                target.channels, relu, out.borders or (before is not None and before.borders),
+                *(0 if b is None else b.address for b in (residual, values, before, passed, bits, steep)),
+                target.channels, act.code, gate_act.code, any(b.borders for b in written if b is not passed),
             )  # fmt: skip
 
         # Constants must live as long as the program that has their addresses.
@@ -190,8 +200,8 @@ class Schedule:
         reads = [b for b in (x, residual, gate) if b is not None]
         # Every value of the residual is read where the result is written.
         over = residual if residual not in (x, gate) else None
-        self.steps.append(_Step(emit, None, reads, [b for b in (out, before, passed) if b is not None], over))
-        return out, before
+        self.steps.append(_Step(emit, None, reads, written, over))
+        return out, before, steep
 
     def copy(self, source: Buffer, target: Buffer) -> Buffer:
         """The pixels of one buffer into another of any layout."""
@@ -207,11 +217,114 @@ class Schedule:
         self.steps.append(_Step(emit, None, [source], [target]))
         return target
 
+    def concat(self, sources: list[Buffer], target: Maps) -> Buffer:
+        """The channels of maps one after the other."""
+        out = Buffer(ARENA, target)
+
+        def emit(program: Any) -> None:
+            at, plane = out.address, target.plane if out.borders else 0
+            for source in sources:
+                assert source.maps is not None
+                program.relayout(source.address, at, source.layout, out.layout, *source.maps.size, plane)
+                at += 4 * source.maps.channels * target.plane
+
+        self.steps.append(_Step(emit, None, list(sources), [out]))
+        return out
+
+    def part(self, source: Buffer, channel: int, target: Maps) -> Buffer:
+        """The channels of maps from `channel` on, as many as `target` has."""
+        out = Buffer(ARENA, target)
+        assert source.maps is not None
+        skipped = 4 * channel * source.maps.plane
+
+        def emit(program: Any) -> None:
+            plane = target.plane if out.borders else 0
+            program.relayout(source.address + skipped, out.address, source.layout, out.layout, *target.size, plane)
+
+        self.steps.append(_Step(emit, None, [source], [out]))
+        return out
+
+    def flatten(self, source: Buffer, target: Maps) -> Buffer:
+        """Maps (C, H, W) as maps (C H W, 1, 1)."""
+        out = Buffer(ARENA, target)
+        assert source.maps is not None
+        maps = source.maps
+        emit = lambda program: program.relayout(
+            source.address, out.address, source.layout, _unfolded(target, maps), *maps.size, 0
+        )
+        self.steps.append(_Step(emit, None, [source], [out]))
+        return out
+
+    def unflatten(self, source: Buffer, target: Maps) -> Buffer:
+        """Maps (C H W, 1, 1) as maps (C, H, W)."""
+        out = Buffer(ARENA, target)
+        assert source.maps is not None
+        layout = _unfolded(source.maps, target)
+
+        def emit(program: Any) -> None:
+            plane = target.plane if out.borders else 0
+            program.relayout(source.address, out.address, layout, out.layout, *target.size, plane)
+
+        self.steps.append(_Step(emit, None, [source], [out]))
+        return out
+
+    def spread(self, source: Buffer, target: Maps) -> Buffer:
+        """Maps of one pixel as maps that are the same everywhere."""
+        out = Buffer(ARENA, target)
+        lanes, block, channel, _, _, phase, *rest = source.layout
+
+        def emit(program: Any) -> None:
+            plane = target.plane if out.borders else 0
+            layout = (lanes, block, channel, 0, 0, phase, *rest)
+            program.relayout(source.address, out.address, layout, out.layout, *target.size, plane)
+
+        self.steps.append(_Step(emit, None, [source], [out]))
+        return out
+
+    def max_pool(self, x: Buffer, target: Maps, window: tuple[int, ...], keep: bool) -> tuple[Buffer, Buffer | None]:
+        """The largest pixel of each window, and, with `keep`, which one it was, a byte each: what the gradient needs.
+
+        window: kernel, stride, padding, dilation, each by dimension; of at most 255 pixels with `keep`. Both maps are
+        of the same lanes, without phases. NaN wins.
+        """
+        assert x.maps is not None
+        source, out = x.maps, Buffer(ARENA, target)
+        where = Buffer(ARENA, shape=(-(-target.blocks * target.block // 4),), strides=(1,)) if keep else None
+
+        def emit(program: Any) -> None:
+            program.max_pool(
+                x.address, out.address, 0 if where is None else where.address, *pooling_sizes(source, target), window,
+                target.plane if out.borders else 0,
+            )  # fmt: skip
+
+        self.steps.append(_Step(emit, None, [x], [b for b in (out, where) if b is not None]))
+        return out, where
+
+    def max_pool_grad(self, grad: Buffer, where: Buffer, target: Maps, window: tuple[int, ...]) -> Buffer:
+        """The gradient of the input of `max_pool`, laid out as `target`: to each pixel that of the windows it won."""
+        assert grad.maps is not None
+        source, out = grad.maps, Buffer(ARENA, target)
+
+        def emit(program: Any) -> None:
+            program.max_pool_grad(
+                grad.address, where.address, out.address, *pooling_sizes(target, source), window,
+                target.plane if out.borders else 0,
+            )  # fmt: skip
+
+        self.steps.append(_Step(emit, None, [grad, where], [out]))
+        return out
+
     def call(self, f: Callable[..., Tensor], reads: list[Buffer], shape: tuple[int, ...]) -> Buffer:
         """Torch's part: f(views of `reads`) returns a new tensor of `shape`."""
-        result = plain(shape, self._base())
-        self.steps.append(_Step(None, f, reads, [result]))
-        return result
+        return self.calls(lambda *xs: (f(*xs),), reads, [shape])[0]
+
+    def calls(
+        self, f: Callable[..., Sequence[Tensor]], reads: list[Buffer], shapes: Sequence[tuple[int, ...] | None]
+    ) -> list[Buffer]:
+        """Torch's part with several results; one without a shape may be anything, and is given to other calls as it is."""
+        results = [Buffer(self._base()) if shape is None else plain(shape, self._base()) for shape in shapes]
+        self.steps.append(_Step(None, f, reads, results))
+        return results
 
     def call_into(self, f: Callable[..., Any], reads: list[Buffer], target: Buffer) -> Buffer:
         """Torch's part: f(views of `reads`, view of `target`) fills the latter."""
@@ -254,6 +367,12 @@ class Schedule:
         return Compiled(self, room.size, last)
 
 
+def _unfolded(rows: Maps, maps: Maps) -> tuple[int, ...]:
+    """The layout of maps of which every pixel is a map of `rows`, channel by channel and line by line."""
+    line = maps.width * rows.plane
+    return (rows.lanes, rows.block, maps.height * line, line, rows.plane, 0, 1, 1, rows.origin)
+
+
 class Compiled:
     """A schedule ready to run, and the arenas that runs have given back."""
 
@@ -281,25 +400,28 @@ class Compiled:
         state = State(self, given[0])
         tensors = state.tensors
         tensors[1 : 1 + len(given)] = given
-        addresses = [0 if t is None else t.data_ptr() for t in tensors]
+        addresses = [t.data_ptr() if isinstance(t, Tensor) else 0 for t in tensors]
         where = fm.device_of(given[0])
         for program, step, done in self.parts:
             if step is None:
                 program.run(*where, addresses)
                 continue
             assert step.call is not None
-            (out,) = step.write
             views = [b.view(tensors) for b in step.reads]
-            if out.base > self.given_count:
-                result = step.call(*views).contiguous(memory_format=torch.channels_last)
-                if result.dtype != torch.float32 or tuple(result.shape) != out.shape:
-                    # Programs read it by its address.
-                    raise RuntimeError(
-                        f"a step gave {tuple(result.shape)} {result.dtype}, expected {out.shape} float32"
-                    )
-                tensors[out.base], addresses[out.base] = result, result.data_ptr()
+            if step.write[0].base > self.given_count:
+                for out, result in zip(step.write, step.call(*views), strict=True):
+                    if not out.shape:
+                        tensors[out.base] = result
+                        continue
+                    result = result.contiguous(memory_format=torch.channels_last)
+                    if result.dtype != torch.float32 or tuple(result.shape) != out.shape:
+                        # Programs read it by its address.
+                        raise RuntimeError(
+                            f"a step gave {tuple(result.shape)} {result.dtype}, expected {out.shape} float32"
+                        )
+                    tensors[out.base], addresses[out.base] = result, result.data_ptr()
             else:
-                step.call(*views, out.view(tensors))
+                step.call(*views, step.write[0].view(tensors))
             for base in done:
                 tensors[base] = None
         # What was given may hold on to the graph that will hold on to this state.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .._record import current, without_recording
 from ..reference.binary import PackedWeight
-from ._program import Layer
+from ._layers import Layer
 from .masked import BinaryMaskedConv2d, BinaryMaskedLinear, masked_layers
 
 _MODES = threading.RLock()

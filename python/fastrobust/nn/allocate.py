@@ -23,6 +23,8 @@ def allocate(sizes: Sequence[int], rate: float, gamma: float, *, method: str = "
     written, 1 - 0.9 is 1/10.
     method "sequential": the rounding of the authors' code, layer by layer in ascending size; its sum
     can differ from the target by some weights per layer.
+    method "layerwise": every layer by itself, n - int(r n), as the hidden networks of Ramanujan et al.
+    and magnitude pruning keep them; for gamma = 1.
 
     Raises ValueError for a rate or gamma outside [0, 1], a negative size or an unknown method.
     """
@@ -38,7 +40,11 @@ def allocate(sizes: Sequence[int], rate: float, gamma: float, *, method: str = "
         return _exact(sizes, rate, gamma)
     if method == "sequential":
         return _sequential(sizes, float(_keep_rate(rate)), gamma)
-    raise ValueError(f"method: expected 'exact' or 'sequential', got {method!r}")
+    if method == "layerwise":
+        if gamma != 1:
+            raise ValueError(f"gamma: expected 1 with method 'layerwise', got {gamma!r}")
+        return [kept_by_rate(n, float(_keep_rate(rate))) for n in sizes]
+    raise ValueError(f"method: expected 'exact', 'sequential' or 'layerwise', got {method!r}")
 
 
 def _keep_rate(rate: float) -> Fraction:

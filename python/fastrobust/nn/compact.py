@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from .._places import Constant
 from .._record import UnreadableModelError, unwrapped
 from . import _proof
+from ._layers import Norm, affine
 from ._observe import Call, observe
-from ._program import Norm, Readers, affine, is_whole
+from ._program import Readers, is_whole
 from ._snapshot import evaluating
 from .masked import BinaryMaskedConv2d, BinaryMaskedLinear, masked_layers
 
@@ -180,8 +181,7 @@ def _slice(model: nn.Module, name: str, alive: Tensor, dim: int) -> None:
         dtype=old.scores.dtype,
     )  # fmt: skip
     new.scores.copy_(old.scores.index_select(dim, index))
-    new.signs.copy_(old.signs.index_select(dim, index))
-    new.sign_seed = None
+    new.fix_weight(old.signs.index_select(dim, index))
     new.magnitude.copy_(old.magnitude)
     if old.bias is not None and new.bias is not None:
         new.bias.copy_(old.bias if dim == 1 else old.bias.index_select(0, index))

@@ -12,12 +12,12 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map
 
 from .._record import unwrapped
-from ..ops import _conv_cost as cost
-from ..ops import binary as ops
 from . import _proof
 from ._batches import SIZES, Family, batch_of, kind_of
+from ._layers import Pool
+from ._nodes import Unit
 from ._observe import Call, assembled, observe
-from ._program import Pool, Program, Steps
+from ._program import Program, Steps
 from ._region import Region
 from ._snapshot import Snapshot
 from .masked import update_masks
@@ -171,36 +171,61 @@ class FrozenModel(nn.Module):
     # ---- words ----
 
     def paths(self, *sizes: tuple[int, ...]) -> list[dict[str, Any]]:
-        """Per masked layer: name, weight, density, the path taken for inputs of `sizes`, and why."""
+        """Per masked layer: name, weight, density, the path taken for inputs of `sizes` (of the first group of images), why,
+        what is done in the same write ("then"), and the number of its region."""
+        return [row for row in self._nodes(sizes)[0] if row["density"] is not None]
+
+    def report(self, *sizes: tuple[int, ...]) -> str:
+        """What becomes of every layer for inputs of `sizes`, and of what lies between them, as a table of text; and what ended
+        each region, a stretch of the model that is run without leaving the compiled program."""
+        rows, ends = self._nodes(sizes)
+        lines = []
+        for number, (end, groups) in enumerate(ends):
+            for row in rows:
+                if row["region"] != number:
+                    continue
+                shape, maps = "x".join(map(str, row["weight"])), "x".join(map(str, row["maps"]))
+                density = "" if row["density"] is None else f"{100 * row['density']:6.2f} %"
+                then = f"; then {row['then']}" if row["then"] else ""
+                lines.append(
+                    f"{row['layer']:<24} {shape:>14} {density:>8}  on {maps:>11}  {row['path']:<6}  {row['reason']}{then}"
+                )
+            lines.append(f"region {number + 1}, in groups of {groups} images, ends at {end}")
+        return "\n".join(lines)
+
+    @torch.no_grad()
+    def _nodes(self, sizes: tuple[tuple[int, ...], ...]) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+        """A row for each node of a program, and what ended its regions, with the sizes of the groups of images."""
+        program, call = self._program_for(sizes)
+        program.outputs(call.tensors)
+        rows, ends = [], []
+        for number, (region, end) in enumerate(zip(program.regions, program.ends, strict=True)):
+            assert region.latest is not None
+            for node, how in zip(region.nodes, region.latest.reads, strict=True):
+                unit = node if isinstance(node, Unit) else None
+                packed = unit.packed if unit is not None and unit.masked else None
+                rows.append({
+                    "layer": node.name,
+                    "weight": unit.shape if unit is not None and unit.kind == "conv" else (),
+                    "density": None if packed is None else packed.density,
+                    "maps": (how.write.batch, how.read.channels, how.read.height, how.read.width),
+                    "path": how.choice.path,
+                    "reason": how.choice.reason,
+                    "then": "" if unit is None else unit.then,
+                    "region": number,
+                })  # fmt: skip
+            counts = collections.Counter(
+                group.part.count for _, group in next(reversed(region.resolved.values())).groups
+            )
+            ends.append((end, " + ".join(f"{n} x {count}" if n > 1 else str(count) for count, n in counts.items())))
+        return rows, ends
+
+    def _program_for(self, sizes: tuple[tuple[int, ...], ...]) -> tuple[Program, Call]:
         state = self._state
         device = next((layer.packed.index.device for layer in state.pool.layers.values()), None)
         call = Call(tuple(torch.zeros(size, dtype=torch.float32, device=device) for size in sizes), {})
-        with torch.no_grad():
-            key = (call.tensors[0].shape, call.tensors[0].device) if len(sizes) == 1 else call.key()
-            program = state.program(key, call)
-            program.outputs(call.tensors)
-        rows: list[dict[str, Any]] = []
-        for region in program.regions:
-            assert region.latest is not None
-            rows += [
-                _row(u.name, u.packed.shape, u.packed.density, r.choice, (r.read.batch, r.read.height, r.read.width))
-                for u, r in zip(region.units, region.latest.reads, strict=True)
-            ]
-        for linear in program.linears:
-            packed, batch = linear.packed, sizes[0][0]
-            choice = ops.path_of(packed, batch, 1, 1, linear.geometry)
-            rows.append(_row(linear.layer.name, packed.shape, packed.density, choice, (batch, 1, 1)))
-        return rows
-
-    def report(self, *sizes: tuple[int, ...]) -> str:
-        """`paths` as a table of text."""
-        lines = []
-        for row in self.paths(*sizes):
-            shape, maps = "x".join(map(str, row["weight"])), "x".join(map(str, row["maps"]))
-            lines.append(
-                f"{row['layer']:<24} {shape:>14} {100 * row['density']:6.2f} %  on {maps:>9}  {row['path']:<6}  {row['reason']}"
-            )
-        return "\n".join(lines)
+        key = (call.tensors[0].shape, call.tensors[0].device) if len(sizes) == 1 else call.key()
+        return state.program(key, call), call
 
 
 def _single_precision(v: Any) -> Any:
@@ -210,19 +235,6 @@ def _single_precision(v: Any) -> Any:
 
 def _watched() -> bool:
     return _tracing() is not None or forward_ad._current_level >= 0
-
-
-def _row(
-    name: str, shape: tuple[int, ...], density: float, choice: cost.Choice, maps: tuple[int, ...]
-) -> dict[str, Any]:
-    return {
-        "layer": name,
-        "weight": shape,
-        "density": density,
-        "maps": maps,
-        "path": choice.path,
-        "reason": choice.reason,
-    }
 
 
 def freeze(model: nn.Module, *, check: str = "one") -> FrozenModel:

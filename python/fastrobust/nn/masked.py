@@ -1,4 +1,4 @@
-"""Layers whose weights are fixed signs and whose mask is learned (thesis, section 5.1)."""
+"""Layers whose weights are fixed and whose mask is learned: signs (thesis, section 5.1), or any numbers."""
 
 from __future__ import annotations
 
@@ -81,9 +81,11 @@ def seeded_signs(seed: int, count: int) -> Tensor:
 class MaskedLayer(nn.Module):
     """What the convolution and the linear layer share: scores, signs, keep count, packed cache.
 
-    The weight is magnitude * signs * mask(scores), signs in {-1, 0, +1}; only the scores (and the
-    bias, if there is one) are learned. `keep` is the number of weights kept. `sign_seed` is what the
-    signs were drawn from, if they still are those (files then need not hold them).
+    The weight is magnitude * signs * mask(scores); only the scores (and the bias, if there is one)
+    are learned. `signs`, a buffer, are the fixed weights: int8 in {-1, 0, +1}, or, where they are
+    given as other numbers (see `fix_weight`), finite ones of the type of the scores, which cost a
+    multiplication a term. `keep` is the number of weights kept. `sign_seed` is what the signs were
+    drawn from, if they still are those (files then need not hold them).
     """
 
     signs: Tensor
@@ -149,6 +151,27 @@ class MaskedLayer(nn.Module):
             self.magnitude.fill_(math.sqrt(2.0 / (fan_in * fraction)))
             self.scores.uniform_(-1.0 / math.sqrt(fan_in), 1.0 / math.sqrt(fan_in))
 
+    @torch.no_grad()
+    def fix_weight(self, weight: Tensor) -> None:
+        """Take these as the fixed weights, `signs`: of the layer's shape, integers in {-1, 0, +1} or floating numbers."""
+        if weight.shape != self.signs.shape:
+            raise ValueError(f"weight: expected {tuple(self.signs.shape)}, got {tuple(weight.shape)}")
+        if weight.is_floating_point():
+            self._hold_numbers()
+        self.signs.copy_(weight)
+        self.sign_seed = None
+
+    def _hold_numbers(self) -> None:
+        """Room for other numbers than signs, in the same tensor: layers may share it."""
+        if not self.signs.is_floating_point():
+            self.signs.data = self.signs.data.to(self.scores.dtype)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        signs = state_dict.get(f"{prefix}signs")
+        if isinstance(signs, Tensor) and signs.is_floating_point():
+            self._hold_numbers()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def ranking(self) -> Tensor:
         """The values the mask ranks: the scores, or |scores| with absolute=True."""
         return ranking(self.scores, self.absolute)
@@ -158,7 +181,7 @@ class MaskedLayer(nn.Module):
         return masks.topk_mask(self.ranking(), self.keep)
 
     def packed(self) -> PackedWeight:
-        """Index lists of the masked signs, those of the present scores: every entry is compared with what the lists
+        """Index lists of the masked signs (see `ops.pack`), those of the present scores: every entry is compared with what the lists
         were made of, and only what changed is made anew."""
         return self._lists(True)
 

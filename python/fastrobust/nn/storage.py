@@ -1,13 +1,14 @@
 """Masked models as small files: masks at their entropy, signs as the seed they were drawn from or one bit each.
 
-File, all integers little-endian:
-    8 bytes   magic "FRMASK" and the version, 2, as two bytes
+File, all numbers little-endian:
+    8 bytes   magic "FRMASK" and the version, 3, as two bytes; files of version 2, which have no values, are read too
     4 + n     length of the header, and the header: JSON, deflated
     rest      payload, the parts one after the other as the header lists them
     32 bytes  SHA-256 of everything before
 The header lists the masked layers and the other tensors of the state_dict. A layer has its name, shape, kept count,
 magnitude, the bytes of its mask (see `reference.binary.encode_mask`) and the seed of its signs (see `seeded_signs`), or
-none, and then the signs of the kept weights follow the mask, a set bit for -1. The bytes of the tensors are grouped by
+none, and then the signs of the kept weights follow the mask, a set bit for -1; weights that are no signs follow
+themselves instead, as `values` of the type that the header says. The bytes of the tensors are grouped by
 significance and compressed by LZMA.
 """
 
@@ -34,7 +35,8 @@ from .convert import mask_layer, replace_layers
 from .masked import MaskedLayer, masked_layers, seeded_signs
 
 MAGIC = b"FRMASK"
-VERSION = 2
+VERSION = 3
+_READ = (2, 3)
 _DIGEST = 32
 # What a file may hold beyond the weights of the model it is loaded into: its header.
 _HEADER_BYTES = 1 << 20
@@ -97,7 +99,8 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> int:
 
     Of a masked layer the mask, the signs and the magnitude are stored, not the scores: the file is for running the model,
     not for training it further. Signs that were drawn by the layer are stored as their seed, others (`convert` with
-    signs="weights") with one bit for each kept weight. The rest of the state_dict is stored exactly. The file is
+    signs="weights") with one bit for each kept weight; kept weights that are no signs (init="given") with all of their
+    bits. The rest of the state_dict is stored exactly. The file is
     complete or absent: it is written beside `path` and moved there; its mode is that of the file it replaces or what umask says.
     Raises ValueError when there is no masked layer, or for state that is no ordinary tensor.
     """
@@ -112,14 +115,20 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> int:
     payload: list[bytes] = []
     entries: list[LayerEntry] = []
     for name, layer in layers.items():
-        weight = layer.packed().to_dense(torch.int8).cpu().reshape(-1)
+        packed = layer.packed().to("cpu")
+        values = None if packed.values is None else packed.values.dtype
+        weight = packed.to_dense(torch.int8 if values is None else values).reshape(-1)
         mask = weight != 0
-        data, seed, signs = encode_mask(mask), layer.sign_seed, b""
-        if seed is None or not torch.equal(seeded_signs(seed, weight.numel())[mask], weight[mask]):
-            seed, signs = None, np.packbits(weight[mask].numpy() < 0).tobytes()
+        data, seed, kept = encode_mask(mask), layer.sign_seed, weight[mask]
+        if values is not None:
+            seed, stored = None, kept.numpy().astype(_little(values)).tobytes()
+        elif seed is None or not torch.equal(seeded_signs(seed, weight.numel())[mask], kept):
+            seed, stored = None, np.packbits(kept.numpy() < 0).tobytes()
+        else:
+            stored = b""
         shape = tuple(layer.scores.shape)
-        entries.append(LayerEntry(name, shape, int(mask.sum()), float(layer.magnitude), len(data), seed))
-        payload += [data, signs]
+        entries.append(LayerEntry(name, shape, len(kept), float(layer.magnitude), len(data), seed, values))
+        payload += [data, stored]
     names = sorted(others, key=lambda n: (n.rpartition(".")[2], n))
     payload.append(_squeeze([others[n] for n in names]))
     tensors = tuple(TensorEntry(n, tuple(others[n].shape), others[n].dtype) for n in names)
@@ -128,6 +137,10 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> int:
     body += hashlib.sha256(body).digest()
     _write(pathlib.Path(path), body)
     return len(body)
+
+
+def _little(dtype: torch.dtype) -> str:
+    return f"<f{dtype.itemsize}"
 
 
 def _others(model: nn.Module) -> dict[str, Any]:
@@ -209,7 +222,7 @@ def _read(body: bytes) -> tuple[Header, memoryview]:
     require(
         hashlib.sha256(view[:-_DIGEST]).digest() == body[-_DIGEST:], "one whose checksum does not match: it is damaged"
     )
-    require(version == VERSION, f"version {version}; this release reads version {VERSION}")
+    require(version in _READ, f"version {version}; this release reads versions {_READ[0]} to {_READ[-1]}")
     require(start + length + _DIGEST <= len(body), "one whose header ends early")
     unpacking = zlib.decompressobj()
     try:
@@ -217,16 +230,20 @@ def _read(body: bytes) -> tuple[Header, memoryview]:
     except zlib.error as error:
         raise ValueError(f"path: expected a packed model, got one whose header does not read ({error})") from None
     require(unpacking.eof and not unpacking.unused_data, f"one whose header does not end within {_HEADER_BYTES} bytes")
-    return Header.decode(text), view[start + length : -_DIGEST]
+    return Header.decode(text, version), view[start + length : -_DIGEST]
 
 
 def _match_layer(entry: LayerEntry, module: nn.Module | None) -> None:
     if not isinstance(module, (MaskedLayer, nn.Conv2d, nn.Linear)):
         got = "none" if module is None else type(module).__name__
         raise ValueError(f"model: expected a convolution or linear layer {entry.name!r}, as the file has, got {got}")
-    shape = tuple(module.scores.shape if isinstance(module, MaskedLayer) else module.weight.shape)
-    if shape != entry.shape:
-        raise ValueError(f"model: expected {entry.name!r} of shape {entry.shape}, as the file has, got {shape}")
+    own = module.scores if isinstance(module, MaskedLayer) else module.weight
+    if tuple(own.shape) != entry.shape:
+        raise ValueError(
+            f"model: expected {entry.name!r} of shape {entry.shape}, as the file has, got {tuple(own.shape)}"
+        )
+    if entry.values not in (None, own.dtype):
+        raise ValueError(f"model: expected {entry.name!r} of type {entry.values}, as the file has, got {own.dtype}")
 
 
 def _match_tensors(header: Header, model: nn.Module, modules: dict[str, nn.Module]) -> None:
@@ -263,13 +280,22 @@ def _expected(header: Header, model: nn.Module) -> dict[str, Any]:
 def _fill(layer: MaskedLayer, entry: LayerEntry, data: memoryview) -> None:
     size = layer.scores.numel()
     mask = decode_mask(bytes(data[: entry.bytes]), size, entry.kept)
-    if entry.seed is None:
+    signs: Tensor
+    if entry.values is not None:
+        raw = np.frombuffer(data[entry.bytes :], _little(entry.values))
+        kept = torch.from_numpy(raw.astype(raw.dtype.newbyteorder("=")))
+        good = bool((kept.float().isfinite() & (kept != 0)).all())
+        require(good, f"a layer {entry.name!r} that keeps weights of zero, or not finite in float32")
+        signs = torch.zeros(size, dtype=entry.values)
+        signs[mask] = kept
+    elif entry.seed is None:
         bits = np.unpackbits(np.frombuffer(data[entry.bytes :], np.uint8), count=entry.kept)
         signs = torch.zeros(size, dtype=torch.int8)
         signs[mask] = torch.from_numpy(1 - 2 * bits.astype(np.int8))
     else:
         signs = seeded_signs(entry.seed, size)
-    layer.keep, layer.absolute, layer.sign_seed = entry.kept, False, entry.seed
-    layer.signs.copy_(signs.reshape(entry.shape))
+    layer.keep, layer.absolute = entry.kept, False
+    layer.fix_weight(signs.reshape(entry.shape))
+    layer.sign_seed = entry.seed
     layer.scores.copy_(mask.reshape(entry.shape))
     layer.magnitude.fill_(entry.magnitude)
