@@ -27,7 +27,7 @@ from .case import (
     relative_difference,
 )
 from .peers import sparseprop
-from .timing import clock_for
+from .timing import clock_for, fastest
 
 CHANNELS_LAST = torch.channels_last
 
@@ -132,11 +132,7 @@ def layer_case(context: Context, layer: Layer, batch: int, gradient: bool, weigh
 
     def ours() -> Call:
         """In the memory format that suits us better, as the better of torch's two is what we are compared with."""
-        calls = [ours_in(torch.contiguous_format), ours_in(CHANNELS_LAST)]
-        clock = clock_for(context.device)
-        taken = [[clock.sample(call, 1) for call in calls] for _ in range(8)]
-        best = [min(row[i] for row in taken) for i in range(len(calls))]
-        return calls[best.index(min(best))]
+        return fastest([ours_in(torch.contiguous_format), ours_in(CHANNELS_LAST)], clock_for(context.device))
 
     def dense(memory_format: torch.memory_format) -> Callable[[], Call]:
         def build() -> Call:

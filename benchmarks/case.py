@@ -155,12 +155,14 @@ class Context:
 
 @dataclass(frozen=True)
 class Suite:
-    """A family's rows. `default` says whether a run that names no suite includes it."""
+    """A family's rows. `default` says whether a run that names no suite includes it; `review` sees all of its rows when
+    they are done (`harness.Row`) and adds verdicts on rows beside one another."""
 
     name: str
     cases: Callable[[Context], Iterable[Case]]
     summary: str
     default: bool = True
+    review: Callable[[Sequence[Any]], None] | None = None
 
 
 def once(make: Callable[[], Any]) -> Callable[[], Any]:

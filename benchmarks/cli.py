@@ -7,6 +7,7 @@ import datetime
 import importlib
 import os
 import pkgutil
+import re
 import sys
 from pathlib import Path
 
@@ -34,6 +35,9 @@ def suites() -> dict[str, Suite]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("suites", nargs="*", metavar="SUITE", help="suites to run (default: all; see --list)")
     parser.add_argument("--list", action="store_true", help="list the suites and stop")
+    parser.add_argument(
+        "--only", metavar="REGEX", default=None, help="only rows in whose work and axes the expression is found"
+    )
     level = parser.add_mutually_exclusive_group()
     level.add_argument("--quick", dest="level", action="store_const", const="quick", help="fewer rows and samples")
     level.add_argument(
@@ -90,6 +94,13 @@ def choose_suites(names: list[str]) -> list[Suite]:
     return [known[name] for name in names] if names else [suite for suite in known.values() if suite.default]
 
 
+def choose_rows(text: str | None) -> re.Pattern[str] | None:
+    try:
+        return None if text is None else re.compile(text)
+    except re.error as error:
+        raise ValueError(f"--only is {text!r}; expected a regular expression ({error})") from None
+
+
 def default_out(level: str, names: list[str]) -> Path:
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = _RESULTS if _RESULTS.is_dir() else Path()
@@ -103,6 +114,7 @@ def main(args: argparse.Namespace) -> int:
         device = choose_device(args.device)
         if args.threads is not None and args.threads < 1:
             raise ValueError(f"--threads is {args.threads}; expected 1 or more")
+        only = choose_rows(args.only)
     except ValueError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
@@ -115,7 +127,7 @@ def main(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     try:
         context = Context(device, args.level, args.data, args.seed)
-        run = harness.run(chosen, context, report.progress_bar if args.progress else report.no_bar)
+        run = harness.run(chosen, context, report.progress_bar if args.progress else report.no_bar, only)
     finally:
         torch.set_num_threads(before)
     print(report.table(run))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -226,13 +227,20 @@ def remarks(row: Row, notes: Notes) -> None:
             )
 
 
-def run(suites: Iterable[Suite], context: Context, progress: Callable[[int], Progress] = lambda rows: Silent()) -> Run:
-    """Runs every case of the suites; `progress` makes the bar from the number of rows."""
+def run(
+    suites: Iterable[Suite],
+    context: Context,
+    progress: Callable[[int], Progress] = lambda rows: Silent(),
+    only: re.Pattern[str] | None = None,
+) -> Run:
+    """Runs the cases of the suites, with `only` those in whose title it is found; `progress` makes the bar from the
+    number of rows."""
     notes = Notes()
     queue: deque[tuple[str, Case]] = deque()
+    suites = list(suites)
     for suite in suites:
         try:
-            queue.extend((suite.name, case) for case in suite.cases(context))
+            queue.extend((suite.name, case) for case in suite.cases(context) if only is None or only.search(case.title))
         except Unavailable as missing:
             notes.add(f"{suite.name}: skipped: {missing}")
     about = metadata.collect(context.device, context.level)
@@ -253,6 +261,9 @@ def run(suites: Iterable[Suite], context: Context, progress: Callable[[int], Pro
             bar.update(1)
     finally:
         bar.close()
+    for suite in suites:
+        if suite.review is not None:
+            suite.review([row for row in rows if row.suite == suite.name])
     about["others"] = neighbours.cpus()
     if (about["others"] or 0.0) > OTHERS_ALLOWED:
         notes.add(

@@ -60,6 +60,29 @@ def test_a_run_prints_the_table_and_writes_one_file(suites, tmp_path, capsys):
     assert row["peers"][0]["status"] == harness.OK
 
 
+def test_only_takes_the_rows_in_whose_title_it_is_found(suites, tmp_path, capsys):
+    def cases(context):
+        for size in (8, 16):
+            yield Case("product", {"size": size}, Candidate(OURS, lambda n=size: lambda: torch.ones(n, n).sum()))
+
+    suites["a"] = Suite("a", cases, "")
+    out = tmp_path / "out.json"
+    for text, sizes in (("product 1", [16]), ("8$", [8]), ("^product", [8, 16])):
+        assert bench("--smoke", "--only", text, "--out", str(out)) == 0
+        assert [row["axes"]["size"] for row in json.loads(out.read_text())["rows"]] == sizes
+    assert bench("--smoke", "--only", "difference") == 1
+    assert "nothing ran" in capsys.readouterr().err
+
+
+def test_a_suite_reviews_its_own_rows(suites, tmp_path):
+    seen = []
+    given = [stand_in(name) for name in "ab"]
+    suites["a"] = Suite("a", given[0].cases, "", review=lambda rows: seen.append([row.suite for row in rows]))
+    suites["b"] = given[1]
+    assert bench("--smoke", "--out", str(tmp_path / "out.json")) == 0
+    assert seen == [["a"]]
+
+
 def test_in_a_checkout_results_go_to_the_results_folder(suites, tmp_path):
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     suites["a"] = stand_in("a")
@@ -110,6 +133,7 @@ def test_nothing_to_run_fails(suites, capsys):
     ("argv", "said"),
     [
         (["nothing"], "no suite 'nothing'; expected some of a"),
+        (["--only", "("], "--only is '('; expected a regular expression"),
         (["--threads", "0"], "--threads is 0; expected 1 or more"),
         (["--device", "abacus"], "--device is 'abacus'; expected cpu, cuda, cuda:N or auto"),
         (["--device", "meta"], "--device is 'meta'; expected cpu, cuda, cuda:N or auto"),

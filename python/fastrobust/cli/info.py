@@ -14,7 +14,7 @@ from ._common import BadArguments
 EXTRAS = {
     "scikit-learn": ("the digits data and the built-in model of attack and bench", "pip install scikit-learn"),
     "matplotlib": ("pictures of attack, plots of bench", "pip install matplotlib"),
-    "torchattacks": ("a peer in the benchmarks", "pip install torchattacks"),
+    "torchattacks": ("a peer in the benchmarks", "pip install --no-deps torchattacks"),
     "foolbox": ("a peer in the benchmarks", "pip install foolbox"),
     "adversarial-robustness-toolbox": ("a peer in the benchmarks", "pip install adversarial-robustness-toolbox"),
 }
