@@ -2,12 +2,12 @@
 
 import torch as _torch  # before the extension: its kernels run on torch's threads  # noqa: F401
 
-from . import _C
-from ._version import __version__
+from . import _C, _version
 
-if _C.__version__ != __version__:
+__version__: str = _C.__version__  # with the local part that says what is compiled in: +cpu, +cu130
+if __version__.partition("+")[0] != _version.__version__:
     raise ImportError(
-        f"fastrobust {__version__} found a compiled module of version {_C.__version__}; "
+        f"fastrobust {_version.__version__} found a compiled module of version {__version__}; "
         "reinstall the package (pip install --force-reinstall .)"
     )
 

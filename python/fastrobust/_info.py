@@ -8,20 +8,19 @@ from typing import Any
 import torch
 
 from . import _C
-from ._version import __version__
 
 
 def build_info() -> dict[str, Any]:
     """A dictionary that says what this build holds and what it uses here.
 
-    Keys: ``version``; ``compiler``; ``cuda_toolkit`` ("" without CUDA kernels), ``cuda_architectures``;
-    ``devices`` (names, found by the driver) and ``device_error`` (why there are none); ``cpu_variants`` (built),
+    Keys: ``version`` (its local part names the CUDA release, or ``cpu``); ``compiler``; ``cuda_toolkit`` ("" without CUDA
+    kernels), ``cuda_architectures``; ``devices`` (names, found by the driver) and ``device_error`` (why there are none); ``cpu_variants`` (built),
     ``cpu_variant`` (in use), ``cpu_variant_reason``; ``threads``, ``thread_backend``; ``torch``, ``torch_cuda``,
     ``python``, ``platform``.
     """
     devices, error = _C.cuda_devices()
     return {
-        "version": __version__,
+        "version": _C.__version__,
         "compiler": _C.compiler,
         "cuda_toolkit": _C.cuda_toolkit,
         "cuda_architectures": [a for a in _C.cuda_architectures.split(",") if a],

@@ -43,8 +43,9 @@ def test_info_json(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: object) 
 def test_info_says_which_path_each_layer_takes(run: Run) -> None:
     status, out, err = run("info", "--paths", "0.99", "0.1", "16")
     lines = out.splitlines()
-    assert status == 0 and err == "" and len(lines) == 37
-    assert all(" sparse " in line or " dense " in line for line in lines)
+    assert status == 0 and err == "" and len(lines) == 39  # 37 layers, the mean of the maps, and what ended the region
+    assert all(" sparse " in line or " dense " in line for line in lines[:-1])
+    assert lines[-1] == "region 1, in groups of 16 images, ends at the end of the model"
     assert "layer4.2.conv2" in out and "us sparse" in lines[0] and "us dense" in lines[0]
     for bad, text in ((("2", "0.1", "16"), "rate"), (("0.9", "x", "16"), "float"), (("0.9", "0", "0"), "batch")):
         status, _, err = run("info", "--paths", *bad)

@@ -217,6 +217,7 @@ def polyhedral_distance(
         raise ValueError(f"b: got device {b.device}, expected a's device {a.device}")
     low, high = _side(lower, "lower", a), _side(upper, "upper", a)
     # torch.func wants to see the function itself, above the dispatcher.
-    call = _autograd if is_transformed() and not torch.compiler.is_compiling() else _op
+    # in this order: torch 2.6 cannot trace the second question
+    call = _autograd if not torch.compiler.is_compiling() and is_transformed() else _op
     distance, _, point = call(a, b, low, high, p, bool(signed), bool(return_point))
     return (distance, point) if return_point else distance
