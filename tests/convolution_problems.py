@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 KERNELS = [(1, 1), (3, 3), (5, 5), (7, 7), (1, 3), (5, 2)]
 BATCHES = [0, 1, 3, 4, 7, 9, 16, 33]
+Weights = Callable[[tuple[int, ...], float], Tensor]  # of a shape and a density
 
 
 def signs(shape: tuple[int, ...], density: float) -> Tensor:
@@ -56,3 +59,13 @@ def problems_of_equal_width(draw: st.DrawFn) -> dict:
         "size": (high + dilation * problem["shape"][2], wide + 1),
     }
     return problem
+
+
+def real(shape: tuple[int, ...], density: float) -> Tensor:
+    """Of size one, some of them -1 or +1; the first kept one is neither."""
+    w = torch.where(torch.rand(shape) < 0.2, signs(shape, 1.0), torch.randn(shape).clamp(-3, 3))
+    w = w * (torch.rand(shape) < density)
+    kept = w.flatten().nonzero()
+    if kept.numel():
+        w.view(-1)[kept[0]] = 0.625
+    return w

@@ -37,6 +37,11 @@ class Place(NamedTuple):
             step *= self.size[d]
         return True
 
+    def row_major(self) -> bool:
+        """Dense, and in the order of the dimensions."""
+        order = self.order()
+        return self.dense() and order == sorted(order)
+
     def positions(self) -> Tensor:
         """Of every element, in the storage: int64 of shape ``size``."""
         out = torch.full(self.size, self.offset)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastrobust as fr
-from convolution_problems import close, problems, problems_of_equal_width, signs
+from convolution_problems import Weights, close, problems, problems_of_equal_width, real, signs
 from fastrobust.ops import binary as ops
 from fastrobust.ops import masks
 from fastrobust.reference import binary as reference
@@ -22,18 +22,22 @@ from variant_runs import outputs_by_variant
 
 
 @pytest.mark.parametrize("path", ["sparse", "lanes", "plain", "auto", "dense"])
+@pytest.mark.parametrize("weights", [signs, real])
 @given(problem=st.one_of(problems(), problems_of_equal_width()))
-def test_forward_and_gradients_equal_dense(path: str, problem: dict) -> None:
+def test_forward_and_gradients_equal_dense(path: str, weights: Weights, problem: dict) -> None:
     os.environ["FASTROBUST_BINARY"] = path
     try:
-        _check(**problem)
+        _check(weights, **problem)
     finally:
         del os.environ["FASTROBUST_BINARY"]
 
 
-def _check(batch, size, shape, density, stride, padding, dilation, groups, channels_last, seed) -> None:
+def _check(
+    weights: Weights, batch, size, shape, density, stride, padding, dilation, groups, channels_last, seed
+) -> None:
     torch.manual_seed(seed)
-    w = signs(shape, density)
+    w = weights(shape, density)
+    largest = 3 if weights is real else 1  # a term against one of signs
     x = torch.randn(batch, shape[1] * groups, *size)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
@@ -43,14 +47,15 @@ def _check(batch, size, shape, density, stride, padding, dilation, groups, chann
     k = shape[0]
     bias, scale, shift, residual = (torch.randn(k), torch.randn(k), torch.randn(k), torch.randn(exact.shape))
     packed = fr.ops.pack(w)
-    terms = int((w != 0).flatten(1).sum(1).max()) if w.numel() else 0
+    assert weights is signs or (packed.values is None) == (packed.kept == 0)
+    terms = largest * int((w != 0).flatten(1).sum(1).max()) if w.numel() else 0
 
     plain = fr.ops.masked_conv2d(x, packed, None, stride, padding, dilation, groups)
     close(plain, exact, terms)
     grad = torch.randn(exact.shape)
     (ours,) = torch.autograd.grad(plain, x, grad)
     (truth,) = torch.autograd.grad(exact, exact_x, grad.double())
-    close(ours, truth, int((w != 0).sum()))
+    close(ours, truth, largest * int((w != 0).sum()))
 
     fused = fr.ops.masked_conv2d(
         x, packed, bias, stride, padding, dilation, groups, scale=scale, shift=shift, residual=residual, relu=True
@@ -59,12 +64,13 @@ def _check(batch, size, shape, density, stride, padding, dilation, groups, chann
     close(fused, want, terms)
 
 
+@pytest.mark.parametrize("weights", [signs, real])
 @given(problem=problems_of_equal_width())
-def test_plain_maps_and_lanes_give_the_same_bits(problem: dict) -> None:
+def test_plain_maps_and_lanes_give_the_same_bits(weights: Weights, problem: dict) -> None:
     """Both sparse kernels add in the order of the lists, so that the result does not depend on which a batch takes."""
     p = problem
     torch.manual_seed(p["seed"])
-    packed = fr.ops.pack(signs(p["shape"], p["density"]))
+    packed = fr.ops.pack(weights(p["shape"], p["density"]))
     x = torch.randn(p["batch"], p["shape"][1] * p["groups"], *p["size"])
     g = ops.ConvGeometry.of(p["stride"], p["padding"], p["dilation"], p["groups"])
     results = []

@@ -11,80 +11,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 import fastrobust as fr
-from convolution_problems import close, problems, problems_of_equal_width, signs
+from convolution_problems import close, problems, real, signs
 from fastrobust.ops import _conv_cost as cost
 from fastrobust.ops import _feature_maps as fm
 from fastrobust.ops import binary as ops
 from fastrobust.ops import masks
 from fastrobust.reference import binary as reference
 from variant_runs import outputs_by_variant
-
-
-def real(shape: tuple[int, ...], density: float) -> Tensor:
-    """Of size one, some of them -1 or +1; the first kept one is neither."""
-    w = torch.where(torch.rand(shape) < 0.2, signs(shape, 1.0), torch.randn(shape).clamp(-3, 3))
-    w = w * (torch.rand(shape) < density)
-    kept = w.flatten().nonzero()
-    if kept.numel():
-        w.view(-1)[kept[0]] = 0.625
-    return w
-
-
-@pytest.mark.parametrize("path", ["sparse", "lanes", "plain", "auto", "dense"])
-@given(problem=st.one_of(problems(), problems_of_equal_width()))
-def test_forward_and_gradients_equal_dense(path: str, problem: dict) -> None:
-    os.environ["FASTROBUST_BINARY"] = path
-    try:
-        _check(**problem)
-    finally:
-        del os.environ["FASTROBUST_BINARY"]
-
-
-def _check(batch, size, shape, density, stride, padding, dilation, groups, channels_last, seed) -> None:
-    torch.manual_seed(seed)
-    w = real(shape, density)
-    packed = fr.ops.pack(w)
-    assert (packed.values is None) == (packed.kept == 0)
-    x = torch.randn(batch, shape[1] * groups, *size)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    x = x.contiguous(memory_format=layout).requires_grad_()
-    exact_x = x.detach().double().requires_grad_()
-    exact = F.conv2d(exact_x, w.double(), None, stride, padding, dilation, groups)
-    bias, scale, residual = torch.randn(shape[0]), torch.randn(shape[0]), torch.randn(exact.shape)
-    most = 3 * int((w != 0).sum())  # each term is at most three times as large as those of signs
-    plain = fr.ops.masked_conv2d(x, packed, None, stride, padding, dilation, groups)
-    close(plain, exact, most)
-    grad = torch.randn(exact.shape)
-    (ours,) = torch.autograd.grad(plain, x, grad)
-    (truth,) = torch.autograd.grad(exact, exact_x, grad.double())
-    close(ours, truth, most)
-    fused = fr.ops.masked_conv2d(
-        x, packed, bias, stride, padding, dilation, groups, scale=scale, residual=residual, relu=True
-    )
-    want = reference.epilogue(exact, *(t.double() for t in (bias, scale)), None, residual.double(), True)
-    close(fused, want, most)
-
-
-@given(problem=problems_of_equal_width())
-def test_plain_maps_and_lanes_give_the_same_bits(problem: dict) -> None:
-    p = problem
-    torch.manual_seed(p["seed"])
-    packed = fr.ops.pack(real(p["shape"], p["density"]))
-    x = torch.randn(p["batch"], p["shape"][1] * p["groups"], *p["size"])
-    results = []
-    for path in ("plain", "lanes"):
-        os.environ["FASTROBUST_BINARY"] = path
-        try:
-            x = x.detach().requires_grad_()
-            y = fr.ops.masked_conv2d(x, packed, None, p["stride"], p["padding"], p["dilation"], p["groups"])
-            results.append((y.detach(), torch.autograd.grad(y, x, y.detach())[0]))
-        finally:
-            del os.environ["FASTROBUST_BINARY"]
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("path", ["lanes", "plain"])

@@ -9,8 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-
-import networkx as nx
+from typing import Any
 
 from ..ops import _conv_cost as cost
 from ._nodes import Node, Size
@@ -96,6 +95,8 @@ class Chooser:
         return Part(count, lanes, chosen, time + cost.GROUP)
 
     def _cheapest(self, estimates: list[cost.Choice], count: int) -> tuple[list[str], float]:
+        import networkx as nx  # a fifth of a second, for those who freeze models alone
+
         graph = nx.DiGraph()
         fast, plain = "fast", "plain"
         join: Callable[[object, object, float], None] = lambda a, b, c: _joined(graph, a, b, c)
@@ -121,7 +122,7 @@ class Chooser:
         return ["sparse" if i in side else "dense" for i in range(len(estimates))], float(time)
 
 
-def _joined(graph: nx.DiGraph, a: object, b: object, capacity: float) -> None:
+def _joined(graph: Any, a: object, b: object, capacity: float) -> None:
     if a == b or a == "plain" or b == "fast":
         return
     if math.isinf(capacity):

@@ -171,7 +171,7 @@ def is_flat(read: Any) -> bool:
     rows = len(place.size) == 2 or (len(place.size) == 4 and place.size[2:] == (1, 1))
     return (
         rows and len(whole.size) == 4 and place.size[0] == whole.size[0] and place.numel == whole.numel
-        and place.offset == whole.offset and _row_major(place) and _row_major(whole)
+        and place.offset == whole.offset and place.row_major() and whole.row_major()
     )  # fmt: skip
 
 
@@ -179,9 +179,4 @@ def reshaped(read: Read) -> bool:
     """Whether a read shows a whole value in another shape, in the order of its elements."""
     place, whole = read.place, read.value.place
     same = place.numel == whole.numel and place.offset == whole.offset and place.size != whole.size
-    return same and not isinstance(read, Cut) and _row_major(place) and _row_major(whole)
-
-
-def _row_major(place: Place) -> bool:
-    order = place.order()
-    return place.dense() and order == sorted(order)
+    return same and not isinstance(read, Cut) and place.row_major() and whole.row_major()

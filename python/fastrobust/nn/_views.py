@@ -24,7 +24,7 @@ def looking(whole: Place, part: Place) -> View | None:
         simple = _sliced(whole, part)
         if simple is not None:
             return simple
-        if _row_major(whole) and _row_major(part) and part.numel == whole.numel and part.offset == whole.offset:
+        if whole.row_major() and part.row_major() and part.numel == whole.numel and part.offset == whole.offset:
             size = part.size
             return lambda t: t.reshape(size)
         split = _split(whole, part)
@@ -69,11 +69,6 @@ def _run(t: Tensor, place: Place) -> Tensor:
     return (
         run if run.is_contiguous() and run.storage_offset() == 0 else run.clone(memory_format=torch.contiguous_format)
     )
-
-
-def _row_major(place: Place) -> bool:
-    order = place.order()
-    return place.dense() and order == sorted(order)
 
 
 def _sliced(whole: Place, part: Place) -> View | None:
