@@ -39,6 +39,7 @@ def outcome(model: nn.Module, x: Tensor) -> tuple[list[Tensor], Tensor | None]:
 @given(plan=plans, batches=st.lists(st.sampled_from([1, 2, 3, 8, 13, 21]), min_size=2, max_size=3))
 @example(Plan([("conv0", 0, 0), ("alias", 0, 0), ("iadd", 0, 1), ("conv2", 1, 0)], 1, "plain", "maps", False), [3, 8])
 @example(Plan([("gradless", 0, 0), ("half overwritten", 0, 1)], 2, "plain", "logits", False), [3, 1])
+@example(Plan([("add", 0, 0), ("add", 0, 1), ("half overwritten", 0, 2)], 0, "plain", "logits", False), [1, 1])
 def test_random_programs(plan: Plan, batches: list[int]) -> None:
     model = network(plan)
     modes = [m.training for m in model.modules()]

@@ -210,9 +210,9 @@ class Backward:
 
     def _add(self, v: int, grad: Buffer) -> None:
         have = self.sums.setdefault(v, {})
-        other = have.pop(grad.form, None)
-        total = grad if other is None else self._sum(other, grad)
-        have[total.form] = total
+        while (other := have.pop(grad.form, None)) is not None:
+            grad = self._sum(other, grad)  # in a layout of its own choice, which may be there, too
+        have[grad.form] = grad
 
     def _sum(self, a: Buffer, b: Buffer) -> Buffer:
         target = as_plain(a) if a.maps is None else Buffer(ARENA, a.maps)
