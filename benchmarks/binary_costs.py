@@ -1,4 +1,4 @@
-"""Fits the constants of the cost model that chooses between sparse and dense convolutions (ops/_conv_cost.py).
+"""Fits the constants of the cost model that chooses between sparse and dense convolutions (ops/binary/_conv_cost.py).
 
     python -m benchmarks.binary_costs [--threads N]
 
@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastrobust as fr
-from fastrobust.ops import _conv_cost as cost
-from fastrobust.ops import _feature_maps as fm
-from fastrobust.ops import _plain_maps as plain_maps
+from fastrobust.ops.binary import _conv_cost as cost
+from fastrobust.ops.binary import _feature_maps as fm
+from fastrobust.ops.binary import _plain_maps as plain_maps
 
 # channels in and out, kernel, stride, map
 SHAPES = (

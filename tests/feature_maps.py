@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastrobust.nn._schedule import Schedule, pooling_sizes
-from fastrobust.ops import _feature_maps as fm
-from fastrobust.ops._activation import NONE, RELU, Act
+from fastrobust.ops.binary import _feature_maps as fm
+from fastrobust.ops.binary._activation import NONE, RELU, Act
 
 ACTS = (
     NONE, RELU, Act("leaky_relu", 0.1), Act("leaky_relu", -0.3), Act("hardtanh", -1, 2), Act("hardtanh", 0, 6),

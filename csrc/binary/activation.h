@@ -1,5 +1,5 @@
 // The activations of a network and their derivatives, for float and for sixteen lanes; torch's definitions, in forms
-// that neither cancel nor overflow. The reference is python's ops/_activation.py.
+// that neither cancel nor overflow. The reference is python's ops/binary/_activation.py.
 #pragma once
 
 #include "binary/args.h"

@@ -30,7 +30,7 @@ struct RelayoutArgs {
   int64_t plane = 0;
 };
 
-// What a network applies to single values. Members of enum: the codes of python's ops/_activation.py.
+// What a network applies to single values. Members of enum: the codes of python's ops/binary/_activation.py.
 enum class ActKind : int32_t {
   none,
   relu,

@@ -1,4 +1,6 @@
+// Graphs of stages that rows of coefficients pass (bounds/args.h): what Python tells of them, field by field.
 #include <array>
+#include <tuple>
 #include <vector>
 
 #include "bindings/bindings.h"
@@ -9,171 +11,199 @@ namespace py = pybind11;
 namespace fastrobust {
 namespace {
 
-// stages: (slopes or 0, slope_sides, intercepts, shared, map_height, map_width, channels, first link, links, entry or
-// -1) links: (source, identity, weight, kernel_h, kernel_w, stride_y, stride_x, pad_y, pad_x, 1 or -1) entries: (A,
-// side_stride, pick or 0, minus or 0); groups: (starts, order, example, y, x, channel) and of the start (height, width,
-// channels)
-void live_graph(const std::vector<std::array<int64_t, 10>>& stages, const std::vector<std::array<int64_t, 10>>& links,
-                const std::vector<std::array<int64_t, 4>>& entries, const std::array<uintptr_t, 6>& groups,
-                int64_t channels, int64_t count, int64_t rows, int sides, int64_t examples, uintptr_t center,
-                uintptr_t radius, uintptr_t x, uintptr_t eps, int dual, uintptr_t b, uintptr_t out) {
-  std::vector<GraphStage> stage_list(stages.size());
-  std::vector<GraphLink> link_list(links.size());
-  std::vector<GraphEntry> entry_list(entries.size());
-  for (size_t i = 0; i < stages.size(); ++i) {
-    const auto& t = stages[i];
-    GraphStage& s = stage_list[i];
-    const bool last = i + 1 == stages.size();
-    s.slopes = reinterpret_cast<const float*>(static_cast<uintptr_t>(t[0]));
-    s.slope_sides = static_cast<int>(t[1]);
-    s.intercepts = reinterpret_cast<const float*>(static_cast<uintptr_t>(t[2]));
-    s.shared = t[3] != 0;
-    s.map_height = t[4], s.map_width = t[5], s.channels = t[6];
-    s.first = static_cast<int>(t[7]), s.links = static_cast<int>(t[8]), s.entry = static_cast<int>(t[9]);
-    if (!last && (s.slopes == nullptr || s.intercepts == nullptr))
-      throw std::invalid_argument("stages: all but the last need lines");
-  }
-  for (size_t i = 0; i < links.size(); ++i) {
-    const auto& t = links[i];
-    GraphLink& l = link_list[i];
-    l.source = static_cast<int>(t[0]);
-    l.identity = t[1] != 0;
-    l.weight = reinterpret_cast<const float*>(static_cast<uintptr_t>(t[2]));
-    l.kernel_h = t[3], l.kernel_w = t[4], l.stride_y = t[5], l.stride_x = t[6], l.pad_y = t[7], l.pad_x = t[8];
-    l.sign = static_cast<float>(t[9]);
-    if (!l.identity && (l.weight == nullptr || l.kernel_h > 64))
-      throw std::invalid_argument("links: a convolution needs weights of at most 64 lines");
-  }
-  for (size_t i = 0; i < entries.size(); ++i) {
-    const auto& t = entries[i];
-    entry_list[i] = {reinterpret_cast<const float*>(static_cast<uintptr_t>(t[0])), t[1],
-                     reinterpret_cast<const int64_t*>(static_cast<uintptr_t>(t[2])),
-                     reinterpret_cast<const int64_t*>(static_cast<uintptr_t>(t[3]))};
-  }
-  GraphArgs g;
-  g.stages = stage_list.data(), g.links = link_list.data(), g.entries = entry_list.data();
-  g.count = static_cast<int>(stages.size());
-  g.examples = examples, g.rows = rows, g.groups = count, g.sides = sides;
-  if (rows == 0 || stages.empty()) return;
-  g.starts = pointer<const int64_t>(groups[0], 1, "starts");
-  g.order = reinterpret_cast<const int64_t*>(groups[1]);
-  g.example = pointer<const int64_t>(groups[2], 1, "example");
-  g.y = reinterpret_cast<const int64_t*>(groups[3]);
-  g.x = reinterpret_cast<const int64_t*>(groups[4]);
-  g.channel = reinterpret_cast<const int64_t*>(groups[5]);
-  g.channels = channels;
-  g.b = pointer<const float>(b, rows, "b");
-  g.end.center = reinterpret_cast<const float*>(center);
-  g.end.radius = reinterpret_cast<const float*>(radius);
-  g.end.x = reinterpret_cast<const float*>(x);
-  g.end.eps = reinterpret_cast<const float*>(eps);
-  g.end.dual = static_cast<Dual>(dual);
-  g.end.out = pointer<float>(out, rows, "out");
-  without_gil(kReleaseGilAbove + 1, [&] { bounds().live_graph(g); });
+using Pair = std::array<int64_t, 2>;
+using Address = uintptr_t;
+
+template <class T = float>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
 }
 
-// stages: (slopes or 0, slope_sides, intercepts, shared, map_height, map_width, channels, first link, links, entry or
-// -1, kept in, kept out); links: (source, identity, weight, kernel_h, kernel_w, stride_y, stride_x, pad_y, pad_x, 1 or
-// -1, lanes); entries as above
-struct StageRows {
-  using Stages = std::vector<std::array<int64_t, 12>>;
-  using Links = std::vector<std::array<int64_t, 11>>;
-  using Entries = std::vector<std::array<int64_t, 4>>;
+GraphLink make_link(int source, LinkKind kind, float sign, Address weight, Pair kernel, Pair stride, Pair padding,
+                    Pair dilation, int64_t groups, int64_t lanes, Address index) {
+  GraphLink l;
+  l.source = source, l.kind = kind, l.sign = sign;
+  l.weight = at(weight), l.index = at<const int32_t>(index);
+  l.kernel_h = kernel[0], l.kernel_w = kernel[1], l.stride_y = stride[0], l.stride_x = stride[1];
+  l.pad_y = padding[0], l.pad_x = padding[1], l.dilation_y = dilation[0], l.dilation_x = dilation[1];
+  l.groups = groups, l.lanes = lanes;
+  if (kind == LinkKind::conv && l.weight == nullptr)
+    throw std::invalid_argument("weight: got none, expected that of a convolution");
+  if (kind == LinkKind::pick && l.index == nullptr)
+    throw std::invalid_argument("index: got none, expected the neurons that are picked");
+  return l;
+}
+
+GraphStage make_stage(std::array<int64_t, 3> map, int first, int links, Address slopes, int slope_sides,
+                      Address intercepts, bool shared, int entry, Address kept_in, Address kept_out) {
+  GraphStage s;
+  s.map_height = map[0], s.map_width = map[1], s.channels = map[2];
+  s.first = first, s.links = links;
+  s.slopes = at(slopes), s.slope_sides = slope_sides, s.intercepts = at(intercepts), s.shared = shared;
+  s.entry = entry, s.kept_in = at(kept_in), s.kept_out = at(kept_out);
+  return s;
+}
+
+GraphEntry make_entry(Address a, int64_t side_stride, Address pick, Address minus) {
+  return {at(a), side_stride, at<const int64_t>(pick), at<const int64_t>(minus)};
+}
+
+// What both kinds of rows take; lives as long as the lists that it points into.
+struct Graph {
   std::vector<GraphStage> stages;
   std::vector<GraphLink> links;
   std::vector<GraphEntry> entries;
   GraphArgs args;
 
-  StageRows(const Stages& stage_list, const Links& link_list, const Entries& entry_list, uintptr_t example,
-            int64_t rows, int sides, int64_t examples, uintptr_t center, uintptr_t radius)
-      : stages(stage_list.size()), links(link_list.size()), entries(entry_list.size()) {
+  Graph(std::vector<GraphStage> stage_list, std::vector<GraphLink> link_list, std::vector<GraphEntry> entry_list,
+        int64_t examples, int64_t rows, int sides, Address center, Address radius, Address x, Address eps, int dual)
+      : stages(std::move(stage_list)), links(std::move(link_list)), entries(std::move(entry_list)) {
     for (size_t i = 0; i < stages.size(); ++i) {
-      const auto& t = stage_list[i];
-      GraphStage& s = stages[i];
-      s.slopes = at(t[0]), s.slope_sides = static_cast<int>(t[1]), s.intercepts = at(t[2]);
-      s.shared = t[3] != 0;
-      s.map_height = t[4], s.map_width = t[5], s.channels = t[6];
-      s.first = static_cast<int>(t[7]), s.links = static_cast<int>(t[8]), s.entry = static_cast<int>(t[9]);
-      s.kept_in = at(t[10]), s.kept_out = at(t[11]);
+      const GraphStage& s = stages[i];
       if (i + 1 < stages.size() && (s.slopes == nullptr || s.intercepts == nullptr))
-        throw std::invalid_argument("stages: all but the last need lines");
-      if (s.links == 0 && s.entry < 0) throw std::invalid_argument("stages: nothing reaches one of them");
-    }
-    for (size_t i = 0; i < links.size(); ++i) {
-      const auto& t = link_list[i];
-      GraphLink& l = links[i];
-      l.source = static_cast<int>(t[0]), l.identity = t[1] != 0, l.weight = at(t[2]);
-      l.kernel_h = t[3], l.kernel_w = t[4], l.stride_y = t[5], l.stride_x = t[6], l.pad_y = t[7], l.pad_x = t[8];
-      l.sign = static_cast<float>(t[9]), l.lanes = t[10];
-      if (l.source < 0) throw std::invalid_argument("links: got no source");
-      if (!l.identity && l.weight == nullptr) throw std::invalid_argument("links: a convolution needs weights");
-      if (!l.identity && (stages[static_cast<size_t>(l.source)].map_width + 12) * l.lanes > kSpreadBuffer)
-        throw std::invalid_argument("links: a position has too many taps");
-    }
-    for (size_t i = 0; i < entries.size(); ++i) {
-      const auto& t = entry_list[i];
-      entries[i] = {at(t[0]), t[1], reinterpret_cast<const int64_t*>(static_cast<uintptr_t>(t[2])),
-                    reinterpret_cast<const int64_t*>(static_cast<uintptr_t>(t[3]))};
+        throw std::invalid_argument("stages: got one without lines, expected lines of all but the last");
+      if (s.links == 0 && s.entry < 0)
+        throw std::invalid_argument("stages: got one that nothing reaches, expected links or an entry");
+      if (s.first < 0 || s.first + s.links > static_cast<int>(links.size()) ||
+          s.entry >= static_cast<int>(entries.size()))
+        throw std::invalid_argument("stages: got links or entries that there are not");
+      for (int k = s.first; k < s.first + s.links; ++k)
+        if (links[static_cast<size_t>(k)].source >= static_cast<int>(i))
+          throw std::invalid_argument("links: got a source that comes later, expected an earlier stage");
     }
     args.stages = stages.data(), args.links = links.data(), args.entries = entries.data();
     args.count = static_cast<int>(stages.size());
     args.examples = examples, args.rows = rows, args.sides = sides;
-    args.example = pointer<const int64_t>(example, rows, "example");
-    args.end.center = pointer<const float>(center, rows, "center");
-    args.end.radius = pointer<const float>(radius, rows, "radius");
+    args.end.center = at(center), args.end.radius = at(radius), args.end.x = at(x), args.end.eps = at(eps);
+    args.end.dual = static_cast<Dual>(dual);
   }
-  static float* at(int64_t address) { return reinterpret_cast<float*>(static_cast<uintptr_t>(address)); }
+  Graph(const Graph&) = delete;
+  Graph& operator=(const Graph&) = delete;
+
+  bool empty() const { return args.rows == 0 || stages.empty(); }
 };
 
-void stage_rows(const StageRows::Stages& stages, const StageRows::Links& links, const StageRows::Entries& entries,
-                uintptr_t example, int64_t rows, int sides, int64_t examples, uintptr_t center, uintptr_t radius,
-                uintptr_t b, uintptr_t out) {
-  if (rows == 0 || stages.empty()) return;
-  StageRows all(stages, links, entries, example, rows, sides, examples, center, radius);
-  all.args.b = pointer<const float>(b, rows, "b");
-  all.args.end.out = pointer<float>(out, rows, "out");
-  without_gil(kReleaseGilAbove + 1, [&] { bounds().stage_rows(all.args); });
+// Groups of rows of one example, and for unit vectors the position that they share, the rows' channels and how many
+// channels their image has.
+struct Groups {
+  int64_t count;
+  Address starts, order, example, y, x, channel;
+  int64_t channels;
+};
+
+void live_graph(const Graph& graph, const Groups& groups, Address b, Address out, Address map, Address offset) {
+  if (graph.empty()) return;
+  for (const GraphLink& l : graph.links)
+    if (l.kind == LinkKind::conv && l.kernel_h > 64)
+      throw std::invalid_argument("links: got a kernel of more than 64 lines");
+  GraphArgs g = graph.args;
+  g.groups = groups.count;
+  g.starts = pointer<const int64_t>(groups.starts, 1, "starts");
+  g.order = at<const int64_t>(groups.order);
+  g.example = pointer<const int64_t>(groups.example, 1, "example");
+  g.y = at<const int64_t>(groups.y), g.x = at<const int64_t>(groups.x), g.channel = at<const int64_t>(groups.channel);
+  g.channels = groups.channels;
+  g.b = pointer<const float>(b, g.rows, "b");
+  g.end.out = pointer<float>(out, g.rows, "out");
+  g.map = at(map), g.offset = at(offset);
+  without_gil(kReleaseGilAbove + 1, [&] { bounds().live_graph(g); });
 }
 
-// to_stages: (slopes, intercepts, rows that start there or 0) of each stage; to_weights: of each link, 0 for identities
-void stage_grad(const StageRows::Stages& stages, const StageRows::Links& links, const StageRows::Entries& entries,
-                uintptr_t example, int64_t rows, int sides, int64_t examples, uintptr_t center, uintptr_t radius,
-                uintptr_t starts, uintptr_t from, const std::vector<std::array<uintptr_t, 3>>& to_stages,
-                const std::vector<uintptr_t>& to_weights, uintptr_t to_center, uintptr_t to_radius) {
-  if (rows == 0 || stages.empty()) return;
-  StageRows all(stages, links, entries, example, rows, sides, examples, center, radius);
-  all.args.starts = pointer<const int64_t>(starts, rows, "starts");
-  std::vector<GraphGradStage> to(stages.size());
-  std::vector<float*> weights(links.size());
-  if (to_stages.size() != to.size() || to_weights.size() != weights.size())
-    throw std::invalid_argument("to_stages: not as many as there are stages, or weights as links");
-  for (size_t i = 0; i < to.size(); ++i) {
-    const auto address = [&](size_t k) { return reinterpret_cast<float*>(to_stages[i][k]); };
-    to[i] = {address(0), address(1), address(2)};
-    const bool kept = (all.stages[i].links == 0 || all.stages[i].kept_in != nullptr) &&
-                      (i + 1 == to.size() || all.stages[i].kept_out != nullptr);
-    if (!kept) throw std::invalid_argument("stages: the way down kept nothing");
-    if (i + 1 < to.size() && (to[i].to_slopes == nullptr || to[i].to_intercepts == nullptr))
-      throw std::invalid_argument("to_stages: all but the last have lines");
+GraphArgs with_examples(const Graph& graph, Address example) {
+  for (const GraphLink& l : graph.links) {
+    if (l.source < 0) throw std::invalid_argument("links: got no source, expected a stage");
+    if (l.kind == LinkKind::conv &&
+        (graph.stages[static_cast<size_t>(l.source)].map_width + 12) * l.lanes > kSpreadBuffer)
+      throw std::invalid_argument("links: got a position with too many taps");
+  }
+  GraphArgs g = graph.args;
+  g.example = pointer<const int64_t>(example, g.rows, "example");
+  return g;
+}
+
+void stage_rows(const Graph& graph, Address example, Address b, Address out) {
+  if (graph.empty()) return;
+  GraphArgs g = with_examples(graph, example);
+  g.b = pointer<const float>(b, g.rows, "b");
+  g.end.out = pointer<float>(out, g.rows, "out");
+  without_gil(kReleaseGilAbove + 1, [&] { bounds().stage_rows(g); });
+}
+
+// to_stages: (slopes, intercepts, rows that start there or 0) of each stage; to_weights: of each link, 0 but for
+// convolutions.
+void stage_grad(const Graph& graph, Address example, Address starts, Address from,
+                const std::vector<std::array<Address, 3>>& to_stages, const std::vector<Address>& to_weights,
+                Address to_center, Address to_radius) {
+  if (graph.empty()) return;
+  GraphGradArgs g;
+  g.graph = with_examples(graph, example);
+  g.graph.starts = pointer<const int64_t>(starts, g.graph.rows, "starts");
+  const size_t count = graph.stages.size();
+  std::vector<GraphGradStage> to(count);
+  std::vector<float*> weights(graph.links.size());
+  if (to_stages.size() != count || to_weights.size() != weights.size())
+    throw std::invalid_argument("to_stages: got another number than there are stages, or of weights than links");
+  for (size_t i = 0; i < count; ++i) {
+    to[i] = {at(to_stages[i][0]), at(to_stages[i][1]), at(to_stages[i][2])};
+    const GraphStage& s = graph.stages[i];
+    if ((s.links > 0 && s.kept_in == nullptr) || (i + 1 < count && s.kept_out == nullptr))
+      throw std::invalid_argument("stages: got nothing kept, expected what the way down keeps");
+    if (i + 1 < count && (to[i].to_slopes == nullptr || to[i].to_intercepts == nullptr))
+      throw std::invalid_argument("to_stages: got no room for lines, expected it for all but the last");
   }
   for (size_t i = 0; i < weights.size(); ++i) {
-    weights[i] = reinterpret_cast<float*>(to_weights[i]);
-    if (!all.links[i].identity && weights[i] == nullptr)
+    weights[i] = at(to_weights[i]);
+    if (graph.links[i].kind == LinkKind::conv && weights[i] == nullptr)
       throw std::invalid_argument("to_weights: got none of a convolution");
   }
-  GraphGradArgs g;
-  g.graph = all.args, g.stages = to.data(), g.to_weights = weights.data();
-  g.from = pointer<const float>(from, rows, "from");
-  g.to_center = reinterpret_cast<float*>(to_center), g.to_radius = reinterpret_cast<float*>(to_radius);
+  g.stages = to.data(), g.to_weights = weights.data();
+  g.from = pointer<const float>(from, g.graph.rows, "from");
+  g.to_center = at(to_center), g.to_radius = at(to_radius);
   without_gil(kReleaseGilAbove + 1, [&] { bounds().stage_grad(g); });
 }
 
 }  // namespace
 
 void bind_bounds_graph(py::module_& m) {
-  m.def("bounds_live_graph", &live_graph);
-  m.def("bounds_stage_rows", &stage_rows);
-  m.def("bounds_stage_grad", &stage_grad);
+  using py::arg;
+  const Pair one{1, 1}, none{0, 0};
+  py::enum_<LinkKind>(m, "LinkKind")
+      .value("identity", LinkKind::identity)
+      .value("conv", LinkKind::conv)
+      .value("pick", LinkKind::pick);
+  py::class_<GraphLink>(m, "GraphLink")
+      .def(py::init(&make_link), arg("source"), arg("kind"), arg("sign") = 1.f, arg("weight") = Address{0},
+           arg("kernel") = one, arg("stride") = one, arg("padding") = none, arg("dilation") = one,
+           arg("groups") = int64_t{1}, arg("lanes") = int64_t{0}, arg("index") = Address{0})
+      .def_readonly("kind", &GraphLink::kind)
+      .def_readonly("lanes", &GraphLink::lanes);
+  py::class_<GraphStage>(m, "GraphStage")
+      .def(py::init(&make_stage), arg("map"), arg("first"), arg("links"), arg("slopes") = Address{0},
+           arg("slope_sides") = 1, arg("intercepts") = Address{0}, arg("shared") = false, arg("entry") = -1,
+           arg("kept_in") = Address{0}, arg("kept_out") = Address{0})
+      .def_readonly("slope_sides", &GraphStage::slope_sides)
+      .def_readonly("shared", &GraphStage::shared)
+      .def_readonly("entry", &GraphStage::entry);
+  py::class_<GraphEntry>(m, "GraphEntry")
+      .def(py::init(&make_entry), arg("a"), arg("side_stride") = int64_t{0}, arg("pick") = Address{0},
+           arg("minus") = Address{0});
+  py::class_<Graph>(m, "Graph")
+      .def(py::init<std::vector<GraphStage>, std::vector<GraphLink>, std::vector<GraphEntry>, int64_t, int64_t, int,
+                    Address, Address, Address, Address, int>(),
+           arg("stages"), arg("links"), arg("entries"), arg("examples"), arg("rows"), arg("sides"),
+           arg("center") = Address{0}, arg("radius") = Address{0}, arg("x") = Address{0}, arg("eps") = Address{0},
+           arg("dual") = 0);
+  py::class_<Groups>(m, "Groups")
+      .def(py::init([](int64_t count, Address starts, Address order, Address example, Address y, Address x,
+                       Address channel,
+                       int64_t channels) { return Groups{count, starts, order, example, y, x, channel, channels}; }),
+           arg("count"), arg("starts"), arg("order"), arg("example"), arg("y") = Address{0}, arg("x") = Address{0},
+           arg("channel") = Address{0}, arg("channels") = int64_t{0});
+  m.def("bounds_live_graph", &live_graph, arg("graph"), arg("groups"), arg("b"), arg("out"), arg("map") = Address{0},
+        arg("offset") = Address{0});
+  m.def("bounds_stage_rows", &stage_rows, arg("graph"), arg("example"), arg("b"), arg("out"));
+  m.def("bounds_stage_grad", &stage_grad, arg("graph"), arg("example"), arg("starts"), arg("from_"), arg("to_stages"),
+        arg("to_weights"), arg("to_center"), arg("to_radius"));
 }
 
 }  // namespace fastrobust

@@ -130,15 +130,23 @@ struct ChainArgs {
 // Whole maps, a box or a ball, kernels of 64 lines at most.
 // stage_rows takes the same with all neurons and any kernels: rows of whole maps one after the other, `example` of
 // each.
+enum class LinkKind : int {
+  identity,  // sign times the very coefficients
+  conv,      // a convolution from this stage to the source, turned around
+  pick,      // every neuron of the source follows one neuron of this stage (max pooling)
+};
 struct GraphLink {
-  int source = -1;        // stage; -1: the rows themselves, unit vectors at the start
-  bool identity = false;  // else a convolution from this stage to the source, turned around
-  float sign = 1.f;       // of an identity
-  // [kernel_h, kernel_w, channels, channels of the source]; of the last stage, but from the start, [channels of the
-  // source, kernel_h, kernel_w, channels]
+  int source = -1;  // stage; -1: the rows themselves, unit vectors at the start
+  LinkKind kind = LinkKind::conv;
+  float sign = 1.f;  // of an identity
+  // [kernel_h, kernel_w, channels of a group, channels of the source]; live_graph, of the last stage, but from the
+  // start: [channels of the source, kernel_h, kernel_w, channels of a group]
   const float* weight = nullptr;
-  int64_t kernel_h = 1, kernel_w = 1, stride_y = 1, stride_x = 1, pad_y = 0, pad_x = 0;
-  int64_t lanes = 0;  // of stage_rows, whose weights are those of SpreadArgs
+  // Of a convolution, and of the windows that a pick chooses from.
+  int64_t kernel_h = 1, kernel_w = 1, stride_y = 1, stride_x = 1, pad_y = 0, pad_x = 0, dilation_y = 1, dilation_x = 1;
+  int64_t groups = 1;
+  int64_t lanes = 0;               // of stage_rows, whose weights are those of SpreadArgs
+  const int32_t* index = nullptr;  // pick: [examples, map of the source], the number of the neuron of this stage
 };
 struct GraphStage {
   const float* slopes = nullptr;  // [slope_sides, examples, map]; null: the input
@@ -151,6 +159,8 @@ struct GraphStage {
   // stage_rows: [1 or 2, rows, map], what arrives (where there are links) and what leaves, for the gradients; or null
   float* kept_in = nullptr;
   float* kept_out = nullptr;
+
+  int64_t numbers() const { return map_height * map_width * channels; }
 };
 struct GraphEntry {
   const float* a = nullptr;  // [sides_a, rows of a, map]
@@ -174,6 +184,10 @@ struct GraphArgs {
   int64_t channels = 0;              // of their image
   const float* b = nullptr;          // [sides, rows]
   ConcretizeArgs end;                // box or ball, and out; its rows and b are not used
+  // live_graph, or null: the linear bounds at the input, [1 or 2, rows, map] and [sides, rows]. As many matrices as
+  // sides where any stage has two lines, or an entry two matrices.
+  float* map = nullptr;
+  float* offset = nullptr;
 };
 
 // Gradients of stage_rows over a box, from those of its result. graph: as it was taken down, with all that was kept,

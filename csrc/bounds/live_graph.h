@@ -28,7 +28,7 @@ struct Rect {
 
 // The positions of a map that the positions `from` of the convolution's result read.
 inline Rect reached(const GraphLink& l, const Rect& from, const GraphStage& to) {
-  if (l.identity || from.empty()) return from;
+  if (l.kind == LinkKind::identity || from.empty()) return from;
   return {std::max<int64_t>(0, from.top * l.stride_y - l.pad_y),
           std::min(to.map_height, (from.bottom - 1) * l.stride_y - l.pad_y + l.kernel_h),
           std::max<int64_t>(0, from.left * l.stride_x - l.pad_x),
@@ -124,7 +124,7 @@ struct GraphWork {
     for (int i = 0; i < g.count; ++i)
       for (int k = g.stages[i].first; k < g.stages[i].first + g.stages[i].links; ++k) {
         const GraphLink& l = g.links[k];
-        if (l.identity || l.source < 0) continue;
+        if (l.kind == LinkKind::identity || l.source < 0) continue;
         const GraphStage& s = g.stages[l.source];
         weight[static_cast<size_t>(k)].at.reset(
             new int32_t[static_cast<size_t>(s.map_height * s.map_width * s.channels)]);

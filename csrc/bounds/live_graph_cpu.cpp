@@ -64,7 +64,8 @@ class Block {
   void arrive(int stage) {
     const GraphStage& s = g_.stages[stage];
     const GraphLink* links = g_.links + s.first;
-    const bool sets = s.entry < 0 && s.links > 0 && !links[0].identity && links[0].source >= 0 && !work_.last(stage);
+    const bool sets =
+        s.entry < 0 && s.links > 0 && links[0].kind != LinkKind::identity && links[0].source >= 0 && !work_.last(stage);
     if (!sets) {
       for (int64_t y = work_.rects[stage].top; y < work_.rects[stage].bottom; ++y) {
         const Run run = line_of(stage, y);
@@ -77,8 +78,8 @@ class Block {
       if (l.source >= 0 && work_.rects[l.source].empty()) {
         if (k == 0 && sets) gather<Result::set>(stage, l, s.first + k);
       } else if (l.source < 0) {
-        l.identity ? unit(stage, l) : kernel(stage, l);
-      } else if (l.identity) {
+        l.kind == LinkKind::identity ? unit(stage, l) : kernel(stage, l);
+      } else if (l.kind == LinkKind::identity) {
         copy(stage, l);
       } else if (work_.last(stage)) {
         scatter(stage, l, s.first + k);

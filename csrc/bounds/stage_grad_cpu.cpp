@@ -42,7 +42,7 @@ struct GradPlan {
       if (s.shared) sums += 3 * size_of(s);
       for (int k = s.first; k < s.first + s.links; ++k) {
         const GraphLink& l = g.links[k];
-        if (l.identity) continue;
+        if (l.kind == LinkKind::identity) continue;
         const GraphStage& from = g.stages[l.source];
         GradLink& c = link[static_cast<size_t>(k)];
         c.border = {from.map_height, from.map_width, s.map_height, s.map_width, s.channels, l.kernel_h,
@@ -77,7 +77,7 @@ class Worker {
       const GraphStage& s = g_.stages[i];
       grads_[static_cast<size_t>(i)] = Floats(plan.stages.block * g_.sides * size_of(s));
       for (int k = s.first; k < s.first + s.links; ++k)
-        if (!g_.links[k].identity)
+        if (g_.links[k].kind != LinkKind::identity)
           bordered_[static_cast<size_t>(k)] = Floats::zeros(plan.link[static_cast<size_t>(k)].border.numbers());
     }
     std::fill_n(zeros_, kStageRows, 0);
@@ -169,7 +169,7 @@ class Worker {
     const int64_t size = size_of(s), target = size_of(t);
     const float* from = grad(j) + m * n_ * target;
     float* result = scaled_.get() + to * n_ * size;
-    if (l.identity) {
+    if (l.kind == LinkKind::identity) {
       if (sets) std::fill_n(result, n_ * size, 0.f);
       add_to(result, from, l.sign, n_ * size);
       return;
@@ -259,7 +259,7 @@ void stage_grad_cpu(const GraphGradArgs& a) {
     }
     for (int k = s.first; k < s.first + s.links; ++k) {
       const GradLink& c = plan.link[static_cast<size_t>(k)];
-      if (!g.links[k].identity) total(c.weight_at, c.channels * c.lanes, a.to_weights[k]);
+      if (g.links[k].kind != LinkKind::identity) total(c.weight_at, c.channels * c.lanes, a.to_weights[k]);
     }
   }
 }

@@ -22,8 +22,8 @@ struct Gather {
 
   void reset(const GraphLink& l, const GraphStage& from, const GraphStage& to) {
     const int64_t up = l.kernel_h - 1 - l.pad_y, left = l.kernel_w - 1 - l.pad_x;
-    serves = kMostTaps > 1 && !l.identity && l.stride_y == 1 && l.stride_x == 1 && up >= 0 && left >= 0 &&
-             to.channels % kLanes == 0 && to.channels <= kMostTaps * kLanes;
+    serves = kMostTaps > 1 && l.kind != LinkKind::identity && l.stride_y == 1 && l.stride_x == 1 && up >= 0 &&
+             left >= 0 && to.channels % kLanes == 0 && to.channels <= kMostTaps * kLanes;
     if (!serves) return;
     border = {
         to.map_height, to.map_width, from.map_height, from.map_width, from.channels, l.kernel_h, l.kernel_w, 1, 1, up,
@@ -106,7 +106,7 @@ class Block {
     const GraphStage& from = g_.stages[l.source];
     const float* a = scaled(l.source) + (plan_.out[static_cast<size_t>(l.source)] == 2 ? m : 0) * apart(l.source);
     const int64_t numbers = n_ * size_of(s);
-    if (l.identity) {
+    if (l.kind == LinkKind::identity) {
       if (first) std::fill_n(to, numbers, 0.f);
       add_to(to, a, l.sign, numbers);
       return false;

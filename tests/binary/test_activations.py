@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastrobust.nn._schedule import sides
-from fastrobust.ops import _feature_maps as fm
-from fastrobust.ops._activation import RELU, Act
+from fastrobust.ops.binary import _feature_maps as fm
+from fastrobust.ops.binary._activation import RELU, Act
 from feature_maps import ACTS, act_ids, empty_lists, finished, laid, plain
 from variant_runs import outputs_by_variant
 
@@ -160,7 +160,7 @@ import hashlib, sys, torch
 import fastrobust as fr
 sys.path.insert(0, {str(pathlib.Path(__file__).parents[1])!r})
 from feature_maps import ACTS, finished
-from fastrobust.ops import _feature_maps as fm
+from fastrobust.ops.binary import _feature_maps as fm
 torch.manual_seed(3)
 x = torch.cat([5 * torch.randn(4000), 60 * torch.randn(4000)]).reshape(4, 2, 10, 100)
 maps = fm.Maps(*x.shape, 4, 102, 1, 2)

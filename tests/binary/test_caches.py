@@ -14,7 +14,7 @@ from torch import nn
 
 import fastrobust as fr
 from fastrobust import nn as fnn
-from fastrobust.ops import _feature_maps as fm
+from fastrobust.ops.binary import _feature_maps as fm
 
 SIZES = [(n, h, w) for n in (1, 2, 5) for h in range(3, 12) for w in (3, 6, 9)]
 

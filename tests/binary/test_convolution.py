@@ -15,8 +15,8 @@ from torch import Tensor
 
 import fastrobust as fr
 from convolution_problems import Weights, close, problems, problems_of_equal_width, real, signs
-from fastrobust.ops import binary as ops
-from fastrobust.ops import masks
+from fastrobust.ops.binary import convolution as ops
+from fastrobust.ops.binary import masks
 from fastrobust.reference import binary as reference
 from variant_runs import outputs_by_variant
 

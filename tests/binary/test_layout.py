@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastrobust.ops import _feature_maps as fm
+from fastrobust.ops.binary import _feature_maps as fm
 
 
 def places(maps: fm.Maps) -> Tensor:

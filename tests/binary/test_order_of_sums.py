@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastrobust as fr
-from fastrobust.ops import _feature_maps as fm
+from fastrobust.ops.binary import _feature_maps as fm
 from feature_maps import laid, plain
 from variant_runs import outputs_by_variant
 

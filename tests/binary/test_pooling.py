@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fastrobust.nn._schedule import ARENA, Buffer, Schedule
-from fastrobust.ops import _feature_maps as fm
+from fastrobust.ops.binary import _feature_maps as fm
 from feature_maps import beside_pixels, pooled
 from variant_runs import outputs_by_variant
 
@@ -140,7 +140,7 @@ import fastrobust as fr
 sys.path[:0] = [{str(pathlib.Path(__file__).parents[1])!r}, {str(pathlib.Path(__file__).parent)!r}]
 from feature_maps import pooled
 from test_pooling import WINDOWS, out_size, values
-from fastrobust.ops import _feature_maps as fm
+from fastrobust.ops.binary import _feature_maps as fm
 torch.manual_seed(2)
 for window in WINDOWS:
     for lanes in (1, 2, 4, 8, 16):

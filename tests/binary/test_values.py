@@ -15,10 +15,10 @@ from torch import Tensor
 
 import fastrobust as fr
 from convolution_problems import close, problems, real, signs
-from fastrobust.ops import _conv_cost as cost
-from fastrobust.ops import _feature_maps as fm
-from fastrobust.ops import binary as ops
-from fastrobust.ops import masks
+from fastrobust.ops.binary import _conv_cost as cost
+from fastrobust.ops.binary import _feature_maps as fm
+from fastrobust.ops.binary import convolution as ops
+from fastrobust.ops.binary import masks
 from fastrobust.reference import binary as reference
 from variant_runs import outputs_by_variant
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from fastrobust.bounds import api, compute_bounds, intervals
 from fastrobust.bounds.backward import Backward
 from fastrobust.bounds.trace import trace
-from fastrobust.ops import _bounds_chain
 from fastrobust.ops import bounds as ops
-from fastrobust.ops import linear_bounds as rows_ops
+from fastrobust.ops.bounds import _chain as _bounds_chain
+from fastrobust.ops.bounds import intervals as interval_ops
+from fastrobust.ops.bounds import linear as rows_ops
 from fastrobust.reference import bounds as reference
 
 
@@ -166,7 +167,7 @@ def test_gradients_of_interval_convolutions(batch: int, finish: int, channels: i
     for g, v in zip(grads(got, leaves, 2), grads(want, wide, 2), strict=True):
         near(g, v)
     if batch == 1 and not shared:
-        torch.library.opcheck(ops._interval_conv.op, (*leaves, [2, 2], [1, 1], finish))
+        torch.library.opcheck(interval_ops._interval_conv.op, (*leaves, [2, 2], [1, 1], finish))
         f = lambda *t: ops.center_conv2d(*t, 2, 1, 1, 1, finish)  # noqa: E731
         assert torch.autograd.gradcheck(f, [t.detach().requires_grad_(True) for t in wide], eps=1e-7, atol=1e-5)
 
@@ -240,7 +241,7 @@ def test_spread_of_one_channel_four_wide(
 
 def test_spread_and_registration() -> None:
     a, w = torch.randn(2, 4, 5, 5, requires_grad=True), torch.randn(4, 3, 3, 3, requires_grad=True)
-    torch.library.opcheck(ops._spread.op, (a, w, [2, 2], [1, 1], [9, 9]))
+    torch.library.opcheck(interval_ops._spread.op, (a, w, [2, 2], [1, 1], [9, 9]))
     wide = [t.detach().double().requires_grad_(True) for t in (a, w)]
     assert torch.autograd.gradcheck(lambda a, w: ops.spread(a, w, (2, 2), (1, 1), (9, 9)), wide)
     compiled = torch.compile(lambda a, w: rows_and_spread(a, w), fullgraph=True, backend="aot_eager")

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastrobust as fr
-from fastrobust.ops import _bounds_lines as lines
 from fastrobust.ops import bounds as ops
+from fastrobust.ops.bounds import _lines as lines
 from fastrobust.reference import relaxations
 from variant_runs import outputs_by_variant
 

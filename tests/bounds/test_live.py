@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastrobust.bounds import api, compute_bounds
 from fastrobust.bounds.backward import Backward
 from fastrobust.ops import bounds as ops
-from fastrobust.ops import margin_bounds
+from fastrobust.ops.bounds import margins as margin_bounds
 from fastrobust.reference import bounds as reference
 from variant_runs import outputs_by_variant
 
@@ -186,7 +186,7 @@ import fastrobust as fr
 from torch import nn
 from fastrobust.ops import bounds as ops
 from fastrobust.bounds import api
-from fastrobust.ops import margin_bounds
+from fastrobust.ops.bounds import margins as margin_bounds
 ops.leaving_out_pays = margin_bounds.leaving_out_pays = lambda *a: True
 torch.manual_seed(1)
 net = nn.Sequential(nn.Conv2d(1, 7, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(175, 33), nn.ReLU(), nn.Linear(33, 12))

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from fastrobust import _C
 from fastrobust.bounds import compute_bounds
-from fastrobust.ops import _bounds_autograd as gradients
-from fastrobust.ops import _bounds_chain, margin_bounds
-from fastrobust.ops import _bounds_conv as conv
 from fastrobust.ops import bounds as ops
-from fastrobust.ops._bounds_rows import turned
+from fastrobust.ops.bounds import _autograd as gradients
+from fastrobust.ops.bounds import _chain as _bounds_chain
+from fastrobust.ops.bounds import _conv as conv
+from fastrobust.ops.bounds import margins as margin_bounds
+from fastrobust.ops.bounds._rows import turned
 from variant_runs import outputs_by_variant
 
 from .nets import spied

@@ -12,7 +12,8 @@ from torch import Tensor
 
 import fastrobust as fr
 from fastrobust.ops import bounds as ops
-from fastrobust.ops import linear_bounds
+from fastrobust.ops.bounds import intervals as interval_ops
+from fastrobust.ops.bounds import linear as linear_bounds
 from fastrobust.reference import bounds as reference
 from fastrobust.reference import relaxations
 from variant_runs import outputs_by_variant
@@ -246,7 +247,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
     w = torch.randn(5, 6, dtype=dtype, requires_grad=True)
     bias = torch.randn(5, dtype=dtype, requires_grad=True)
     for finish in (0, 1, 2):
-        torch.library.opcheck(ops._interval.op, (c, r, w, bias, finish))
+        torch.library.opcheck(interval_ops._interval.op, (c, r, w, bias, finish))
 
 
 def test_gradcheck_of_the_ops() -> None:

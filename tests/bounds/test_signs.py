@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fastrobust.ops import margin_bounds
-from fastrobust.ops._bounds_product import sign_product
+from fastrobust.ops.bounds import margins as margin_bounds
+from fastrobust.ops.bounds._product import sign_product
 from variant_runs import outputs_by_variant
 
 from .test_margins import bounds_and_gradients, near

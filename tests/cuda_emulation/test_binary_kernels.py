@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 import fastrobust as fr
 import region_bodies
 from fastrobust.nn import _choice
-from fastrobust.ops import _feature_maps, masks
+from fastrobust.ops.binary import _feature_maps, masks
 from fastrobust.reference import binary as reference
 from feature_maps import ACTS, act_ids, finished, pooled
 

@@ -11,7 +11,7 @@ import pytest
 
 from fastrobust.nn._choice import Chooser, Part
 from fastrobust.nn._nodes import Node, Size
-from fastrobust.ops import _conv_cost as cost
+from fastrobust.ops.binary import _conv_cost as cost
 
 
 @dataclasses.dataclass(eq=False)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 import fastrobust as fr
 from fastrobust import nn as fnn
 from fastrobust.nn._nodes import Unit
-from fastrobust.ops import _conv_cost as cost
-from fastrobust.ops import _feature_maps as fm
-from fastrobust.ops._activation import RELU
+from fastrobust.ops.binary import _conv_cost as cost
+from fastrobust.ops.binary import _feature_maps as fm
+from fastrobust.ops.binary._activation import RELU
 from fastrobust.reference import binary as reference
 from variant_runs import outputs_by_variant
 

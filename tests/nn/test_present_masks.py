@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import fastrobust as fr
 from fastrobust import nn as fnn
 from fastrobust.nn.masked import MaskedLayer
-from fastrobust.ops import _scored_conv as kept
+from fastrobust.ops.binary import _scored_conv as kept
 from fastrobust.reference import binary as reference
 
 OPTIMISERS = {

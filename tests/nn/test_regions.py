@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 import fastrobust as fr
 import region_bodies
 from fastrobust.nn import _choice
-from fastrobust.ops import _conv_cost as cost
+from fastrobust.ops.binary import _conv_cost as cost
 from variant_runs import outputs_by_variant
 
 BODIES = region_bodies.bodies()

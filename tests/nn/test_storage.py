@@ -13,7 +13,7 @@ from torch import nn
 from fastrobust import nn as fnn
 from fastrobust.nn import storage
 from fastrobust.nn.masked import seeded_signs
-from fastrobust.ops._mask_code import decode_mask, encode_mask
+from fastrobust.ops.binary._mask_code import decode_mask, encode_mask
 from fastrobust.reference import binary as reference
 
 SIGNS_OF_2026 = [-1, -1, -1, 1, -1, -1, 1, 1, 1, 1, 1, 1, -1, -1, 1, -1]

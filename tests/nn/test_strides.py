@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import fastrobust as fr
-from fastrobust.ops import _conv_cost as cost
-from fastrobust.ops import _feature_maps as fm
-from fastrobust.ops._activation import NONE, RELU
+from fastrobust.ops.binary import _conv_cost as cost
+from fastrobust.ops.binary import _feature_maps as fm
+from fastrobust.ops.binary._activation import NONE, RELU
 
 GEOMETRIES = [(1, 0, 1), (3, 1, 1), (3, 0, 1), (3, 2, 2), (5, 2, 1), (2, 0, 1), (2, 1, 1), (7, 3, 1)]
 

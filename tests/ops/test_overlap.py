@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastrobust import ops
-from fastrobust.ops._overlap import meets_itself, overlap, same_places
+from fastrobust.ops.pgd._overlap import meets_itself, overlap, same_places
 from pgd_oracles import NORMS
 
 BUFFER = 240

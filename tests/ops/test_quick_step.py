@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastrobust import _C, ops
-from fastrobust.ops import pgd
+from fastrobust.ops.pgd import steps as pgd
 
 WAYS = {"table": _C.pgd_quick_step, "attributes": pgd._step_by_attributes}
 HAS_TABLE = hasattr(torch.Tensor, "__dlpack_c_exchange_api__")

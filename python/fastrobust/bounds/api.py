@@ -21,9 +21,8 @@ from fastrobust.bounds.results import Bounds, LinearBounds, Options
 from fastrobust.bounds.self_check import check_contained
 from fastrobust.bounds.stage_margins import margins_of_stages
 from fastrobust.bounds.trace import first_parameter, trace
-from fastrobust.ops.bounds import finite
-from fastrobust.ops.linear_bounds import check_norm
-from fastrobust.ops.margin_bounds import Rows
+from fastrobust.ops.bounds import check_norm, finite
+from fastrobust.ops.bounds.margins import Rows
 from fastrobust.reference.bounds import Clip
 
 if TYPE_CHECKING:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrobust.ops._checks import describe
-from fastrobust.ops.bounds import finite, margin_rows
-from fastrobust.ops.linear_bounds import broadcasts, check_eps, check_norm
+from fastrobust.ops.bounds import broadcasts, check_eps, check_norm, finite, margin_rows
 from fastrobust.reference.bounds import Clip
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastrobust.bounds import graph as G
 from fastrobust.bounds.chains import live_chain
 from fastrobust.ops import bounds as ops
-from fastrobust.ops.margin_bounds import Layer, Rows, relu_margins
+from fastrobust.ops.bounds.margins import Layer, Rows, relu_margins
 
 _LARGE = 1 << 21  # numbers of a weight
 _KINDS = {"crown-ibp": True, "ibp-linear": False}  # whether the lines are adaptive

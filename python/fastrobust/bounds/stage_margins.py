@@ -10,8 +10,8 @@ from torch import Tensor
 from fastrobust.bounds import graph as G
 from fastrobust.bounds.margins import flat
 from fastrobust.ops import bounds as ops
-from fastrobust.ops.margin_bounds import Image, Rows
-from fastrobust.ops.stage_margins import Heads, Link, Parameters, Stage, stage_margins
+from fastrobust.ops.bounds.margins import Image, Rows
+from fastrobust.ops.bounds.stages import Heads, Link, Parameters, Stage, stage_margins
 
 _KINDS = {"crown-ibp": "crown", "ibp-linear": "parallel", "ibp": None}
 

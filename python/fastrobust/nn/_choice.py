@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..ops import _conv_cost as cost
+from ..ops.binary import _conv_cost as cost
 from ._nodes import Node, Size
 
 # Floats of the largest feature map of a group of images.

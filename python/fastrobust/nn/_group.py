@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import _conv_cost as cost
-from ..ops import _feature_maps as fm
-from ..ops._feature_maps import Maps
+from ..ops.binary import _conv_cost as cost
+from ..ops.binary import _feature_maps as fm
+from ..ops.binary._feature_maps import Maps
 from ._choice import Part
 from ._nodes import Mean, Node, Spread, Unit, ones
 from ._schedule import Buffer, plain

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._places import Constant, Place, Read
 from .._record import Step
-from ..ops import binary as ops
+from ..ops.binary import convolution as ops
 from ..reference.binary import PackedWeight
 from ._nodes import Node
 from ._region import Region

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import _conv_cost as cost
-from ..ops import _feature_maps as fm
-from ..ops._activation import NONE, Act
-from ..ops._dense_conv import dense_weight
-from ..ops._feature_maps import ConvGeometry
+from ..ops.binary import _conv_cost as cost
+from ..ops.binary import _feature_maps as fm
+from ..ops.binary._activation import NONE, Act
+from ..ops.binary._dense_conv import dense_weight
+from ..ops.binary._feature_maps import ConvGeometry
 from ..reference.binary import PackedWeight
 
 Size = tuple[int, int, int]  # channels, height, width

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from .._places import Constant, Place, Read, Value, inside, replaced
 from .._record import Step
-from ..ops._dense_conv import memory_format
 from ..ops._library import nothing_intercepts
+from ..ops.binary._dense_conv import memory_format
 from ._functional import functional
 from ._layers import Cut as Cut
 from ._layers import Layer as Layer

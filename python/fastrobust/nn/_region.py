@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import _conv_cost as cost
-from ..ops import _feature_maps as fm
-from ..ops._dense_conv import in_full_precision
-from ..ops._feature_maps import Maps
+from ..ops.binary import _conv_cost as cost
+from ..ops.binary import _feature_maps as fm
+from ..ops.binary._dense_conv import in_full_precision
+from ..ops.binary._feature_maps import Maps
 from ._choice import Chooser, Part
 from ._group import Graph, Group, Read
 from ._nodes import Concat, Node, Size, Unit

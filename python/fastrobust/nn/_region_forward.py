@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import _feature_maps as fm
-from ..ops._feature_maps import Maps
+from ..ops.binary import _feature_maps as fm
+from ..ops.binary._feature_maps import Maps
 from ._group import Gates, Graph, Group, Read, act_code, as_plain, fresh, mean_plan, mean_scale, rows_of
 from ._nodes import Concat, Flatten, MaxPool, Mean, Node, Spread, Torch, Unit
 from ._schedule import ARENA, Buffer, Compiled, Schedule, sides

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import _feature_maps as fm
-from ..ops._dense_conv import input_grad
-from ..ops._feature_maps import Maps
+from ..ops.binary import _feature_maps as fm
+from ..ops.binary._dense_conv import input_grad
+from ..ops.binary._feature_maps import Maps
 from ._group import Gates, Graph, Group, act_code, as_plain, fresh, mean_scale, mean_weight
 from ._nodes import Concat, Flatten, MaxPool, Mean, Node, Spread, Torch, Unit
 from ._schedule import ARENA, Buffer, Compiled, Schedule, State

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import _feature_maps as fm
-from ..ops._activation import NONE, RELU, Act
-from ..ops._feature_maps import Maps
+from ..ops.binary import _feature_maps as fm
+from ..ops.binary._activation import NONE, RELU, Act
+from ..ops.binary._feature_maps import Maps
 
 ARENA = 0
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .._places import Constant, Read, Value, inside, replaced
 from .._record import Step
-from ..ops._activation import NONE, Act
-from ..ops._feature_maps import ConvGeometry
+from ..ops.binary._activation import NONE, Act
+from ..ops.binary._feature_maps import ConvGeometry
 from ._functional import functional
 from ._layers import Layer, Norm, Pool, as_maps, map_size
 from ._nodes import Concat, MaxPool, Mean, Node, Torch, Unit, identity, ones

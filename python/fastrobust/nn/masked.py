@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import _record
-from ..ops import binary as ops
-from ..ops import masks
-from ..ops._feature_maps import LINEAR_GEOMETRY, ConvGeometry, pair, whole
 from ..ops._library import is_recorded, is_transformed
-from ..ops._scored_conv import (
+from ..ops.binary import convolution as ops
+from ..ops.binary import masks
+from ..ops.binary._feature_maps import LINEAR_GEOMETRY, ConvGeometry, pair, whole
+from ..ops.binary._scored_conv import (
     KeptLists,
     ranking,
     scored_conv2d,

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..ops._mask_code import decode_mask, encode_mask
+from ..ops.binary._mask_code import decode_mask, encode_mask
 from ..reference.binary import PackedWeight
 from ._packed_header import Header, LayerEntry, TensorEntry, dtype_name, is_storable, require
 from .convert import mask_layer, replace_layers

@@ -1,6 +1,6 @@
 """Raw ops. Each has a plain-torch definition in :mod:`fastrobust.reference` and one kernel per device."""
 
-from .binary import masked_conv2d, masked_linear
+from .binary import masked_conv2d, masked_linear, pack, topk_mask, topk_masks
 from .bounds import (
     concretize,
     interval_activation,
@@ -11,9 +11,20 @@ from .bounds import (
     linear_back_step,
     relax,
 )
-from .losses import LossValue, cross_entropy, dlr_loss, dlr_targeted_loss, kl_divergence, margin_loss
-from .masks import pack, topk_mask, topk_masks
-from .pgd import atas_step, fosc, pgd_step, pgd_step_fosc, project, random_start
+from .pgd import (
+    LossValue,
+    atas_step,
+    cross_entropy,
+    dlr_loss,
+    dlr_targeted_loss,
+    fosc,
+    kl_divergence,
+    margin_loss,
+    pgd_step,
+    pgd_step_fosc,
+    project,
+    random_start,
+)
 from .polyhedron import polyhedral_distance
 
 __all__ = [

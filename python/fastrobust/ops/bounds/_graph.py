@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _C
-from . import linear_bounds as linear
-from ._bounds_rows import address, by_example, dense
+from ... import _C
+from . import linear
+from ._rows import address, by_example, dense
 
 Pair = tuple[Tensor, Tensor]
 MOST_LINES = 64  # of a kernel (csrc/bounds/live_graph_cpu.cpp)
@@ -68,50 +68,41 @@ def concretize_graph(
         starts = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
         of_group, inner = at // (h * w), at % (h * w)
         where = [inner // w, inner % w, channel.contiguous()]
-    told: list[tuple[int, ...]] = []
-    links: list[tuple[int, ...]] = []
-    entries: list[tuple[int, ...]] = []
+    told: list[_C.GraphStage] = []
+    links: list[_C.GraphLink] = []
+    entries: list[_C.GraphEntry] = []
     last = stages[-1]
     for s in stages:
-        lines = [None if t is None else dense(t) for t in (s.slopes, s.intercepts)]
-        kept += [t for t in lines if t is not None]
+        slopes, intercepts = (None if t is None else dense(t) for t in (s.slopes, s.intercepts))
+        kept += [t for t in (slopes, intercepts) if t is not None]
         entry = -1
         if s.rows is not None:
             A, pick, minus = dense(s.rows[0]), *(None if t is None else t.contiguous() for t in s.rows[1:])
             kept += [t for t in (A, pick, minus) if t is not None]
             entry = len(entries)
             stride = A.shape[1] * A.shape[2] if A.shape[0] == 2 else 0
-            entries.append((A.data_ptr(), stride, address(pick), address(minus)))
-        sides, shared = (0, False) if s.slopes is None else (s.slopes.shape[0], s.slopes.shape[1] != examples)
-        channels, height, width = s.shape
+            entries.append(_C.GraphEntry(A.data_ptr(), stride, address(pick), address(minus)))
+        sides, shared = (0, False) if slopes is None else (slopes.shape[0], slopes.shape[1] != examples)
+        channels, *size = s.shape
         told.append(
-            (
-                address(lines[0]),
-                sides,
-                address(lines[1]),
-                shared,
-                height,
-                width,
-                channels,
-                len(links),
-                len(s.links),
-                entry,
+            _C.GraphStage(
+                (*size, channels), len(links), len(s.links), address(slopes), sides, address(intercepts), shared, entry
             )
         )
         for k in s.links:
             if k.weight is None:
-                links.append((k.source, 1, 0, 1, 1, 1, 1, 0, 0, k.sign))
+                links.append(_C.GraphLink(k.source, _C.LinkKind.identity, k.sign))
                 continue
             to_input = s is last and k.source >= 0
             weight = dense((k.weight if k.sign > 0 else -k.weight).permute((0, 2, 3, 1) if to_input else (2, 3, 1, 0)))
             kept.append(weight)
-            links.append((k.source, 0, weight.data_ptr(), *k.weight.shape[2:], *k.stride, *k.padding, 1))
+            conv = {"kernel": k.weight.shape[2:], "stride": k.stride, "padding": k.padding}
+            links.append(_C.GraphLink(k.source, _C.LinkKind.conv, weight=weight.data_ptr(), **conv))
     maps = [None if t is None else dense(t) for t in (*(box or (None, None)), *(ball or (None, None)))]
     out = torch.empty_like(b)
-    groups = [starts, order, of_group, *where]
-    _C.bounds_live_graph(
-        told, links, entries, [address(t) for t in groups], 0 if unit is None else unit[1][0], len(of_group), count, b.shape[0], examples,
-        *map(address, maps), 0 if ball is None else linear._DUAL[q], b.data_ptr(), out.data_ptr(),
-    )  # fmt: skip
+    ends = map(address, maps), 0 if ball is None else linear._DUAL[q]
+    graph = _C.Graph(told, links, entries, examples, count, b.shape[0], *ends[0], ends[1])
+    groups = map(address, (starts, order, of_group, *where)), 0 if unit is None else unit[1][0]
+    _C.bounds_live_graph(graph, _C.Groups(len(of_group), *groups[0], groups[1]), b.data_ptr(), out.data_ptr())
     del kept
     return out

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _C
-from . import linear_bounds as linear
-from ._bounds_rows import Groups, address, by_example, dense, rows_args, turned
+from ... import _C
+from . import linear
+from ._rows import Groups, address, by_example, dense, rows_args, turned
 
 _MOST_LINES = 64  # of a kernel that meet one output (csrc/bounds/live_chain_cpu.cpp)
 _WIDE = _C.cpu_variant() == "v4"  # our products are as fast as the vendor's there

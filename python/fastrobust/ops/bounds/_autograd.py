@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _C
-from ..reference.bounds import room_of, row_maps, row_norm, split_support
-from . import _bounds_conv as conv
-from ._bounds_product import product
-from ._bounds_rows import Groups, address, by_example, dense, native, rows_args
-from ._library import below_autograd, nothing_intercepts
+from ... import _C
+from ...reference.bounds import room_of, row_maps, row_norm, split_support
+from .._library import below_autograd, nothing_intercepts
+from . import _conv as conv
+from ._product import product
+from ._rows import Groups, address, by_example, dense, native, rows_args
 
 Grads = tuple[Tensor | None, ...]
 

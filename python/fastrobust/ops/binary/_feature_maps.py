@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _C
-from ..reference.binary import PackedWeight
+from ... import _C
+from ...reference.binary import PackedWeight
+from .._library import require_cuda_build, stream_of
 from ._activation import NONE, RELU, Act
-from ._library import require_cuda_build, stream_of
 
 VECTOR = 16  # floats the CPU kernels handle at once
 SLACK = 64  # floats behind the last plane that a vector may read

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _C
-from .._heap import keep_pages
-from ..reference import binary as reference
-from ..reference.binary import PackedWeight
+from ... import _C
+from ..._heap import keep_pages
+from ...reference import binary as reference
+from ...reference.binary import PackedWeight
+from .._library import define, require_cuda_build, stream_of
 from ._feature_maps import whole
-from ._library import define, require_cuda_build, stream_of
 
 # ---- top-k masks ----
 

@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _C
-from . import _bounds_autograd as gradients
-from . import _bounds_chain as chain
-from . import _bounds_conv as conv
-from . import linear_bounds as linear
-from ._bounds_live import LiveStep, concretize_live, leaving_out_pays, live_gradient
-from ._bounds_product import matrix_product, sign_product
-from ._bounds_rows import address, dense, turned
-from .bounds import center_linear
+from ... import _C
+from . import _autograd as gradients
+from . import _chain as chain
+from . import _conv as conv
+from . import linear
+from ._live import LiveStep, concretize_live, leaving_out_pays, live_gradient
+from ._product import matrix_product, sign_product
+from ._rows import address, dense, turned
+from .intervals import center_linear
 
 _CENTER = 0
 _MANY = 64  # rows from which on tables of sums pay

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _C
-from ..reference import relaxations
-from . import _bounds_autograd as gradients
-from . import _checks as ck
-from ._bounds_rows import address, dense, native
-from ._library import define, require_cuda_build, stream_of
-from .linear_bounds import direct, register
+from ... import _C
+from ...reference import relaxations
+from .. import _checks as ck
+from .._library import define, require_cuda_build, stream_of
+from . import _autograd as gradients
+from ._rows import address, dense, native
+from .linear import direct, register
 
 # csrc/bounds/args.h; leaky ReLU is a ReLU with a slope below 0, ReLU6 a hardtanh
 _NUMBERS = ("relu", "hardtanh", "sigmoid", "tanh", "arctan", "softplus", "elu", "silu", "gelu", "gelu_tanh")

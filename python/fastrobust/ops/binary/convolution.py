@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-from ..reference import binary as reference
-from ..reference.binary import PackedWeight
+from ...reference import binary as reference
+from ...reference.binary import PackedWeight
+from .._library import below_autograd, define, is_transformed, nothing_intercepts
 from . import _feature_maps as fm
 from . import _known_calls as known
 from ._conv_recipe import path_of as path_of
 from ._conv_recipe import recipe_for, run_sparse
 from ._dense_conv import dense_conv, dense_input_grad, in_full_precision, memory_format
 from ._feature_maps import ConvGeometry
-from ._library import below_autograd, define, is_transformed, nothing_intercepts
 
 # ---- convolutions: kernels ----
 

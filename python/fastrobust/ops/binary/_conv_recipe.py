@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference.binary import PackedWeight
+from ...reference.binary import PackedWeight
 from . import _conv_cost as cost
 from . import _feature_maps as fm
 from . import _plain_maps as plain_maps

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _C
+from ... import _C
 
 
 def encode_mask(mask: Tensor) -> bytes:

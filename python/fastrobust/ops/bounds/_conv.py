@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _C
-from ._bounds_rows import address, dense, native, spread_lanes, taps_of
+from ... import _C
+from ._rows import address, dense, native, spread_lanes, taps_of
 
 MAX_TAPS = 64  # of one position, where ``weight_gradient`` is faster than the vendor's engine
 

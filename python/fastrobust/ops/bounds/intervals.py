@@ -12,35 +12,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _C
-from ..reference import bounds as reference
-from ..reference.bounds import Clip, Window, center_radius, dual_exponent, eps_like
-from . import _bounds_autograd as gradients
-from . import _checks as ck
-from ._bounds_chain import ConvStep, concretize_through
-from ._bounds_conv import adjoint, interval_convolution, pair
-from ._bounds_graph import MOST_LINES, MOST_ROWS, GraphLink, GraphStage, concretize_graph
-from ._bounds_lines import interval_activation, relax, relax_behind
-from ._bounds_live import LiveStep, concretize_live, leaving_out_pays
-from ._bounds_product import product, product_with_transpose
-from ._bounds_rows import address, dense, finite, margin_rows, native, spread_lanes
-from ._library import require_cuda_build, stream_of
-from .linear_bounds import (
+from ... import _C
+from ...reference import bounds as reference
+from ...reference.bounds import Clip, center_radius, dual_exponent, eps_like
+from .. import _checks as ck
+from .._library import require_cuda_build, stream_of
+from . import _autograd as gradients
+from ._conv import adjoint, interval_convolution, pair
+from ._lines import interval_activation
+from ._product import product_with_transpose
+from ._rows import address, dense, native
+from .linear import (
     INF,
     check_eps,
     check_norm,
-    concretize,
-    concretize_rows,
     direct,
-    linear_back_step,
-    needs_grad,
     register,
 )
-
-__all__ = [
-    "MOST_LINES", "MOST_ROWS", "ConvStep", "GraphLink", "GraphStage", "LiveStep", "Window", "concretize", "concretize_graph", "concretize_live", "concretize_rows", "concretize_through", "direct", "finite", "interval_activation", "interval_ball_conv2d",
-    "interval_ball_linear", "interval_conv2d", "interval_linear", "leaving_out_pays", "margin_rows", "linear_back_step", "native", "needs_grad", "product", "relax", "relax_behind", "spread", "spread_lanes",
-]  # fmt: skip
 
 _TO_CENTER, _FROM_CENTER, _RELU_CENTER, _BOX, _BOX_ENDS = range(5)
 CENTER, ENDS, RELU = range(3)  # what center_linear returns

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..reference import pgd as reference
-from . import _checks as ck
-from . import _pgd_ops as op
+from ...reference import pgd as reference
+from .. import _checks as ck
+from . import _kernels as op
 
 INF = math.inf
 

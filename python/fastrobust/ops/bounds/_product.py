@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _C
-from ._bounds_rows import address, native
-from ._library import nothing_intercepts
+from ... import _C
+from .._library import nothing_intercepts
+from ._rows import address, native
 
 _VARIANT = _C.cpu_variant()
 _WIDE = _VARIANT == "v4"

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..reference.binary import PackedWeight
+from ...reference.binary import PackedWeight
 from . import _feature_maps as fm
 from ._feature_maps import VECTOR, ConvGeometry
 

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference.binary import PackedWeight
+from ...reference.binary import PackedWeight
+from .._library import nothing_intercepts
 from . import _conv_cost as cost
 from . import _conv_recipe as recipes
 from . import _feature_maps as fm
 from ._dense_conv import Prepacked, dense_weight, memory_format
 from ._feature_maps import ConvGeometry
-from ._library import nothing_intercepts
 
 # Kinds of calls of one weight that are known, in one setting of FASTROBUST_BINARY.
 _REMEMBERED = 16

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _C
-from ..reference import polyhedron as reference
-from . import _checks as ck
-from ._library import below_autograd, define, first_order_only, is_transformed, require_cuda_build, stream_of
+from ... import _C
+from ...reference import polyhedron as reference
+from .. import _checks as ck
+from .._library import below_autograd, define, first_order_only, is_transformed, require_cuda_build, stream_of
 
 _MAX_DIMS = 6  # leading dimensions that the kernel walks by strides
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _C
-from ..reference import pgd as reference
-from . import _checks as ck
-from ._library import define, require_cuda_build, stream_of
+from ... import _C
+from ...reference import pgd as reference
+from .. import _checks as ck
+from .._library import define, require_cuda_build, stream_of
 
 INF = math.inf
 NORM_CODE = {INF: 0, 2.0: 1, 1.0: 2}

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..reference.binary import PackedWeight
+from ...reference.binary import PackedWeight
 from . import _feature_maps as fm
 from ._feature_maps import ConvGeometry
 

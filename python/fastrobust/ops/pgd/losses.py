@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _C
-from ..reference import losses as reference
-from . import _checks as ck
-from ._library import below_autograd, define, is_transformed, nothing_intercepts, require_cuda_build, stream_of
+from ... import _C
+from ...reference import losses as reference
+from .. import _checks as ck
+from .._library import below_autograd, define, is_transformed, nothing_intercepts, require_cuda_build, stream_of
 
 
 class LossValue(NamedTuple):

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _C
-from . import _bounds_autograd as gradients
-from . import _bounds_conv as conv
-from ._bounds_product import matrix_product
-from ._bounds_rows import address, dense, lanes_of, taps_of
-from .margin_bounds import Rows
-from .stage_margins import (
+from ... import _C
+from . import _autograd as gradients
+from . import _conv as conv
+from ._product import matrix_product
+from ._rows import address, dense, lanes_of, taps_of
+from .margins import Rows
+from .stages import (
     Heads,
     Held,
     Link,
@@ -23,9 +23,9 @@ from .stage_margins import (
     by_channel,
     channels_first,
     channels_last,
-    ends_of,
     flat_of,
     forward,
+    graph_of,
     image_of,
     signed,
     spread,
@@ -158,19 +158,18 @@ class _Backward:
         g, count = self.g, self.g.shape[1]
         to_stages, to_weights, taps, starting = [], [], [], []
         for i, stage, k in zip(told.order, told.stages, told.matrices, strict=True):
-            size, batch = self.stages[i].size, 1 if stage[3] else self.held[0].center.shape[0]
-            lines = (g.new_empty(stage[1], batch, size), g.new_empty(2, batch, size)) if i else (None, None)
-            start = g.new_empty(k, count, size) if stage[9] >= 0 else None
+            size, batch = self.stages[i].size, 1 if stage.shared else self.held[0].center.shape[0]
+            lines = (g.new_empty(stage.slope_sides, batch, size), g.new_empty(2, batch, size)) if i else (None, None)
+            start = g.new_empty(k, count, size) if stage.entry >= 0 else None
             to_stages.append(tuple(map(address, (*lines, start))))
             starting.append((i, lines, start))
         for link, (j, _) in zip(told.links, told.link_of, strict=True):
-            taps.append(None if link[1] else g.new_empty(self.stages[j].shape[0], link[10]))
+            taps.append(None if link.kind == _C.LinkKind.identity else g.new_empty(self.stages[j].shape[0], link.lanes))
             to_weights.append(address(taps[-1]))
         to_c, to_r = (torch.empty_like(t) if self.input_too else None for t in self.held[0][:2])
-        _C.bounds_stage_grad(
-            told.stages, told.links, told.entries, *ends_of(self.held, g, self.rows.example), self.groups[0].data_ptr(), g.data_ptr(), to_stages,
-            to_weights, address(to_c), address(to_r),
-        )  # fmt: skip
+        graph = graph_of(told, self.held, g)
+        args = map(address, (self.rows.example, self.groups[0], g))
+        _C.bounds_stage_grad(graph, *args, to_stages, to_weights, address(to_c), address(to_r))
         if self.input_too:
             self._add_box(0, to_c, to_r)
         for i, lines, start in starting:

@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..reference.binary import PackedWeight, straight_through
+from ...reference.binary import PackedWeight, straight_through
+from .._library import below_autograd, define
 from . import _feature_maps as fm
-from . import binary, masks
+from . import convolution as binary
+from . import masks
 from ._dense_conv import memory_format
 from ._feature_maps import ConvGeometry
-from ._library import below_autograd, define
 
 # A tensor of at most this many bytes is compared whole, of a larger one as many bytes, in lines spread evenly.
 COMPARED_BYTES = 1 << 14

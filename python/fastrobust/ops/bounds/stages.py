@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _C
-from . import linear_bounds as linear
-from ._bounds_product import matrix_product
-from ._bounds_rows import address, dense, lanes_of, taps_of
-from .bounds import RELU, center_linear, relu_center
-from .margin_bounds import Image, Rows
+from ... import _C
+from . import linear
+from ._product import matrix_product
+from ._rows import address, dense, lanes_of, taps_of
+from .intervals import RELU, center_linear, relu_center
+from .margins import Image, Rows
 
 _CENTER = 0
 
@@ -275,9 +275,9 @@ class Told(NamedTuple):
     """Rows down stages without dense layers as the kernels are told of them, and what they need alive."""
 
     order: list[int]  # the stages
-    stages: list[Any]
-    links: list[Any]
-    entries: list[Any]
+    stages: list[_C.GraphStage]
+    links: list[_C.GraphLink]
+    entries: list[_C.GraphEntry]
     matrices: list[int]  # that arrive at each stage
     link_of: list[tuple[int, Link]]  # of each of ``links``: the stage that reads, and its link
     alive: list[Any]
@@ -297,17 +297,16 @@ def _rows_of_images(
         )
     b, out = dense(b), torch.empty_like(b)
     told = _told(stages, given, held, b, entry, kept is not None)
-    _C.bounds_stage_rows(
-        told.stages, told.links, told.entries, *ends_of(held, b, example), b.data_ptr(), out.data_ptr()
-    )
+    _C.bounds_stage_rows(graph_of(told, held, b), example.data_ptr(), b.data_ptr(), out.data_ptr())
     if kept is not None:
         kept["kernel"] = told
     return out
 
 
-def ends_of(held: list[Held], b: Tensor, example: Tensor) -> tuple[int, ...]:
+def graph_of(told: Told, held: list[Held], b: Tensor) -> _C.Graph:
     center, radius = held[0].center, held[0].radius
-    return example.data_ptr(), b.shape[1], b.shape[0], center.shape[0], center.data_ptr(), radius.data_ptr()
+    sizes = center.shape[0], b.shape[1], b.shape[0]
+    return _C.Graph(told.stages, told.links, told.entries, *sizes, center.data_ptr(), radius.data_ptr())
 
 
 def _told(stages: list[Stage], given: Parameters, held: list[Held], b: Tensor, entry: dict[int, tuple[Tensor, Any]], keep: bool) -> Told:  # fmt: skip
@@ -326,27 +325,29 @@ def _told(stages: list[Stage], given: Parameters, held: list[Held], b: Tensor, e
             A, pick = dense(entry[i][0]), [None if t is None else t.contiguous() for t in entry[i][1]]
             told.alive.extend((A, *pick))
             at, k = len(told.entries), A.shape[0]
-            told.entries.append((A.data_ptr(), A.shape[1] * A.shape[2] if k == 2 else 0, *map(address, pick)))
+            apart = A.shape[1] * A.shape[2] if k == 2 else 0
+            told.entries.append(_C.GraphEntry(A.data_ptr(), apart, *map(address, pick)))
         for j, link in sorted(into[i], key=lambda found: found[1].at is None):  # a product sets what others add to
             k = max(k, matrices[j])
             told.link_of.append((j, link))
             if link.at is None:
-                told.links.append((number[j], 1, 0, 1, 1, 1, 1, 0, 0, link.sign, 0))
+                told.links.append(_C.GraphLink(number[j], _C.LinkKind.identity, link.sign))
                 continue
             weight = signed(given.weights[link.at], link.sign)
             lanes = lanes_of(weight)
             taps = taps_of(weight, lanes)
             told.alive.append(taps)
-            told.links.append((number[j], 0, taps.data_ptr(), *weight.shape[2:], *link.stride, *link.padding, 1, lanes))
+            conv = {"kernel": weight.shape[2:], "stride": link.stride, "padding": link.padding, "lanes": lanes}
+            told.links.append(_C.GraphLink(number[j], _C.LinkKind.conv, weight=taps.data_ptr(), **conv))
         slopes, intercepts = (None, None) if i == 0 else _lines_of(stages[i], given, held[i])
         two = slopes is not None and slopes.shape[0] == 2
         matrices[i] = sides if two else k
         ins = b.new_empty(k, count, c * h * w) if keep and into[i] else None
         outs = b.new_empty(matrices[i], count, c * h * w) if keep and i else None
         told.alive.extend((slopes, intercepts, ins, outs))
-        told.stages.append(
-            (address(slopes), 1 + two, address(intercepts), i > 0 and stages[i].kind != "relu", h, w, c, first, len(told.links) - first, at, address(ins), address(outs))
-        )  # fmt: skip
+        shared, count_of = i > 0 and stages[i].kind != "relu", len(told.links) - first
+        lines = (address(slopes), 1 + two, address(intercepts), shared)
+        told.stages.append(_C.GraphStage((h, w, c), first, count_of, *lines, at, address(ins), address(outs)))
         told.matrices.append(k)
     return told
 

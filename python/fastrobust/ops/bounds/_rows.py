@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _C
-from ._library import nothing_intercepts
+from ... import _C
+from .._library import nothing_intercepts
 
 Groups = tuple[Tensor, Tensor | None]  # of ``by_example``
 SPREAD_BUFFER = 32768  # numbers that the kernel of the adjoint of a convolution holds (csrc/bounds/args.h)

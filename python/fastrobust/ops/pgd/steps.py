@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _C
+from ... import _C
+from .. import _checks as ck
+from .._library import nothing_intercepts
 from . import _box
-from . import _checks as ck
-from . import _pgd_ops as op
+from . import _kernels as op
 from ._box import Box
-from ._library import nothing_intercepts
+from ._kernels import NORM_CODE
 from ._overlap import meets_itself, overlap, same_places
-from ._pgd_ops import NORM_CODE
 
 INF = math.inf
 _GRADS = (torch.float32, torch.float16, torch.bfloat16)

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _C
-from ..reference import bounds as reference
-from ..reference.bounds import Window, dual_exponent
-from . import _bounds_autograd as gradients
-from . import _checks as ck
-from ._bounds_rows import address, dense, native, rows_args
-from ._library import define, nothing_intercepts, require_cuda_build, stream_of
+from ... import _C
+from ...reference import bounds as reference
+from ...reference.bounds import Window, dual_exponent
+from .. import _checks as ck
+from .._library import define, nothing_intercepts, require_cuda_build, stream_of
+from . import _autograd as gradients
+from ._rows import address, dense, native, rows_args
 
 INF = math.inf
 _DUAL = {1.0: 1, 2.0: 2, INF: 3}

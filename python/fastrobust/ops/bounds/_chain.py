@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _C
-from ..reference.bounds import Window
-from . import _bounds_autograd as gradients
-from . import _bounds_conv as conv
-from . import linear_bounds as linear
-from ._bounds_live import LiveStep
-from ._bounds_rows import Groups, address, by_example, dense, lanes_of, native, rows_args, spread_lanes, taps_of
+from ... import _C
+from ...reference.bounds import Window
+from . import _autograd as gradients
+from . import _conv as conv
+from . import linear
+from ._live import LiveStep
+from ._rows import Groups, address, by_example, dense, lanes_of, native, rows_args, spread_lanes, taps_of
 
 _CHUNK_NUMBERS = 1 << 20  # of the largest coefficients of a chunk in the backward pass: 4 MB
 MOST_STEPS = 32  # that the kernel of the gradients takes

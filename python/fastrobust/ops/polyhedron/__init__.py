@@ -1,0 +1,5 @@
+"""Distances to polyhedra."""
+
+from .distance import polyhedral_distance
+
+__all__ = ["polyhedral_distance"]
