@@ -189,3 +189,17 @@ def test_labels_are_checked_when_the_graph_is_reused(recorder: type[_Eager]) -> 
     fr.attacks.pgd(model, x, y, cuda_graph=True, **OPTIONS)
     with pytest.raises(ValueError, match="y: got class indices from .* to 12, expected 0 to 9"):
         fr.attacks.pgd(model, x, torch.full_like(y, 12), cuda_graph=True, **OPTIONS)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("attack", ["apgd", "square", "fab", "autoattack"])
+@pytest.mark.parametrize("norm", h.NORMS)
+def test_the_suite(attack: str, norm: float) -> None:
+    model, x, y = _on_gpu()
+    more: dict[str, Any] = {
+        "square": {"queries": 40},
+        "autoattack": {"version": ["apgd-ce", ("square", {"queries": 40})]},
+    }.get(attack, {"steps": 10})
+    found = getattr(fr.attacks, attack)(model, x, y, eps=h.RADIUS[norm], norm=norm, seed=0, return_details=True, **more)
+    h.assert_inside(found.adv.cpu(), x.cpu(), h.RADIUS[norm], norm)
+    assert torch.equal(found.fooled, model(found.adv).argmax(1) != y) and bool(found.fooled.any())

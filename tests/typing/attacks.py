@@ -18,7 +18,13 @@ def accepted(model: nn.Module, x: Tensor, y: Tensor, flag: bool) -> None:
     ).sum()
     e: fr.attacks.AttackResult = fr.attacks.fgsm(lambda t: (model(t), t), x, y, eps=0.1, output=0, return_details=True)
     f: Tensor | fr.attacks.AttackResult = fr.attacks.pgd(model, x, y, eps=0.1, return_details=flag)
-    del a, b, c, d, e, f
+    g: Tensor = fr.attacks.apgd(model, x, y, eps=0.1, targets=9, loss="dlr", first_example=[1, 2])
+    i: fr.attacks.AttackResult = fr.attacks.fab(model, x, y, norm=2, return_details=True)
+    j: Tensor = fr.attacks.square(model, x, y, eps=0.1, queries=np.int64(9))
+    k: fr.attacks.EvaluationReport = fr.attacks.autoattack(
+        model, x, y, eps=0.1, version=["apgd-ce", ("square", {"queries": 10})], return_details=True
+    ).report
+    del a, b, c, d, e, f, g, i, j, k
 
 
 def refused(model: nn.Module, x: Tensor, y: Tensor) -> None:
@@ -29,4 +35,7 @@ def refused(model: nn.Module, x: Tensor, y: Tensor) -> None:
     fr.attacks.pgd(model, x, y, eps=0.1, loss="mse")  # type: ignore[call-overload]
     fr.attacks.pgd(model, x, y, eps=0.1, keep="first")  # type: ignore[call-overload]
     fr.attacks.pgd(model, x, y, eps="8/255")  # type: ignore[arg-type]
+    fr.attacks.apgd(model, x, y, eps=0.1, step_size=0.1)  # type: ignore[call-overload]
+    fr.attacks.square(model, x, y, eps=0.1, loss="dlr")  # type: ignore[call-overload]
+    fr.attacks.autoattack(model, x, y, eps=0.1, version=3)  # type: ignore[call-overload]
     _: Tensor = fr.attacks.pgd(model, x, y, eps=0.1, return_details=True)  # type: ignore[assignment]

@@ -226,6 +226,19 @@ def check_seed(seed: Any) -> int | None:
     return value
 
 
+def example_numbers(value: Any, x: Tensor) -> int | Tensor:
+    """The number of the first example, or (B,) int64 on the host, one for each."""
+    if not (isinstance(value, (Tensor, np.ndarray, list)) and np.ndim(value)):
+        return integer(value, "first_example", 0)
+    numbers = torch.as_tensor(value)
+    if tuple(numbers.shape) != (x.shape[0],) or numbers.dtype not in _INTEGERS:
+        raise ValueError(f"first_example: got {ck.describe(value)}, expected a number or integers ({x.shape[0]},)")
+    numbers = numbers.long().cpu()
+    if len(numbers) and int(numbers.min()) < 0:
+        raise ValueError(f"first_example: got {int(numbers.min())}, expected at least 0")
+    return numbers if len(numbers) else 0
+
+
 def check_targets(targets: Any, batch: int, device: torch.device) -> Any:
     """What can be said of ``targets`` before the number of classes is known."""
     if isinstance(targets, (np.ndarray, list)) and np.ndim(targets):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypedDict
 
@@ -18,38 +19,101 @@ Norm = float | Literal["inf", "Linf", "linf", "2", "L2", "l2", "1", "L1", "l1"]
 Values = float | Sequence[float] | np.ndarray[Any, Any] | Tensor
 Clip = tuple[Values, Values] | np.ndarray[Any, Any] | Tensor
 Integer = int | np.integer[Any]
+Version = Literal["standard", "plus", "rand", "fast"] | Sequence[str | tuple[str, dict[str, Any]]]
 
 
-class OneStep(TypedDict, total=False):
-    """Options of :func:`fgsm`, with the meanings that :func:`pgd` gives them."""
+class Shared(TypedDict, total=False):
+    """Options that every attack takes, with the meanings that :func:`pgd` gives them."""
 
     norm: Norm
-    step_size: Values | None
     clip: Clip | None
-    loss: Loss
-    fooled: Fooled | None
-    targeted: bool
-    targets: Tensor | Integer | Literal["all"] | None
-    restarts: Integer
-    random_start: bool
-    keep: Literal["last", "best"]
-    early_stop: bool
     normalize: tuple[Any, Any] | None
     autocast: torch.dtype | None
     output: Output | None
     model_mode: Literal["eval", "keep"]
-    eot_samples: Integer
     mask: Tensor | np.ndarray[Any, Any] | None
-    levels: Integer | None
     tolerance: float
     seed: Integer | None
-    first_example: Integer
-    cuda_graph: bool
+    first_example: Integer | Tensor | Sequence[int] | np.ndarray[Any, Any]
     progress: bool
     check: bool
+
+
+class Ascending(Shared, total=False):
+    """Options of attacks that ascend a loss by its gradient."""
+
+    loss: Loss
+    fooled: Fooled | None
+    targets: Tensor | Integer | Literal["all"] | None
+    restarts: Integer
+    random_start: bool
+    early_stop: bool
+    eot_samples: Integer
+
+
+class OneStep(Ascending, total=False):
+    """Options of :func:`fgsm`."""
+
+    step_size: Values | None
+    targeted: bool
+    keep: Literal["last", "best"]
+    levels: Integer | None
+    cuda_graph: bool
 
 
 class ManySteps(OneStep, total=False):
     """Options of :func:`ifgsm` and :func:`pgd`."""
 
     steps: Integer
+
+
+class Auto(Ascending, total=False):
+    """Options of :func:`apgd`."""
+
+    steps: Integer
+    targeted: bool
+    rho: float
+    momentum: float
+    large_radii: bool
+
+
+class Boundary(Shared, total=False):
+    """Options of :func:`fab`."""
+
+    steps: Integer
+    targets: Tensor | Integer | Literal["all"] | None
+    restarts: Integer
+    alpha_max: float
+    eta: float
+    beta: float
+    early_stop: bool | None
+
+
+class Suite(TypedDict, total=False):
+    """Options of :func:`autoattack`."""
+
+    norm: Norm
+    version: Version
+    certify_first: bool | str
+    batch_size: Integer
+    seed: Integer
+    state: str | os.PathLike[str] | None
+    clip: Clip | None
+    normalize: tuple[Any, Any] | None
+    autocast: torch.dtype | None
+    output: Output | None
+    model_mode: Literal["eval", "keep"]
+    mask: Tensor | np.ndarray[Any, Any] | None
+    tolerance: float
+    progress: bool
+    check: bool
+
+
+class BlackBox(Shared, total=False):
+    """Options of :func:`square`."""
+
+    queries: Integer
+    restarts: Integer
+    loss: Literal["margin", "ce"]
+    share: float
+    rescale: bool

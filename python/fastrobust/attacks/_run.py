@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import math
 from collections.abc import Callable
@@ -58,18 +59,30 @@ class Best:
         self.x = x.clone()
         self.fooled = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
         self.loss = torch.full((x.shape[0],), -math.inf, dtype=x.dtype, device=x.device)
+        self.fresh = True  # nothing is fooled yet, and nobody needs to ask
 
     def offer(self, index: Tensor, x: Tensor, fooled: Tensor, loss: Tensor) -> None:
-        old_fooled, old_loss = self.fooled[index], self.loss[index]
+        every = len(index) == len(self.x)  # in order, as any index is
+        old_x, old_fooled, old_loss = self.x, self.fooled, self.loss
+        if not every:
+            old_x, old_fooled, old_loss = old_x[index], old_fooled[index], old_loss[index]
         loss = loss.to(old_loss.dtype).nan_to_num(nan=-math.inf)  # NaN is never the larger loss
         better = (fooled & ~old_fooled) | ((fooled == old_fooled) & (loss > old_loss))
-        rows = index[better]
-        self.x[rows], self.fooled[rows], self.loss[rows] = x[better], fooled[better], loss[better]
+        # no row is picked by its value, which would wait for the device
+        x = torch.where(better.view(-1, *[1] * (x.dim() - 1)), x, old_x)
+        fooled, loss = torch.where(better, fooled, old_fooled), torch.where(better, loss, old_loss)
+        if every:
+            self.x, self.fooled, self.loss = x, fooled, loss
+        else:
+            self.x[index], self.fooled[index], self.loss[index] = x, fooled, loss
+
+
+runs_of_now: contextvars.ContextVar[list[Run] | None] = contextvars.ContextVar("runs_of_now", default=None)
 
 
 @dataclasses.dataclass
 class Run:
-    """What every restart shares."""
+    """What every restart shares. Who wants to know about the runs that are made puts a list into ``runs_of_now``."""
 
     victim: Victim
     objective: Objective
@@ -84,13 +97,22 @@ class Run:
     check: bool
     check_labels: bool
     tick: Callable[[int], object]
+    name: str = "pgd"
     queries: int = 0
+    forwards: int = 0  # images that went through the model
+    backwards: int = 0
     random: bool = False
     last: tuple[Seen, Rows] | None = None
+
+    def __post_init__(self) -> None:
+        made = runs_of_now.get()
+        if made is not None:
+            made.append(self)
 
     def model(self, call: Callable[[Tensor], Any], x: Tensor) -> Any:
         """One pass: what ``call``, one of the victim's, gives. The first asks whether it draws random numbers."""
         first, self.queries = self.queries == 0, self.queries + 1
+        self.forwards += len(x)
         watch = first and self.check and self.samples == 1 and not _trust.known_deterministic(self.victim.model)
         dice = _trust.Dice(x, self.victim.model) if watch else None
         try:
@@ -121,7 +143,7 @@ class Run:
         if dice.rolled():
             with torch.no_grad():
                 again = self.victim(x)
-            self.queries += 1
+            self.queries, self.forwards = self.queries + 1, self.forwards + len(x)
             self.random = not torch.equal(outputs.detach().nan_to_num(), again.nan_to_num())
         if not self.random:
             _trust.note_deterministic(model)
@@ -133,6 +155,7 @@ class Run:
             leaf, outputs = self.model(self.victim.differentiable, x)
             self.check_classes(rows.labels, outputs)
             value, grad = self.objective.value_and_grad(outputs, leaf, rows.labels, rows.extra)
+            self.backwards += len(x)
             seen = Seen(outputs.detach(), value, grad)
             total = seen if total is None else Seen(*(a + b for a, b in zip(total, seen, strict=True)))
         assert total is not None
@@ -170,7 +193,8 @@ class Run:
             )
         return fooled, (-value if self.objective.targeted else value).expand(len(outputs))
 
-    def evaluate(self, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    def look(self, x: Tensor, rows: Rows) -> Seen:
+        """As :meth:`gradient`, without one: x stands in its place."""
         with torch.no_grad():
             outputs, value = self._outputs_and_value(x, rows)
             for _ in range(self.samples - 1):
@@ -180,7 +204,10 @@ class Run:
                 outputs, value = outputs / self.samples, value / self.samples
             if self.last is None:  # no step was made: there is this alone to report about
                 self.last = Seen(outputs, value, torch.ones_like(x)), rows
-            return self.judge(Seen(outputs, value, x), rows)
+            return Seen(outputs, value, x)
+
+    def evaluate(self, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        return self.judge(self.look(x, rows), rows)
 
     def _outputs_and_value(self, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         outputs = self.model(self.victim, x)
@@ -253,6 +280,18 @@ class Run:
         here = self.shown(x, rows)
         best.offer(index, here, *self.evaluate(here, rows))
 
+    def stuck(self, seen: Seen, rows: Rows) -> tuple[Tensor, Tensor]:
+        """(B,) bool: whose gradient was zero or NaN, and who ought to have moved."""
+        stuck = ~(seen.grad.abs() > 0).flatten(1).any(1)
+        fooled = self.objective.success(seen.outputs, rows.labels, rows.truth)
+        free = torch.ones_like(stuck) if fooled is None else ~fooled
+        for room in (rows.eps, rows.step_size):  # who gave no room knows that nothing moves
+            wide = room.flatten(1).amax(1) if isinstance(room, Tensor) and room.dim() > 1 else room
+            free &= torch.as_tensor(wide, device=free.device) > 0
+        if rows.fixed is not None:
+            free &= ~rows.fixed.flatten(1).all(1)
+        return stuck, free
+
     def report(self, adv: Tensor) -> None:
         """Warnings about what the last step saw, and about images that are none but the clean ones."""
         if self.random:
@@ -263,17 +302,25 @@ class Run:
         same = self.steps > 0 and rows.x0.shape == adv.shape and torch.equal(adv, rows.x0)
         if _trust.nothing_to_report(*seen) and not same:
             return
-        stuck = ~(seen.grad.abs() > 0).flatten(1).any(1)
-        fooled = self.objective.success(seen.outputs, rows.labels, rows.truth)
-        free = torch.ones_like(stuck) if fooled is None else ~fooled
-        for room in (rows.eps, rows.step_size):  # who gave no room knows that nothing moves
-            wide = room.flatten(1).amax(1) if isinstance(room, Tensor) and room.dim() > 1 else room
-            free &= torch.as_tensor(wide, device=free.device) > 0
-        if rows.fixed is not None:
-            free &= ~rows.fixed.flatten(1).all(1)
-        _trust.report(seen.outputs, seen.value, stuck & free, self.objective.name)
+        stuck, free = self.stuck(seen, rows)
+        _trust.report(seen.outputs, seen.value, stuck & free, self.objective.name, self.name)
         if same and bool((free & ~stuck).any()):
             _trust.warn(
-                "pgd: no image differs from the clean one: is eps below the spacing of float32 numbers, or of another "
+                f"{self.name}: no image differs from the clean one: is eps below the spacing of float32 numbers, or of another "
                 "unit than x?"
             )
+
+
+def search(climb: Callable[[Tensor, Rows, Tensor, Best], object], plan: list[Rows], starts: Any, best: Best) -> Best:
+    """One run after the other, each on the examples that are not fooled yet."""
+    batch = len(best.x)
+    for k, rows in enumerate(plan):
+        index = torch.arange(batch, device=best.x.device) if k == 0 and best.fresh else (~best.fooled).nonzero()[:, 0]
+        if len(index) == 0:
+            break
+        start = starts.draw(k)
+        if len(index) == batch:
+            climb(start, rows, index, best)
+        else:
+            climb(start[index], rows.take(index), index, best)
+    return best

@@ -102,15 +102,15 @@ def nothing_to_report(outputs: Tensor, value: Tensor, grad: Tensor) -> bool:
     return low < 0 and still > 0 and all(map(math.isfinite, sums))
 
 
-def report(outputs: Tensor, value: Tensor, stuck: Tensor, named: str | None) -> None:
-    """Warnings about the last step. ``stuck`` (B,): not fooled, and every gradient coordinate that may move is zero or
+def report(outputs: Tensor, value: Tensor, stuck: Tensor, named: str | None, attack: str = "pgd") -> None:
+    """Warnings about the last step of an attack. ``stuck`` (B,): not fooled, and every gradient coordinate that may move is zero or
     NaN. Such a step does not move, so zero in the last step means that every step after the gradient vanished was lost.
     """
     rows = outputs.flatten(1) if outputs.dim() > 1 else outputs[:, None]
     bad = int((~torch.isfinite(value)).sum())
     if bad:
         warn(
-            f"pgd: the loss of {bad} of {value.numel()} examples was not finite in the last step; "
+            f"{attack}: the loss of {bad} of {value.numel()} examples was not finite in the last step; "
             "NaN gradient coordinates did not move, so the attack is weaker than it looks"
         )
     broken = int((rows.isnan() | (rows == math.inf)).any(1).sum())
@@ -123,7 +123,7 @@ def report(outputs: Tensor, value: Tensor, stuck: Tensor, named: str | None) -> 
     if still:
         hint = ' Where large logits saturate it, loss="margin" or "dlr" do not.' if named in ("ce", "kl") else ""
         warn(
-            f"pgd: the gradient of {still} of {len(rows)} examples that are not fooled was zero or NaN in the last "
+            f"{attack}: the gradient of {still} of {len(rows)} examples that are not fooled was zero or NaN in the last "
             "step: they stayed where they were, and the attack has no strength there. Does the model round, threshold "
             f"or saturate?{hint}"
         )

@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .. import ops
 from .._heap import keep_pages
-from ..ops import _checks as ck
-from . import _grid, _inputs, _trust
-from ._model import Output, Victim, undisturbed, usable
-from ._objective import Objective, predictions
+from . import _inputs, _trust
+from ._model import Output, undisturbed, usable
+from ._objective import Objective
 from ._options import Clip, Fooled, Integer, Loss, ManySteps, Model, Norm, OneStep, Values
-from ._run import Best, Rows, Run
+from ._run import Best, search
+from ._task import AttackResult, no_tick, plan, read
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 INF = math.inf
-
-
-class AttackResult(NamedTuple):
-    """``adv`` (B, ...); ``fooled`` (B,) bool and ``loss`` (B,) at ``adv``, the score that is ascended (targeted: minus the
-    loss; multi-targeted: the margin of y); ``queries``: forward passes of the batch."""
-
-    adv: Tensor
-    fooled: Tensor
-    loss: Tensor
-    queries: int
 
 
 @overload
@@ -77,7 +65,7 @@ def pgd(
     levels: Integer | None = None,
     tolerance: float = 0.0,
     seed: Integer | None = None,
-    first_example: Integer = 0,
+    first_example: Any = 0,
     cuda_graph: bool = False,
     progress: bool = False,
     check: bool = True,
@@ -128,8 +116,8 @@ def pgd(
         tolerance: values of x outside ``clip`` (or off the grid of ``levels``) by at most this are moved there first;
             the ball is around the result.
         seed: of the random starts (see :func:`fastrobust.ops.random_start`).
-        first_example: number of x's first example in the data set: with a ``seed``, a set attacked in batches of any
-            size gets the starts that it gets in one piece.
+        first_example: number of x's first example in the data set, or (B,) the numbers of all: with a ``seed``, a set
+            attacked in batches of any size gets the starts that it gets in one piece.
         cuda_graph: record a step once and replay it (CUDA, one run, keep="last", no early stop); graphs are cached on
             the model. Elsewhere it is ignored with a warning.
         progress: a tqdm bar over steps.
@@ -144,49 +132,39 @@ def pgd(
     Raises:
         TypeError, ValueError: naming the argument, what came and what is expected.
     """
-    p = ck.parse_norm(norm)
-    x0, given = _inputs.images(x)
-    box = _inputs.box(clip, x0)
-    grid = _levels(levels, box, x0, given)
-    x0 = _inputs.into_box(x0, box, _inputs.number(tolerance, "tolerance"), grid, check)
+    multi = targets is not None
+    objective = Objective(loss, targeted, multi, fooled)
+    task = read(
+        model, x, y, objective, eps=eps, norm=norm, clip=clip, normalize=normalize, autocast=autocast, output=output,
+        mask=mask, levels=levels, tolerance=tolerance, seed=seed, first_example=first_example, check=check, multi=multi,
+    )  # fmt: skip
+    x0, p, radius, victim, labels = task.x0, task.norm, task.radius, task.victim, task.labels
     steps, restarts = _inputs.integer(steps, "steps", 0), _inputs.integer(restarts, "restarts", 1)
     samples = _inputs.integer(eot_samples, "eot_samples", 1)
     if keep not in ("last", "best"):
         raise ValueError(f"keep: got {keep!r}, expected 'last' or 'best'")
     targets = _inputs.check_targets(targets, x0.shape[0], x0.device)
-    multi = targets is not None
     if y is None and (targeted or multi):
         raise ValueError("y: got None, expected the classes to reach (targeted) or the true labels (targets)")
     if targeted and multi:
         raise ValueError("targets: got a multi-targeted attack together with targeted=True; give the true labels in y")
-    radius = _inputs.parameter(eps, "eps", x0, p)
     step = _inputs.MADRY if step_size is None else step_size
     if isinstance(step, _inputs.Share):
         length: float | Tensor = radius * (float(step) / max(steps, 1))
     else:
         length = _inputs.parameter(step, "step_size", x0, p)
-    if grid is not None and check:
-        _warn_below_a_level(radius, grid)
-    fixed = _inputs.fixed_pixels(mask, x0)
-    if fixed is not None and check and fixed.numel() and bool(fixed.all()):
-        raise ValueError("mask: got no True, expected at least one pixel that may change")
-    first = _inputs.integer(first_example, "first_example", 0)
-    key = _inputs.check_seed(seed)
-    objective = Objective(loss, targeted, multi, fooled)
-    victim = Victim(model, normalize, autocast, x0, output, logits=objective.name is not None or multi)
-    labels = None if y is None else _inputs.labels(y, x0, objective.name is not None or multi)
+    if task.grid is not None and check:
+        _warn_below_a_level(radius, task.grid)
     one = restarts == 1 and not multi and keep == "last" and not early_stop
-    graph = bool(cuda_graph) and _can_replay(x0, one, grid)
+    graph = bool(cuda_graph) and _can_replay(x0, one, task.grid)
 
     if x0.is_cpu:
         keep_pages()
     with undisturbed(model, model_mode), tqdm(disable=not progress, desc="pgd", unit="step") as bar:
-        x0 = usable(x0)
-        run = Run(
-            victim, objective, p, steps, samples, grid, track_best=keep == "best",
-            compares=keep == "best" or restarts > 1 or multi,
-            early_stop=early_stop, need_fooled=early_stop or return_details, check=check,
-            check_labels=check and labels is not None and victim.logits, tick=bar.update if progress else _no_tick,
+        task.x0 = x0 = usable(x0)
+        run = task.run(
+            "pgd", steps, samples, track_best=keep == "best", compares=keep == "best" or restarts > 1 or multi,
+            early_stop=early_stop, need_fooled=early_stop or return_details, tick=bar.update if progress else no_tick,
         )  # fmt: skip
         clean = None
         if x0.shape[0] and (labels is None or multi or objective.name == "kl"):
@@ -194,17 +172,11 @@ def pgd(
                 clean = run.model(victim, x0)
             if labels is not None:
                 run.check_classes(labels, clean)
-        if labels is None:
-            labels = torch.zeros(0, dtype=torch.int64, device=x0.device) if clean is None else predictions(clean)
-        lo, hi = (None, None) if box is None else box
-        reference = clean if objective.name == "kl" else None
-        rows = Rows(x0, usable(labels), reference, None, radius, length, lo, hi, fixed)
-        plan = [rows]
-        if multi and clean is not None:
-            plan = _plan(targets, rows, clean, objective)
-        bar.reset(total=restarts * len(plan) * steps)
+        rows = task.rows(task.labels_or(clean), clean if objective.name == "kl" else None, length)
+        runs = plan(targets, rows, clean, objective.name == "dlr") if multi and clean is not None else [rows]
+        bar.reset(total=restarts * len(runs) * steps)
         off = objective.name == "kl" and not random_start
-        starts = _Starts(rows, p, bool(random_start) or off, 1 / 32 if off else 1.0, key, first)
+        starts = task.starts(rows, bool(random_start) or off, 1 / 32 if off else 1.0)
         details: tuple[Tensor, Tensor] | None = None
         if x0.numel() == 0:
             adv = x0.clone()
@@ -215,46 +187,15 @@ def pgd(
                 hit, value = run.evaluate(adv, rows)
                 details = (hit, value)
         else:
-            best = _search(run, plan * restarts, starts)
+            best = search(run.full, runs * restarts, starts, Best(x0))
             adv, details = best.x, (best.fooled, best.loss)
         if check:
             run.report(adv)
-    if fixed is not None:
-        adv = torch.where(fixed, x0, adv)
-    out = adv if given == adv.dtype else _inputs.narrow_inward(adv, x0, given)
+    out = task.hand_back(adv)
     if return_details:
         assert details is not None
         return AttackResult(out, *details, run.queries)
     return out
-
-
-def _search(run: Run, plan: list[Rows], starts: _Starts) -> Best:
-    """One run after the other, each on the examples that are not fooled yet."""
-    best = Best(starts.rows.x0)
-    batch = len(best.x)
-    for k, rows in enumerate(plan):
-        index = torch.arange(batch, device=best.x.device) if k == 0 else (~best.fooled).nonzero()[:, 0]
-        if len(index) == 0:
-            break
-        start = starts.draw(k)
-        if len(index) == batch:
-            run.full(start, rows, index, best)
-        else:
-            run.full(start[index], rows.take(index), index, best)
-    return best
-
-
-def _no_tick(_: int) -> None:
-    return None
-
-
-def _levels(levels: Any, box: Any, x: Tensor, given: torch.dtype) -> Tensor | None:
-    if levels is None:
-        return None
-    count = _inputs.integer(levels, "levels", 2)
-    if box is None or isinstance(box[0], Tensor) or not box[1] - box[0] < INF or not box[0] < box[1]:
-        raise ValueError(f"clip: got {'None' if box is None else box}, expected two numbers lo < hi for levels")
-    return _grid.table(count, box[0], box[1], given, x)
 
 
 def _warn_below_a_level(radius: float | Tensor, grid: Tensor) -> None:
@@ -278,44 +219,6 @@ def _can_replay(x: Tensor, one: bool, grid: Tensor | None) -> bool:
 
 def _on_gpu(x: Tensor) -> bool:
     return x.is_cuda
-
-
-@dataclasses.dataclass
-class _Starts:
-    """The starting point of each run, drawn from one seed: run k uses the key seed + k."""
-
-    rows: Rows
-    norm: float
-    random: bool
-    share: float  # of the radius
-    seed: int | None
-    first_example: int
-
-    def draw(self, k: int) -> Tensor:
-        rows = self.rows
-        if not self.random:
-            return rows.x0.clone()
-        if self.seed is None:
-            self.seed = int(torch.randint(0, 2**62, (), dtype=torch.int64).item())
-        radius, key = rows.eps * self.share, (self.seed + k) % 2**64
-        start = ops.random_start(rows.x0, radius, self.norm, rows.clip, key, self.first_example)
-        return start if rows.fixed is None else torch.where(rows.fixed, rows.x0, start)
-
-
-def _plan(targets: Any, rows: Rows, clean: Tensor, objective: Objective) -> list[Rows]:
-    """One run per target: "all", a number of the likeliest wrong classes, or a (B, T) tensor."""
-    classes, truth = clean.shape[1], rows.labels
-    if isinstance(targets, Tensor):
-        ck.check_label_values(targets, "targets", classes)
-        chosen = usable(targets.detach()).long()
-    else:
-        count = classes - 1 if targets == "all" else min(targets, classes - 1)
-        others = clean.scatter(1, truth[:, None], -math.inf)
-        chosen = others.topk(count, 1).indices
-    columns = [chosen[:, t].contiguous() for t in range(chosen.shape[1])]
-    if objective.name == "dlr":
-        return [dataclasses.replace(rows, extra=c, truth=truth) for c in columns]
-    return [dataclasses.replace(rows, labels=c, truth=truth) for c in columns]
 
 
 def _from_x(model: Model, x: Tensor, y: Tensor | None, options: dict[str, Any]) -> Tensor | AttackResult:

@@ -13,6 +13,7 @@ from .bounds import (
 )
 from .pgd import (
     LossValue,
+    apgd_step,
     atas_step,
     cross_entropy,
     dlr_loss,
@@ -29,6 +30,7 @@ from .polyhedron import polyhedral_distance
 
 __all__ = [
     "LossValue",
+    "apgd_step",
     "atas_step",
     "concretize",
     "cross_entropy",

@@ -225,6 +225,44 @@ def atas_step(
     return pgd_step(x, x0, grad, step, eps, norm, clip, active), average, step
 
 
+def sparse_sign(g: Tensor, keep: Tensor | None) -> Tensor:
+    """The sign of the ``keep`` coordinates of largest |g| and of those equal to the last of them, over their number."""
+    n = math.prod(g.shape[1:])
+    size = g.abs().reshape(g.shape[0], n)
+    if keep is not None and n:
+        least = size.sort(1, descending=True).values.gather(1, keep.clamp(1, n)[:, None] - 1)
+        size = torch.where(size >= least, size, 0)
+    count = (size > 0).sum(1, keepdim=True).clamp_min(1).to(g.dtype)
+    return torch.where((size > 0).reshape(g.shape), g.sign(), 0) / as_rows(count, g)
+
+
+def averaged(x: Tensor, previous: Tensor, z: Tensor, momentum: float) -> Tensor:
+    """``x + m (z - x) + (1 - m) (x - previous)``."""
+    return x + momentum * (z - x) + (1 - momentum) * (x - previous)
+
+
+def apgd_step(
+    x: Tensor,
+    previous: Tensor,
+    x0: Tensor,
+    grad: Tensor,
+    step_size: float | Tensor,
+    eps: float | Tensor,
+    norm: float = INF,
+    clip: Clip = (0.0, 1.0),
+    momentum: float = 0.75,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """Croce & Hein 2020, algorithm 1, lines 7 and 8 (norm 1: Croce & Hein 2021); see
+    :func:`fastrobust.ops.apgd_step`."""
+    if norm == 1:
+        length = as_rows(_per_example(step_size, x, "step_size"), x)
+        z = project(x + length * sparse_sign(clean(grad, x.dtype), keep), x0, eps, norm, clip)
+    else:
+        z = pgd_step(x, x0, grad, step_size, eps, norm, clip)
+    return z if momentum == 1 else project(averaged(x, previous, z, momentum), x0, eps, norm, clip)
+
+
 def random_start(
     x0: Tensor,
     eps: float | Tensor,

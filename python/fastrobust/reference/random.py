@@ -23,10 +23,15 @@ def philox(seed: int, stream: int, example: Tensor, block: Tensor) -> list[Tenso
 
 def words(seed: int, batch: int, n: int, first_example: int = 0, stream: int = 0, device: object = None) -> Tensor:
     """(batch, n) words: element i of an example is word ``i % 4`` of block ``i // 4``."""
-    example = torch.arange(first_example, first_example + batch, dtype=torch.int64, device=device)[:, None]  # type: ignore[call-overload]
-    block = torch.arange((n + 3) // 4, dtype=torch.int64, device=device)[None]  # type: ignore[call-overload]
-    four = philox(seed, stream, example, block.expand(batch, -1))
-    return torch.stack(four, -1).reshape(batch, 4 * block.shape[1])[:, :n]
+    example = torch.arange(first_example, first_example + batch, dtype=torch.int64, device=device)  # type: ignore[call-overload]
+    return words_of(seed, example, n, stream)
+
+
+def words_of(seed: int, example: Tensor, n: int, stream: int, first_block: int = 0) -> Tensor:
+    """(B, n) words of the examples with these numbers, from a block on."""
+    block = torch.arange(first_block, first_block + (n + 3) // 4, dtype=torch.int64, device=example.device)[None]
+    four = philox(seed, stream, example[:, None], block.expand(len(example), -1))
+    return torch.stack(four, -1).reshape(len(example), 4 * block.shape[1])[:, :n]
 
 
 def uniform(u: Tensor) -> Tensor:
