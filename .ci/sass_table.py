@@ -65,6 +65,15 @@ ROWS = (
     streams("lines_grad_kernel<*, true, float>", 12, 6, 96),
     streams("lines_grad_kernel<*, true, double>", 24, 12, 128),
     streams("range_kernel<*, true>", 6, 6, 48),
+    streams("relu_box_kernel<true>", 9, 18, 80),
+    streams("relu_box_grad_kernel<true>", 9, 4, 80),
+    streams(
+        "back_grad_kernel<*, false, true>", 9, 4, 80, narrow=8
+    ),  # of each row: where it lies, its bounds' gradients
+    streams("back_grad_kernel<*, true, true>", 12, 5, 80, narrow=8),
+    streams("concretize_grad_kernel<false, true>", 6, 3, 64, narrow=8),
+    streams("concretize_grad_kernel<true, true>", 8, 4, 64, narrow=8),
+    streams("pick_grad_kernel<true>", 1, 1, 48),
     # polyhedron: rows kept in shared memory, and longer ones
     streams("distance_kernel<?, true, true>", 9, 3, 128),
     streams("distance_kernel<?, false, true>", 18, 3, 128),
@@ -86,6 +95,7 @@ ROWS = (
     Row("fosc_end_kernel"),
     Row("select_kernel"),
     Row("ties_kernel"),
+    Row("column_sum_kernel<*>"),  # what runs of examples added up to
     # memory that does not lie at multiples of 16 bytes
     Row("concretize_kernel<*, false>", registers=96),
     Row("distance_kernel<*, false>", registers=128),

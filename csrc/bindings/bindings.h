@@ -4,6 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -28,6 +30,22 @@ void without_gil(int64_t work, const F& f) {
   } else {
     f();
   }
+}
+
+// Of a convolution: (dilation_y, dilation_x, groups).
+using Apart = std::array<int64_t, 3>;
+inline void check_apart(const Apart& apart, int64_t in_c, int64_t out_c) {
+  if (apart[0] < 1 || apart[1] < 1)
+    throw std::invalid_argument("dilation: got " + std::to_string(std::min(apart[0], apart[1])) +
+                                ", expected 1 or more");
+  if (apart[2] < 1 || in_c % apart[2] != 0 || out_c % apart[2] != 0)
+    throw std::invalid_argument("groups: got " + std::to_string(apart[2]) + ", expected a divisor of " +
+                                std::to_string(in_c) + " and " + std::to_string(out_c) + " channels");
+}
+template <class Args>
+void tell_apart(const Apart& apart, Args& g) {
+  check_apart(apart, g.in_c, g.out_c);
+  g.dilation_y = apart[0], g.dilation_x = apart[1], g.groups = apart[2];
 }
 
 void bind_bounds(pybind11::module_& m);

@@ -3,37 +3,13 @@
 #include <vector>
 
 #include "bindings/bindings.h"
+#include "bindings/on_device.h"
 #include "bounds/kernels.h"
-#include "runtime/device.h"
 
 namespace py = pybind11;
 
 namespace fastrobust {
 namespace {
-
-#if defined(FASTROBUST_HAS_CUDA)
-#define FR_BOUNDS_CUDA(name) name
-#else
-#define FR_BOUNDS_CUDA(name) nullptr
-#endif
-
-template <class Args, class Gpu>
-void run(int device, uintptr_t stream, int64_t work, const Args& a, void (*cpu)(const Args&), Gpu gpu) {
-  without_gil(work, [&] {
-    if (device < 0) {
-      cpu(a);
-      return;
-    }
-#if defined(FASTROBUST_HAS_CUDA)
-    const DeviceGuard guard(device);
-    gpu(a, reinterpret_cast<void*>(stream));
-#else
-    (void)stream;
-    (void)gpu;
-    throw std::runtime_error("fastrobust was built without CUDA kernels");
-#endif
-  });
-}
 
 // (a, side_stride, pick, example, count, length, sides, window, minus): window is None or
 // (corner_y, corner_x, height, width, channels, map_height, map_width)
@@ -74,7 +50,7 @@ void back(int device, uintptr_t stream, const py::tuple& rows, uintptr_t slopes,
   g.b_out = pointer<float>(b_out, g.rows.count, "b_out");
   g.out = pointer<float>(out, work, "out");
   g.sides_out = sides_out;
-  run(device, stream, work, g, bounds().back, FR_BOUNDS_CUDA(back_cuda));
+  on_device(device, stream, work, g, bounds().back, FR_CUDA_KERNEL(back_cuda));
 }
 
 void concretize(int device, uintptr_t stream, const py::tuple& rows, uintptr_t center, uintptr_t radius, uintptr_t x,
@@ -92,15 +68,16 @@ void concretize(int device, uintptr_t stream, const py::tuple& rows, uintptr_t c
     throw std::invalid_argument("box and ball: got tensors without memory, expected real data");
   g.b = pointer<const float>(b, g.rows.count, "b");
   g.out = pointer<float>(out, g.rows.count, "out");
-  run(device, stream, g.rows.count * g.rows.length, g, bounds().concretize, FR_BOUNDS_CUDA(concretize_cuda));
+  on_device(device, stream, g.rows.count * g.rows.length, g, bounds().concretize, FR_CUDA_KERNEL(concretize_cuda));
 }
 
 // sizes: (count, in_h, in_w, in_c, out_h, out_w, out_c, kernel_h, kernel_w, stride_y, stride_x, pad_y, pad_x, lanes)
-void spread(uintptr_t a, uintptr_t weight, uintptr_t out, const py::tuple& sizes) {
+void spread(uintptr_t a, uintptr_t weight, uintptr_t out, const py::tuple& sizes, const Apart& apart) {
   SpreadArgs g;
   int64_t* const to[] = {&g.count,    &g.in_h,     &g.in_w,     &g.in_c,     &g.out_h, &g.out_w, &g.out_c,
                          &g.kernel_h, &g.kernel_w, &g.stride_y, &g.stride_x, &g.pad_y, &g.pad_x, &g.lanes};
   for (size_t i = 0; i < 14; ++i) *to[i] = sizes[i].cast<int64_t>();
+  tell_apart(apart, g);
   if (g.lanes % 16 != 0 || g.lanes < 16 || (g.in_w + 12) * g.lanes > kSpreadBuffer)
     throw std::invalid_argument("lanes: expected a multiple of 16 with (width + 12) * lanes up to " +
                                 std::to_string(kSpreadBuffer));
@@ -125,7 +102,7 @@ void interval(int device, uintptr_t stream, uintptr_t center, uintptr_t radius, 
   g.n = n;
   g.m = m;
   g.finish = static_cast<Finish>(finish);
-  run(device, stream, batch * n * m, g, bounds().interval, FR_BOUNDS_CUDA(interval_cuda));
+  on_device(device, stream, batch * n * m, g, bounds().interval, FR_CUDA_KERNEL(interval_cuda));
 }
 
 void interval_step(int device, uintptr_t stream, uintptr_t a, uintptr_t b, uintptr_t out_a, uintptr_t out_b,
@@ -142,18 +119,20 @@ void interval_step(int device, uintptr_t stream, uintptr_t a, uintptr_t b, uintp
   g.hi = static_cast<float>(hi);
   if (g.b == nullptr && g.step != IntervalStep::box && g.step != IntervalStep::box_ends && count > 0)
     throw std::invalid_argument("b: got a tensor without memory (address 0), expected real data");
-  run(device, stream, count, g, bounds().interval_step, FR_BOUNDS_CUDA(interval_step_cuda));
+  on_device(device, stream, count, g, bounds().interval_step, FR_CUDA_KERNEL(interval_step_cuda));
 }
 
 // sizes: (batch, in_h, in_w, in_c, out_h, out_w, out_c, kernel_h, kernel_w, stride_y, stride_x, pad_y, pad_x), the
 // strides of centre and radius (example, y, x, channel). Without `work` returns how many numbers it must hold.
 int64_t interval_conv(const std::array<int64_t, 13>& sizes, const std::array<int64_t, 4>& center_stride,
                       const std::array<int64_t, 4>& radius_stride, uintptr_t center, uintptr_t radius, uintptr_t weight,
-                      uintptr_t bias, uintptr_t work, uintptr_t out_a, uintptr_t out_b, int finish) {
+                      uintptr_t bias, uintptr_t work, uintptr_t out_a, uintptr_t out_b, int finish,
+                      const Apart& apart) {
   IntervalConvArgs g;
   int64_t* const to[] = {&g.batch,    &g.in_h,     &g.in_w,     &g.in_c,     &g.out_h, &g.out_w, &g.out_c,
                          &g.kernel_h, &g.kernel_w, &g.stride_y, &g.stride_x, &g.pad_y, &g.pad_x};
   for (size_t i = 0; i < sizes.size(); ++i) *to[i] = sizes[i];
+  tell_apart(apart, g);
   std::copy(center_stride.begin(), center_stride.end(), g.center_stride);
   std::copy(radius_stride.begin(), radius_stride.end(), g.radius_stride);
   g.radius = reinterpret_cast<const float*>(radius);  // null: a convolution
@@ -166,12 +145,12 @@ int64_t interval_conv(const std::array<int64_t, 13>& sizes, const std::array<int
   g.out_a = pointer<float>(out_a, values, "out_a");
   g.out_b = pointer<float>(out_b, g.radius != nullptr ? values : 0, "out_b");
   g.finish = static_cast<Finish>(finish);
-  without_gil(values * g.in_c * g.kernel_h * g.kernel_w, [&] { bounds().interval_conv(g); });
+  without_gil(values * (g.in_c / g.groups) * g.kernel_h * g.kernel_w, [&] { bounds().interval_conv(g); });
   return 0;
 }
 
 // (slopes, slope_sides, intercepts, map_height, map_width, channels, weight, out_height, out_width, out_channels,
-// kernel_h, kernel_w, stride_y, stride_x, pad_y, pad_x, lanes, 1: stays, 2: turned, kept or 0)
+// kernel_h, kernel_w, stride_y, stride_x, pad_y, pad_x, lanes, turned, kept or 0)
 ChainStep chain_step(const std::array<int64_t, 19>& t) {
   ChainStep s;
   s.slopes = pointer<const float>(static_cast<uintptr_t>(t[0]), 1, "slopes");
@@ -183,8 +162,7 @@ ChainStep chain_step(const std::array<int64_t, 19>& t) {
                          &s.stride_x,   &s.pad_y,        &s.pad_x,    &s.lanes};
   for (size_t i = 0; i < 14; ++i)
     if (to[i] != nullptr) *to[i] = t[i + 3];
-  s.stays = t[17] == 1;
-  s.turned = t[17] == 2;
+  s.turned = t[17] != 0;
   s.kept = reinterpret_cast<float*>(static_cast<uintptr_t>(t[18]));
   return s;
 }
@@ -208,21 +186,18 @@ void chain(const py::tuple& rows, const std::vector<std::array<int64_t, 19>>& st
   g.end.eps = reinterpret_cast<const float*>(eps);
   g.end.dual = static_cast<Dual>(dual);
   g.end.out = pointer<float>(out, g.rows.count, "out");
-  g.starts = reinterpret_cast<const int64_t*>(starts);
+  g.starts = pointer<const int64_t>(starts, g.rows.count, "starts");
   g.order = reinterpret_cast<const int64_t*>(order);
-  const bool live = g.starts != nullptr;
   for (const ChainStep& s : list)
-    if (live && (s.stays || s.turned == (&s == &list.back()) || std::min(s.kernel_h, s.map_height) > 64 ||
-                 (g.end.center != nullptr && g.end.dual != Dual::none)))
+    if (s.turned == (&s == &list.back()) || std::min(s.kernel_h, s.map_height) > 64 ||
+        (g.end.center != nullptr && g.end.dual != Dual::none))
       throw std::invalid_argument(
-          "starts: is for whole maps, a box or a ball, kernels of 64 lines at most, and turned weights but the last");
+          "steps: expected a box or a ball, kernels of 64 lines at most, and turned weights but the last");
   const ChainStep& s = list[0];  // few outputs a vector of rows: a dense layer alone is taken with them in the lanes
   const bool dense = list.size() == 1 && s.map_height == 1 && s.map_width == 1 && s.kernel_h == s.out_height &&
                      s.kernel_w == s.out_width && s.pad_y == 0 && s.pad_x == 0 && s.channels <= kMostLiveDense;
   without_gil(kReleaseGilAbove + 1, [&] {
-    if (!live)
-      bounds().chain(g);
-    else if (dense)
+    if (dense)
       bounds().live_dense(g);
     else
       bounds().live_chain(g);
@@ -279,9 +254,9 @@ void live_grad(const std::array<int64_t, 19>& step, const py::tuple& rows, int64
   without_gil(kReleaseGilAbove + 1, [&] { bounds().live_grad(g); });
 }
 
-void back_grad(const py::tuple& rows, uintptr_t slopes, int slope_sides, uintptr_t intercepts, int64_t examples,
-               uintptr_t from_out, int sides_out, uintptr_t from_b, uintptr_t starts, uintptr_t order, uintptr_t to_a,
-               uintptr_t to_slopes, uintptr_t to_intercepts) {
+void back_grad(int device, uintptr_t stream, const py::tuple& rows, uintptr_t slopes, int slope_sides,
+               uintptr_t intercepts, int64_t examples, uintptr_t from_out, int sides_out, uintptr_t from_b,
+               uintptr_t starts, uintptr_t order, uintptr_t to_a, uintptr_t to_slopes, uintptr_t to_intercepts) {
   BackGradArgs g;
   g.rows = rows_from(rows);
   const int64_t work = g.rows.count * g.rows.length;
@@ -298,11 +273,12 @@ void back_grad(const py::tuple& rows, uintptr_t slopes, int slope_sides, uintptr
   g.to_a = pointer<float>(to_a, work, "to_a");
   g.to_slopes = pointer<float>(to_slopes, work, "to_slopes");
   g.to_intercepts = pointer<float>(to_intercepts, work, "to_intercepts");
-  without_gil(work, [&] { bounds().back_grad(g); });
+  on_device(device, stream, work, g, bounds().back_grad, FR_CUDA_KERNEL(back_grad_cuda));
 }
 
-void concretize_grad(const py::tuple& rows, uintptr_t center, uintptr_t radius, int64_t examples, uintptr_t from,
-                     uintptr_t starts, uintptr_t order, uintptr_t to_a, uintptr_t to_center, uintptr_t to_radius) {
+void concretize_grad(int device, uintptr_t stream, const py::tuple& rows, uintptr_t center, uintptr_t radius,
+                     int64_t examples, uintptr_t from, uintptr_t starts, uintptr_t order, uintptr_t to_a,
+                     uintptr_t to_center, uintptr_t to_radius) {
   ConcretizeGradArgs g;
   g.rows = rows_from(rows);
   const int64_t work = g.rows.count * g.rows.length;
@@ -316,7 +292,7 @@ void concretize_grad(const py::tuple& rows, uintptr_t center, uintptr_t radius, 
   g.to_a = pointer<float>(to_a, work, "to_a");
   g.to_center = reinterpret_cast<float*>(to_center);
   g.to_radius = reinterpret_cast<float*>(to_radius);
-  without_gil(work, [&] { bounds().concretize_grad(g); });
+  on_device(device, stream, work, g, bounds().concretize_grad, FR_CUDA_KERNEL(concretize_grad_cuda));
 }
 
 Activation activation_from(int number) {
@@ -351,7 +327,7 @@ void lines_as(int device, uintptr_t stream, uintptr_t lower, uintptr_t upper, ui
   g.p0 = p0, g.p1 = p1, g.adaptive = adaptive;
   g.bias = reinterpret_cast<const T*>(bias);
   g.period = period;
-  run(device, stream, 8 * count, g, cpu, lines_gpu<T>);
+  on_device(device, stream, 8 * count, g, cpu, lines_gpu<T>);
 }
 // bias: [period] or 0
 void lines(int device, uintptr_t stream, bool wide, uintptr_t lower, uintptr_t upper, uintptr_t slopes,
@@ -378,7 +354,7 @@ void lines_grad_as(int device, uintptr_t stream, const std::array<uintptr_t, 6>&
   g.count = count;
   g.activation = activation_from(activation);
   g.p0 = p0, g.p1 = p1, g.adaptive = adaptive;
-  run(device, stream, 8 * count, g, cpu, lines_grad_gpu<T>);
+  on_device(device, stream, 8 * count, g, cpu, lines_grad_gpu<T>);
 }
 // tensors: lower, upper, the gradients of slopes and intercepts, those of lower and upper
 void lines_grad(int device, uintptr_t stream, bool wide, const std::array<uintptr_t, 6>& tensors, int64_t count,
@@ -399,7 +375,7 @@ void range(int device, uintptr_t stream, uintptr_t lower, uintptr_t upper, uintp
   g.count = count;
   g.activation = activation_from(activation);
   g.p0 = p0, g.p1 = p1;
-  run(device, stream, 4 * count, g, bounds().range, FR_BOUNDS_CUDA(range_cuda));
+  on_device(device, stream, 4 * count, g, bounds().range, FR_CUDA_KERNEL(range_cuda));
 }
 
 // layers: (kind, finish, n, m, in_h, in_w, in_c, out_h, out_w, out_c, kernel_h, kernel_w, stride_y, stride_x, pad_y,
@@ -448,10 +424,13 @@ void bind_bounds(py::module_& m) {
   bind_bounds_layers(m);
   m.def("bounds_back", &back);
   m.def("bounds_concretize", &concretize);
-  m.def("bounds_spread", &spread);
+  m.def("bounds_spread", &spread, py::arg("a"), py::arg("weight"), py::arg("out"), py::arg("sizes"),
+        py::arg("apart") = Apart{1, 1, 1});
   m.def("bounds_interval", &interval);
   m.def("bounds_interval_step", &interval_step);
-  m.def("bounds_interval_conv", &interval_conv);
+  m.def("bounds_interval_conv", &interval_conv, py::arg("sizes"), py::arg("center_stride"), py::arg("radius_stride"),
+        py::arg("center"), py::arg("radius"), py::arg("weight"), py::arg("bias"), py::arg("work"), py::arg("out_a"),
+        py::arg("out_b"), py::arg("finish"), py::arg("apart") = Apart{1, 1, 1});
   m.def("bounds_chain", &chain);
   m.def("bounds_chain_grad", &chain_grad);
   m.def("bounds_live_grad", &live_grad);

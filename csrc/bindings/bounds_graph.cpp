@@ -1,5 +1,6 @@
 // Graphs of stages that rows of coefficients pass (bounds/args.h): what Python tells of them, field by field.
 #include <array>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -29,17 +30,19 @@ GraphLink make_link(int source, LinkKind kind, float sign, Address weight, Pair 
   l.groups = groups, l.lanes = lanes;
   if (kind == LinkKind::conv && l.weight == nullptr)
     throw std::invalid_argument("weight: got none, expected that of a convolution");
+  if (groups < 1) throw std::invalid_argument("groups: got " + std::to_string(groups) + ", expected a positive number");
   if (kind == LinkKind::pick && l.index == nullptr)
     throw std::invalid_argument("index: got none, expected the neurons that are picked");
   return l;
 }
 
 GraphStage make_stage(std::array<int64_t, 3> map, int first, int links, Address slopes, int slope_sides,
-                      Address intercepts, bool shared, int entry, Address kept_in, Address kept_out) {
+                      Address intercepts, bool shared, int entry, Address kept_in, Address kept_out, Pair window) {
   GraphStage s;
   s.map_height = map[0], s.map_width = map[1], s.channels = map[2];
   s.first = first, s.links = links;
   s.slopes = at(slopes), s.slope_sides = slope_sides, s.intercepts = at(intercepts), s.shared = shared;
+  s.window_height = window[0], s.window_width = window[1];
   s.entry = entry, s.kept_in = at(kept_in), s.kept_out = at(kept_out);
   return s;
 }
@@ -70,6 +73,12 @@ struct Graph {
       for (int k = s.first; k < s.first + s.links; ++k)
         if (links[static_cast<size_t>(k)].source >= static_cast<int>(i))
           throw std::invalid_argument("links: got a source that comes later, expected an earlier stage");
+      for (int k = s.first; k < s.first + s.links; ++k) {
+        const GraphLink& l = links[static_cast<size_t>(k)];
+        if (l.kind == LinkKind::conv && l.source >= 0)
+          check_apart({l.dilation_y, l.dilation_x, l.groups}, stages[static_cast<size_t>(l.source)].channels,
+                      s.channels);
+      }
     }
     args.stages = stages.data(), args.links = links.data(), args.entries = entries.data();
     args.count = static_cast<int>(stages.size());
@@ -91,11 +100,7 @@ struct Groups {
   int64_t channels;
 };
 
-void live_graph(const Graph& graph, const Groups& groups, Address b, Address out, Address map, Address offset) {
-  if (graph.empty()) return;
-  for (const GraphLink& l : graph.links)
-    if (l.kind == LinkKind::conv && l.kernel_h > 64)
-      throw std::invalid_argument("links: got a kernel of more than 64 lines");
+GraphArgs with_groups(const Graph& graph, const Groups& groups) {
   GraphArgs g = graph.args;
   g.groups = groups.count;
   g.starts = pointer<const int64_t>(groups.starts, 1, "starts");
@@ -103,10 +108,29 @@ void live_graph(const Graph& graph, const Groups& groups, Address b, Address out
   g.example = pointer<const int64_t>(groups.example, 1, "example");
   g.y = at<const int64_t>(groups.y), g.x = at<const int64_t>(groups.x), g.channel = at<const int64_t>(groups.channel);
   g.channels = groups.channels;
+  return g;
+}
+
+void live_graph(const Graph& graph, const Groups& groups, Address b, Address out, Address map, Address offset,
+                Pair window, Address corner_y, Address corner_x) {
+  if (graph.empty()) return;
+  GraphArgs g = with_groups(graph, groups);
   g.b = pointer<const float>(b, g.rows, "b");
-  g.end.out = pointer<float>(out, g.rows, "out");
-  g.map = at(map), g.offset = at(offset);
+  g.end.out = at(out), g.map = at(map);
+  if (g.map != nullptr) g.offset = pointer<float>(offset, g.rows, "offset");
+  if (g.map != nullptr && window[0] > 0) {
+    g.window_height = window[0], g.window_width = window[1];
+    g.map_y = pointer<int64_t>(corner_y, g.rows, "corner_y");
+    g.map_x = pointer<int64_t>(corner_x, g.rows, "corner_x");
+  }
   without_gil(kReleaseGilAbove + 1, [&] { bounds().live_graph(g); });
+}
+
+// Height and width of windows that hold what every row has at the input.
+Pair live_graph_window(const Graph& graph, const Groups& groups) {
+  if (graph.empty()) return {1, 1};
+  const WindowSize size = bounds().live_graph_window(with_groups(graph, groups));
+  return {size.height, size.width};
 }
 
 GraphArgs with_examples(const Graph& graph, Address example) {
@@ -121,22 +145,52 @@ GraphArgs with_examples(const Graph& graph, Address example) {
   return g;
 }
 
-void stage_rows(const Graph& graph, Address example, Address b, Address out) {
+// Windows go down a chain of convolutions only: elsewhere they would meet others.
+void check_windows(const Graph& graph, bool corners) {
+  bool before = corners;
+  for (size_t i = 0; i < graph.stages.size(); ++i) {
+    const GraphStage& s = graph.stages[i];
+    if (s.windowed() && !before)
+      throw std::invalid_argument(
+          "window: got one behind a whole map or without corners, expected it where rows start");
+    const GraphLink* l = s.links > 0 ? &graph.links[static_cast<size_t>(s.first)] : nullptr;
+    const bool alone =
+        l == nullptr ? i == 0
+                     : s.links == 1 && s.entry < 0 && l->kind == LinkKind::conv && l->source + 1 == static_cast<int>(i);
+    if (corners && (!alone || s.kept_in != nullptr || s.kept_out != nullptr))
+      throw std::invalid_argument("window: got rows of a graph, or such as are kept, expected a chain of convolutions");
+    before = s.windowed();
+  }
+}
+
+bool has_end(const GraphArgs& g) { return g.end.center != nullptr || g.end.dual != Dual::none; }
+
+// out: the bounds, 0 without an input set; offset: b at the input, or 0.
+void stage_rows(const Graph& graph, Address example, Address b, Address out, Address offset, Address corner_y,
+                Address corner_x) {
   if (graph.empty()) return;
   GraphArgs g = with_examples(graph, example);
   g.b = pointer<const float>(b, g.rows, "b");
-  g.end.out = pointer<float>(out, g.rows, "out");
+  g.end.out = at(out), g.offset = at(offset);
+  g.corner_y = at<const int64_t>(corner_y), g.corner_x = at<const int64_t>(corner_x);
+  check_windows(graph, g.corner_y != nullptr && g.corner_x != nullptr);
+  if (has_end(g) != (out != 0))
+    throw std::invalid_argument(out == 0 ? "out: got none, expected room for the bounds over the input set"
+                                         : "out: got room for bounds, expected an input set with it");
   without_gil(kReleaseGilAbove + 1, [&] { bounds().stage_rows(g); });
 }
 
 // to_stages: (slopes, intercepts, rows that start there or 0) of each stage; to_weights: of each link, 0 but for
-// convolutions.
+// convolutions. from_: of the bounds, or of b at the input without an input set; from_map: of the rows there, or 0.
 void stage_grad(const Graph& graph, Address example, Address starts, Address from,
                 const std::vector<std::array<Address, 3>>& to_stages, const std::vector<Address>& to_weights,
-                Address to_center, Address to_radius) {
+                Address to_center, Address to_radius, Address from_map) {
   if (graph.empty()) return;
   GraphGradArgs g;
   g.graph = with_examples(graph, example);
+  check_windows(graph, false);
+  if (g.graph.end.dual != Dual::none)
+    throw std::invalid_argument("dual: got a ball, expected a box, or no input set and the gradient of the rows there");
   g.graph.starts = pointer<const int64_t>(starts, g.graph.rows, "starts");
   const size_t count = graph.stages.size();
   std::vector<GraphGradStage> to(count);
@@ -158,6 +212,7 @@ void stage_grad(const Graph& graph, Address example, Address starts, Address fro
   }
   g.stages = to.data(), g.to_weights = weights.data();
   g.from = pointer<const float>(from, g.graph.rows, "from");
+  g.from_map = at<const float>(from_map);
   g.to_center = at(to_center), g.to_radius = at(to_radius);
   without_gil(kReleaseGilAbove + 1, [&] { bounds().stage_grad(g); });
 }
@@ -167,43 +222,46 @@ void stage_grad(const Graph& graph, Address example, Address starts, Address fro
 void bind_bounds_graph(py::module_& m) {
   using py::arg;
   const Pair one{1, 1}, none{0, 0};
-  py::enum_<LinkKind>(m, "LinkKind")
+  // module_local: a second module, of the same kernels for tests, may be loaded beside this one
+  py::enum_<LinkKind>(m, "LinkKind", py::module_local())
       .value("identity", LinkKind::identity)
       .value("conv", LinkKind::conv)
       .value("pick", LinkKind::pick);
-  py::class_<GraphLink>(m, "GraphLink")
+  py::class_<GraphLink>(m, "GraphLink", py::module_local())
       .def(py::init(&make_link), arg("source"), arg("kind"), arg("sign") = 1.f, arg("weight") = Address{0},
            arg("kernel") = one, arg("stride") = one, arg("padding") = none, arg("dilation") = one,
            arg("groups") = int64_t{1}, arg("lanes") = int64_t{0}, arg("index") = Address{0})
       .def_readonly("kind", &GraphLink::kind)
       .def_readonly("lanes", &GraphLink::lanes);
-  py::class_<GraphStage>(m, "GraphStage")
+  py::class_<GraphStage>(m, "GraphStage", py::module_local())
       .def(py::init(&make_stage), arg("map"), arg("first"), arg("links"), arg("slopes") = Address{0},
            arg("slope_sides") = 1, arg("intercepts") = Address{0}, arg("shared") = false, arg("entry") = -1,
-           arg("kept_in") = Address{0}, arg("kept_out") = Address{0})
+           arg("kept_in") = Address{0}, arg("kept_out") = Address{0}, arg("window") = none)
       .def_readonly("slope_sides", &GraphStage::slope_sides)
       .def_readonly("shared", &GraphStage::shared)
       .def_readonly("entry", &GraphStage::entry);
-  py::class_<GraphEntry>(m, "GraphEntry")
+  py::class_<GraphEntry>(m, "GraphEntry", py::module_local())
       .def(py::init(&make_entry), arg("a"), arg("side_stride") = int64_t{0}, arg("pick") = Address{0},
            arg("minus") = Address{0});
-  py::class_<Graph>(m, "Graph")
+  py::class_<Graph>(m, "Graph", py::module_local())
       .def(py::init<std::vector<GraphStage>, std::vector<GraphLink>, std::vector<GraphEntry>, int64_t, int64_t, int,
                     Address, Address, Address, Address, int>(),
            arg("stages"), arg("links"), arg("entries"), arg("examples"), arg("rows"), arg("sides"),
            arg("center") = Address{0}, arg("radius") = Address{0}, arg("x") = Address{0}, arg("eps") = Address{0},
            arg("dual") = 0);
-  py::class_<Groups>(m, "Groups")
+  py::class_<Groups>(m, "Groups", py::module_local())
       .def(py::init([](int64_t count, Address starts, Address order, Address example, Address y, Address x,
                        Address channel,
                        int64_t channels) { return Groups{count, starts, order, example, y, x, channel, channels}; }),
            arg("count"), arg("starts"), arg("order"), arg("example"), arg("y") = Address{0}, arg("x") = Address{0},
            arg("channel") = Address{0}, arg("channels") = int64_t{0});
   m.def("bounds_live_graph", &live_graph, arg("graph"), arg("groups"), arg("b"), arg("out"), arg("map") = Address{0},
-        arg("offset") = Address{0});
-  m.def("bounds_stage_rows", &stage_rows, arg("graph"), arg("example"), arg("b"), arg("out"));
+        arg("offset") = Address{0}, arg("window") = none, arg("corner_y") = Address{0}, arg("corner_x") = Address{0});
+  m.def("bounds_live_graph_window", &live_graph_window, arg("graph"), arg("groups"));
+  m.def("bounds_stage_rows", &stage_rows, arg("graph"), arg("example"), arg("b"), arg("out"),
+        arg("offset") = Address{0}, arg("corner_y") = Address{0}, arg("corner_x") = Address{0});
   m.def("bounds_stage_grad", &stage_grad, arg("graph"), arg("example"), arg("starts"), arg("from_"), arg("to_stages"),
-        arg("to_weights"), arg("to_center"), arg("to_radius"));
+        arg("to_weights"), arg("to_center"), arg("to_radius"), arg("from_map") = Address{0});
 }
 
 }  // namespace fastrobust

@@ -1,11 +1,13 @@
-// Layers of intervals and their gradients, on the CPU.
+// Layers of intervals and their gradients.
 #include <array>
 #include <cstring>
 #include <numeric>
 #include <vector>
 
 #include "bindings/bindings.h"
+#include "bindings/on_device.h"
 #include "bounds/kernels.h"
+#include "bounds/pool.h"
 
 namespace py = pybind11;
 
@@ -15,12 +17,13 @@ namespace {
 // sizes: (count, in_h, in_w, in_c, out_h, out_w, out_c, kernel_h, kernel_w, stride_y, stride_x, pad_y, pad_x); weight
 // with radius, radius_a and radius_count for the two products of an interval layer, or 0.
 void conv_grad(const std::array<int64_t, 13>& sizes, uintptr_t x, uintptr_t a, uintptr_t out, uintptr_t weight,
-               uintptr_t radius, uintptr_t radius_a, int64_t radius_count) {
+               uintptr_t radius, uintptr_t radius_a, int64_t radius_count, const Apart& apart) {
   ConvGradArgs g;
   int64_t* const to[] = {&g.count,    &g.in_h,     &g.in_w,     &g.in_c,     &g.out_h, &g.out_w, &g.out_c,
                          &g.kernel_h, &g.kernel_w, &g.stride_y, &g.stride_x, &g.pad_y, &g.pad_x};
   for (size_t i = 0; i < sizes.size(); ++i) *to[i] = sizes[i];
-  const int64_t taps = g.kernel_h * g.kernel_w * g.in_c;
+  tell_apart(apart, g);
+  const int64_t taps = g.kernel_h * g.kernel_w * (g.in_c / g.groups);
   g.x = pointer<const float>(x, g.count, "x");
   g.a = pointer<const float>(a, g.count, "a");
   g.out = pointer<float>(out, taps * g.out_c, "out");
@@ -111,15 +114,15 @@ bool all_finite(uintptr_t numbers, int64_t count) {
   return found == 0;
 }
 
-void pick_grad(uintptr_t from, uintptr_t pick, uintptr_t minus, uintptr_t out, int64_t count, int64_t length,
-               int64_t rows) {
+void pick_grad(int device, uintptr_t stream, uintptr_t from, uintptr_t pick, uintptr_t minus, uintptr_t out,
+               int64_t count, int64_t length, int64_t rows) {
   PickGradArgs g;
   g.from = pointer<const float>(from, count * length, "from");
   g.pick = pointer<const int64_t>(pick, count, "rows");
   g.minus = reinterpret_cast<const int64_t*>(minus);
   g.out = pointer<float>(out, rows * length, "out");
   g.count = count, g.length = length, g.rows = rows;
-  without_gil(count * length, [&] { bounds().pick_grad(g); });
+  on_device(device, stream, count * length, g, bounds().pick_grad, FR_CUDA_KERNEL(pick_grad_cuda));
 }
 
 void interval_grad(uintptr_t center, uintptr_t radius, uintptr_t weight, uintptr_t from_center, uintptr_t from_radius,
@@ -141,7 +144,9 @@ void interval_grad(uintptr_t center, uintptr_t radius, uintptr_t weight, uintptr
 ReluBoxArgs relu_box_from(uintptr_t center, uintptr_t radius, bool shared, uintptr_t bias, int64_t period,
                           int64_t batch, int64_t n, bool adaptive) {
   ReluBoxArgs g;
-  if (n > 0 && period < 1) throw std::invalid_argument("bias: got no period");
+  if (n > 0 && (period < 1 || n % period != 0))
+    throw std::invalid_argument("bias: got a period of " + std::to_string(period) + ", expected a divisor of " +
+                                std::to_string(n));
   g.center = pointer<const float>(center, batch * n, "center");
   g.radius = pointer<const float>(radius, batch * n, "radius");
   g.bias = reinterpret_cast<const float*>(bias);
@@ -149,24 +154,26 @@ ReluBoxArgs relu_box_from(uintptr_t center, uintptr_t radius, bool shared, uintp
   return g;
 }
 
-// Returns how many neurons have lines, 0 without them (slopes 0).
-int64_t relu_box(uintptr_t center, uintptr_t radius, bool shared, uintptr_t bias, int64_t period, int64_t batch,
-                 int64_t n, bool adaptive, uintptr_t slopes, uintptr_t intercepts, uintptr_t next_center,
-                 uintptr_t next_radius) {
+// Returns how many neurons have lines, 0 without them (slopes 0). On CUDA they are not counted: all may have.
+int64_t relu_box(int device, uintptr_t stream, uintptr_t center, uintptr_t radius, bool shared, uintptr_t bias,
+                 int64_t period, int64_t batch, int64_t n, bool adaptive, uintptr_t slopes, uintptr_t intercepts,
+                 uintptr_t next_center, uintptr_t next_radius) {
   ReluBoxArgs g = relu_box_from(center, radius, shared, bias, period, batch, n, adaptive);
   g.slopes = reinterpret_cast<float*>(slopes);
   g.intercepts = pointer<float>(intercepts, slopes == 0 ? 0 : batch * n, "intercepts");
   g.next_center = reinterpret_cast<float*>(next_center);
   g.next_radius = reinterpret_cast<float*>(next_radius);
-  std::vector<int64_t> living(static_cast<size_t>(batch));
+  std::vector<int64_t> living(static_cast<size_t>(device < 0 ? batch : 0));
   g.living = living.data();
-  without_gil(8 * batch * n, [&] { bounds().relu_box(g); });
+  on_device(device, stream, 8 * batch * n, g, bounds().relu_box, FR_CUDA_KERNEL(relu_box_cuda));
+  if (device >= 0) return slopes == 0 ? 0 : batch * n;
   return std::accumulate(living.begin(), living.end(), int64_t{0});
 }
 
-void relu_box_grad(uintptr_t center, uintptr_t radius, bool shared, uintptr_t bias, int64_t period, int64_t batch,
-                   int64_t n, bool adaptive, const std::array<uintptr_t, 4>& from, uintptr_t to_center,
-                   uintptr_t to_radius, uintptr_t to_bias) {
+// work: on CUDA as ReluBoxGradArgs::sums, else 0
+void relu_box_grad(int device, uintptr_t stream, uintptr_t center, uintptr_t radius, bool shared, uintptr_t bias,
+                   int64_t period, int64_t batch, int64_t n, bool adaptive, const std::array<uintptr_t, 4>& from,
+                   uintptr_t to_center, uintptr_t to_radius, uintptr_t to_bias, uintptr_t work) {
   ReluBoxGradArgs g;
   g.forward = relu_box_from(center, radius, shared, bias, period, batch, n, adaptive);
   g.from_slopes = reinterpret_cast<const float*>(from[0]);
@@ -176,13 +183,43 @@ void relu_box_grad(uintptr_t center, uintptr_t radius, bool shared, uintptr_t bi
   g.to_center = pointer<float>(to_center, batch * n, "to_center");
   g.to_radius = pointer<float>(to_radius, shared ? n : batch * n, "to_radius");
   g.to_bias = reinterpret_cast<float*>(to_bias);
-  without_gil(16 * batch * n, [&] { bounds().relu_box_grad(g); });
+  g.sums = pointer<float>(work, device < 0 ? 0 : n, "work");
+  on_device(device, stream, 16 * batch * n, g, bounds().relu_box_grad, FR_CUDA_KERNEL(relu_box_grad_cuda));
+}
+
+using Axes = std::array<int64_t, 2>;  // height, width
+
+template <class T>
+void pool_picks_of(uintptr_t lower, uintptr_t upper, uintptr_t source, uintptr_t rival, int64_t planes, Axes size,
+                   Axes out, Axes kernel, Axes stride, Axes padding, Axes dilation,
+                   void (*run)(const PoolPicksArgs<T>&)) {
+  PoolPicksArgs<T> g;
+  const int64_t numbers = planes * size[0] * size[1], windows = planes * out[0] * out[1];
+  g.lower = pointer<const T>(lower, numbers, "lower");
+  g.upper = pointer<const T>(upper, numbers, "upper");
+  g.source = pointer<int64_t>(source, windows, "source");
+  g.rival = pointer<int64_t>(rival, windows, "rival");
+  g.planes = planes, g.height = size[0], g.width = size[1], g.out_h = out[0], g.out_w = out[1];
+  g.kernel_h = kernel[0], g.kernel_w = kernel[1], g.stride_y = stride[0], g.stride_x = stride[1];
+  g.pad_y = padding[0], g.pad_x = padding[1], g.dilation_y = dilation[0], g.dilation_x = dilation[1];
+  without_gil(windows * kernel[0] * kernel[1] * 4, [&] { run(g); });
+}
+
+void pool_picks(bool is_double, uintptr_t lower, uintptr_t upper, uintptr_t source, uintptr_t rival, int64_t planes,
+                Axes size, Axes out, Axes kernel, Axes stride, Axes padding, Axes dilation) {
+  if (is_double)
+    pool_picks_of<double>(lower, upper, source, rival, planes, size, out, kernel, stride, padding, dilation,
+                          pool().picks_double);
+  else
+    pool_picks_of<float>(lower, upper, source, rival, planes, size, out, kernel, stride, padding, dilation,
+                         pool().picks);
 }
 
 }  // namespace
 
 void bind_bounds_layers(py::module_& m) {
-  m.def("bounds_conv_grad", &conv_grad);
+  m.def("bounds_conv_grad", &conv_grad, py::arg("sizes"), py::arg("x"), py::arg("a"), py::arg("out"), py::arg("weight"),
+        py::arg("radius"), py::arg("radius_a"), py::arg("radius_count"), py::arg("apart") = Apart{1, 1, 1});
   m.def("bounds_turn", &turn);
   m.def("bounds_product", &product);
   m.def("bounds_sign_product", &sign_product);
@@ -193,6 +230,9 @@ void bind_bounds_layers(py::module_& m) {
   m.def("bounds_interval_grad", &interval_grad);
   m.def("bounds_relu_box", &relu_box);
   m.def("bounds_relu_box_grad", &relu_box_grad);
+  m.def("bounds_pool_picks", &pool_picks, py::arg("is_double"), py::arg("lower"), py::arg("upper"), py::arg("source"),
+        py::arg("rival"), py::arg("planes"), py::arg("size"), py::arg("out"), py::arg("kernel"), py::arg("stride"),
+        py::arg("padding"), py::arg("dilation"));
 }
 
 }  // namespace fastrobust

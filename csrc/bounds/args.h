@@ -80,15 +80,17 @@ struct ConcretizeGradArgs {  // boxes only
 // What an interval product returns: (c', r'); (c' - r', c' + r'); centre and radius of the ReLU of it.
 enum class Finish : int { center, ends, relu_center };
 
-// The adjoint of a convolution: [count, in_h, in_w, in_c] -> [count, out_h, out_w, out_c].
+// The adjoint of a convolution: [count, in_h, in_w, in_c] -> [count, out_h, out_w, out_c]. With groups a weight has the
+// taps of one group's channels of the result.
 constexpr int64_t kSpreadBuffer = 32768;  // the kernel's buffer: holds (in_w + 12) * lanes numbers
 struct SpreadArgs {
   const float* a = nullptr;
-  // [in_c, lanes], taps in order (ky, kx, channel), zero beyond kernel_h * kernel_w * out_c; lanes % 16 == 0
+  // [in_c, lanes], taps in order (ky, kx, channel), zero beyond kernel_h * kernel_w * out_c / groups; lanes % 16 == 0
   const float* weight = nullptr;
   float* out = nullptr;
   int64_t count = 0, in_h = 0, in_w = 0, in_c = 0, out_h = 0, out_w = 0, out_c = 0;
   int64_t kernel_h = 1, kernel_w = 1, stride_y = 1, stride_x = 1, pad_y = 0, pad_x = 0, lanes = 16;
+  int64_t dilation_y = 1, dilation_x = 1, groups = 1;
   // Where the window of positions of an example starts on the output, in its coordinates: [origins], repeated; or null.
   const int64_t* origin_y = nullptr;
   const int64_t* origin_x = nullptr;
@@ -96,7 +98,7 @@ struct SpreadArgs {
 };
 
 // Rows at an activation of an image, through a chain of activation, convolution, activation, ..., convolution whose
-// input is the network's: out = the extremes over the input set.
+// input is the network's, neurons without lines left out: out = the extremes over the input set.
 struct ChainStep {
   const float* slopes = nullptr;  // as in BackArgs; the convolution's bias is in the intercepts
   const float* intercepts = nullptr;
@@ -105,7 +107,6 @@ struct ChainStep {
   const float* weight = nullptr;                        // as in SpreadArgs
   int64_t out_height = 0, out_width = 0, out_channels = 0;
   int64_t kernel_h = 1, kernel_w = 1, stride_y = 1, stride_x = 1, pad_y = 0, pad_x = 0, lanes = 16;
-  bool stays = false;  // a window is one on the other side too, not the whole image
   bool turned =
       false;  // the weight is [taps, channels] and lanes = channels, for all but the last step of a live chain
   float* kept = nullptr;  // [1 or 2, count, out map]: the rows below the convolution, for the gradients; or null
@@ -118,8 +119,8 @@ struct ChainArgs {
   int64_t examples = 0;
   const float* b = nullptr;  // [sides, count]
   ConcretizeArgs end;        // box, ball and out; its rows and b are not used
-  // With the first, example by example as in BackGradArgs: whole maps, box or ball, and kernels of 64 lines at most.
-  // A dense layer is the convolution of a map of one position whose kernel is the whole image.
+  // Example by example as in BackGradArgs: whole maps, box or ball, and kernels of 64 lines at most. A dense layer is
+  // the convolution of a map of one position whose kernel is the whole image.
   const int64_t* starts = nullptr;  // [examples + 1]
   const int64_t* order = nullptr;   // [count] or null
 };
@@ -127,9 +128,9 @@ struct ChainArgs {
 // Rows through any acyclic graph of activations and convolutions whose input is the network's, group by group: a group
 // are rows of one example that need the same windows of every map. Stages are activations (or linear nodes, with their
 // lines) in the order in which rows reach them, the network's input last; what a stage reads comes from earlier ones.
-// Whole maps, a box or a ball, kernels of 64 lines at most.
-// stage_rows takes the same with all neurons and any kernels: rows of whole maps one after the other, `example` of
-// each.
+// Whole maps, a box or a ball.
+// stage_rows takes the same with all neurons: rows one after the other, `example` of each; of whole maps, or down a
+// chain of convolutions windows of them, which grow from stage to stage. Windows keep nothing.
 enum class LinkKind : int {
   identity,  // sign times the very coefficients
   conv,      // a convolution from this stage to the source, turned around
@@ -154,13 +155,19 @@ struct GraphStage {
   int slope_sides = 1;
   bool shared = false;  // one map for all examples
   int64_t map_height = 0, map_width = 0, channels = 0;
-  int first = 0, links = 0;  // of GraphArgs::links
-  int entry = -1;            // of GraphArgs::entries: rows that start here
+  int64_t window_height = 0, window_width = 0;  // of stage_rows: rows are windows of the map; 0: the map
+  int first = 0, links = 0;                     // of GraphArgs::links
+  int entry = -1;                               // of GraphArgs::entries: rows that start here
   // stage_rows: [1 or 2, rows, map], what arrives (where there are links) and what leaves, for the gradients; or null
   float* kept_in = nullptr;
   float* kept_out = nullptr;
 
   int64_t numbers() const { return map_height * map_width * channels; }
+  // Of a row.
+  bool windowed() const { return window_height != 0; }
+  int64_t height() const { return windowed() ? window_height : map_height; }
+  int64_t width() const { return windowed() ? window_width : map_width; }
+  int64_t length() const { return height() * width() * channels; }
 };
 struct GraphEntry {
   const float* a = nullptr;  // [sides_a, rows of a, map]
@@ -175,23 +182,34 @@ struct GraphArgs {
   int count = 0;
   int64_t examples = 0, rows = 0, groups = 0;
   int sides = 1;
-  const int64_t* starts = nullptr;   // [groups + 1]: the rows of group i are starts[i], ..., starts[i + 1] - 1
-  const int64_t* order = nullptr;    // [rows] or null: row i of the groups is row order[i] of the rest
+  const int64_t* starts = nullptr;    // [groups + 1]: the rows of group i are starts[i], ..., starts[i + 1] - 1
+  const int64_t* order = nullptr;     // [rows] or null: row i of the groups is row order[i] of the rest
+  const int64_t* corner_y = nullptr;  // [rows] of the windows at the first stage, as in Rows
+  const int64_t* corner_x = nullptr;
   const int64_t* example = nullptr;  // [groups]
   const int64_t* y = nullptr;        // [groups], the position of the unit vectors; null: rows of whole maps
   const int64_t* x = nullptr;
   const int64_t* channel = nullptr;  // [rows], ascending within a group: of the unit vectors
   int64_t channels = 0;              // of their image
   const float* b = nullptr;          // [sides, rows]
-  ConcretizeArgs end;                // box or ball, and out; its rows and b are not used
-  // live_graph, or null: the linear bounds at the input, [1 or 2, rows, map] and [sides, rows]. As many matrices as
-  // sides where any stage has two lines, or an entry two matrices.
+  ConcretizeArgs end;                // box or ball, and out (live_graph: or null); its rows and b are not used
+  // Or null: the linear bounds at the input, [1 or 2, rows, map] (of stage_rows they are what its last stage keeps) and
+  // [sides, rows]. As many matrices as sides where any stage has two lines, or an entry two matrices. Without an input
+  // set they are all that is wanted. live_graph: windows instead of maps where they have a size, at `map_y` and
+  // `map_x`, [rows], which are written.
   float* map = nullptr;
   float* offset = nullptr;
+  int64_t window_height = 0, window_width = 0;
+  int64_t* map_y = nullptr;
+  int64_t* map_x = nullptr;
+};
+struct WindowSize {
+  int64_t height, width;
 };
 
-// Gradients of stage_rows over a box, from those of its result. graph: as it was taken down, with all that was kept,
-// and `starts` [examples + 1] of the examples' rows. Of shared lines the gradients are those of all examples.
+// Gradients of stage_rows from those of its result (over a box, or of `offset` without one) and of the rows at the
+// input. graph: as it was taken down, with all that was kept, and `starts` [examples + 1] of the examples' rows. Of
+// shared lines the gradients are those of all examples.
 struct GraphGradStage {
   float* to_slopes = nullptr;      // [slope_sides, examples, map]
   float* to_intercepts = nullptr;  // [2, examples, map]
@@ -202,6 +220,7 @@ struct GraphGradArgs {
   const GraphGradStage* stages = nullptr;
   float* const* to_weights = nullptr;  // of each link, [channels of the source, lanes]
   const float* from = nullptr;         // [sides, rows]
+  const float* from_map = nullptr;     // [1 or 2, rows, map] or null: of the rows at the input
   float* to_center = nullptr;          // [examples, map], null: not wanted
   float* to_radius = nullptr;
 };
@@ -236,7 +255,7 @@ struct ChainGradArgs {
 struct ConvGradArgs {
   const float* x = nullptr;  // [count, in_h, in_w, in_c]
   const float* a = nullptr;  // [count, out_h, out_w, out_c], the gradient of the convolution's result
-  float* out = nullptr;      // [out_c, in_c, kernel_h, kernel_w]
+  float* out = nullptr;      // [out_c, in_c / groups, kernel_h, kernel_w]
   // With the next, of w * x and |w| * radius: plus sign(weight) times the sum of radius_a[o] * patch of radius.
   const float* weight = nullptr;    // like out
   const float* radius = nullptr;    // [radius_count, in_h, in_w, in_c]
@@ -244,23 +263,25 @@ struct ConvGradArgs {
   int64_t radius_count = 0;         // count, or 1: radius_a is summed over the examples
   int64_t count = 0, in_h = 0, in_w = 0, in_c = 0, out_h = 0, out_w = 0, out_c = 0;
   int64_t kernel_h = 1, kernel_w = 1, stride_y = 1, stride_x = 1, pad_y = 0, pad_x = 0;
+  int64_t dilation_y = 1, dilation_x = 1, groups = 1;
 };
 
-// c' = w * c + b and r' = |w| * r for a convolution without groups and dilation; c' alone without radius. Values in
-// channels-last order.
+// c' = w * c + b and r' = |w| * r for a convolution; c' alone without radius. Values in channels-last order.
 struct IntervalConvArgs {
   const float* center = nullptr;  // [batch, in_h, in_w, in_c] at the strides below, in numbers
   const float* radius = nullptr;  // the same shape
   int64_t center_stride[4] = {};  // example, y, x, channel
   int64_t radius_stride[4] = {};  // 0 for the example: one radius for all
   const float* reach = nullptr;   // [out_h, out_w, out_c] instead of a radius: |w| * r, the same for every example
-  const float* weight = nullptr;  // [out_c, in_c, kernel_h, kernel_w]
+  const float* weight = nullptr;  // [out_c, in_c / groups, kernel_h, kernel_w]
   const float* bias = nullptr;    // [out_c] or null
   float* work = nullptr;          // interval_conv_work(...) numbers
   float* out_a = nullptr;         // [batch, out_h, out_w, out_c]
   float* out_b = nullptr;
   int64_t batch = 0, in_h = 0, in_w = 0, in_c = 0, out_h = 0, out_w = 0, out_c = 0;
   int64_t kernel_h = 1, kernel_w = 1, stride_y = 1, stride_x = 1, pad_y = 0, pad_x = 0;
+  int64_t dilation_y = 1, dilation_x = 1, groups = 1;
+  int64_t out_apart = 0;  // numbers from one position of the results to the next; 0: out_c
   Finish finish = Finish::ends;
 };
 
@@ -346,17 +367,18 @@ struct IntervalGradArgs {
 struct ReluBoxArgs {
   const float* center = nullptr;  // [batch, n]
   const float* radius = nullptr;
-  const float* bias = nullptr;   // [period] or null
+  const float* bias = nullptr;   // [period] or null; n is a multiple of period
   float* slopes = nullptr;       // [1 or 2, batch, n], null: no lines are wanted, nor intercepts
   float* intercepts = nullptr;   // [2, batch, n]
   float* next_center = nullptr;  // [batch, n], null: not wanted
   float* next_radius = nullptr;
-  int64_t* living = nullptr;  // [batch] neurons that have lines
+  int64_t* living = nullptr;  // [batch] neurons that have lines; not counted on CUDA
   int64_t batch = 0, n = 0, period = 1;
   bool adaptive = true;
   bool shared = false;  // radius is [n]
 };
 // Its gradients.
+constexpr int64_t kReluBoxRuns = 16;
 struct ReluBoxGradArgs {
   ReluBoxArgs forward;                     // without results
   const float* from_slopes = nullptr;      // [1 or 2, batch, n], null: there were no lines
@@ -366,6 +388,7 @@ struct ReluBoxGradArgs {
   float* to_center = nullptr;  // [batch, n]
   float* to_radius = nullptr;  // [batch, n], or with `shared` [n]
   float* to_bias = nullptr;    // [period] or null; what reaches the bias through the centre, too
+  float* sums = nullptr;       // on CUDA: room for [1, with `shared` 2][kReluBoxRuns, n]
 };
 
 // Margins z_y - z_j, j ascending without y, of a chain of layers over [x - eps, x + eps] cut at [low, high].

@@ -1,11 +1,15 @@
 // a * b + c with one rounding where the processor has it (v2 rounds twice), lane sums and the terms of norms.
 #pragma once
 
+#include <cmath>
+
 #include "bounds/args.h"
 #include "bounds/support.h"
 #include "core/simd.h"
 
 FR_NS_BEGIN
+
+FR_HD float fmadd(float a, float b, float c) { return fmaf(a, b, c); }
 
 #if !defined(__CUDACC__)
 

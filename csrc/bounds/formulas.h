@@ -11,6 +11,11 @@ template <class V>
 FR_HD V by_sign(V a, V positive, V negative) {
   return select(a >= V(0.f), positive, negative);
 }
+// The same for a bound of one side, 0 lower and 1 upper: its own line serves positive coefficients.
+template <class V>
+FR_HD V serving(int side, V a, V low, V up) {
+  return side == 0 ? by_sign(a, low, up) : by_sign(a, up, low);
+}
 
 // center and radius of [max(x - eps, lo), min(x + eps, hi)]
 template <class V>

@@ -14,11 +14,11 @@ struct BoundsTable {
   void (*interval_step)(const IntervalStepArgs&);
   void (*interval_conv)(const IntervalConvArgs&);
   int64_t (*interval_conv_work)(const IntervalConvArgs&);  // numbers that `work` must hold
-  void (*chain)(const ChainArgs&);
-  void (*live_chain)(const ChainArgs&);  // leaves out neurons without lines
-  void (*live_dense)(const ChainArgs&);  // one step, a dense layer
+  void (*live_chain)(const ChainArgs&);                    // leaves out neurons without lines
+  void (*live_dense)(const ChainArgs&);                    // one step, a dense layer
   void (*live_graph)(const GraphArgs&);
-  void (*stage_rows)(const GraphArgs&);  // all neurons
+  WindowSize (*live_graph_window)(const GraphArgs&);  // that holds every row at the input
+  void (*stage_rows)(const GraphArgs&);               // all neurons
   void (*stage_grad)(const GraphGradArgs&);
   void (*chain_grad)(const ChainGradArgs&);
   int64_t (*interval_chain_work)(const IntervalChainArgs&);
@@ -47,6 +47,11 @@ FR_CPU_TABLE(BoundsTable, bounds)
 void back_cuda(const BackArgs& a, void* stream);
 void concretize_cuda(const ConcretizeArgs& a, void* stream);
 void interval_cuda(const IntervalArgs& a, void* stream);
+void back_grad_cuda(const BackGradArgs& a, void* stream);
+void concretize_grad_cuda(const ConcretizeGradArgs& a, void* stream);
+void pick_grad_cuda(const PickGradArgs& a, void* stream);
+void relu_box_cuda(const ReluBoxArgs& a, void* stream);
+void relu_box_grad_cuda(const ReluBoxGradArgs& a, void* stream);
 void interval_step_cuda(const IntervalStepArgs& a, void* stream);
 template <class T>
 void lines_cuda(const LinesArgs<T>& a, void* stream);

@@ -7,20 +7,19 @@
 #include "bounds/fma.h"
 #include "bounds/formulas.h"
 #include "bounds/live_graph.h"
+#include "bounds/live_graph_ends.h"
 #include "bounds/live_products.h"
 #include "runtime/parallel.h"
 
 FR_NS_BEGIN
 namespace {
 
-constexpr int kLongestRuns = 64;  // kernel heights
-
 // A block of rows of one group in kM vectors. Where the sides have coefficients of their own the upper side's rows come
 // after the lower one's.
 template <int kM>
-class Block {
+class Block : private GraphRows<kM> {
  public:
-  Block(GraphWork& work, int64_t group) : g_(work.g), work_(work), group_(group) {}
+  Block(GraphWork& work, int64_t group) : GraphRows<kM>(work), group_(group) {}
 
   // Rows [first, first + n), n <= kM kLanes, of both sides one after the other where they are apart.
   void run(int64_t first, int64_t n) {
@@ -46,26 +45,16 @@ class Block {
   }
 
  private:
-  template <class F>
-  FR_HD static void each(const F& f) {
-#pragma GCC unroll 4
-    for (int m = 0; m < kM; ++m) f(m);
-  }
-  // The numbers of one line of a rectangle: of neurons in `alive`, or of the input itself.
-  Run line_of(int stage, int64_t y) const {
-    const Rect& r = work_.rects[stage];
-    const GraphStage& s = g_.stages[stage];
-    if (work_.last(stage)) return {(y * s.map_width + r.left) * s.channels, (y * s.map_width + r.right) * s.channels};
-    const int64_t* start = work_.alive[static_cast<size_t>(stage)].start.get() + y * s.map_width;
-    return {start[r.left], start[r.right]};
-  }
+  using Base = GraphRows<kM>;
+  using Base::each, Base::line_of, Base::leave, Base::g_, Base::work_, Base::n_, Base::row_, Base::side_, Base::lost_;
+  using Base::low_, Base::up_, Base::shared_;
 
   // Everything that the rows bring to a stage.
   void arrive(int stage) {
     const GraphStage& s = g_.stages[stage];
     const GraphLink* links = g_.links + s.first;
     const bool sets =
-        s.entry < 0 && s.links > 0 && links[0].kind != LinkKind::identity && links[0].source >= 0 && !work_.last(stage);
+        s.entry < 0 && s.links > 0 && links[0].kind == LinkKind::conv && links[0].source >= 0 && !work_.last(stage);
     if (!sets) {
       for (int64_t y = work_.rects[stage].top; y < work_.rects[stage].bottom; ++y) {
         const Run run = line_of(stage, y);
@@ -81,6 +70,8 @@ class Block {
         l.kind == LinkKind::identity ? unit(stage, l) : kernel(stage, l);
       } else if (l.kind == LinkKind::identity) {
         copy(stage, l);
+      } else if (l.kind == LinkKind::pick) {
+        follow(stage, l, s.first + k);
       } else if (work_.last(stage)) {
         scatter(stage, l, s.first + k);
       } else if (k == 0 && sets) {
@@ -177,8 +168,9 @@ class Block {
       parts_[parts_count_ - 1].lanes |= 1u << (c - base);
     }
   }
-  // v[lane] += sign * weights[channel of the lane]
-  FR_HD void add_channels(const float* weights, float* v) {
+  // v[lane] += weights[channel of the lane], of one group of channels: where the lane's own is another, nothing.
+  template <bool kGroups>
+  FR_HD void add_channels(const float* weights, int64_t group, float* v) {
     alignas(64) float row[(kM + 1) * kLanes];
     each([&](int m) FR_INLINE_LAMBDA { store(row + m * kLanes, Vec(0.f)); });
     for (int p = 0; p < parts_count_; ++p) {
@@ -194,7 +186,11 @@ class Block {
       for (uint32_t left = part.lanes; left != 0; left &= left - 1) *to++ = f[__builtin_ctz(left)];
 #endif
     }
-    each([&](int m) FR_INLINE_LAMBDA { store(v + m * kLanes, load(v + m * kLanes) + load(row + m * kLanes)); });
+    each([&](int m) FR_INLINE_LAMBDA {
+      Vec w = load(row + m * kLanes);
+      if constexpr (kGroups) w = select(load(lane_group_ + m * kLanes) == Vec(static_cast<float>(group)), w, Vec(0.f));
+      store(v + m * kLanes, load(v + m * kLanes) + w);
+    });
   }
   // Calls f(number, neuron's channel, position) for the living neurons at the positions `r` of a stage.
   template <class F>
@@ -217,12 +213,23 @@ class Block {
 
   // Unit vectors through a convolution: its weights.
   void kernel(int stage, const GraphLink& l) {
+    const int64_t begin = g_.starts[group_], own = g_.starts[group_ + 1] - begin, out = g_.channels / l.groups;
+    for (int64_t i = 0; i < n_ && l.groups > 1; ++i)
+      lane_group_[i] = static_cast<float>(g_.channel[begin + (first_ + i) % own] / out);
+    l.groups > 1 ? kernel<true>(stage, l) : kernel<false>(stage, l);
+  }
+  template <bool kGroups>
+  void kernel(int stage, const GraphLink& l) {
     const GraphStage& s = g_.stages[stage];
     const Rect at = start();
+    const int64_t own = s.channels / l.groups;
     over(stage, reached(l, at, s), [&](int64_t k, int64_t c, int64_t y, int64_t x) FR_INLINE_LAMBDA {
-      const int64_t ky = y + l.pad_y - at.top * l.stride_y, kx = x + l.pad_x - at.left * l.stride_x;
-      add_channels(l.weight + ((ky * l.kernel_w + kx) * s.channels + c) * g_.channels,
-                   work_.values(stage) + k * kM * kLanes);
+      const int64_t dy = y + l.pad_y - at.top * l.stride_y, dx = x + l.pad_x - at.left * l.stride_x;
+      const int64_t ky = dy / l.dilation_y, kx = dx / l.dilation_x;
+      if (ky * l.dilation_y != dy || kx * l.dilation_x != dx) return;
+      const int64_t group = kGroups ? c / own : 0;
+      add_channels<kGroups>(l.weight + ((ky * l.kernel_w + kx) * own + c - group * own) * g_.channels, group,
+                            work_.values(stage) + k * kM * kLanes);
     });
   }
   void unit(int stage, const GraphLink& l) {
@@ -257,52 +264,107 @@ class Block {
       }
   }
 
+  // Through a pooling: each of its neurons to the one that it follows.
+  void follow(int stage, const GraphLink& l, int link) {
+    const Rect& r = work_.rects[l.source];
+    const int32_t* to = work_.weight[static_cast<size_t>(link)].at.get();
+    for (int64_t y = r.top; y < r.bottom; ++y) {
+      const Run run = line_of(l.source, y);
+      for (int64_t k = run.begin; k < run.end; ++k) {
+        if (to[k] < 0) continue;
+        const float* a = work_.values(l.source) + k * kM * kLanes;
+        float* v = work_.values(stage) + static_cast<int64_t>(to[k]) * kM * kLanes;
+        each([&](int m) FR_INLINE_LAMBDA { store(v + m * kLanes, load(v + m * kLanes) + load(a + m * kLanes)); });
+      }
+    }
+  }
+
+  // The living neurons of the positions [y0, y1] x [x0, x1] of a convolution's source, of one group of channels, that
+  // the neuron at (top, left) of the stage meets.
+  template <bool kLines>
+  FR_HD int meets(const GraphLink& l, int link, int64_t group, int64_t top, int64_t left, const Rect& r) {
+    const GraphStage& s = g_.stages[l.source];
+    Run* runs = work_.runs.get();
+    int count = 0;
+    if constexpr (kLines) {
+      for (int64_t y = r.top; y < r.bottom && r.left < r.right; ++y) {
+        const int64_t* start = work_.alive[static_cast<size_t>(l.source)].start.get() + y * s.map_width;
+        if (start[r.left] < start[r.right]) runs[count++] = {start[r.left], start[r.right]};
+      }
+      return count;
+    }
+    const int64_t* position = work_.alive[static_cast<size_t>(l.source)].start.get();
+    const int32_t* starts = work_.weight[static_cast<size_t>(link)].source_start.get();
+    for (int64_t y = r.top; y < r.bottom; ++y) {
+      if ((top + l.pad_y - y * l.stride_y) % l.dilation_y != 0) continue;
+      for (int64_t x = r.left; x < r.right; ++x) {
+        if ((left + l.pad_x - x * l.stride_x) % l.dilation_x != 0) continue;
+        const int64_t at = y * s.map_width + x, own = at * l.groups + group;
+        const Run run = l.groups == 1 ? Run{position[at], position[at + 1]} : Run{starts[own], starts[own + 1]};
+        if (run.begin < run.end) runs[count++] = run;
+      }
+    }
+    return count;
+  }
+
   // Through a convolution: outputs that meet the same inputs together.
   template <Result kTo>
   void gather(int stage, const GraphLink& l, int link) {
+    by_lines(l) ? gather<kTo, true>(stage, l, link) : gather<kTo, false>(stage, l, link);
+  }
+  template <Result kTo, bool kLines>
+  void gather(int stage, const GraphLink& l, int link) {
     const GraphStage &t = g_.stages[stage], &s = g_.stages[l.source];
     const Rect to = work_.rects[stage], from = work_.rects[l.source];
-    const Alive &in = work_.alive[static_cast<size_t>(l.source)], &out = work_.alive[static_cast<size_t>(stage)];
+    const Alive& out = work_.alive[static_cast<size_t>(stage)];
+    const Offsets& offsets = work_.weight[static_cast<size_t>(link)];
+    const int64_t span_y = span_of(l.kernel_h, l.dilation_y), span_x = span_of(l.kernel_w, l.dilation_x);
+    const int64_t groups = kLines ? 1 : l.groups, own = t.channels / groups;
     int32_t *column = work_.column.get(), *place = work_.place.get();
-    Run runs[kLongestRuns];
     for (int64_t top = to.top, bottom; top < to.bottom; top = bottom) {
-      bottom = cell_end(top, l.pad_y, l.kernel_h, l.stride_y, to.bottom);
-      const int64_t first_y = std::max(from.top, first_source(top + l.pad_y, l.kernel_h, l.stride_y));
-      const int64_t last_y = std::min((top + l.pad_y) / l.stride_y, from.bottom - 1);
+      bottom = l.dilation_y > 1 ? top + 1 : cell_end(top, l.pad_y, l.kernel_h, l.stride_y, to.bottom);
+      Rect r{std::max(from.top, first_source(top + l.pad_y, span_y, l.stride_y)),
+             std::min((top + l.pad_y) / l.stride_y + 1, from.bottom)};
       for (int64_t left = to.left, right; left < to.right; left = right) {
-        right = cell_end(left, l.pad_x, l.kernel_w, l.stride_x, to.right);
-        int64_t n = 0;
-        const int32_t *columns = column, *places = place;
-        if (bottom == top + 1 && right == left + 1) {
-          const int64_t* start = out.start.get() + top * t.map_width + left;
-          n = start[1] - start[0];
-          columns = work_.weight[static_cast<size_t>(link)].column.get() + start[0];
-          places = work_.counted.get() + start[0];
-        } else {
-          for (int64_t y = top; y < bottom; ++y)
-            for (int64_t x = left; x < right; ++x) {
-              const int64_t* start = out.start.get() + y * t.map_width + x;
-              const int64_t away = ((y - top) * l.kernel_w + x - left) * t.channels;
-              for (int64_t k = start[0]; k < start[1]; ++k, ++n) {
-                column[n] = static_cast<int32_t>((away + out.channel[static_cast<size_t>(k)]) * s.channels);
-                place[n] = static_cast<int32_t>(k);
+        right = l.dilation_x > 1 ? left + 1 : cell_end(left, l.pad_x, l.kernel_w, l.stride_x, to.right);
+        r.left = std::max(from.left, first_source(left + l.pad_x, span_x, l.stride_x));
+        r.right = std::min((left + l.pad_x) / l.stride_x + 1, from.right);
+        for (int64_t group = 0; group < groups; ++group) {
+          const auto among = [&](int64_t position) FR_INLINE_LAMBDA {  // the outputs of a position
+            if (groups == 1)
+              return Run{out.start[static_cast<size_t>(position)], out.start[static_cast<size_t>(position) + 1]};
+            const int32_t* start = offsets.stage_start.get() + position * groups + group;
+            return Run{start[0], start[1]};
+          };
+          int64_t n = 0;
+          const int32_t *columns = column, *places = place;
+          if (bottom == top + 1 && right == left + 1) {
+            const Run run = among(top * t.map_width + left);
+            n = run.end - run.begin;
+            columns = offsets.column.get() + run.begin;
+            places = work_.counted.get() + run.begin;
+          } else {
+            for (int64_t y = top; y < bottom; ++y)
+              for (int64_t x = left; x < right; ++x) {
+                const Run run = among(y * t.map_width + x);
+                const int64_t away = ((y - top) * l.kernel_w + x - left) * own * s.channels;
+                for (int64_t k = run.begin; k < run.end; ++k, ++n) {
+                  column[n] = static_cast<int32_t>(away) + offsets.column[static_cast<size_t>(k)];
+                  place[n] = static_cast<int32_t>(k);
+                }
               }
-            }
+          }
+          if (n == 0) continue;
+          const int count = meets<kLines>(l, link, group, top, left, r);
+          if (count == 0 && kTo == Result::add) continue;
+          const int64_t ky = kLines ? top + l.pad_y : (top + l.pad_y) / l.dilation_y;
+          const int64_t kx = kLines ? left + l.pad_x : (left + l.pad_x) / l.dilation_x;
+          const Product p{work_.runs.get(), count, work_.values(l.source), offsets.at.get(),
+                          l.weight + (ky * l.kernel_w + kx) * own * s.channels};
+          pieces(n, [&](int64_t at, int64_t size) {
+            product_of<kM, kTo>(size)(p, columns + at, places + at, work_.values(stage));
+          });
         }
-        if (n == 0) continue;
-        const int64_t first_x = std::max(from.left, first_source(left + l.pad_x, l.kernel_w, l.stride_x));
-        const int64_t last_x = std::min((left + l.pad_x) / l.stride_x, from.right - 1);
-        int count = 0;
-        for (int64_t y = first_y; y <= last_y && first_x <= last_x; ++y) {
-          const int64_t* start = in.start.get() + y * s.map_width;
-          if (start[first_x] < start[last_x + 1]) runs[count++] = {start[first_x], start[last_x + 1]};
-        }
-        if (count == 0 && kTo == Result::add) continue;
-        const float* base = l.weight + ((top + l.pad_y) * l.kernel_w + left + l.pad_x) * t.channels * s.channels;
-        const Product p{runs, count, work_.values(l.source), work_.weight[static_cast<size_t>(link)].at.get(), base};
-        pieces(n, [&](int64_t at, int64_t size) {
-          product_of<kM, kTo>(size)(p, columns + at, places + at, work_.values(stage));
-        });
       }
     }
   }
@@ -312,118 +374,53 @@ class Block {
     const GraphStage &t = g_.stages[stage], &s = g_.stages[l.source];
     const Rect from = work_.rects[l.source];
     const Alive& in = work_.alive[static_cast<size_t>(l.source)];
-    const int64_t inputs = t.map_height * t.map_width * t.channels, taps = l.kernel_h * l.kernel_w * t.channels;
+    const Offsets& offsets = work_.weight[static_cast<size_t>(link)];
+    const int64_t own = t.channels / l.groups, taps = l.kernel_h * l.kernel_w * own;
+    const int64_t span_y = span_of(l.kernel_h, l.dilation_y), span_x = span_of(l.kernel_w, l.dilation_x);
     int32_t *inside = work_.column.get(), *border = work_.place.get();
     for (int64_t k = 0; k < taps; ++k) {
-      const int64_t line = l.kernel_w * t.channels;
-      inside[k] = static_cast<int32_t>(k / line * t.map_width * t.channels + k % line);
+      const int64_t line = l.kernel_w * own, ky = k / line, kx = k % line / own;
+      inside[k] = static_cast<int32_t>((ky * l.dilation_y * t.map_width + kx * l.dilation_x) * t.channels + k % own);
     }
     for (int64_t py = from.top; py < from.bottom; ++py)
       for (int64_t px = from.left; px < from.right; ++px) {
-        const int64_t* start = in.start.get() + py * s.map_width + px;
-        const Run run{start[0], start[1]};
-        if (run.begin == run.end) continue;
+        const int64_t position = py * s.map_width + px, *start = in.start.get() + position;
+        if (start[0] == start[1]) continue;
         const int64_t top = py * l.stride_y - l.pad_y, left = px * l.stride_x - l.pad_x;
         float* to = work_.values(stage);
         const int32_t* place = inside;
-        if (top >= 0 && left >= 0 && top + l.kernel_h <= t.map_height && left + l.kernel_w <= t.map_width) {
+        if (top >= 0 && left >= 0 && top + span_y <= t.map_height && left + span_x <= t.map_width) {
           to += (top * t.map_width + left) * t.channels * kM * kLanes;
-        } else {  // taps beyond the border go to one place behind the image
+        } else {  // taps beyond the border go to a place behind the image
           int32_t* at = border;
           place = border;
-          for (int64_t y = top; y < top + l.kernel_h; ++y)
-            for (int64_t x = left; x < left + l.kernel_w; ++x)
-              for (int64_t c = 0; c < t.channels; ++c) {
+          for (int64_t y = top; y < top + span_y; y += l.dilation_y)
+            for (int64_t x = left; x < left + span_x; x += l.dilation_x)
+              for (int64_t c = 0; c < own; ++c) {
                 const bool on = y >= 0 && x >= 0 && y < t.map_height && x < t.map_width;
-                *at++ = static_cast<int32_t>(on ? (y * t.map_width + x) * t.channels + c : inputs);
+                *at++ = static_cast<int32_t>(on ? (y * t.map_width + x) * t.channels + c : t.numbers());
               }
         }
-        const float* base = l.weight + (py * l.stride_y * l.kernel_w + px * l.stride_x) * t.channels;
-        pieces(taps, [&](int64_t at, int64_t size) {
-          const Product p{&run, 1, work_.values(l.source), work_.weight[static_cast<size_t>(link)].at.get(), base + at};
-          product_of<kM, Result::line>(size)(p, nullptr, place + at, to);
-        });
-      }
-  }
-
-  // The extremes over the input set.
-  void leave() {
-    const ConcretizeArgs& e = g_.end;
-    const int input = g_.count - 1;
-    const GraphStage& s = g_.stages[input];
-    const int64_t base = work_.example * s.map_height * s.map_width * s.channels;
-    const bool box = e.center != nullptr;
-    const float *middle = (box ? e.center : e.x) + base, *reach = (box ? e.radius : e.eps) + base;
-    Vec mid[kM], size[kM];
-    each([&](int m) { mid[m] = size[m] = Vec(0.f); });
-    const auto end = [&](const auto& term) FR_INLINE_LAMBDA {
-      for (int64_t y = work_.rects[input].top; y < work_.rects[input].bottom; ++y) {
-        const Run run = line_of(input, y);
-        Vec a[kM], b[kM];
-        each([&](int m) FR_INLINE_LAMBDA { a[m] = b[m] = Vec(0.f); });
-        for (int64_t i = run.begin; i < run.end; ++i) {
-          const Vec c(middle[i]), r(reach[i]);
-          each([&](int m) FR_INLINE_LAMBDA {
-            const Vec v = load(work_.values(input) + (i * kM + m) * kLanes);
-            a[m] = fmadd(v, c, a[m]);
-            b[m] = term(v, r, b[m]);
+        for (int64_t group = 0; group < l.groups; ++group) {
+          Run run{start[0], start[1]};
+          if (l.groups > 1) {
+            const int32_t* part = offsets.source_start.get() + position * l.groups + group;
+            run = {part[0], part[1]};
+          }
+          if (run.begin == run.end) continue;
+          pieces(taps, [&](int64_t at, int64_t size) {
+            const Product p{&run, 1, work_.values(l.source), offsets.at.get(), l.weight + at};
+            product_of<kM, Result::line>(size)(p, nullptr, place + at, to + group * own * kM * kLanes);
           });
         }
-        each([&](int m) FR_INLINE_LAMBDA {
-          mid[m] = mid[m] + a[m];
-          size[m] = e.dual == Dual::linf ? vmax_nan(size[m], b[m]) : size[m] + b[m];
-        });
       }
-    };
-    if (work_.rects[input].empty())
-      ;
-    else if (box)
-      end([](Vec v, Vec r, Vec sum) FR_INLINE_LAMBDA { return fmadd(vabs(v), r, sum); });
-    else if (e.dual == Dual::l1)
-      end([](Vec v, Vec r, Vec sum) FR_INLINE_LAMBDA { return norm_term<Dual::l1>(vabs(v * r), sum); });
-    else if (e.dual == Dual::l2)
-      end([](Vec v, Vec r, Vec sum) FR_INLINE_LAMBDA { return norm_term<Dual::l2>(vabs(v * r), sum); });
-    else
-      end([](Vec v, Vec r, Vec sum) FR_INLINE_LAMBDA { return norm_term<Dual::linf>(vabs(v * r), sum); });
-    float low[kM * kLanes], up[kM * kLanes], centre[kM * kLanes], length[kM * kLanes];
-    each([&](int m) {
-      store(low + m * kLanes, low_[m]), store(up + m * kLanes, up_[m]);
-      store(centre + m * kLanes, mid[m]);
-      store(length + m * kLanes, size[m]);
-    });
-    for (int64_t i = 0; i < n_ && e.dual == Dual::l2 && !box; ++i)
-      length[i] = root_of_squares(length[i], [&] {
-        double wide = 0.;
-        for (int64_t y = work_.rects[input].top; y < work_.rects[input].bottom; ++y) {
-          const Run run = line_of(input, y);
-          for (int64_t k = run.begin; k < run.end; ++k) {
-            const float w = work_.values(input)[k * kM * kLanes + i] * reach[k];
-            wide += static_cast<double>(w) * w;
-          }
-        }
-        return wide;
-      });
-    for (int64_t i = 0; i < n_; ++i) {
-      const auto put = [&](int side, float offset) {
-        const int64_t at = side * g_.rows + row_[i];
-        const float end_of = side == 1 ? centre[i] + length[i] : centre[i] - length[i];
-        e.out[at] = g_.b[at] + (offset + lost_[i]) + end_of;
-      };
-      put(side_[i], low[i]);
-      if (shared_) put(1, up[i]);
-    }
   }
 
-  const GraphArgs& g_;
-  GraphWork& work_;
-  int64_t group_, n_ = 0, first_ = 0;
-  int64_t row_[kM * kLanes];
-  int side_[kM * kLanes];
-  float lost_[kM * kLanes];
+  int64_t group_, first_ = 0;
+  alignas(64) float lane_group_[kM * kLanes] = {};  // of unit vectors through a convolution with groups
   Part parts_[kM * kLanes];
   int parts_count_ = 0;
-  Vec flip_[kM], low_[kM], up_[kM];
-  bool shared_ = false;
+  Vec flip_[kM];
 };
 
 void run_group(GraphWork& work, int64_t group) {
@@ -431,7 +428,7 @@ void run_group(GraphWork& work, int64_t group) {
   const int64_t own = g.starts[group + 1] - g.starts[group], items = work.apart ? 2 * own : own;
   if (own == 0) return;
   work.turn_to(g.example[group]);
-  frame(work, group);
+  frame(g, group, work.rects.get());
   over_rows<Block>(work, group, items);
 }
 
@@ -442,6 +439,17 @@ void live_graph_cpu(const GraphArgs& g) {
     GraphWork work(g);
     for (int64_t i = begin; i < end; ++i) run_group(work, i);
   });
+}
+
+WindowSize live_graph_window_cpu(const GraphArgs& g) {
+  const std::unique_ptr<Rect[]> rects(new Rect[static_cast<size_t>(g.count)]);
+  WindowSize size{1, 1};
+  for (int64_t i = 0; i < g.groups; ++i) {
+    frame(g, i, rects.get());
+    const Rect& r = rects[static_cast<size_t>(g.count) - 1];
+    size = {std::max(size.height, r.bottom - r.top), std::max(size.width, r.right - r.left)};
+  }
+  return size;
 }
 
 FR_NS_END

@@ -9,31 +9,47 @@
 
 FR_NS_BEGIN
 
+// `channels` numbers of each position, from positions that are `from_apart` to such that are `to_apart`.
+inline void copy_channels(const float* from, int64_t positions, int64_t channels, int64_t from_apart, float* to,
+                          int64_t to_apart) {
+  if (from_apart == channels && to_apart == channels) {
+    std::copy_n(from, positions * channels, to);
+    return;
+  }
+  for (; positions > 0; --positions, from += from_apart, to += to_apart) std::copy_n(from, channels, to);
+}
+
 struct Bordered {
   int64_t positions_h, positions_w;    // of the convolution
   int64_t image_h, image_w, channels;  // without the border
   int64_t kernel_h, kernel_w, stride_y, stride_x, pad_y, pad_x;
+  int64_t dilation_y = 1, dilation_x = 1;
 
-  int64_t height() const { return (positions_h - 1) * stride_y + kernel_h; }
-  int64_t width() const { return (positions_w - 1) * stride_x + kernel_w; }
+  int64_t height() const { return (positions_h - 1) * stride_y + (kernel_h - 1) * dilation_y + 1; }
+  int64_t width() const { return (positions_w - 1) * stride_x + (kernel_w - 1) * dilation_x + 1; }
   int64_t pitch() const { return width() * channels; }
   int64_t line() const { return kernel_w * channels; }  // of taps
-  bool whole_vectors() const { return line() % kLanes == 0; }
+  bool dilated() const { return dilation_y != 1 || dilation_x != 1; }
+  bool whole_vectors() const { return line() % kLanes == 0 && !dilated(); }  // of windows that need no patches
   int64_t numbers() const { return height() * pitch(); }
 
-  // Into the middle of `to`, whose border stays as it is.
-  void fill(const float* image, float* to) const {
-    const int64_t lines = std::min(image_h, height() - pad_y);
-    const int64_t count = std::min(image_w, width() - pad_x) * channels;
-    for (int64_t y = 0; y < lines && count > 0; ++y)
-      std::copy_n(image + y * image_w * channels, count, to + (y + pad_y) * pitch() + pad_x * channels);
+  // Into the middle of `to`, whose border stays as it is. The image may be a group of another's channels, of which a
+  // position has `apart`.
+  void fill(const float* image, float* to, int64_t apart) const {
+    const int64_t lines = std::min(image_h, height() - pad_y), columns = std::min(image_w, width() - pad_x);
+    for (int64_t y = 0; y < lines && columns > 0; ++y)
+      copy_channels(image + y * image_w * apart, columns, channels, apart,
+                    to + (y + pad_y) * pitch() + pad_x * channels, channels);
   }
+  void fill(const float* image, float* to) const { fill(image, to, channels); }
 
   // The taps of every position of a bordered image, zero beyond them: [positions][patch_stride(lanes)].
   void patches(const float* image, int64_t lanes, float* to) const {
-    if (line() == 4)
+    if (dilated())
+      patches_apart(image, lanes, to);
+    else if (line() == 4)
       patches_by(image, lanes, to, [](const float* from, float* out, int64_t) { std::memcpy(out, from, 16); });
-    else if (whole_vectors())
+    else if (line() % kLanes == 0)
       patches_by(image, lanes, to, [](const float* from, float* out, int64_t n) {
         for (int64_t i = 0; i < n; i += kLanes) store(out + i, load(from + i));
       });
@@ -44,6 +60,17 @@ struct Bordered {
   }
 
  private:
+  void patches_apart(const float* image, int64_t lanes, float* to) const {
+    const int64_t taps = kernel_h * line();
+    for (int64_t y = 0; y < positions_h; ++y)
+      for (int64_t x = 0; x < positions_w; ++x, to += patch_stride(lanes)) {
+        const float* from = image + y * stride_y * pitch() + x * stride_x * channels;
+        for (int64_t ky = 0; ky < kernel_h; ++ky)
+          copy_channels(from + ky * dilation_y * pitch(), kernel_w, channels, dilation_x * channels, to + ky * line(),
+                        channels);
+        std::fill(to + taps, to + lanes, 0.f);
+      }
+  }
   template <class Copy>
   void patches_by(const float* image, int64_t lanes, float* to, const Copy& copy) const {
     const int64_t n = line(), row = pitch(), taps = kernel_h * n;

@@ -3,8 +3,7 @@
 #include <memory>
 
 #include "bounds/entry_cpu.h"
-#include "bounds/fma.h"
-#include "bounds/formulas.h"
+#include "bounds/relu_box.h"
 #include "runtime/parallel.h"
 
 FR_NS_BEGIN
@@ -42,14 +41,13 @@ void relu_box_cpu(const ReluBoxArgs& g) {
       int64_t living = 0;
       each(g, example, [&](int64_t at, int64_t i, int n) FR_INLINE_LAMBDA {
         const Vec c = get(g.center + at, n), r = get(g.radius + (g.shared ? i : at), n), b = get(bias.get() + i, n);
-        const Vec l = c - r, u = c + r;
         if (g.slopes != nullptr) {
           Vec slope_low, slope_up, low, up;
-          relu_lines(l, u, Vec(0.f), g.adaptive, slope_low, slope_up, low, up);
+          relu_box_lines(c, r, b, g.adaptive, slope_low, slope_up, low, up);
           put(g.slopes + at, slope_low, n);
           if (g.adaptive) put(g.slopes + all + at, slope_up, n);
-          put(g.intercepts + at, fmadd(slope_low, b, low), n);
-          put(g.intercepts + all + at, fmadd(slope_up, b, up), n);
+          put(g.intercepts + at, low, n);
+          put(g.intercepts + all + at, up, n);
           living += __builtin_popcount(~bits(slope_up == Vec(0.f)) & ((1u << n) - 1));
         }
         if (g.next_center == nullptr) return;
@@ -67,7 +65,7 @@ void relu_box_grad_cpu(const ReluBoxGradArgs& a) {
   const ReluBoxArgs& g = a.forward;
   const Floats bias = repeated(g);
   const int64_t all = g.batch * g.n;
-  const int64_t per = std::max<int64_t>(1, (g.batch + 15) / 16), blocks = (g.batch + per - 1) / per;
+  const int64_t per = examples_of_run(g.batch), blocks = runs_of(g.batch);
   // sums over the examples of a block: of what reaches the biases, and of the radius' gradient where one serves all
   const int64_t sums = std::max<int64_t>(1, blocks) * g.n;
   const Floats to_bias = zeros(sums), to_radius = zeros(g.shared ? sums : 1);
@@ -76,23 +74,15 @@ void relu_box_grad_cpu(const ReluBoxGradArgs& a) {
       float* const bias_sums = to_bias.get() + example / per * g.n;
       float* const radius_sums = g.shared ? to_radius.get() + example / per * g.n : nullptr;
       each(g, example, [&](int64_t at, int64_t i, int n) FR_INLINE_LAMBDA {
-        const Vec zero(0.f), half(0.5f), c = get(g.center + at, n), r = get(g.radius + (g.shared ? i : at), n),
-                                         b = get(bias.get() + i, n), l = c - r, u = c + r;
+        const Vec zero(0.f), c = get(g.center + at, n), r = get(g.radius + (g.shared ? i : at), n),
+                             b = get(bias.get() + i, n);
         Vec to_l = zero, to_u = zero, through = zero;  // through: what the lines bring to the bias
-        if (a.from_slopes != nullptr) {
-          const Vec to_low = get(a.from_intercepts + at, n), to_up = get(a.from_intercepts + all + at, n);
-          Vec slope_low, slope_up, low, up;
-          relu_lines(l, u, zero, g.adaptive, slope_low, slope_up, low, up);
-          const Vec to_slope = g.adaptive ? fmadd(b, to_up, get(a.from_slopes + all + at, n))
-                                          : fmadd(b, to_low + to_up, get(a.from_slopes + at, n));
-          relu_lines_grad(l, u, zero, to_slope, to_up, to_l, to_u);
-          through = fmadd(slope_low, to_low, slope_up * to_up);
-        }
-        if (a.from_center != nullptr) {
-          const Vec x = get(a.from_center + at, n), y = get(a.from_radius + at, n);
-          to_l = to_l + select(l > zero, half * (x - y), zero);
-          to_u = to_u + select(u > zero, half * (x + y), zero);
-        }
+        if (a.from_slopes != nullptr)
+          through =
+              relu_box_lines_grad(c, r, b, g.adaptive, get(a.from_slopes + (g.adaptive ? all : 0) + at, n),
+                                  get(a.from_intercepts + at, n), get(a.from_intercepts + all + at, n), to_l, to_u);
+        if (a.from_center != nullptr)
+          relu_center_grad(c, r, get(a.from_center + at, n), get(a.from_radius + at, n), to_l, to_u);
         const Vec to_c = to_l + to_u, to_r = to_u - to_l;
         put(a.to_center + at, to_c, n);
         if (g.shared)

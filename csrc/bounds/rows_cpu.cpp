@@ -53,16 +53,16 @@ void back_row(const BackArgs& g, int64_t row, int64_t begin, int64_t end, Sums* 
       const int64_t to = k * r.length + at;
       Vec a = get(a0[k] + at);
       if (less[k] != nullptr) a = a - get(less[k] + at);
-      low[k] = fmadd(a, by_sign(a, il, iu), low[k]);
-      put(o0 + to, a * (kTwo ? by_sign(a, sl, su) : sl));
+      low[k] = fmadd(a, serving(0, a, il, iu), low[k]);
+      put(o0 + to, a * (kTwo ? serving(0, a, sl, su) : sl));
       if (kSides == 2) {
         Vec c = a;
         if (r.side_stride != 0) {
           c = get(a0[k] + r.side_stride + at);
           if (less[k] != nullptr) c = c - get(less[k] + r.side_stride + at);
         }
-        up[k] = fmadd(c, by_sign(c, iu, il), up[k]);
-        if (kOut == 2) put(o1 + to, c * (kTwo ? by_sign(c, su, sl) : sl));
+        up[k] = fmadd(c, serving(1, c, il, iu), up[k]);
+        if (kOut == 2) put(o1 + to, c * (kTwo ? serving(1, c, sl, su) : sl));
       }
     }
   };

@@ -31,10 +31,10 @@ __global__ void __launch_bounds__(kThreads, 4) back_kernel(BackArgs g) {
           for (int k = 0; k < i.count; ++k) {  // where there is no map its numbers are zero: so is what is written
             const bool there = m.there(k);
             const float one = a.v[k], other = c.v[k];
-            t.v[0][k] = there ? one * by_sign(one, il.v[k], iu.v[k]) : 0.f;
-            t.v[1][k] = there && two ? other * by_sign(other, iu.v[k], il.v[k]) : 0.f;
-            a.v[k] = there ? one * by_sign(one, sl.v[k], su.v[k]) : 0.f;
-            c.v[k] = there ? other * by_sign(other, su.v[k], sl.v[k]) : 0.f;
+            t.v[0][k] = there ? one * serving(0, one, il.v[k], iu.v[k]) : 0.f;
+            t.v[1][k] = there && two ? other * serving(1, other, il.v[k], iu.v[k]) : 0.f;
+            a.v[k] = there ? one * serving(0, one, sl.v[k], su.v[k]) : 0.f;
+            c.v[k] = there ? other * serving(1, other, sl.v[k], su.v[k]) : 0.f;
           }
           store_at(out, i, a);
           if (two && out_up != nullptr) store_at(out_up, i, c);

@@ -129,11 +129,7 @@ void concretize_grad_row(const ConcretizeGradArgs& g, int64_t row) {
     for (int side = 0; side < kSides; ++side) {
       const int k = kApart ? side : 0;
       if (side == k) v = coefficients(a + k * r.side_stride, less == nullptr ? less : less + k * r.side_stride, at, n);
-      const Vec t(g.from[side * r.count + row]), signed_t = side == 0 ? -t : t;
-      const Vec turned = select(v > zero, signed_t, select(v < zero, -signed_t, zero));  // signed_t * sign(v)
-      out[k] = out[k] + t * c + turned * reach;
-      add_c = add_c + t * v;
-      add_r = add_r + turned * v;
+      extreme_grad(side, v, Vec(g.from[side * r.count + row]), c, reach, out[k], add_c, add_r);
     }
     put(out0 + at, out[0], n);
     if (kApart) put(out1 + at, out[1], n);

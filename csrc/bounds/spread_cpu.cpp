@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <cstring>
 
+#include "bounds/depthwise_cpu.h"
 #include "bounds/entry_cpu.h"
+#include "bounds/patches_cpu.h"
 #include "bounds/serial_cpu.h"
 #include "bounds/taps.h"
 #include "core/floats.h"
@@ -42,7 +44,7 @@ void add_lines(const SpreadArgs& g, const Place& at, const float* taps) {
       const float* t = taps + x * g.lanes;
       if (left >= 0 && left + g.kernel_w <= g.out_w) {
         for (int64_t ky = at.first_y; ky < at.last_y; ++ky) {
-          float* o = at.out + ((at.top + ky) * g.out_w + left) * g.out_c;
+          float* o = at.out + ((at.top + ky * g.dilation_y) * g.out_w + left) * g.out_c;
           if constexpr (kQuad)
             add_quad(o, t + ky * 4);
           else
@@ -53,8 +55,21 @@ void add_lines(const SpreadArgs& g, const Place& at, const float* taps) {
       const int64_t first = std::max<int64_t>(0, -left);
       const int64_t count = (std::min(g.kernel_w, g.out_w - left) - first) * g.out_c;
       for (int64_t ky = at.first_y; ky < at.last_y; ++ky)
-        add_to(at.out + ((at.top + ky) * g.out_w + left + first) * g.out_c, t + ky * line + first * g.out_c, count);
+        add_to(at.out + ((at.top + ky * g.dilation_y) * g.out_w + left + first) * g.out_c,
+               t + ky * line + first * g.out_c, count);
     }
+}
+
+// The same where neighbours of a line of taps are not neighbours on the output.
+void add_taps_apart(const SpreadArgs& g, const Place& at, const float* taps) {
+  for (int64_t x = 0; x < g.in_w; ++x)
+    for (int64_t ky = at.first_y; ky < at.last_y; ++ky)
+      for (int64_t kx = 0; kx < g.kernel_w; ++kx) {
+        const int64_t column = at.left + x * g.stride_x + kx * g.dilation_x;
+        if (column < 0 || column >= g.out_w) continue;
+        add_to(at.out + ((at.top + ky * g.dilation_y) * g.out_w + column) * g.out_c,
+               taps + x * g.lanes + (ky * g.kernel_w + kx) * g.out_c, g.out_c);
+      }
 }
 
 // The taps of one row of positions, `row` counted over all examples.
@@ -67,9 +82,11 @@ FR_HD void add_row(const SpreadArgs& g, int64_t row, const float* taps) {
     at.top += g.origin_y[item % g.origins];
     at.left += g.origin_x[item % g.origins];
   }
-  at.first_y = std::max<int64_t>(0, -at.top);
-  at.last_y = std::min(g.kernel_h, g.out_h - at.top);
-  if (g.kernel_w * g.out_c == 4)
+  at.first_y = std::max<int64_t>(0, (g.dilation_y - 1 - at.top) / g.dilation_y);
+  at.last_y = at.top >= g.out_h ? 0 : std::min(g.kernel_h, (g.out_h - 1 - at.top) / g.dilation_y + 1);
+  if (g.dilation_x != 1)
+    add_taps_apart(g, at, taps);
+  else if (g.kernel_w * g.out_c == 4)
     add_lines<true>(g, at, taps);
   else
     add_lines<false>(g, at, taps);
@@ -82,7 +99,7 @@ class Lines {
   // Whether the lines of a row of positions lie side by side, and enough of them fit.
   static bool serve(const SpreadArgs& g) {
     return g.lanes == kLanes && g.kernel_w == 4 && g.out_c == 1 && 4 % g.stride_x == 0 && g.pad_x < kLanes &&
-           g.origin_y == nullptr && Lines(g).numbers() <= kMost;
+           g.dilation_y == 1 && g.dilation_x == 1 && g.origin_y == nullptr && Lines(g).numbers() <= kMost;
   }
   explicit Lines(const SpreadArgs& g)
       : g_(g),
@@ -210,9 +227,7 @@ void spread_rows(const SpreadArgs& g, int64_t begin, int64_t end) {
   }
 }
 
-}  // namespace
-
-void spread_items(const SpreadArgs& g, int64_t begin, int64_t end) {
+void spread_group(const SpreadArgs& g, int64_t begin, int64_t end) {
   using Fn = void (*)(const SpreadArgs&, int64_t, int64_t);
   const int64_t vectors = g.lanes / kLanes;
   Fn f = spread_rows<kTapBlock>;
@@ -223,6 +238,48 @@ void spread_items(const SpreadArgs& g, int64_t begin, int64_t end) {
       f = spread_rows<3>;
   }
   f(g, begin, end);
+}
+
+// One channel a group and as many of the result.
+void spread_depthwise(const SpreadArgs& g, int64_t begin, int64_t end) {
+  Depthwise d{g.in_h,     g.in_w,     g.out_h, g.out_w, g.out_c,      g.kernel_h,  g.kernel_w,
+              g.stride_y, g.stride_x, g.pad_y, g.pad_x, g.dilation_y, g.dilation_x};
+  const Floats weight(d.numbers());
+  d.turn(g.weight, g.lanes, weight.get());
+  for (int64_t i = begin; i < end; ++i) {
+    if (g.origin_y != nullptr)
+      d.pad_y = g.pad_y - g.origin_y[i % g.origins], d.pad_x = g.pad_x - g.origin_x[i % g.origins];
+    std::fill_n(g.out + i * d.image(), d.image(), 0.f);
+    d.spread(g.a + i * d.result(), weight.get(), g.out + i * d.image());
+  }
+}
+
+// Group by group: the channels of one are copied out of the rows and into them, which is little beside the products.
+void spread_groups(const SpreadArgs& g, int64_t begin, int64_t end) {
+  SpreadArgs one = g;
+  one.groups = 1, one.in_c = g.in_c / g.groups, one.out_c = g.out_c / g.groups;
+  const int64_t some = g.origin_y != nullptr ? 1 : 8, in = g.in_h * g.in_w, out = g.out_h * g.out_w;
+  const Floats a(some * in * one.in_c), found(some * out * one.out_c);
+  one.a = a.get(), one.out = found.get();
+  for (int64_t i = begin; i < end; i += some) {
+    const int64_t n = std::min(some, end - i);
+    if (g.origin_y != nullptr)
+      one.origins = 1, one.origin_y = g.origin_y + i % g.origins, one.origin_x = g.origin_x + i % g.origins;
+    for (int64_t k = 0; k < g.groups; ++k) {
+      one.weight = g.weight + k * one.in_c * g.lanes;
+      copy_channels(g.a + i * in * g.in_c + k * one.in_c, n * in, one.in_c, g.in_c, a.get(), one.in_c);
+      spread_group(one, 0, n);
+      copy_channels(found.get(), n * out, one.out_c, one.out_c, g.out + i * out * g.out_c + k * one.out_c, g.out_c);
+    }
+  }
+}
+
+}  // namespace
+
+void spread_items(const SpreadArgs& g, int64_t begin, int64_t end) {
+  if (g.groups == 1) return spread_group(g, begin, end);
+  if (begin >= end) return;
+  g.groups == g.in_c&& g.groups == g.out_c ? spread_depthwise(g, begin, end) : spread_groups(g, begin, end);
 }
 
 void spread_cpu(const SpreadArgs& g) {

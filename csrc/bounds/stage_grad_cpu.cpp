@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <memory>
 
+#include "bounds/depthwise_cpu.h"
 #include "bounds/entry_cpu.h"
 #include "bounds/fma.h"
 #include "bounds/patches_cpu.h"
@@ -16,12 +17,39 @@ namespace {
 
 int64_t padded(int64_t channels) { return (channels + kLanes - 1) / kLanes * kLanes; }
 
-// A convolution, seen from the image that its adjoint wrote to.
+// A convolution, seen from the image that its adjoint wrote to; with groups, that of one of them.
 struct GradLink {
   Bordered border;
-  Floats turned;  // the weight, [lanes][channels of the source, padded]
-  int64_t channels = 0, wide = 0, positions = 0, lanes = 0, weight_at = 0;
-  bool direct = false;  // without patches
+  Depthwise depthwise{};
+  Floats turned;  // the weight, [groups][lanes][channels of the source, padded], or that of `depthwise`
+  int64_t channels = 0, wide = 0, positions = 0, lanes = 0, groups = 1, weight_at = 0;
+  bool direct = false;         // without patches
+  bool by_channel = false;     // depthwise
+  int64_t whole_channels = 0;  // of the source
+
+  void reset(const GraphLink& l, const GraphStage& from, const GraphStage& to) {
+    groups = l.groups, channels = from.channels / groups, wide = padded(channels), lanes = l.lanes;
+    whole_channels = from.channels;
+    positions = from.map_height * from.map_width;
+    by_channel = groups > 1 && groups == from.channels && groups == to.channels;
+    border = {from.map_height, from.map_width, to.map_height, to.map_width, to.channels / groups,
+              l.kernel_h,      l.kernel_w,     l.stride_y,    l.stride_x,   l.pad_y,
+              l.pad_x,         l.dilation_y,   l.dilation_x};
+    if (by_channel) {
+      depthwise = {from.map_height, from.map_width, to.map_height, to.map_width, to.channels,  l.kernel_h,  l.kernel_w,
+                   l.stride_y,      l.stride_x,     l.pad_y,       l.pad_x,      l.dilation_y, l.dilation_x};
+      turned = Floats(depthwise.numbers());
+      depthwise.turn(l.weight, lanes, turned.get());
+      return;
+    }
+    direct = border.whole_vectors() && wide <= kMostTaps * kLanes;
+    turned = Floats::zeros(groups * lanes * wide);
+    for (int64_t c = 0; c < from.channels; ++c)
+      for (int64_t t = 0; t < lanes; ++t)
+        turned[(c / channels * lanes + t) * wide + c % channels] = l.weight[c * lanes + t];
+  }
+  // Of the gradient of the weight, as it is summed.
+  int64_t sums() const { return by_channel ? depthwise.numbers() : whole_channels * lanes; }
 };
 
 // Where things lie in a block's sums, and the links.
@@ -29,10 +57,10 @@ struct GradPlan {
   StagePlan stages;
   std::unique_ptr<GradLink[]> link;
   std::unique_ptr<int64_t[]> lines_at;  // of each stage
-  int64_t sums = 0, patch = 0, spare = 0;
+  int64_t sums = 0, patch = 0, spare = 0, slice = 0;
 
   GradPlan(const GraphGradArgs& a, int links)
-      : stages(a.graph),
+      : stages(a.graph, true),
         link(new GradLink[static_cast<size_t>(links + 1)]),
         lines_at(new int64_t[static_cast<size_t>(a.graph.count)]) {
     const GraphArgs& g = a.graph;
@@ -42,21 +70,15 @@ struct GradPlan {
       if (s.shared) sums += 3 * size_of(s);
       for (int k = s.first; k < s.first + s.links; ++k) {
         const GraphLink& l = g.links[k];
-        if (l.kind == LinkKind::identity) continue;
-        const GraphStage& from = g.stages[l.source];
+        if (l.kind != LinkKind::conv) continue;
         GradLink& c = link[static_cast<size_t>(k)];
-        c.border = {from.map_height, from.map_width, s.map_height, s.map_width, s.channels, l.kernel_h,
-                    l.kernel_w,      l.stride_y,     l.stride_x,   l.pad_y,     l.pad_x};
-        c.channels = from.channels, c.wide = padded(from.channels), c.lanes = l.lanes;
-        c.positions = from.map_height * from.map_width;
-        c.direct = c.border.whole_vectors() && c.wide <= kMostTaps * kLanes;
-        c.turned = Floats::zeros(c.lanes * c.wide);
-        for (int64_t o = 0; o < c.channels; ++o)
-          for (int64_t t = 0; t < c.lanes; ++t) c.turned[t * c.wide + o] = l.weight[o * c.lanes + t];
+        c.reset(l, g.stages[l.source], s);
         c.weight_at = sums;
-        sums += c.channels * c.lanes;
+        sums += c.sums();
+        if (c.by_channel) continue;
         if (!c.direct) patch = std::max(patch, c.positions * patch_stride(c.lanes));
         spare = std::max(spare, c.positions * c.wide);
+        if (c.groups > 1) slice = std::max(slice, c.positions * c.channels);
       }
     }
   }
@@ -72,12 +94,13 @@ class Worker {
         bordered_(new Floats[static_cast<size_t>(links + 1)]),
         patch_(plan.patch),
         spare_(plan.spare),
+        slice_(plan.slice),
         scaled_(plan.stages.block * a.graph.sides * plan.stages.widest) {
     for (int i = 0; i < g_.count; ++i) {
       const GraphStage& s = g_.stages[i];
       grads_[static_cast<size_t>(i)] = Floats(plan.stages.block * g_.sides * size_of(s));
       for (int k = s.first; k < s.first + s.links; ++k)
-        if (g_.links[k].kind != LinkKind::identity)
+        if (g_.links[k].kind == LinkKind::conv)
           bordered_[static_cast<size_t>(k)] = Floats::zeros(plan.link[static_cast<size_t>(k)].border.numbers());
     }
     std::fill_n(zeros_, kStageRows, 0);
@@ -101,7 +124,13 @@ class Worker {
     c.center = g_.end.center, c.radius = g_.end.radius;
     c.from = from_;
     c.to_a = grad(input), c.to_center = a_.to_center, c.to_radius = a_.to_radius;
-    concretize_grad_rows(c, 0, n);
+    const int64_t size = size_of(g_.stages[input]);
+    if (c.center != nullptr)
+      concretize_grad_rows(c, 0, n);
+    else
+      std::fill_n(grad(input), in(input) * n * size, 0.f);
+    for (int m = 0; m < in(input) && a_.from_map != nullptr; ++m)
+      add_to(grad(input) + m * n * size, a_.from_map + (m * g_.rows + begin) * size, 1.f, n * size);
     entered(input);
     for (int i = input - 1; i >= 0; --i) up(i, sums);
   }
@@ -174,39 +203,69 @@ class Worker {
       add_to(result, from, l.sign, n_ * size);
       return;
     }
+    if (l.kind == LinkKind::pick) {
+      if (sets) std::fill_n(result, n_ * size, 0.f);
+      for (int64_t row = 0; row < n_; ++row, from += target, result += size) {
+        const int32_t* index = l.index + g_.example[begin_ + row] * size;
+        for (int64_t p = 0; p < size; ++p) result[p] += from[index[p]];
+      }
+      return;
+    }
     const GradLink& c = plan_.link[static_cast<size_t>(k)];
     const float* scaled = s.kept_out + (to * g_.rows + begin_) * size;
-    float* const border = bordered_[static_cast<size_t>(k)].get();
-    float* const own = sums + c.weight_at;
-    const auto nothing = [] {};
     for (int64_t row = 0; row < n_; ++row, from += target, scaled += size, result += size) {
-      const bool in_place = sets && c.wide == c.channels;
-      float* const found = in_place ? result : spare_.get();
-      c.border.fill(from, border);
-      if (c.direct) {
-        convolve_image(c.border, border, c.wide / kLanes, c.turned.get(), found, nothing);
-        add_window_sums(c.border, scaled, c.channels, border, c.lanes, own);
-      } else {
-        c.border.patches(border, c.lanes, patch_.get());
-        convolve(patch_.get(), c.positions, c.lanes, c.turned.get(), c.wide, found, nothing);
-        add_sums_of_taps(scaled, c.channels, patch_.get(), c.positions, c.lanes, own);
-      }
-      if (in_place) continue;
-      if (sets) std::fill_n(result, size, 0.f);
-      if (c.wide == c.channels) {
-        add_to(result, found, 1.f, size);
+      if (c.by_channel) {
+        if (sets) std::fill_n(result, size, 0.f);
+        c.depthwise.convolve(from, c.turned.get(), result);
+        c.depthwise.add_sums(scaled, from, sums + c.weight_at);
         continue;
       }
-      for (int64_t p = 0; p < c.positions; ++p)
-        for (int64_t o = 0; o < c.channels; ++o) result[p * c.channels + o] += found[p * c.wide + o];
+      for (int64_t group = 0; group < c.groups; ++group)
+        conv_up(c, group, from, t.channels, scaled, result, sets, bordered_[static_cast<size_t>(k)].get(),
+                sums + c.weight_at);
     }
+  }
+
+  // One row of one group; `apart` channels of the image that `from` is.
+  void conv_up(const GradLink& c, int64_t group, const float* from, int64_t apart, const float* scaled, float* result,
+               bool sets, float* border, float* sums) {
+    const bool in_place = sets && c.wide == c.whole_channels;
+    const int64_t first = group * c.channels;
+    const float* turned = c.turned.get() + group * c.lanes * c.wide;
+    float* const found = in_place ? result : spare_.get();
+    const auto nothing = [] {};
+    sums += first * c.lanes;
+    c.border.fill(from + group * c.border.channels, border, apart);
+    if (c.groups > 1) {
+      copy_channels(scaled + first, c.positions, c.channels, c.whole_channels, slice_.get(), c.channels);
+      scaled = slice_.get();
+    }
+    if (c.direct) {
+      convolve_image(c.border, border, c.wide / kLanes, turned, found, nothing);
+      add_window_sums(c.border, scaled, c.channels, border, c.lanes, sums);
+    } else {
+      c.border.patches(border, c.lanes, patch_.get());
+      convolve(patch_.get(), c.positions, c.lanes, turned, c.wide, found, nothing);
+      add_sums_of_taps(scaled, c.channels, patch_.get(), c.positions, c.lanes, sums);
+    }
+    if (in_place) return;
+    if (sets) {
+      copy_channels(found, c.positions, c.channels, c.wide, result + first, c.whole_channels);
+      return;
+    }
+    if (c.wide == c.whole_channels) {
+      add_to(result, found, 1.f, c.positions * c.wide);
+      return;
+    }
+    for (int64_t p = 0; p < c.positions; ++p)
+      for (int64_t o = 0; o < c.channels; ++o) result[p * c.whole_channels + first + o] += found[p * c.wide + o];
   }
 
   const GraphGradArgs& a_;
   const GraphArgs& g_;
   const GradPlan& plan_;
   std::unique_ptr<Floats[]> grads_, bordered_;
-  Floats patch_, spare_, scaled_;
+  Floats patch_, spare_, slice_, scaled_;
   int64_t begin_ = 0, n_ = 0, id_[kStageRows], zeros_[kStageRows];
   float from_[2 * kStageRows];
 };
@@ -258,8 +317,15 @@ void stage_grad_cpu(const GraphGradArgs& a) {
       total(plan.lines_at[static_cast<size_t>(i)] + size_of(s), 2 * size_of(s), a.stages[i].to_intercepts);
     }
     for (int k = s.first; k < s.first + s.links; ++k) {
+      if (g.links[k].kind != LinkKind::conv) continue;
       const GradLink& c = plan.link[static_cast<size_t>(k)];
-      if (g.links[k].kind != LinkKind::identity) total(c.weight_at, c.channels * c.lanes, a.to_weights[k]);
+      if (c.by_channel) {
+        const Floats own(c.sums());
+        total(c.weight_at, c.sums(), own.get());
+        c.depthwise.turn_back(own.get(), c.lanes, a.to_weights[k]);
+      } else {
+        total(c.weight_at, c.sums(), a.to_weights[k]);
+      }
     }
   }
 }

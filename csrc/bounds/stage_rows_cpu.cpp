@@ -22,8 +22,9 @@ struct Gather {
 
   void reset(const GraphLink& l, const GraphStage& from, const GraphStage& to) {
     const int64_t up = l.kernel_h - 1 - l.pad_y, left = l.kernel_w - 1 - l.pad_x;
-    serves = kMostTaps > 1 && l.kind != LinkKind::identity && l.stride_y == 1 && l.stride_x == 1 && up >= 0 &&
-             left >= 0 && to.channels % kLanes == 0 && to.channels <= kMostTaps * kLanes;
+    serves = kMostTaps > 1 && !from.windowed() && l.kind == LinkKind::conv && l.groups == 1 && l.dilation_y == 1 &&
+             l.dilation_x == 1 && l.stride_y == 1 && l.stride_x == 1 && up >= 0 && left >= 0 &&
+             to.channels % kLanes == 0 && to.channels <= kMostTaps * kLanes;
     if (!serves) return;
     border = {
         to.map_height, to.map_width, from.map_height, from.map_width, from.channels, l.kernel_h, l.kernel_w, 1, 1, up,
@@ -40,20 +41,20 @@ struct Gather {
 class Block {
  public:
   Block(const GraphArgs& g, const StagePlan& plan, const Gather* gathers, int64_t bordered)
-      : g_(g), plan_(plan), gathers_(gathers), bordered_(bordered), offset_(new int64_t[static_cast<size_t>(g.count)]) {
-    const int64_t rows = plan.block * g.sides;
-    int64_t at = 0;
-    for (int i = 0; i < g.count; ++i) {
-      offset_[static_cast<size_t>(i)] = at;
-      if (g.stages[i].kept_out == nullptr && i + 1 < g.count) at += rows * size_of(g.stages[i]);
-    }
-    scaled_ = Floats(at), values_ = Floats(rows * plan.widest), spare_ = Floats(rows * plan.widest);
+      : g_(g),
+        plan_(plan),
+        gathers_(gathers),
+        bordered_(bordered),
+        scaled_(plan.block * g.sides * plan.scaled),
+        values_(plan.block * g.sides * plan.widest),
+        spare_(plan.block * g.sides * plan.widest) {
     std::fill_n(zeros_, kStageRows, 0);
   }
 
   void run(int64_t begin, int64_t n) {
     begin_ = begin, n_ = n;
     for (int side = 0; side < g_.sides; ++side) std::copy_n(g_.b + side * g_.rows + begin, n, b_ + side * n);
+    if (g_.corner_y != nullptr) std::copy_n(g_.corner_y + begin, n, y_), std::copy_n(g_.corner_x + begin, n, x_);
     for (int i = 0; i < g_.count; ++i) {
       const Rows r = arrive(i);
       if (i + 1 < g_.count)
@@ -67,18 +68,28 @@ class Block {
   // Where the rows of a stage begin that leave it, and how far its matrices are apart.
   float* scaled(int i) const {
     const GraphStage& s = g_.stages[i];
-    return s.kept_out != nullptr ? s.kept_out + begin_ * size_of(s) : scaled_.get() + offset_[static_cast<size_t>(i)];
+    if (s.kept_out != nullptr) return s.kept_out + begin_ * size_of(s);
+    return scaled_.get() + plan_.block * g_.sides * plan_.at[static_cast<size_t>(i)];
   }
-  int64_t apart(int i) const { return (g_.stages[i].kept_out != nullptr ? g_.rows : n_) * size_of(g_.stages[i]); }
+  int64_t apart(int i) const { return (g_.stages[i].kept_out != nullptr ? g_.rows : n_) * g_.stages[i].length(); }
 
   // The sum of everything that reaches a stage.
   Rows arrive(int i) {
     const GraphStage& s = g_.stages[i];
-    const int64_t size = size_of(s);
+    const int64_t size = s.length();
     const int matrices = plan_.in[static_cast<size_t>(i)];
     Rows r;
     r.count = n_, r.length = size, r.sides = g_.sides;
     r.example = g_.example + begin_;
+    if (s.windowed()) {
+      r.corner_y = y_, r.corner_x = x_;
+      r.height = s.window_height, r.width = s.window_width, r.channels = s.channels;
+      r.map_height = s.map_height, r.map_width = s.map_width;
+    }
+    if (s.links == 1 && g_.stages[g_.links[s.first].source].windowed()) {
+      const GraphLink& l = g_.links[s.first];
+      for (int64_t k = 0; k < n_; ++k) y_[k] = y_[k] * l.stride_y - l.pad_y, x_[k] = x_[k] * l.stride_x - l.pad_x;
+    }
     if (s.links == 0) {
       const GraphEntry& e = g_.entries[s.entry];
       r.a = e.a;
@@ -105,13 +116,22 @@ class Block {
   bool bring(const GraphLink& l, const GraphStage& s, int m, float* to, bool first) {
     const GraphStage& from = g_.stages[l.source];
     const float* a = scaled(l.source) + (plan_.out[static_cast<size_t>(l.source)] == 2 ? m : 0) * apart(l.source);
-    const int64_t numbers = n_ * size_of(s);
+    const int64_t numbers = n_ * s.length();
     if (l.kind == LinkKind::identity) {
       if (first) std::fill_n(to, numbers, 0.f);
       add_to(to, a, l.sign, numbers);
       return false;
     }
-    if (const Gather& gather = gathers_[&l - g_.links]; gather.serves) {
+    if (l.kind == LinkKind::pick) {
+      if (first) std::fill_n(to, numbers, 0.f);
+      const int64_t size = size_of(from);
+      for (int64_t i = 0; i < n_; ++i) {
+        const int32_t* index = l.index + g_.example[begin_ + i] * size;
+        for (int64_t j = 0; j < size; ++j) to[i * size_of(s) + index[j]] += a[i * size + j];
+      }
+      return false;
+    }
+    if (const Gather& gather = gathers_[&l - g_.links]; gather.serves) {  // never of windows
       float* out = first ? to : spare_.get();
       std::fill_n(bordered_.get(), gather.border.numbers(), 0.f);
       for (int64_t i = 0; i < n_; ++i) {
@@ -125,10 +145,15 @@ class Block {
     SpreadArgs p;
     p.a = a, p.weight = l.weight, p.out = first ? to : spare_.get();
     p.count = n_;
-    p.in_h = from.map_height, p.in_w = from.map_width, p.in_c = from.channels;
-    p.out_h = s.map_height, p.out_w = s.map_width, p.out_c = s.channels;
+    p.in_h = from.height(), p.in_w = from.width(), p.in_c = from.channels;
+    p.out_h = s.height(), p.out_w = s.width(), p.out_c = s.channels;
     p.kernel_h = l.kernel_h, p.kernel_w = l.kernel_w, p.stride_y = l.stride_y, p.stride_x = l.stride_x;
-    p.pad_y = l.pad_y, p.pad_x = l.pad_x, p.lanes = l.lanes;
+    p.lanes = l.lanes;
+    if (!from.windowed())
+      p.pad_y = l.pad_y, p.pad_x = l.pad_x;
+    else if (!s.windowed())  // where the windows lie on the whole map
+      p.origin_y = y_, p.origin_x = x_, p.origins = n_;
+    p.dilation_y = l.dilation_y, p.dilation_x = l.dilation_x, p.groups = l.groups;
     spread_items(p, 0, n_);
     if (!first) add_to(to, spare_.get(), 1.f, numbers);
     return false;
@@ -154,7 +179,7 @@ class Block {
     back.slope_sides = s.slope_sides, back.sides_out = matrices;
     back.b = b_, back.b_out = next;
     // the kernel puts its matrices one after the other
-    const bool direct = matrices == 1 || apart(i) == n_ * size_of(s);
+    const bool direct = matrices == 1 || apart(i) == n_ * s.length();
     back.out = direct ? scaled(i) : spare_.get();
     back_rows(back, 0, n_);
     std::copy_n(next, g_.sides * n_, b_);
@@ -164,6 +189,9 @@ class Block {
   }
 
   void leave(const Rows& r) {
+    for (int side = 0; side < g_.sides && g_.offset != nullptr; ++side)
+      std::copy_n(b_ + side * n_, n_, g_.offset + side * g_.rows + begin_);
+    if (g_.end.out == nullptr) return;
     float values[2 * kStageRows];
     ConcretizeArgs c = g_.end;
     c.rows = r;
@@ -177,16 +205,16 @@ class Block {
   const StagePlan& plan_;
   const Gather* gathers_;  // of each link
   Floats bordered_;
-  std::unique_ptr<int64_t[]> offset_;
   Floats scaled_, values_, spare_;
   int64_t begin_ = 0, n_ = 0, zeros_[kStageRows];
+  int64_t y_[kStageRows], x_[kStageRows];  // corners of the windows, where the rows stand
   float b_[2 * kStageRows];
 };
 
 }  // namespace
 
 void stage_rows_cpu(const GraphArgs& g) {
-  const StagePlan plan(g);
+  const StagePlan plan(g, false);
   int links = 0;
   for (int i = 0; i < g.count; ++i) links = std::max(links, g.stages[i].first + g.stages[i].links);
   const std::unique_ptr<Gather[]> gathers(new Gather[static_cast<size_t>(links + 1)]);

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from fastrobust.ops.bounds import intervals
+from fastrobust.ops.bounds import _autograd, _relu_box, intervals
 from fastrobust.ops.pgd import _kernels as _pgd_ops
 from fastrobust.ops.pgd import losses
 from fastrobust.ops.pgd import steps as pgd
@@ -82,18 +82,26 @@ def on_device(emulated_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> C
 
 @pytest.fixture
 def bounds_on_device(emulated_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """bounds_on_device(f, ...) runs f with every op of the library on the emulated CUDA kernels."""
+    """bounds_on_device(f, ...) runs f with every op on the emulated CUDA kernels, by the ways of CUDA tensors."""
+    wanted = {
+        "_C": emulated_module,
+        "stream_of": lambda device: (0, 0),
+        "require_cuda_build": lambda device: None,
+        "on_cpu": lambda t: False,
+    }
     modules = [
-        m for name, m in sys.modules.items() if name.startswith("fastrobust.ops") and hasattr(m, "require_cuda_build")
+        m
+        for name, m in sys.modules.items()
+        if name.startswith("fastrobust.ops") and {"stream_of", "on_cpu"} & {*vars(m)}
     ]
-    assert intervals in modules
+    assert {intervals, _autograd, _relu_box} <= {*modules}
 
     def run(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with monkeypatch.context() as m:
             for module in modules:
-                m.setattr(module, "_C", emulated_module, raising=False)
-                m.setattr(module, "stream_of", lambda device: (0, 0), raising=False)
-                m.setattr(module, "require_cuda_build", lambda device: None)
+                for name, value in wanted.items():
+                    if hasattr(module, name):
+                        m.setattr(module, name, value)
             return f(*args, **kwargs)
 
     return run

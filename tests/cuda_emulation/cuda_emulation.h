@@ -190,6 +190,7 @@ T atomicAdd(T* p, U v) {
   *p = old + static_cast<T>(v);
   return old;
 }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
 template <class T>
 T __ldg(const T* p) {
   return *p;

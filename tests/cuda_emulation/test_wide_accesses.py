@@ -23,7 +23,7 @@ def moved(t: Any, numbers: int = 1) -> Any:
     """The same numbers, so many places after an address that the allocator gave (a multiple of 16 bytes)."""
     if isinstance(t, tuple):
         return tuple(moved(v, numbers) for v in t)
-    if not isinstance(t, Tensor) or not t.is_floating_point() or t.dim() == 0:
+    if not isinstance(t, Tensor) or not t.is_floating_point() or t.dim() == 0 or not t.numel():
         return t
     there = torch.empty(t.numel() + numbers, dtype=t.dtype)[numbers:].view(t.shape).copy_(t)
     assert there.data_ptr() % 16 == numbers * t.element_size() % 16

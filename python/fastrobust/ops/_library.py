@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import _C
@@ -150,6 +151,30 @@ def stream_of(device: torch.device) -> tuple[int, int]:
         return -1, 0
     index = device.index if device.index is not None else torch.cuda.current_device()
     return index, torch._C._cuda_getCurrentRawStream(index)
+
+
+def on_cpu(t: Tensor) -> bool:
+    """Whether the CPU's own ways serve; tests that emulate CUDA on the CPU put another answer here."""
+    return t.is_cpu
+
+
+class full_precision:
+    """No TF32 inside: a bound in TF32 is no bound; and the vendor's convolutions give the same bits in every run. Nothing
+    where t is on the CPU, or while a graph is made."""
+
+    def __init__(self, t: Tensor):
+        self.cuda = t.device.type == "cuda" and not _is_compiling()
+
+    def __enter__(self) -> None:
+        if self.cuda:
+            cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+            self.saved = matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic
+            matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic = False, False, True
+
+    def __exit__(self, *_: object) -> None:
+        if self.cuda:
+            cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+            matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic = self.saved
 
 
 def require_cuda_build(device: torch.device) -> None:

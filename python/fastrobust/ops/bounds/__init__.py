@@ -2,9 +2,10 @@
 
 from ...reference.bounds import Clip, Window
 from ._chain import ConvStep, concretize_through
-from ._graph import MOST_LINES, MOST_ROWS, GraphLink, GraphStage, concretize_graph
+from ._graph import MOST_ROWS, GraphLink, GraphStage, Unit, concretize_graph, graph_maps
 from ._lines import interval_activation, relax, relax_behind
 from ._live import LiveStep, concretize_live, leaving_out_pays
+from ._pool import PoolLines, PoolWindow, above_level, relax_max_pool
 from ._product import product, product_with_transpose
 from ._rows import finite, margin_rows, native, spread_lanes
 from .intervals import (
@@ -37,7 +38,6 @@ from .linear import (
 __all__ = [
     "CENTER",
     "ENDS",
-    "MOST_LINES",
     "MOST_ROWS",
     "RELU",
     "Clip",
@@ -45,7 +45,11 @@ __all__ = [
     "GraphLink",
     "GraphStage",
     "LiveStep",
+    "PoolLines",
+    "PoolWindow",
+    "Unit",
     "Window",
+    "above_level",
     "box_center",
     "broadcasts",
     "center_conv2d",
@@ -60,6 +64,7 @@ __all__ = [
     "direct",
     "finite",
     "from_center",
+    "graph_maps",
     "interval_activation",
     "interval_ball_conv2d",
     "interval_ball_linear",
@@ -74,6 +79,7 @@ __all__ = [
     "product_with_transpose",
     "relax",
     "relax_behind",
+    "relax_max_pool",
     "relu_center",
     "spread",
     "spread_lanes",

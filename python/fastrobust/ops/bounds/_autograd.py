@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ... import _C
 from ...reference.bounds import room_of, row_maps, row_norm, split_support
-from .._library import below_autograd, nothing_intercepts
+from .._library import below_autograd, nothing_intercepts, on_cpu, require_cuda_build, stream_of
 from . import _conv as conv
 from ._product import product
 from ._rows import Groups, address, by_example, dense, native, rows_args
@@ -86,12 +86,21 @@ def _to_rows(g: Tensor, A: Tensor, rows: Tensor | None, minus: Tensor | None) ->
 def pick_gradient(g: Tensor, rows: Tensor, minus: Tensor | None, count: int) -> Tensor:
     """The gradient (count, n) of a matrix from that of the rows (R, n) that are picked from it."""
     out, rows, minus = g.new_empty(count, g.shape[1]), rows.contiguous(), None if minus is None else minus.contiguous()
-    _C.bounds_pick_grad(g.data_ptr(), rows.data_ptr(), address(minus), out.data_ptr(), *g.shape, count)
+    length, n = g.shape
+    require_cuda_build(g.device)
+    _C.bounds_pick_grad(
+        *stream_of(g.device), g.data_ptr(), rows.data_ptr(), address(minus), out.data_ptr(), length, n, count
+    )
     return out
 
 
 def _by_kernel(A: Tensor) -> bool:
-    return native(A) and A.is_cpu and nothing_intercepts()
+    return native(A) and nothing_intercepts()
+
+
+def _by_cpu_kernel(x: Tensor) -> bool:
+    """Convolutions: elsewhere the vendor's."""
+    return _by_kernel(x) and on_cpu(x)
 
 
 def back_step(args: list[Any], need: Any, g_out: Tensor, g_b: Tensor) -> Grads:
@@ -139,8 +148,9 @@ def back_rows_kernel(args: list[Any], g_out: Tensor, g_b: Tensor, groups: Groups
     starts, order = groups or by_example(example, b.shape[1], slopes.shape[1], A.device)
     g_a = A.new_empty(A.shape[0], b.shape[1], A.shape[2])
     g_s, g_i = torch.zeros_like(slopes), torch.zeros_like(intercepts)
+    require_cuda_build(A.device)
     _C.bounds_back_grad(
-        rows_args(A, b, example, rows, minus, y, x, window), slopes.data_ptr(), slopes.shape[0], intercepts.data_ptr(),
+        *stream_of(A.device), rows_args(A, b, example, rows, minus, y, x, window), slopes.data_ptr(), slopes.shape[0], intercepts.data_ptr(),
         slopes.shape[1], g_out.data_ptr(), g_out.shape[0], g_b.data_ptr(), starts.data_ptr(), address(order), g_a.data_ptr(),
         g_s.data_ptr(), g_i.data_ptr(),
     )  # fmt: skip
@@ -160,8 +170,9 @@ def concretize_rows_kernel(args: list[Any], need: Any, g: Tensor, groups: Groups
     starts, order = groups or by_example(example, b.shape[1], center.shape[0], A.device)
     g_a = A.new_empty(A.shape[0], b.shape[1], A.shape[2])
     g_c, g_r = torch.zeros_like(center) if need[5] else None, torch.zeros_like(radius) if need[6] else None
+    require_cuda_build(A.device)
     _C.bounds_concretize_grad(
-        rows_args(A, b, example, rows, minus, y, x, window), center.data_ptr(), radius.data_ptr(), center.shape[0],
+        *stream_of(A.device), rows_args(A, b, example, rows, minus, y, x, window), center.data_ptr(), radius.data_ptr(), center.shape[0],
         g.data_ptr(), starts.data_ptr(), address(order), g_a.data_ptr(), address(g_c), address(g_r),
     )  # fmt: skip
     return g_a, g_c, g_r
@@ -239,45 +250,51 @@ def interval(args: list[Any], need: Any, g_a: Tensor, g_b: Tensor) -> Grads:
     return to_c, to_r, g_w, g_c.sum(0), None
 
 
-def _weight_gradient(x: Tensor, g: Tensor, weight: Tensor, stride: Any, padding: Any) -> Tensor:
+def _weight_gradient(
+    x: Tensor, g: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int
+) -> Tensor:
     """Of a convolution of x, from the gradient of its result."""
-    if _by_kernel(x) and len(x) and weight[0].numel() <= conv.MAX_TAPS:
-        return conv.weight_gradient(x, g, weight, stride, padding)
+    if _by_cpu_kernel(x) and len(x) and weight[0].numel() <= conv.MAX_TAPS:
+        return conv.weight_gradient(x, g, weight, stride, padding, dilation, groups)
     found: Tensor = torch.ops.aten.convolution_backward(
-        g, x, weight, None, stride, padding, [1, 1], False, [0, 0], 1, [False, True, False]
+        g, x, weight, None, stride, padding, dilation, False, [0, 0], groups, [False, True, False]
     )[1]
     return found
 
 
 def interval_conv(args: list[Any], need: Any, g_a: Tensor, g_b: Tensor) -> Grads:
-    center, radius, weight, bias, stride, padding, finish = args
+    center, radius, weight, bias, stride, padding, finish, dilation, groups = args
+    shape = (stride, padding, dilation, groups)
     if finish == 0:
         g_c, g_r = g_a, g_b
     else:
         if finish == 2:  # as in ``interval``
             c, r = (
-                F.conv2d(center, weight, bias, stride, padding),
-                F.conv2d(radius, weight.abs(), None, stride, padding),
+                F.conv2d(center, weight, bias, *shape),
+                F.conv2d(radius, weight.abs(), None, *shape),
             )
             g_a, g_b = 0.5 * (g_a - g_b) * (c - r > 0), 0.5 * (g_a + g_b) * (c + r > 0)
         g_c, g_r = g_a + g_b, g_b - g_a
     if radius.shape[0] != center.shape[0]:
         g_r = g_r.sum(0, keepdim=True)
-    adjoint = conv.adjoint if _by_kernel(center) else conv.adjoint_definition
-    to_c = adjoint(g_c, weight, stride, padding, center.shape[2:]) if need[0] else None
-    to_r = adjoint(g_r, weight.abs(), stride, padding, radius.shape[2:]) if need[1] else None
+    adjoint = conv.adjoint if _by_cpu_kernel(center) else conv.adjoint_definition
+    rest = (dilation, groups)
+    to_c = adjoint(g_c, weight, stride, padding, center.shape[2:], *rest) if need[0] else None
+    to_r = adjoint(g_r, weight.abs(), stride, padding, radius.shape[2:], *rest) if need[1] else None
     to_w = None
     if need[2]:
-        to_w = _weight_gradient(center, g_c, weight, stride, padding)
-        to_w = to_w + weight.sign() * _weight_gradient(radius, g_r, weight, stride, padding)
-    return to_c, to_r, to_w, g_c.sum((0, 2, 3)), None, None, None
+        to_w = _weight_gradient(center, g_c, weight, *shape)
+        to_w = to_w + weight.sign() * _weight_gradient(radius, g_r, weight, *shape)
+    return to_c, to_r, to_w, g_c.sum((0, 2, 3)), None, None, None, None, None
 
 
 def spread(args: list[Any], need: Any, g: Tensor) -> Grads:
-    a, weight, stride, padding, size = args
-    narrow = _by_kernel(a) and a.shape[0] and weight[0].numel() <= conv.MAX_TAPS  # too narrow for the vendor's engine
+    a, weight, stride, padding, size, dilation, groups = args
+    shape = (stride, padding, dilation, groups)
+    # too narrow for the vendor's engine
+    narrow = _by_cpu_kernel(a) and a.shape[0] and weight[0].numel() <= conv.MAX_TAPS
     if narrow:
         g = g.contiguous(memory_format=torch.channels_last)
     forward = conv.convolution if narrow else F.conv2d
-    g_a = forward(g, weight, stride=stride, padding=padding) if need[0] else None
-    return g_a, _weight_gradient(g, a, weight, stride, padding) if need[1] else None, None, None, None
+    g_a = forward(g, weight, stride=stride, padding=padding, dilation=dilation, groups=groups) if need[0] else None
+    return g_a, _weight_gradient(g, a, weight, *shape) if need[1] else None, None, None, None, None, None

@@ -1,7 +1,8 @@
 """Rows of linear bounds through a chain of activations and convolutions down to the input, in blocks that stay in the cache.
 
-Where gradients are recorded over a box, one kernel takes a few rows of an example back up at a time; it reads the coefficients
-below each convolution as the way down kept them, or goes down again where they are too many. Over balls nothing is kept.
+The way down is that of any graph of stages (``bounds_stage_rows``). Where gradients are recorded over a box, one kernel takes a few
+rows of an example back up at a time; it reads the coefficients below each convolution as the way down kept them, or goes down again
+where they are too many. Over balls, and with groups or dilation, nothing is kept.
 """
 
 from __future__ import annotations
@@ -37,12 +38,20 @@ class ConvStep(NamedTuple):
     stride: tuple[int, int]
     padding: tuple[int, int]
     shape_in: tuple[int, ...]  # of the convolution's input
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    @property
+    def plain(self) -> bool:
+        """Whether the kernel of the gradients takes it."""
+        return self.groups == 1 and self.dilation == (1, 1)
 
     def grown(self, window: tuple[int, int] | None) -> tuple[int, int] | None:
         """A window of the activation as one of the convolution's input; None: it covers the image, as None does."""
         if window is None:
             return None
-        h, w = ((n - 1) * s + k for n, s, k in zip(window, self.stride, self.weight.shape[2:], strict=True))
+        spans = conv.spans(self.weight.shape, self.dilation)
+        h, w = ((n - 1) * s + k for n, s, k in zip(window, self.stride, spans, strict=True))
         return (h, w) if h * w < self.shape_in[1] * self.shape_in[2] else None
 
     def fits(self, window: tuple[int, int] | None) -> bool:
@@ -70,18 +79,49 @@ def concretize_through(A: Tensor, b: Tensor, example: Tensor, steps: list[ConvSt
 
 def through(A: Tensor, b: Tensor, example: Tensor, steps: list[ConvStep], box: Pair | None, ball: Pair | None, q: float, rows: Tensor | None, corner: Pair | None, window: Any, minus: Tensor | None, between: Any = None) -> Tensor:  # fmt: skip
     """The kernel; ``between``: room for what the gradients take up again (``between_of``)."""
+    if not b.numel():
+        return torch.empty_like(b)
     A, b, example = dense(A), dense(b), dense(example)
     rows, minus = (None if t is None else t.contiguous() for t in (rows, minus))
-    told, kept = _told(steps, None if window is None else window[:2], between)
-    y, x = (None, None) if corner is None else (dense(corner[0]), dense(corner[1]))
     maps = [None if t is None else dense(t) for t in (*(box or (None, None)), *(ball or (None, None)))]
+    dual = 0 if ball is None else linear._DUAL[q]
+    graph, kept = _graph(steps, A, b, rows, minus, maps, dual, window and window[:2], between)
+    y, x = (None, None) if corner is None else (dense(corner[0]), dense(corner[1]))
     out = torch.empty_like(b)
-    _C.bounds_chain(
-        rows_args(A, b, example, rows, minus, y, x, window), told, steps[0].slopes.shape[1], *map(address, maps),
-        0 if ball is None else linear._DUAL[q], b.data_ptr(), out.data_ptr(), 0, 0,
-    )  # fmt: skip
+    _C.bounds_stage_rows(
+        graph, example.data_ptr(), b.data_ptr(), out.data_ptr(), corner_y=address(y), corner_x=address(x)
+    )
     del kept
     return out
+
+
+def _graph(
+    steps: list[ConvStep], A: Tensor, b: Tensor, rows: Any, minus: Any, maps: list[Any], dual: int, size: tuple[int, int] | None,
+    between: Any,
+) -> tuple[_C.Graph, list[Any]]:  # fmt: skip
+    """The steps as the kernel is told of them, and the tensors that must stay alive meanwhile."""
+    entry = _C.GraphEntry(
+        A.data_ptr(), A.shape[1] * A.shape[2] if A.shape[0] == 2 else 0, address(rows), address(minus)
+    )
+    stages, links, kept = [], [], [A, rows, minus, *maps]
+    for i, step in enumerate(steps):
+        slopes, intercepts = dense(step.slopes), dense(step.intercepts)
+        lanes = lanes_of(step.weight)
+        taps = taps_of(step.weight, lanes)
+        kept += [slopes, intercepts, taps]
+        (c, h, w), of_lines = step.shape, (slopes.data_ptr(), slopes.shape[0], intercepts.data_ptr())
+        start: Any = {"entry": 0} if i == 0 else {"kept_in": address(between and between[i - 1])}
+        stages.append(_C.GraphStage((h, w, c), max(0, i - 1), int(i > 0), *of_lines, window=size or (0, 0), **start))
+        how: Any = {"kernel": step.weight.shape[2:], "stride": step.stride, "padding": step.padding, "lanes": lanes,
+               "dilation": step.dilation, "groups": step.groups}  # fmt: skip
+        links.append(_C.GraphLink(i, _C.LinkKind.conv, weight=taps.data_ptr(), **how))
+        size = step.grown(size)
+    c, h, w = steps[-1].shape_in
+    kept_in = address(between and between[-1])
+    stages.append(_C.GraphStage((h, w, c), len(steps) - 1, 1, window=size or (0, 0), kept_in=kept_in))
+    sizes = steps[0].slopes.shape[1], b.shape[1], b.shape[0]
+    center, radius, x, eps = map(address, maps)
+    return _C.Graph(stages, links, [entry], *sizes, center, radius, x, eps, dual), kept
 
 
 def between_of(steps: Sequence[ConvStep | LiveStep], matrices: int, b: Tensor) -> list[Tensor] | None:
@@ -93,19 +133,18 @@ def between_of(steps: Sequence[ConvStep | LiveStep], matrices: int, b: Tensor) -
     return [b.new_empty(s) for s in shapes] if sum(map(math.prod, shapes)) <= _MOST_KEPT else None
 
 
-def _told(steps: list[ConvStep], size: tuple[int, int] | None, between: Any = None) -> tuple[list[tuple[int, ...]], list[Tensor]]:  # fmt: skip
-    """The steps as the kernels are told of them, and the tensors that must stay alive meanwhile."""
+def _told(steps: list[ConvStep], between: Any) -> tuple[list[tuple[int, ...]], list[Tensor]]:
+    """The steps as the kernel of the gradients is told of them, and the tensors that must stay alive meanwhile."""
     told: list[tuple[int, ...]] = []
     kept: list[Tensor] = []
     for i, step in enumerate(steps):
-        size = step.grown(size)
         slopes, intercepts = dense(step.slopes), dense(step.intercepts)
         lanes, (kh, kw) = lanes_of(step.weight), step.weight.shape[2:]
         taps = taps_of(step.weight, lanes)
         kept += [slopes, intercepts, taps]
         (c, mh, mw), (oc, oh, ow) = step.shape, step.shape_in
         told.append(
-            (slopes.data_ptr(), slopes.shape[0], intercepts.data_ptr(), mh, mw, c, taps.data_ptr(), oh, ow, oc, kh, kw, *step.stride, *step.padding, lanes, int(size is not None), address(between and between[i]))
+            (slopes.data_ptr(), slopes.shape[0], intercepts.data_ptr(), mh, mw, c, taps.data_ptr(), oh, ow, oc, kh, kw, *step.stride, *step.padding, lanes, 0, address(between and between[i]))
         )  # fmt: skip
     return told, kept
 
@@ -124,7 +163,8 @@ class _Through(torch.autograd.Function):
         ctx.steps, ctx.q = steps, q
         box, ball = None if c is None else (c, r), None if x is None else (x, e)
         steps = _filled(steps, tensors)
-        ctx.between = between_of(steps, A.shape[0], b) if x is None and len(steps) <= MOST_STEPS else None
+        ctx.at_once = x is None and len(steps) <= MOST_STEPS and all(s.plain for s in steps)
+        ctx.between = between_of(steps, A.shape[0], b) if ctx.at_once else None
         return through(A, b, example, steps, box, ball, q, rows, None, None, minus, ctx.between)
 
     @staticmethod
@@ -132,7 +172,7 @@ class _Through(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Any:
         example, rows, minus, A, c, r, x, e, *tensors = ctx.saved_tensors
         steps, need = _filled(ctx.steps, tensors), ctx.needs_input_grad
-        if x is None and len(steps) <= MOST_STEPS:
+        if ctx.at_once:
             wanted = (*need[7:9], [need[11 + 3 * i + 2] for i in range(len(steps))])
             own, to_c, to_r, of_steps = chain_gradient(A, example, rows, minus, c, r, steps, g, wanted, ctx.between)
             own = gradients._to_rows(own, A, rows, minus)
@@ -179,7 +219,7 @@ def chain_gradient(A: Tensor, example: Tensor, rows: Any, minus: Any, c: Tensor,
     A, g, c, r, example = (dense(t) for t in (A, g, c, r, example))
     rows, minus = (None if t is None else t.contiguous() for t in (rows, minus))
     batch, count = steps[0].slopes.shape[1], g.shape[1]
-    told, kept = _told(steps, None, between)
+    told, kept = _told(steps, between)
     starts, order = groups or by_example(example, count, batch, A.device)
     to_a = A.new_empty(A.shape[0], count, A.shape[2])
     fresh = torch.empty_like if count else torch.zeros_like  # the kernel sets all of them, when there are rows
@@ -211,7 +251,7 @@ def _chunk(A: Tensor, g: Tensor, example: Tensor, rows: Any, minus: Any, steps: 
         image = scaled.view(k * count, height, width, channels).permute(0, 3, 1, 2)
         kept.append((step, args, image))
         rows = minus = None
-        out = conv.adjoint(image, step.weight, step.stride, step.padding, step.shape_in[1:])
+        out = conv.adjoint(image, step.weight, step.stride, step.padding, step.shape_in[1:], step.dilation, step.groups)
         A = out.permute(0, 2, 3, 1).reshape(k, count, math.prod(step.shape_in))
     last = gradients.concretize([A, b, example, None, None, *maps, q, None, None, []], (*[True] * 5, *need), g)
     to_maps = [t if n else None for t, n in zip(last[5:9], need, strict=True)]
@@ -220,7 +260,7 @@ def _chunk(A: Tensor, g: Tensor, example: Tensor, rows: Any, minus: Any, steps: 
     for i, (step, args, image) in reversed(list(enumerate(kept))):
         channels, height, width = step.shape_in
         to_out = to_rows.reshape(len(image), height, width, channels).permute(0, 3, 1, 2)
-        plain = [image, step.weight, step.stride, step.padding, (height, width)]
+        plain = [image, step.weight, step.stride, step.padding, (height, width), step.dilation, step.groups]
         found: Any = gradients.spread(plain, (True, weights[i] is not None), to_out)
         to_image, to_weight = found[:2]
         if to_weight is not None:

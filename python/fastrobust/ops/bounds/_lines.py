@@ -145,7 +145,14 @@ def interval_activation(
     lower, upper = ck.lay_out(lower, form), ck.lay_out(upper, form)
     low, up = torch.empty_like(lower), torch.empty_like(upper)
     _C.bounds_range(
-        device, stream, *(t.data_ptr() for t in (lower, upper, low, up)), lower.numel(), *told(activation, params)
+        device,
+        stream,
+        lower.data_ptr(),
+        upper.data_ptr(),
+        low.data_ptr(),
+        up.data_ptr(),
+        lower.numel(),
+        *told(activation, params),
     )
     return low, up
 

@@ -68,7 +68,7 @@ def _told(step: LiveStep, turn: bool, below: Tensor | None) -> tuple[tuple[int, 
     )
     if turn:
         taps = turned(taps, 1, *taps.shape)[0]
-    told = (slopes.data_ptr(), slopes.shape[0], intercepts.data_ptr(), h, w, c, taps.data_ptr(), oh, ow, oc, *step.weight.shape[2:], *step.stride, *step.padding, taps.shape[1], 2 * turn, address(below))  # fmt: skip
+    told = (slopes.data_ptr(), slopes.shape[0], intercepts.data_ptr(), h, w, c, taps.data_ptr(), oh, ow, oc, *step.weight.shape[2:], *step.stride, *step.padding, taps.shape[1], int(turn), address(below))  # fmt: skip
     return told, [slopes, intercepts, taps]
 
 
@@ -87,8 +87,9 @@ def concretize_live(A: Tensor, b: Tensor, example: Tensor, steps: list[LiveStep]
     starts, order = groups or by_example(example, b.shape[1], batch, A.device)
     maps = [None if t is None else dense(t) for t in (*(box or (None, None)), *(ball or (None, None)))]
     out = torch.empty_like(b)
+    c, r, at, e = map(address, maps)
     _C.bounds_chain(
-        rows_args(A, b, example, rows, minus, None, None, None), told, batch, *map(address, maps),
+        rows_args(A, b, example, rows, minus, None, None, None), told, batch, c, r, at, e,
         0 if ball is None else linear._DUAL[q], b.data_ptr(), out.data_ptr(), starts.data_ptr(), address(order),
     )  # fmt: skip
     del kept

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import _C
-from .._library import nothing_intercepts
+from .._library import nothing_intercepts, on_cpu
 
 Groups = tuple[Tensor, Tensor | None]  # of ``by_example``
 SPREAD_BUFFER = 32768  # numbers that the kernel of the adjoint of a convolution holds (csrc/bounds/args.h)
@@ -84,7 +84,7 @@ def by_example(example: Tensor | None, count: int, batch: int, device: torch.dev
     if example is None:
         return torch.arange(count + 1, device=device), None
     order = None
-    if count > 1 and bool((example[1:] < example[:-1]).any()):
+    if count > 1 and (not on_cpu(example) or bool((example[1:] < example[:-1]).any())):  # without a look from the host
         order = example.argsort(stable=True)
         example = example[order]
     return torch.searchsorted(example, torch.arange(batch + 1, device=device)), order

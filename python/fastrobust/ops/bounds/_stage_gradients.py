@@ -1,4 +1,4 @@
-"""Gradients of :mod:`fastrobust.ops.stage_margins`, by hand."""
+"""Gradients of :mod:`fastrobust.ops.bounds.stages`, by hand."""
 
 from __future__ import annotations
 
@@ -8,61 +8,69 @@ import torch
 from torch import Tensor
 
 from ... import _C
+from ...reference.relaxations import interval_activation
+from .._library import on_cpu
 from . import _autograd as gradients
 from . import _conv as conv
+from . import _lines
+from ._pool import relax_max_pool
 from ._product import matrix_product
+from ._relu_box import is_shared, relu_box_gradient
 from ._rows import address, dense, lanes_of, taps_of
-from .margins import Rows
-from .stages import (
+from ._stage import (
     Heads,
     Held,
     Link,
     Parameters,
     Stage,
-    Told,
     by_channel,
     channels_first,
     channels_last,
     flat_of,
-    forward,
-    graph_of,
     image_of,
     signed,
-    spread,
 )
+from ._stage_boxes import max_pool
+from .intervals import CENTER
+from .margins import Rows
+from .stages import Told, forward, graph_of, spread
 
 Pair = tuple[Any, Any]
 
 
 class Margins(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, stages: list[Stage], at: list[int], shared: bool, rows: Rows, kind: str | None, counts: list[int], *tensors: Tensor) -> Tensor:  # fmt: skip
+    def forward(ctx: Any, stages: list[Stage], at: list[int], shared: bool, rows: Rows, kind: str | None, keep: bool, counts: list[int], *tensors: Tensor) -> tuple[Tensor, ...]:  # fmt: skip
         ctx.kept = {}
         ctx.told = stages, at, shared, rows, kind, counts
-        ctx.save_for_backward(*tensors)
         heads, given = _parts(at, counts, tensors)
-        return forward(stages, given, heads, tensors[0], tensors[1], shared, rows, kind, ctx.kept)
+        found = forward(stages, given, heads, tensors[0], tensors[1], shared, rows, kind, keep, ctx.kept)
+        found = tuple(t.detach() for t in found)  # what is kept must not hold what is returned
+        ctx.save_for_backward(*tensors, *found[: len(found) - 1])
+        return found
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         stages, at, shared, rows, kind, counts = ctx.told
-        need = ctx.needs_input_grad[6:]
-        heads, given = _parts(at, counts, ctx.saved_tensors)
-        work = _Backward(stages, heads, given, shared, rows, kind, ctx.kept, dense(g), need[0] or need[1])
-        return (*[None] * 6, *(t if n else None for t, n in zip(work.run(), need, strict=True)))
+        need = ctx.needs_input_grad[7:]
+        heads, given = _parts(at, counts, ctx.saved_tensors[: len(need)])
+        work = _Backward(stages, heads, given, shared, rows, kind, ctx.kept, grads, need[0] or need[1])
+        return (*[None] * 7, *(t if n else None for t, n in zip(work.run(), need, strict=True)))
 
 
 def _parts(at: list[int], counts: list[int], tensors: Any) -> tuple[Heads, Parameters]:
     rest = list(tensors[2:])
     heads = Heads(at, rest[1 : 1 + len(at)], rest[0])
-    rest = rest[1 + len(at) :]
-    first, second = counts[0], counts[0] + counts[1]
-    return heads, Parameters(rest[:first], rest[first:second], rest[second:])
+    parts, start = [], 1 + len(at)
+    for count in counts:
+        parts.append(rest[start : start + count])
+        start += count
+    return heads, Parameters(*parts)
 
 
 class _Backward:
-    def __init__(self, stages: list[Stage], heads: Heads, given: Parameters, shared: bool, rows: Rows, kind: str | None, kept: dict[str, Any], g: Tensor, input_too: bool):  # fmt: skip
+    def __init__(self, stages: list[Stage], heads: Heads, given: Parameters, shared: bool, rows: Rows, kind: str | None, kept: dict[str, Any], grads: tuple[Tensor, ...], input_too: bool):  # fmt: skip
         self.stages, self.heads, self.given, self.shared, self.rows, self.kind = (
             stages,
             heads,
@@ -73,16 +81,19 @@ class _Backward:
         )
         self.held: list[Held] = kept["held"]
         self.kept: dict[Any, Any] = kept.get("rows", {})
-        self.g, self.input_too = g, input_too
+        # of the bounds, or of the rows at the input and of their offsets
+        self.g, self.of_map = dense(grads[-1]), dense(grads[0]) if len(grads) > 1 else None
+        self.input_too = input_too
         self.to_weights: list[Any] = [None] * len(given.weights)
         self.to_biases: list[Any] = [None] * len(given.biases)
         self.to_scales: list[Any] = [None] * len(given.scales)
+        self.to_given: list[Any] = [None] * len(given.boxes)
         self.to_matrices: list[Any] = [None] * len(heads.stages)
         self.to_lines: dict[int, Any] = {}
         self.to_boxes: dict[int, Pair] = {}  # of centre and radius behind a stage
         batch = len(self.held[0].center)
         per = len(rows.plus) // max(1, batch)
-        self.groups = torch.arange(0, len(rows.plus) + 1, max(1, per)), None
+        self.groups = torch.arange(0, len(rows.plus) + 1, max(1, per), device=self.g.device), None
 
     def run(self) -> list[Any]:
         if self.kind is None:
@@ -95,14 +106,20 @@ class _Backward:
         whole = self.g if self.g.shape[0] == 1 else self.g.sum(0, keepdim=True)
         offset = gradients.pick_gradient(whole.view(-1, 1), self.rows.plus, self.rows.minus, count).view(-1)
         to_input = self.to_boxes.get(0, (None, None))
-        found = [*to_input, offset, *self.to_matrices, *self.to_weights, *self.to_biases, *self.to_scales]
+        found = [
+            *to_input,
+            offset,
+            *self.to_matrices,
+            *self.to_weights,
+            *self.to_biases,
+            *self.to_scales,
+            *self.to_given,
+        ]
         tensors = [
             *self.held[0][:2],
             self.heads.offset,
             *self.heads.matrices,
-            *self.given.weights,
-            *self.given.biases,
-            *self.given.scales,
+            *(t for part in self.given for t in part),
         ]
         return [torch.zeros_like(p) if t is None else t for t, p in zip(found, tensors, strict=True)]
 
@@ -139,19 +156,25 @@ class _Backward:
     def _rows_up(self) -> None:
         to_reached: dict[int, Tensor] = {}  # gradients of the rows at each stage
         entry = {i: k for k, i in enumerate(self.heads.stages)}
-        g, example, groups = self.g, self.rows.example, self.groups
         if 0 in self.kept:
             A, pick, _ = self.kept[0]
-            args: list[Any] = [A, g, example, *pick, *self.held[0][:2], None, None, 1.0, None, None, []]
-            to_a, to_c, to_r = gradients.concretize_rows_kernel(args, [False] * 5 + [self.input_too] * 2, g, groups)
-            self._arrived(0, to_a, to_reached, entry)
-            if self.input_too:
-                self._add_box(0, to_c, to_r)
+            self._arrived(0, self._ended(A, pick), to_reached, entry)
         else:
             self._from_kernel(self.kept["kernel"], to_reached, entry)
         for i in range(1, len(self.stages)):
             if i in self.kept:
                 self._arrived(i, self._up(i, to_reached), to_reached, entry)
+
+    def _ended(self, A: Tensor, pick: Pair) -> Tensor:
+        """The gradient of the rows at the input."""
+        if self.of_map is not None:
+            return self.of_map
+        need = [False] * 5 + [self.input_too] * 2
+        args: list[Any] = [A, self.g, self.rows.example, *pick, *self.held[0][:2], None, None, 1.0, None, None, []]
+        to_a, to_c, to_r = gradients.concretize_rows_kernel(args, need, self.g, self.groups)
+        if self.input_too:
+            self._add_box(0, to_c, to_r)
+        return to_a
 
     def _from_kernel(self, told: Told, to_reached: dict[int, Tensor], entry: dict[int, int]) -> None:
         """The stages that one kernel took the rows through."""
@@ -164,20 +187,25 @@ class _Backward:
             to_stages.append(tuple(map(address, (*lines, start))))
             starting.append((i, lines, start))
         for link, (j, _) in zip(told.links, told.link_of, strict=True):
-            taps.append(None if link.kind == _C.LinkKind.identity else g.new_empty(self.stages[j].shape[0], link.lanes))
+            taps.append(None if link.kind != _C.LinkKind.conv else g.new_empty(self.stages[j].shape[0], link.lanes))
             to_weights.append(address(taps[-1]))
-        to_c, to_r = (torch.empty_like(t) if self.input_too else None for t in self.held[0][:2])
-        graph = graph_of(told, self.held, g)
-        args = map(address, (self.rows.example, self.groups[0], g))
-        _C.bounds_stage_grad(graph, *args, to_stages, to_weights, address(to_c), address(to_r))
-        if self.input_too:
-            self._add_box(0, to_c, to_r)
+        args = self.rows.example.data_ptr(), self.groups[0].data_ptr(), g.data_ptr()
+        box = self.held[0].center, self.held[0].radius
+        if self.of_map is None:
+            to_c, to_r = (torch.empty_like(t) if self.input_too else None for t in box)
+            graph = graph_of(told, box, g)
+            _C.bounds_stage_grad(graph, *args, to_stages, to_weights, address(to_c), address(to_r))
+            if self.input_too:
+                self._add_box(0, to_c, to_r)
+        else:
+            graph = graph_of(told, None, g)
+            _C.bounds_stage_grad(graph, *args, to_stages, to_weights, 0, 0, from_map=self.of_map.data_ptr())
         for i, lines, start in starting:
             if start is not None:
                 self._arrived(i, start, to_reached, entry)
             if lines[0] is None or lines[1] is None:
                 continue
-            if self.stages[i].kind == "relu":
+            if self.stages[i].relaxed:
                 self.to_lines[i] = lines
             else:
                 self._shared_lines(
@@ -186,11 +214,11 @@ class _Backward:
                     by_channel(lines[0], self.stages[i].shape).sum((0, 1, 2)),
                     by_channel(lines[1], self.stages[i].shape).sum((0, 1, 2)),
                 )
-        for (_, link), t in zip(told.link_of, taps, strict=True):
-            if t is None or link.at is None:
+        for (_, own), t in zip(told.link_of, taps, strict=True):
+            if t is None or own.at is None:
                 continue
-            o, c, kh, kw = self.given.weights[link.at].shape
-            self._add_weight(link, t[:, : kh * kw * c].view(o, kh, kw, c).permute(0, 3, 1, 2))
+            o, c, kh, kw = self.given.weights[own.at].shape
+            self._add_weight(own, t[:, : kh * kw * c].view(o, kh, kw, c).permute(0, 3, 1, 2))
 
     def _shared_lines(self, stage: Stage, i: int, to_slope: Tensor, to_offset: Tensor) -> None:
         """slope = factor, offset = factor * bias + shift, by channels."""
@@ -214,9 +242,9 @@ class _Backward:
         stage, (A, pick, scaled) = self.stages[i], self.kept[i]
         to_scaled: Any = None
         for link in stage.links:
-            found = self._link_up(link, stage, scaled, to_reached[link.source])
+            found = self._link_up(link, stage, scaled, to_reached[link.source], self.held[i].index)
             to_scaled = found if to_scaled is None else to_scaled + found
-        if stage.kind != "relu":
+        if not stage.relaxed:
             return self._linear_up(stage, i, A, to_scaled)
         at = self.held[i]
         args: list[Any] = [A, self.g, at.slopes, at.intercepts, self.rows.example, *pick, None, None, []]
@@ -244,9 +272,11 @@ class _Backward:
             to_sums = to_sums + g[..., None] * given.scales[stage.shift]
         return (by_channel(to_a, stage.shape) + to_sums.unsqueeze(2)).flatten(2)
 
-    def _link_up(self, link: Link, stage: Stage, scaled: Tensor, to_down: Tensor) -> Tensor:
+    def _link_up(self, link: Link, stage: Stage, scaled: Tensor, to_down: Tensor, index: Tensor | None) -> Tensor:
         if to_down.shape[0] != scaled.shape[0]:  # others brought two sides to the source
             to_down = to_down.sum(0, keepdim=True)
+        if index is not None:
+            return to_down.gather(2, index.long()[self.rows.example].expand_as(scaled))
         if link.at is None:
             return signed(to_down, link.sign)
         w, flat, rows = (
@@ -259,7 +289,7 @@ class _Backward:
             self._add_weight(link, matrix_product(rows.t(), flat))
             return matrix_product(flat, w.t()).unflatten(0, scaled.shape[:2])
         source = self.stages[link.source].shape
-        args = [image_of(rows, stage.shape), w, link.stride, link.padding, source[1:]]
+        args = [image_of(rows, stage.shape), w, link.stride, link.padding, source[1:], link.dilation, link.groups]
         to_rows, to_w, *_ = gradients.spread(args, (True, True), image_of(flat, source))
         assert to_rows is not None
         self._add_weight(link, to_w)
@@ -271,22 +301,69 @@ class _Backward:
         lines, after = self.to_lines.get(i), self.to_boxes.pop(i, (None, None))
         if lines is None and after[0] is None:
             return
-        batch, n = at.center.shape
-        one = at.radius.stride(0) == 0 or at.radius.shape[0] != batch
+        if stage.box is not None:
+            self.to_given[2 * stage.box : 2 * stage.box + 2] = after
+            return
+        if stage.kind == "max":
+            self._max_up(stage, at, lines, after)
+            return
         if stage.kind == "relu":
-            g_c, g_r = torch.empty_like(at.center), at.center.new_empty(1 if one else batch, n)
-            to_bias = g_c.new_empty(stage.shape[0])
-            kept = [None if t is None else dense(t) for t in (*(lines or (None, None)), *after)]
-            _C.bounds_relu_box_grad(
-                at.center.data_ptr(), at.radius.data_ptr(), one, address(at.bias), stage.shape[0], batch, n, self.kind == "crown",
-                list(map(address, kept)), g_c.data_ptr(), g_r.data_ptr(), to_bias.data_ptr(),
-            )  # fmt: skip
+            shared = is_shared(at.center, at.radius)
+            told = shared, at.bias, stage.shape[0], self.kind == "crown"
+            g_c, g_r, to_bias = relu_box_gradient(at.center, at.radius, *told, lines, after)
+        elif stage.relaxed:
+            g_c, g_r, to_bias = self._activation_up(stage, at, lines, after)
         else:
             g_c, g_r = self._scale_up(stage, at, *after)
             to_bias = by_channel(g_c, stage.shape).sum((0, 1))
         self._add_bias(stage, to_bias)
         for link in stage.links:
             self._link_box(link, stage, g_c, g_r)
+
+    def _activation_up(self, stage: Stage, at: Held, lines: Any, after: Pair) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of centre, radius and bias: the intercepts hold slope * bias."""
+        low, up = at.center - at.radius, at.center + at.radius
+        to_low: Any = None
+        to_up: Any = None
+        through = at.center.new_zeros(())
+        if lines is not None:
+            to_slopes, to_intercepts = lines
+            if at.bias is not None:
+                slopes, behind = by_channel(at.slopes, stage.shape), by_channel(to_intercepts, stage.shape)
+                through = (slopes * behind).sum((0, 1, 2))
+                shifted = (behind * at.bias).flatten(2)
+                to_slopes = to_slopes + (shifted if len(slopes) == 2 else shifted.sum(0, keepdim=True))
+            told = _lines.told(stage.kind, stage.params)
+            to_low, to_up = _lines._grad_kernel(low, up, to_slopes, to_intercepts, *told, self.kind == "crown")
+        if after[0] is not None:  # centre and radius of the range
+            ends = 0.5 * (after[0] - after[1]), 0.5 * (after[0] + after[1])
+            with torch.enable_grad():
+                found = low.requires_grad_(), up.requires_grad_()
+                own = torch.autograd.grad(interval_activation(*found, stage.kind, stage.params), found, ends)
+            to_low, to_up = own if to_low is None else (to_low + own[0], to_up + own[1])
+        g_c, g_r = to_low + to_up, to_up - to_low
+        to_bias = by_channel(g_c, stage.shape).sum((0, 1)) + through
+        return g_c, g_r if at.radius.shape[0] == len(g_r) else g_r.sum(0, keepdim=True), to_bias
+
+    def _max_up(self, stage: Stage, at: Held, lines: Any, after: Pair) -> None:
+        link = stage.links[0]
+        assert link.window is not None
+        shape = self.stages[link.source].shape
+        with torch.enable_grad():
+            ends = [t.requires_grad_() for t in (at.center - at.radius, at.center + at.radius)]
+            images = [image_of(t, shape) for t in ends]
+            made: list[Tensor] = []
+            given: list[Tensor] = []
+            if lines is not None:
+                assert self.kind is not None
+                made += relax_max_pool(images[0], images[1], link.window, self.kind)[:2]
+                given += [image_of(t, stage.shape).unflatten(0, t.shape[:2]) for t in lines]
+            if after[0] is not None:
+                made += [max_pool(t, link.window) for t in images]
+                given += [image_of(0.5 * t, stage.shape) for t in (after[0] - after[1], after[0] + after[1])]
+            pairs = [(m, t) for m, t in zip(made, given, strict=True) if m.requires_grad]  # a single slope is 1
+            to_low, to_up = torch.autograd.grad([m for m, _ in pairs], ends, [t for _, t in pairs])
+        self._add_box(link.source, to_low + to_up, to_up - to_low)
 
     def _scale_up(self, stage: Stage, at: Held, g_c: Tensor, g_r: Tensor) -> Pair:
         if stage.shift is not None:
@@ -311,14 +388,23 @@ class _Backward:
         elif r.shape[0] == c.shape[0] and g_r.shape[0] != c.shape[0]:
             r = r[:1]
         before = self.stages[link.source].shape
+        to_c: Any = None
+        to_r: Any = None
+        to_w: Any = None
         if link.dense:
             c, r = channels_first(c, before), channels_first(r, before)
-            c, r, w, g_c, g_r = tensors = [dense(t) for t in (c, r, w, g_c, g_r)]
-            to_c, to_r = ((torch.empty_like(t) if wanted else None) for t in (c, r))
-            to_w = torch.zeros_like(w)
-            _C.bounds_interval_grad(
-                *(t.data_ptr() for t in tensors), to_w.data_ptr(), address(to_c), address(to_r), c.shape[0], r.shape[0], c.shape[1], stage.size
-            )  # fmt: skip
+            c, r, w, g_c, g_r = [dense(t) for t in (c, r, w, g_c, g_r)]
+            if on_cpu(w):
+                to_c, to_r = ((torch.empty_like(t) if wanted else None) for t in (c, r))
+                to_w = torch.zeros_like(w)
+                sizes = c.shape[0], r.shape[0], c.shape[1], stage.size
+                _C.bounds_interval_grad(
+                    c.data_ptr(), r.data_ptr(), w.data_ptr(), g_c.data_ptr(), g_r.data_ptr(), to_w.data_ptr(),
+                    address(to_c), address(to_r), *sizes,
+                )  # fmt: skip
+            else:
+                need = (wanted, wanted, True)
+                to_c, to_r, to_w, *_ = gradients.interval([c, r, w, None, CENTER], need, g_c, g_r)
             self._add_weight(link, to_w)
             if to_c is not None and to_r is not None:
                 to_c, to_r = channels_last(to_c, before), channels_last(to_r, before)
@@ -326,8 +412,15 @@ class _Backward:
             g_c, g_r, c, r, w = (dense(t) for t in (g_c, g_r, c, r, w))
             grads = image_of(g_c, stage.shape), image_of(g_r, stage.shape)
             maps = image_of(c, before), image_of(r, before)
-            self._add_weight(link, conv.interval_weight_gradient(*maps, w, *grads, link.stride, link.padding))
-            if wanted:
+            apart = link.dilation, link.groups
+            if not on_cpu(w):
+                args = [*maps, w, None, link.stride, link.padding, CENTER, *apart]
+                to_c, to_r, to_w, *_ = gradients.interval_conv(args, (wanted, wanted, True), *grads)
+                to_c, to_r = (None if t is None else flat_of(t) for t in (to_c, to_r))
+            else:
+                to_w = conv.interval_weight_gradient(*maps, w, *grads, link.stride, link.padding, *apart)
+            self._add_weight(link, to_w)
+            if wanted and on_cpu(w):
                 taps = taps_of(w, lanes_of(w))
                 to_c, to_r = (
                     spread(t, v, stage.shape, before, w.shape[2:], link) for t, v in ((g_c, taps), (g_r, taps.abs()))

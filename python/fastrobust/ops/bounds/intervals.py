@@ -16,7 +16,7 @@ from ... import _C
 from ...reference import bounds as reference
 from ...reference.bounds import Clip, center_radius, dual_exponent, eps_like
 from .. import _checks as ck
-from .._library import require_cuda_build, stream_of
+from .._library import full_precision, on_cpu, require_cuda_build, stream_of
 from . import _autograd as gradients
 from ._conv import adjoint, interval_convolution, pair
 from ._lines import interval_activation
@@ -200,20 +200,22 @@ def interval_conv2d(lower: Tensor, upper: Tensor, weight: Tensor, bias: Tensor |
 
 
 def _interval_conv_kernel(
-    center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, finish: int
-) -> tuple[Tensor, Tensor]:
-    if center.is_cpu and native(center):
-        return interval_convolution(center, radius, weight, bias, stride, padding, finish)
-    c, r = F.conv2d(center, weight, bias, stride, padding), F.conv2d(radius, weight.abs(), None, stride, padding)
+    center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, finish: int, dilation: Any, groups: int
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if on_cpu(center) and native(center):
+        return interval_convolution(center, radius, weight, bias, stride, padding, finish, dilation, groups)
+    conv = (stride, padding, dilation, groups)
+    with full_precision(center):
+        c, r = F.conv2d(center, weight, bias, *conv), F.conv2d(radius, weight.abs(), None, *conv)
     if finish == CENTER:
         return c, r.expand_as(c).contiguous()
     return from_center(c, r.expand_as(c)) if finish == ENDS else relu_center(c, r.expand_as(c))
 
 
 def _interval_conv_fake(
-    center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, finish: int
-) -> tuple[Tensor, Tensor]:
-    c = F.conv2d(center, weight, bias, stride, padding)
+    center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, finish: int, dilation: Any, groups: int
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    c = F.conv2d(center, weight, bias, stride, padding, dilation, groups)
     if center.device.type == "cpu" and native(center):
         c = c.contiguous(memory_format=torch.channels_last)
     return torch.empty_like(c), torch.empty_like(c)
@@ -221,7 +223,8 @@ def _interval_conv_fake(
 
 _interval_conv = register(
     "bounds_interval_conv2d",
-    "(Tensor center, Tensor radius, Tensor weight, Tensor? bias, int[] stride, int[] padding, int finish) -> (Tensor, Tensor)",
+    "(Tensor center, Tensor radius, Tensor weight, Tensor? bias, int[] stride, int[] padding, int finish, int[] dilation, int groups) "
+    "-> (Tensor, Tensor)",
     _interval_conv_kernel,
     _interval_conv_fake,
     gradients.interval_conv,
@@ -233,11 +236,13 @@ def center_conv2d(
     groups: int = 1, finish: int = CENTER,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The same for a convolution: centre (B, C, H, W), radius of this shape or (1, C, H, W)."""
-    if groups == 1 and dilation in (1, (1, 1)) and not isinstance(padding, str):
+    if not isinstance(padding, str):
         f = _interval_conv_kernel if direct(center, radius, weight, bias) else _interval_conv
-        return f(center, radius, weight, bias, list(pair(stride)), list(pair(padding)), finish)
-    c, r = F.conv2d(center, weight, bias, stride, padding, dilation, groups), None
-    r = F.conv2d(radius, weight.abs(), None, stride, padding, dilation, groups).expand_as(c)
+        shape = list(pair(stride)), list(pair(padding)), finish, list(pair(dilation)), groups
+        return f(center, radius, weight, bias, *shape)
+    with full_precision(center):
+        c = F.conv2d(center, weight, bias, stride, padding, dilation, groups)
+        r = F.conv2d(radius, weight.abs(), None, stride, padding, dilation, groups).expand_as(c)
     if finish == CENTER:
         return c, r
     return from_center(c, r) if finish == ENDS else relu_center(c, r)
@@ -313,18 +318,19 @@ def interval_ball_conv2d(x: Tensor, eps: float | Tensor, norm: Any, clip: Clip, 
 
 _spread = register(
     "bounds_spread",
-    "(Tensor a, Tensor weight, int[] stride, int[] padding, int[] size) -> Tensor",
+    "(Tensor a, Tensor weight, int[] stride, int[] padding, int[] size, int[] dilation, int groups) -> Tensor",
     adjoint,
-    lambda a, weight, stride, padding, size: a.new_empty(a.shape[0], weight.shape[1], *size).contiguous(
-        memory_format=torch.channels_last
-    ),
+    lambda a, weight, stride, padding, size, dilation, groups: a.new_empty(
+        a.shape[0], weight.shape[1] * groups, *size
+    ).contiguous(memory_format=torch.channels_last),
     gradients.spread,
 )
 
 
 def spread(
-    a: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int], size: tuple[int, int]
-) -> Tensor:
-    """The adjoint of a convolution without groups and dilation: a (N, O, h, w) to (N, C, *size), channels last."""
+    a: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int], size: tuple[int, int],
+    dilation: tuple[int, int] = (1, 1), groups: int = 1,
+) -> Tensor:  # fmt: skip
+    """The adjoint of a convolution: a (N, O, h, w) to (N, C, *size), channels last; weight (O, C / groups, kh, kw)."""
     f = adjoint if direct(a, weight) else _spread
-    return f(a, weight, list(stride), list(padding), list(size))
+    return f(a, weight, list(stride), list(padding), list(size), list(dilation), groups)

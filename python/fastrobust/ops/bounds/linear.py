@@ -168,9 +168,8 @@ def _concretize_kernel(
     example, rows, minus = (None if t is None else t.contiguous() for t in (example, rows, minus))
     args = rows_args(A, b, example, rows, minus, corner_y, corner_x, window)
     out = torch.empty_like(b)
-    _C.bounds_concretize(
-        device, stream, args, *map(address, maps), 0 if x is None else _DUAL[q], b.data_ptr(), out.data_ptr()
-    )
+    c, r, at, e = map(address, maps)
+    _C.bounds_concretize(device, stream, args, c, r, at, e, 0 if x is None else _DUAL[q], b.data_ptr(), out.data_ptr())
     return out
 
 

@@ -19,6 +19,7 @@ from . import _conv as conv
 from . import linear
 from ._live import LiveStep, concretize_live, leaving_out_pays, live_gradient
 from ._product import matrix_product, sign_product
+from ._relu_box import relu_box, relu_box_gradient
 from ._rows import address, dense, turned
 from .intervals import center_linear
 
@@ -102,15 +103,9 @@ def _lines(layer: Layer, w: Tensor, bias: Tensor | None, c: Tensor, r: Tensor, a
     else:
         maps = _image(c, layer.shape_in), _image(r, layer.shape_in)
         c, r = map(_flat, conv.interval_convolution(*maps, w, bias, layer.stride, layer.padding, _CENTER))
-    batch, n = c.shape
-    one = r.stride(0) == 0
-    slopes, intercepts = c.new_empty(1 + adaptive, batch, n), c.new_empty(2, batch, n)
-    after = None if last else (torch.empty_like(c), torch.empty_like(c))
-    living = _C.bounds_relu_box(
-        c.data_ptr(), r.data_ptr(), one, address(bias), layer.shape[0], batch, n, adaptive, slopes.data_ptr(), intercepts.data_ptr(),
-        *((0, 0) if after is None else map(address, after)),
-    )  # fmt: skip
-    return _Lines(c, r, slopes, intercepts, after, living / max(1, c.numel()))
+    box = relu_box(c, r, bias, layer.shape[0], adaptive, not last)
+    assert box.lines is not None
+    return _Lines(c, r, *box.lines, box.after, box.living)
 
 
 def _forward(
@@ -337,13 +332,9 @@ def _layer_gradients(
     c, r = inputs
     batch, n = lines.center.shape
     one = len(r) != batch or lines.radius.stride(0) == 0
-    g_c, g_r = torch.empty_like(lines.center), lines.center.new_empty(1 if one else batch, n)
-    to_bias = w.new_empty(layer.shape[0])
-    tensors = [t.data_ptr() for t in map(dense, to_lines)] + [address(t) for t in from_next]
-    _C.bounds_relu_box_grad(
-        lines.center.data_ptr(), lines.radius.data_ptr(), one, address(bias), layer.shape[0], batch, n, adaptive, tensors, g_c.data_ptr(),
-        g_r.data_ptr(), to_bias.data_ptr(),
-    )  # fmt: skip
+    g_c, g_r, to_bias = relu_box_gradient(
+        lines.center, lines.radius, one, bias, layer.shape[0], adaptive, to_lines, from_next
+    )
     if more is not None:
         g_c += more
     to_c = to_r = None
