@@ -12,14 +12,15 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fastrobust.bounds import api, compute_bounds, intervals
-from fastrobust.bounds.backward import Backward
+from fastrobust.bounds import compute_bounds, intervals, ways
 from fastrobust.bounds.trace import trace
 from fastrobust.ops import bounds as ops
 from fastrobust.ops.bounds import _chain as _bounds_chain
 from fastrobust.ops.bounds import intervals as interval_ops
 from fastrobust.ops.bounds import linear as rows_ops
 from fastrobust.reference import bounds as reference
+
+from .nets import spied
 
 
 def near(got: Tensor, want: Tensor, tolerance: float = 1e-5) -> None:
@@ -167,7 +168,7 @@ def test_gradients_of_interval_convolutions(batch: int, finish: int, channels: i
     for g, v in zip(grads(got, leaves, 2), grads(want, wide, 2), strict=True):
         near(g, v)
     if batch == 1 and not shared:
-        torch.library.opcheck(interval_ops._interval_conv.op, (*leaves, [2, 2], [1, 1], finish))
+        torch.library.opcheck(interval_ops._interval_conv.op, (*leaves, [2, 2], [1, 1], finish, [1, 1], 1))
         f = lambda *t: ops.center_conv2d(*t, 2, 1, 1, 1, finish)  # noqa: E731
         assert torch.autograd.gradcheck(f, [t.detach().requires_grad_(True) for t in wide], eps=1e-7, atol=1e-5)
 
@@ -241,7 +242,7 @@ def test_spread_of_one_channel_four_wide(
 
 def test_spread_and_registration() -> None:
     a, w = torch.randn(2, 4, 5, 5, requires_grad=True), torch.randn(4, 3, 3, 3, requires_grad=True)
-    torch.library.opcheck(interval_ops._spread.op, (a, w, [2, 2], [1, 1], [9, 9]))
+    torch.library.opcheck(interval_ops._spread.op, (a, w, [2, 2], [1, 1], [9, 9], [1, 1], 1))
     wide = [t.detach().double().requires_grad_(True) for t in (a, w)]
     assert torch.autograd.gradcheck(lambda a, w: ops.spread(a, w, (2, 2), (1, 1), (9, 9)), wide)
     compiled = torch.compile(lambda a, w: rows_and_spread(a, w), fullgraph=True, backend="aot_eager")
@@ -260,6 +261,7 @@ def rows_and_spread(a: Tensor, w: Tensor) -> Tensor:
 @pytest.mark.parametrize("method", ["crown-ibp", "fast-lin", "crown"])
 @pytest.mark.parametrize("norm,clip", [(math.inf, (0.0, 1.0)), (2.0, (0.0, 1.0)), (1.0, None)])
 @pytest.mark.parametrize("sides", ["both", "lower"])
+@pytest.mark.usefixtures("engine_alone")
 def test_convolutions_at_once_equal_one_by_one(
     method: str, norm: float, clip: tuple[float, float] | None, sides: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -272,15 +274,13 @@ def test_convolutions_at_once_equal_one_by_one(
     net[7] = nn.Linear(net[:7](x).shape[1], 9)
     net.requires_grad_(False)
     calls = []
-    monkeypatch.setattr(api, "margins_of_plan", lambda *a: None)  # the engine
-    monkeypatch.setattr(api, "margins_of_stages", lambda *a: None)
     through = ops.concretize_through
     monkeypatch.setattr(ops, "concretize_through", lambda *a: calls.append(len(a[3])) or through(*a))
     kwargs = {"eps": 0.02, "norm": norm, "clip": clip, "method": method, "labels": y, "sides": sides}
     got = compute_bounds(net, x, **kwargs)
     assert calls  # the kernel was used
-    monkeypatch.setattr(Backward, "_convolutions", lambda *a: [])
-    want = compute_bounds(net, x, **kwargs)
+    with ways(without="convolution kernel"):
+        want = compute_bounds(net, x, **kwargs)
     wide = compute_bounds(net.double(), x.double(), **kwargs)
     near(got.lower, want.lower)
     near(got.lower, wide.lower)
@@ -295,6 +295,7 @@ def test_convolutions_at_once_equal_one_by_one(
     "norm,clip,sides", [(math.inf, (0.0, 1.0), "both"), (math.inf, None, "lower"), (2.0, (0.0, 1.0), "lower")]
 )
 @pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.usefixtures("engine_alone")
 def test_gradients_through_convolutions_at_once(
     method: str,
     norm: float,
@@ -318,8 +319,6 @@ def test_gradients_through_convolutions_at_once(
     net = nn.Sequential(*convs, *tail)
     monkeypatch.setattr(_bounds_chain, "_CHUNK_NUMBERS", chunk)
     calls = []
-    monkeypatch.setattr(api, "margins_of_plan", lambda *a: None)  # the engine
-    monkeypatch.setattr(api, "margins_of_stages", lambda *a: None)
     through = ops.concretize_through
     monkeypatch.setattr(ops, "concretize_through", lambda *a: calls.append(1) or through(*a))
 
@@ -354,17 +353,15 @@ def test_intervals_of_a_chain_equal_the_engine(
     ).requires_grad_(False)  # fmt: skip
     x, y = torch.rand(batch, 2, 12, 10), torch.randint(0, 4, (batch,))
     radius = torch.rand(batch) * 0.1 if eps == "each" else eps
-    calls = []
-    monkeypatch.setattr(api, "margins_of_chain", lambda *a: calls.append(1) or intervals.margins_of_chain(*a))
+    taken = spied(monkeypatch, "margins_of_stages")
     got = compute_bounds(net, x, radius, clip=clip, method="ibp", labels=y)
-    assert (batch <= intervals.SMALL_BATCH and eps != "each" or calls) and intervals.chain_of(
+    assert (batch <= intervals.SMALL_BATCH and eps != "each" or taken == [True]) and intervals.chain_of(
         trace(net, x).graph
     ) is not None
     merged = nn.Sequential(*net[:-2], net[-1])  # two linear layers at the end: the engine merges them
     assert intervals.chain_of(trace(merged, x).graph) is None
-    monkeypatch.setattr(api, "margins_of_chain", lambda *a: None)
-    monkeypatch.setattr(api, "margins_of_stages", lambda *a: None)
-    want = compute_bounds(net, x, radius, clip=clip, method="ibp", labels=y)
+    with ways("walk"):
+        want = compute_bounds(net, x, radius, clip=clip, method="ibp", labels=y)
     wide = compute_bounds(net.double(), x.double(), radius, clip=clip, method="ibp", labels=y)
     for other in (want, wide):
         near(got.lower, other.lower)
@@ -375,9 +372,7 @@ def test_intervals_of_a_chain_equal_the_engine(
 @pytest.mark.parametrize("batch", [1, 3, 16])
 @pytest.mark.parametrize("sides", ["both", "lower"])
 @pytest.mark.parametrize("name", ["fc", "one", "conv", "rgb"])
-def test_small_batches_in_one_call(
-    clip: tuple[float, float] | None, batch: int, sides: str, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_small_batches_in_one_call(clip: tuple[float, float] | None, batch: int, sides: str, name: str) -> None:
     torch.manual_seed(5)
     shape, net = {
         "fc": ((1, 5, 7), nn.Sequential(nn.Flatten(), nn.Linear(35, 50), nn.ReLU(), nn.Linear(50, 4))),
@@ -396,10 +391,8 @@ def test_small_batches_in_one_call(
     assert torch.equal(got.lower, found[0]) and (
         got.upper is None if sides == "lower" else torch.equal(got.upper, found[1])
     )
-    monkeypatch.setattr(api, "small_margins", lambda *a: None)
-    monkeypatch.setattr(api, "margins_of_chain", lambda *a: None)
-    monkeypatch.setattr(api, "margins_of_stages", lambda *a: None)
-    want = compute_bounds(net.double(), x.double(), 0.03, clip=clip, method="ibp", labels=y, sides=sides)
+    with ways("walk"):
+        want = compute_bounds(net.double(), x.double(), 0.03, clip=clip, method="ibp", labels=y, sides=sides)
     near(got.lower, want.lower)
     if sides == "both":
         near(got.upper, want.upper)

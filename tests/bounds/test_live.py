@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fastrobust.bounds import api, compute_bounds
-from fastrobust.bounds.backward import Backward
+from fastrobust.bounds import compute_bounds, ways
 from fastrobust.ops import bounds as ops
 from fastrobust.ops.bounds import margins as margin_bounds
 from fastrobust.reference import bounds as reference
@@ -122,6 +121,7 @@ def test_coefficients_that_are_no_numbers_reach_their_row() -> None:
 @pytest.mark.parametrize("norm,clip", [(math.inf, (0.0, 1.0)), (2.0, None), (1.0, None)])
 @pytest.mark.parametrize("sides", ["both", "lower"])
 @pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.usefixtures("engine_alone")
 def test_bounds_without_dead_neurons_equal_the_others(
     method: str, norm: float, clip: tuple[float, float] | None, sides: str, flat: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,14 +144,12 @@ def test_bounds_without_dead_neurons_equal_the_others(
     kwargs = {"eps": 0.02, "norm": norm, "clip": clip, "method": method, "labels": torch.arange(7) % 5, "sides": sides}
     calls = []
     through = ops.concretize_live
-    monkeypatch.setattr(api, "margins_of_plan", lambda *a: None)  # the engine
-    monkeypatch.setattr(api, "margins_of_stages", lambda *a: None)
     monkeypatch.setattr(ops, "leaving_out_pays", lambda *a: True)
     monkeypatch.setattr(ops, "concretize_live", lambda *a: calls.append(len(a[3])) or through(*a))
     got = compute_bounds(net, x, **kwargs)
     assert calls
-    monkeypatch.setattr(Backward, "_live", lambda *a: [])
-    want = compute_bounds(net, x, **kwargs)
+    with ways(without="living layers"):
+        want = compute_bounds(net, x, **kwargs)
     wide = compute_bounds(net.double(), x.double(), **kwargs)
     for other in (want, wide):
         scale = other.lower.abs().max()
@@ -174,9 +172,8 @@ def test_it_is_chosen_where_many_neurons_are_dead(module: Any) -> None:
         net[0].bias.data += shift
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "leaving_out_pays", lambda *a: chosen.append(pays(*a)) or chosen[-1])
-            patch.setattr(api, "margins_of_plan", api.margins_of_plan if module is margin_bounds else lambda *a: None)
-            patch.setattr(api, "margins_of_stages", lambda *a: None)
-            compute_bounds(net, x, 0.01, method="crown-ibp", labels=y, sides="lower")
+            with ways(without=("graph op",) if module is margin_bounds else ("chain op", "graph op")):
+                compute_bounds(net, x, 0.01, method="crown-ibp", labels=y, sides="lower")
     assert not chosen[0] and chosen[-1]
 
 

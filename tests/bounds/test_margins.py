@@ -21,6 +21,7 @@ from fastrobust.ops.bounds import _autograd as gradients
 from fastrobust.ops.bounds import _chain as _bounds_chain
 from fastrobust.ops.bounds import _conv as conv
 from fastrobust.ops.bounds import margins as margin_bounds
+from fastrobust.ops.bounds._relu_box import relu_box, relu_box_gradient
 from fastrobust.ops.bounds._rows import turned
 from variant_runs import outputs_by_variant
 
@@ -296,23 +297,20 @@ def test_a_relu_and_its_lines_in_one_pass(
     n = channels * positions
     c, r, bias = torch.randn(batch, n), torch.rand(1 if one else batch, n), torch.randn(channels)
     r[torch.rand_like(r) < 0.1] = 0.0
-    slopes, intercepts = torch.empty(1 + adaptive, batch, n), torch.empty(2, batch, n)
-    after = [torch.empty(batch, n) for _ in range(2)]
-    told = (c.data_ptr(), r.data_ptr(), one, bias.data_ptr(), channels, batch, n, adaptive)
-    living = _C.bounds_relu_box(*told, slopes.data_ptr(), intercepts.data_ptr(), *(t.data_ptr() for t in after))
-    assert living == int((c + r > 0).sum())
+    box = relu_box(c, r, bias, channels, adaptive)
+    assert box.living == int((c + r > 0).sum()) / max(1, c.numel())
     wide = [t.double().requires_grad_(True) for t in (c, r, bias)]
     low, up = wide[0] - wide[1], wide[0] + wide[1]
     lines = ops.relax(low, up, "relu", "crown" if adaptive else "parallel")
     joined = lines.intercepts + lines.slopes * wide[2].repeat(positions)
     middle, reach = (low.relu() + up.relu()) / 2, (up.relu() - low.relu()) / 2
-    got = [slopes, intercepts, *after]
+    assert box.lines is not None and box.after is not None
+    got = [*box.lines, *box.after]
     for g, w in zip(got, (lines.slopes, joined, middle, reach), strict=True):
         assert torch.allclose(g.double(), w, atol=1e-5)
     given_grads = [torch.randn_like(t) for t in got]
-    to_c, to_r, to_bias = torch.empty(batch, n), torch.empty(1 if one else batch, n), torch.empty(channels)
-    sent = [t.data_ptr() for t in given_grads[:2]] + ([t.data_ptr() for t in given_grads[2:]] if more else [0, 0])
-    _C.bounds_relu_box_grad(*told, sent, to_c.data_ptr(), to_r.data_ptr(), to_bias.data_ptr())
+    sent = (given_grads[0], given_grads[1]), (given_grads[2], given_grads[3]) if more else None
+    to_c, to_r, to_bias = relu_box_gradient(c, r, one, bias, channels, adaptive, *sent)
     outputs = [lines.slopes, joined] + [middle, reach] * more
     value = sum((o * g).sum() for o, g in zip(outputs, given_grads, strict=False))
     want = torch.autograd.grad(value, wide)

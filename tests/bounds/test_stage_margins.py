@@ -115,12 +115,12 @@ def test_parameters_may_be_stored_in_any_order(name: str, method: str) -> None:
     near(got, want, 1e-4)
 
 
-def test_intervals_of_chains_are_recorded_here(taken: list[bool]) -> None:
+def test_intervals_of_chains_are_taken_here(taken: list[bool]) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 5, 3, 2, 1), nn.ReLU(), nn.Conv2d(5, 4, 2), nn.ReLU(), nn.Flatten(), nn.Linear(24, 7), nn.ReLU(), nn.Linear(7, 4))  # fmt: skip
     x, y = torch.rand(7, *IMAGE), torch.randint(4, (7,))
     got = bounds_and_gradients(net, x, 0.05, y, torch.float32, False, method="ibp")
-    assert taken == [True]  # without gradients another way is faster
+    assert taken == [True]  # without gradients small batches are one call
     near(got, bounds_and_gradients(net, x, 0.05, y, torch.float64, False, method="ibp"))
 
 
@@ -142,14 +142,10 @@ def test_dead_neurons_have_no_gradient_and_constant_ones_no_nan(taken: list[bool
 def test_what_is_left_to_the_engine(taken: list[bool]) -> None:
     net = network("residual")
     x, y = torch.rand(2, *IMAGE), torch.tensor([0, 3])
-    for change in ({"max_memory": 1}, {"method": "ibp", "labels": None}, {"norm": 2}, {"method": "crown"}, {"intersect": True}, {"return_intermediate": True}):  # fmt: skip
+    for change in ({"max_memory": 1}, {"method": "ibp", "labels": None}, {"method": "crown"}, {"rounding": "outward"}, {"return_intermediate": True}):  # fmt: skip
         taken.clear()
         compute_bounds(net, x, 0.05, **{"method": "crown-ibp", "labels": y, **change})
         assert not any(taken)
-    smooth = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.LazyLinear(3)).eval()
-    smooth(x)
-    compute_bounds(smooth, x, 0.05, method="ibp", labels=torch.tensor([0, 1]))
-    assert not any(taken)
     assert compute_bounds(net, x[:0], 0.05, method="crown-ibp", labels=y[:0]).lower.shape == (0, 4)
 
 

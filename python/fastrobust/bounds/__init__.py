@@ -3,9 +3,11 @@
 from fastrobust._record import UnreadableModelError
 from fastrobust.bounds.api import METHODS, Bounds, LinearBounds, compute_bounds
 from fastrobust.bounds.builder import SUPPORTED, UnsupportedLayerError
+from fastrobust.bounds.decisions import WAYS, ways
+from fastrobust.bounds.explain import Explanation, explain
 from fastrobust.bounds.self_check import ModelMismatchError
 
 __all__ = [
-    "METHODS", "SUPPORTED", "Bounds", "LinearBounds", "ModelMismatchError", "UnreadableModelError", "UnsupportedLayerError",
-    "compute_bounds",
+    "METHODS", "SUPPORTED", "WAYS", "Bounds", "Explanation", "LinearBounds", "ModelMismatchError", "UnreadableModelError",
+    "UnsupportedLayerError", "compute_bounds", "explain", "ways",
 ]  # fmt: skip

@@ -10,20 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from fastrobust._heap import keep_pages
+from fastrobust._input_sets import Clip, input_box
 from fastrobust.bounds import graph as G
 from fastrobust.bounds import outward as O
 from fastrobust.bounds.checks import check_inputs, check_method, check_options, check_spec, explain_not_finite
+from fastrobust.bounds.decisions import declined, took
 from fastrobust.bounds.engine import METHODS, Engine
-from fastrobust.bounds.intervals import margins_of_chain, small_margins
+from fastrobust.bounds.intervals import small_margins
 from fastrobust.bounds.margins import margins_of_plan
 from fastrobust.bounds.region import Region
 from fastrobust.bounds.results import Bounds, LinearBounds, Options
 from fastrobust.bounds.self_check import check_contained
-from fastrobust.bounds.stage_margins import margins_of_stages
+from fastrobust.bounds.stage_margins import Asked, margins_of_stages
 from fastrobust.bounds.trace import first_parameter, trace
+from fastrobust.ops._library import full_precision
 from fastrobust.ops.bounds import check_norm, finite
 from fastrobust.ops.bounds.margins import Rows
-from fastrobust.reference.bounds import Clip
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -48,6 +50,7 @@ def compute_bounds(
 def compute_bounds(
     model: Model, x: Tensor, eps: Eps, *, sides: str, **options: Unpack[Options]
 ) -> Bounds[Any, Any]: ...
+@G.values_once
 def compute_bounds(
     model: Model,
     x: Tensor,
@@ -123,6 +126,7 @@ def compute_bounds(
         )
     traced = trace(model, x, outward, check == "all")
     graph = traced.graph
+    inner, radius, cut = (x, eps, clip) if graph.entry is None else graph.entry.region(x, eps, clip)
     if method == "ibp" and labels is not None and usual and traced.output is not None:  # a model that had to be read
         quick = small_margins(model, x, eps, clip, labels, 1 if sides == "lower" else 2, graph)
         if quick is not None:
@@ -138,29 +142,43 @@ def compute_bounds(
     if x.is_cpu:
         keep_pages()
     first, second = (minus, plus) if negative else (plus, minus)
-    if usual and first is not None and (method == "ibp" or not intersect):
-        quick = None
-        if method != "ibp":
-            quick = margins_of_plan(graph, x, eps, clip, method, Rows(example, first, second, count), max_memory)
-        elif second is not None:
-            quick = margins_of_chain(graph, x, eps, clip, first, second, example, count)
-        if quick is None and (method != "ibp" or labels is not None):
-            quick = margins_of_stages(graph, x, eps, clip, method, Rows(example, first, second, count), max_memory)
-        if quick is not None:
-            like = graph.result if labels is None else (-1,)
-            low, up = _sides(quick.view(count, x.shape[0], *like), negative)
-            if not all(t is None or finite(t) for t in (low, up)):
-                explain_not_finite(model, low, up)
-            _compare(check, model, x, traced.output, labels, spec, low, up)
+    taken: tuple[Tensor, Any] | None = None
+    if usual and first is not None and method != "ibp" and not intersect:
+        alone = margins_of_plan(graph, inner, radius, cut, method, Rows(example, first, second, count), max_memory)
+        taken = None if alone is None else (alone, None)
+    if taken is None and (why := _no_op(rounding, return_intermediate, len(example))):
+        declined("graph op", why)
+    elif taken is None:
+        if first is None:  # rows of a matrix, or negated outputs
+            first, second = torch.arange(len(example), device=x.device) if plus is None else plus, None
+        asked = Asked(Rows(example, first, second, count), matrix, negative and minus is None, return_linear)
+        with full_precision(x):
+            if method != "ibp" or labels is not None or spec is not None:
+                taken = margins_of_stages(graph, inner, radius, p, cut, method, asked, max_memory)
+            if taken is not None and intersect and method != "ibp":
+                other = margins_of_stages(graph, inner, radius, p, cut, "ibp", asked._replace(keep=False), max_memory)
+                taken = None if other is None else (_tighter(taken[0], other[0]), taken[1])
+    if taken is not None:
+        out, kept = taken
+        like = graph.result if labels is None and spec is None else (-1,)
+        low, up = _sides(out.view(count, x.shape[0], *like), negative)
+        if not all(t is None or finite(t) for t in (low, up)):
+            explain_not_finite(model, low, up)
+        _compare(check, model, x, traced.output, labels, spec, low, up)
+        if kept is None:
             return Bounds(low, up)
+        box = input_box(inner, radius, cut)
+        return Bounds(low, up, _at_input(_kept_bounds(kept, (low, up), inner, box, False, negative), graph))
     if outward:
-        region = Region(x.double(), eps.double() if isinstance(eps, Tensor) else eps, p, clip, O.RELATIVE)
+        wide = radius.double() if isinstance(radius, Tensor) else radius
+        region = Region(inner.double(), wide, p, cut, O.RELATIVE)
         matrix = None if matrix is None else matrix.double()
     else:
-        region = Region(x, eps.to(x.dtype) if isinstance(eps, Tensor) else eps, p, clip)
+        region = Region(inner, radius.to(x.dtype) if isinstance(radius, Tensor) else radius, p, cut)
+    took("walk")
     engine = Engine(graph, region, method, max_memory, intersect, return_intermediate, outward, exact_input, refine)
     kept = None
-    with _full_precision(x):
+    with full_precision(x):
         plain = labels is None and spec is None
         direct = plain and engine.kind is None
         engine.forward(graph.output if direct or intersect or outward else _frontier(graph))
@@ -182,15 +200,19 @@ def compute_bounds(
     if not all(t is None or finite(t) for t in (low, up)):
         explain_not_finite(model, low, up)
     _compare(check, model, x, traced.output, labels, spec, low, up)
-    linear = None
+    rows = None
     if kept is not None:
-        A, b = kept
-        asked = up if low is None else low
-        assert asked is not None
-        lead = (x.shape[0], asked.flatten(1).shape[1])
-        A, b = A.view(A.shape[0], *lead, *x.shape[1:]), b.view(b.shape[0], *lead)
-        linear = _linear_bounds(A, b, region, outward, count, negative)
-    return Bounds(low, up, linear, engine.intermediate() if return_intermediate else {})
+        rows = _at_input(_kept_bounds(kept, (low, up), inner, region.ends, outward, negative), graph)
+    return Bounds(low, up, rows, engine.intermediate() if return_intermediate else {})
+
+
+def _no_op(rounding: str, intermediate: bool, rows: int) -> str:
+    """Why no op alone gives the bounds that are asked for; empty where one may."""
+    if rounding != "nearest":
+        return "outward rounding goes node by node in float64"
+    if intermediate:
+        return "return_intermediate asks for the hidden bounds"
+    return "" if rows else "there are no rows to bound"
 
 
 def _compare(
@@ -208,7 +230,13 @@ def _compare(
         output if one else None,
         rows,
         (cut(low), cut(up)),
-        lambda: trace(model, cut(x), every=True).graph,
+        lambda: trace(model, cut(x), every=True).lowered,
+    )
+
+
+def _tighter(out: Tensor, other: Tensor) -> Tensor:
+    return torch.stack(
+        [torch.maximum(out[0], other[0]), *(torch.minimum(*t) for t in zip(out[1:], other[1:], strict=True))]
     )
 
 
@@ -219,8 +247,15 @@ def _sides(out: Tensor, negative: bool) -> tuple[Tensor | None, Tensor | None]:
     return out[0], out[1] if len(out) == 2 else None
 
 
-def _linear_bounds(A: Tensor, b: Tensor, region: Region, outward: bool, count: int, negative: bool) -> LinearBounds:
-    low, up = region.ends
+def _kept_bounds(
+    kept: tuple[Tensor, Tensor], asked: tuple[Tensor | None, Tensor | None], x: Tensor, box: tuple[Tensor, Tensor], outward: bool, negative: bool
+) -> LinearBounds:  # fmt: skip
+    """From coefficients (1 or 2, rows of all examples, ...) and offsets (sides, rows) of the bounds that were ``asked`` for."""
+    A, b = kept
+    count = len(b)
+    lead = next(t for t in asked if t is not None).flatten(1).shape
+    A, b = A.view(A.shape[0], *lead, *x.shape[1:]), b.view(b.shape[0], *lead)
+    low, up = box
     if outward:
         near = A.float()
         moved = ((A - near.double()).abs() * torch.maximum(low.abs(), up.abs()).unsqueeze(1)).flatten(3).sum(3) * (
@@ -235,6 +270,15 @@ def _linear_bounds(A: Tensor, b: Tensor, region: Region, outward: bool, count: i
     return LinearBounds(A[0], b[0], A[-1] if count == 2 else None, b[1] if count == 2 else None, low, up)
 
 
+def _at_input(linear: LinearBounds, graph: G.Graph) -> LinearBounds:
+    """Linear bounds of what the model makes of its input first, as such of the input."""
+    if graph.entry is not None:
+        for name in ("lower_A", "upper_A", "input_lower", "input_upper"):
+            t = getattr(linear, name)
+            setattr(linear, name, None if t is None else graph.entry.restored(t))
+    return linear
+
+
 def _rows_of_spec(spec: Tensor | None) -> int:
     return 0 if spec is None else spec.shape[-2]
 
@@ -243,19 +287,3 @@ def _frontier(graph: G.Graph) -> int:
     """The last nonlinear node before the output (the linear rest is merged with the rows), or the input."""
     wanted = graph.ancestors[graph.output]
     return max((i for i in wanted if not isinstance(graph.nodes[i], G.LinearNode)), default=0)
-
-
-class _full_precision:
-    """No TF32 inside: a bound in TF32 is no bound."""
-
-    def __init__(self, x: Tensor):
-        self.cuda = x.device.type == "cuda"
-
-    def __enter__(self) -> None:
-        if self.cuda:
-            self.saved = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-
-    def __exit__(self, *_: object) -> None:
-        if self.cuda:
-            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = self.saved

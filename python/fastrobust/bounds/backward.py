@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastrobust.bounds import graph as G
 from fastrobust.bounds.chains import conv_chain, live_steps
+from fastrobust.bounds.decisions import allowed, declined, took
 from fastrobust.bounds.outward import RELATIVE
 from fastrobust.bounds.region import Region, flat
 from fastrobust.bounds.stages import concretize_images
@@ -72,6 +73,7 @@ class Lines:
     folded: tuple[int, ...] = ()  # the nodes whose biases are in the intercepts
     source: Any = None  # max pooling: (B, C, L) flat index of the input that each output follows
     flat: dict[bool, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    numbers: Tensor | None = None  # ``followed``
 
     def flattened(self, image: bool) -> tuple[Tensor, Tensor]:
         """Slopes and intercepts as (., B, n), in channels-last order for images."""
@@ -81,6 +83,14 @@ class Lines:
                 _flatten(self.intercepts, image).contiguous(),
             )
         return self.flat[image]
+
+    def followed(self) -> Tensor:
+        """Of max pooling, (B, map) int32: the channels-last number of the input that each output follows."""
+        if self.numbers is None:
+            channels = self.source.shape[1]
+            numbers = self.source.movedim(1, 2) * channels + torch.arange(channels, device=self.source.device)
+            self.numbers = numbers.flatten(1).int()
+        return self.numbers
 
 
 def _flatten(t: Tensor, image: bool) -> Tensor:
@@ -126,6 +136,7 @@ class Backward:
         pending: dict[int, Rows] = {start: rows}
         self.start = start
         total = None
+        took("rows", start)
         for i in range(start, -1, -1):
             r = pending.pop(i, None)
             if r is None:
@@ -136,6 +147,7 @@ class Backward:
                 if self.keep_input:
                     self.at_input = A
                 total = self._concretize_input(node, r, A)
+                took("walk", start)
                 continue
             if not isinstance(node, G.LinearNode) and i not in self.lines:
                 self._concretize_node(node, r)
@@ -146,8 +158,11 @@ class Backward:
             if not pending and not self.keep_input and (steps := self._convolutions(node, r)):
                 total = self._through(node, r, steps)
                 break
-            if not self.keep_input and (found := self._graph(node, {**pending, i: r})) is not None:
-                total = found
+            if (found := self._graph(node, {**pending, i: r})) is not None:
+                total, kept = found
+                if kept is not None:
+                    self.at_input, chunk.b = kept
+                took("image kernel", i)
                 break
             for j, new in zip(node.inputs, self._step(node, r), strict=False):
                 pending[j] = new if j not in pending else self._merge(self.graph.nodes[j], pending[j], new)
@@ -172,10 +187,10 @@ class Backward:
         c, h, w = node.shape
         k, n, _, ph, pw = a.shape
         y, x = r.window.corner(self.chunk.where)
-        low_y, low_x = int(y.min()), int(x.min())
-        high_y, high_x = int(y.max()) + ph, int(x.max()) + pw
-        top, left = max(0, -low_y), max(0, -low_x)
-        hh, ww = top + max(h, high_y), left + max(w, high_x)
+        # of windows around any neuron: a look at these would make the host wait for a CUDA device
+        (sy, sx), (oy, ox), (_, rows, columns) = r.window.step, r.window.origin, self.graph.nodes[self.start].shape
+        top, left = max(0, oy), max(0, ox)
+        hh, ww = top + max(h, (rows - 1) * sy - oy + ph), left + max(w, (columns - 1) * sx - ox + pw)
         yy = y[:, None] + top + torch.arange(ph, device=a.device)
         xx = x[:, None] + left + torch.arange(pw, device=a.device)
         index = (yy[:, :, None] * ww + xx[:, None, :]).view(1, n, ph * pw, 1).expand(k, n, ph * pw, c)
@@ -382,7 +397,13 @@ class Backward:
         steps = live_steps(self.graph, node.index, self.lines)
         apart = len(self.chunk.b) == 2 and (len(r.A) == 2 or any(len(s.slopes) == 2 for s in steps))
         rows = self.chunk.b.shape[1] * (2 if apart else 1) / max(1, len(self.region.x))
-        return steps if steps and ops.leaving_out_pays(steps, rows) else []
+        if not steps or not allowed("living layers"):
+            return []
+        if not ops.leaving_out_pays(steps, rows):
+            declined("living layers", "few neurons are without lines: leaving them out would not pay", node.index)
+            return []
+        took("living layers", node.index)
+        return steps
 
     def _through_live(self, r: Rows, steps: list[ops.LiveStep]) -> Tensor:
         box, ball = self.region.flattened(True)
@@ -403,24 +424,33 @@ class Backward:
                 return []
             slopes, intercepts = line.flattened(True)
             w, shape_in = conv.get_weight(), self.graph.input_shapes(conv)[0]
-            step = ops.ConvStep(slopes, intercepts, act.shape, w, conv.stride, conv.padding, shape_in)
+            how = (conv.stride, conv.padding, shape_in, conv.dilation, conv.groups)
+            step = ops.ConvStep(slopes, intercepts, act.shape, w, *how)
             if not step.fits(window):
                 return []
             recorded = recorded or not ops.direct(w, slopes, intercepts)
             window = step.grown(window)
             steps.append(step)
         # where gradients are recorded the kernel takes whole images only
-        return [] if recorded and (r.window is not None or not r.A.is_cpu or not len(self.chunk.example)) else steps
+        if not steps or not allowed("convolution kernel"):
+            return []
+        if recorded and (r.window is not None or not r.A.is_cpu or not len(self.chunk.example)):
+            declined("convolution kernel", "gradients are recorded, and rows are windows", node.index)
+            return []
+        took("convolution kernel", node.index)
+        return steps
 
-    def _graph(self, node: G.Node, rows: dict[int, Rows]) -> Tensor | None:
-        """The bounds, where one kernel takes images of coefficients at ``node`` and others through all that is left."""
-        if self.slack or not isinstance(node, G.Activation):
+    def _graph(self, node: G.Node, rows: dict[int, Rows]) -> Any:
+        """The bounds (and what is kept of the linear map at the input), where one kernel takes images of coefficients at ``node`` and others through all that is left."""
+        if self.slack or not isinstance(node, (G.Activation, G.MaxPool)):
             return None
         if any(r.A is None or r.window is not None or r.A.dim() != 5 for r in rows.values()):
             return None
         flat = {i: (_flatten(r.A, True), r.pick, r.minus) for i, r in rows.items()}
         chunk = self.chunk
-        return concretize_images(self.graph, self.region, self.lines, flat, chunk.b, chunk.example, self.max_memory)
+        return concretize_images(
+            self.graph, self.region, self.lines, flat, chunk.b, chunk.example, self.max_memory, self.keep_input
+        )
 
     def _through(self, node: G.Node, r: Rows, steps: list[ops.ConvStep]) -> Tensor:
         box, ball = self.region.flattened(True)

@@ -56,14 +56,18 @@ def per_example(size: tuple[int, ...]) -> tuple[int, ...]:
 
 def _on_device(t: Tensor) -> Callable[[torch.device], Tensor]:
     """t, copied to each device once."""
-    return functools.cache(t.to)
+
+    @functools.cache
+    def on(device: torch.device) -> Tensor:
+        with torch.inference_mode(False):
+            return t.to(device)
+
+    return on
 
 
 class Builder:
-    def __init__(self, shape: tuple[int, ...], fold: bool):
-        self.fold = fold
+    def __init__(self, shape: tuple[int, ...]):
         self.nodes: list[G.Node] = [G.Input((), shape, "input")]
-        self.single: set[int] = set()  # nodes that one operation alone reads
         self.where, self.line = "", ""
         self.size: tuple[int, ...] = ()  # of the result of the operation that is lowered
 
@@ -82,10 +86,17 @@ class Builder:
         return unsupported(what, self.where, (f" ({self.line})" if self.line else "") + why)
 
     def linear(
-        self, x: Ref, f: Callable[[Tensor], Tensor], shape: tuple[int, ...], taps: int, adjoint: Any = None
+        self,
+        x: Ref,
+        f: Callable[[Tensor], Tensor],
+        shape: tuple[int, ...],
+        taps: int,
+        adjoint: Any = None,
+        **known: Any,
     ) -> Ref:
         """f takes (N, *shape of x), with coefficients that are not negative."""
-        return self.add(G.Monotone((x.index,), shape, self.where, function=f, taps=taps, adjoint=adjoint))
+        node = G.Monotone((x.index,), shape, self.where, function=f, taps=taps, adjoint=adjoint, **known)
+        return self.add(node)
 
     def to_shape(self, x: Ref, shape: tuple[int, ...]) -> Ref:
         return x if self.shape(x) == shape else self.add(G.Reshape((x.index,), shape, self.where))
@@ -107,7 +118,7 @@ class Builder:
             def restored(a: Tensor, like: Tensor) -> Tensor:
                 return a.reshape(len(a), *turned).permute(back).reshape(len(a), *inner)
 
-            return self.linear(x, permuted, shape, 0, restored)
+            return self.linear(x, permuted, shape, 0, restored, places=places)
         first = int(places[0]) if len(places) else 0
         if first >= 0 and bool((places == torch.arange(first, first + len(places))).all()):
             last = n - first - len(places)
@@ -117,6 +128,7 @@ class Builder:
                 shape,
                 0,
                 lambda a, like: F.pad(a.flatten(1), (first, last)).reshape(len(a), *inner),
+                places=places,
             )
         kept = places >= 0
         blank = bool((~kept).any())
@@ -134,7 +146,7 @@ class Builder:
             a = a.index_select(1, into(a.device)) if blank else a
             return a.new_zeros(len(a), n).index_add(1, at(a.device), a).reshape(len(a), *inner)
 
-        return self.linear(x, gathered, shape, most if most > 1 else 0, spread)
+        return self.linear(x, gathered, shape, most if most > 1 else 0, spread, places=places)
 
     def activation(self, x: Ref, name: str, params: tuple[float, ...] = ()) -> Ref:
         try:
@@ -234,48 +246,29 @@ class Builder:
         """m: getters mean, var, weight and bias (or None) of the running statistics; ``dims`` follow the channels."""
         tail = (1,) * dims
 
+        @G.Derived
         def factor() -> Tensor:
             f = torch.rsqrt(m.var() + eps)
-            return f if m.weight is None else f * m.weight()
+            return (f if m.weight is None else f * m.weight()).view(-1, *tail)
 
+        @G.Derived
         def shift() -> Tensor:
-            s = -m.mean() * factor()
-            return s if m.bias is None else s + m.bias()
-
-        source = self.nodes[x.index]
-        if (
-            self.fold
-            and isinstance(source, (G.Conv, G.Dense))
-            and len(source.shape) == dims + 1
-            and x.index in self.single
-            and source.shape[0] == m.var().numel()
-            and len(source.shape) != 2
-        ):
-            get_w, get_b = source.get_weight, source.get_bias
-
-            def weight() -> Tensor:
-                w = get_w()
-                return w * factor().view(-1, *[1] * (w.dim() - 1))
-
-            def bias() -> Tensor:
-                b = get_b()
-                return shift() if b is None else shift() + factor() * b
-
-            source.get_weight, source.get_bias = weight, bias
-            return x
+            s = -m.mean().view(-1, *tail) * factor()
+            return s if m.bias is None else s + m.bias().view(-1, *tail)
 
         def size() -> Tensor:
-            s = (m.mean() * factor()).abs()
-            return (s if m.bias is None else s + m.bias().abs()).view(-1, *tail)
+            s = (m.mean().view(-1, *tail) * factor()).abs()
+            return s if m.bias is None else s + m.bias().view(-1, *tail).abs()
 
-        return self.affine(x, lambda: factor().view(-1, *tail), lambda: shift().view(-1, *tail), size)
+        return self.affine(x, factor, shift, size)
 
     # -- pooling of maps (C, H, W) -------------------------------------------------------------------------------------
     def avg_pool(self, x: Ref, args: tuple[Any, ...], f: Callable[..., Tensor]) -> Ref:
         if len(args) == 6 and args[5] is not None and args[5] < 0:
             raise self.fail("average pooling", f" with divisor_override {args[5]}, which turns its bounds around")
         shape = tuple(f(self.meta(x), *args).shape[1:])
-        return self.linear(x, lambda t: f(t, *args), shape, self.nodes[x.index].size, _adjoint_of_pool(f, *args))
+        taps, window = self.nodes[x.index].size, _window_of_pool(f, self.shape(x), shape, *args)
+        return self.linear(x, lambda t: f(t, *args), shape, taps, _adjoint_of_pool(f, *args), window=window)
 
     def max_pool(self, x: Ref, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool) -> Ref:
         kernel, stride, padding, dilation = (G.pair(v) for v in (kernel, stride, padding, dilation))
@@ -291,6 +284,30 @@ class Builder:
         )
         node.shape = tuple(node.pool(self.meta(x)).shape[1:])
         return self.add(node)
+
+
+def _window_of_pool(
+    f: Callable[..., Tensor],
+    shape: G.Shape,
+    out: G.Shape,
+    size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: Any = None,
+) -> tuple[Any, Any, Any, float] | None:
+    """(kernel, stride, padding, weight) of pooling whose windows are all alike: a convolution of every channel."""
+    if f is F.adaptive_avg_pool2d:
+        if any(n % m for n, m in zip(shape[1:], out[1:], strict=True)):
+            return None
+        kernel = shape[1] // out[1], shape[2] // out[2]
+        return kernel, kernel, (0, 0), 1 / (kernel[0] * kernel[1])
+    kernel, steps, pads = G.pair(size), G.pair(size if stride is None or stride == [] else stride), G.pair(padding)
+    whole = [(n + 2 * p - k) // s + 1 for n, p, k, s in zip(shape[1:], pads, kernel, steps, strict=True)]
+    if tuple(out[1:]) != tuple(whole) or (pads != (0, 0) and not count_include_pad and not divisor_override):
+        return None
+    return kernel, steps, pads, 1 / (divisor_override or kernel[0] * kernel[1])
 
 
 def _adjoint_of_pool(

@@ -10,9 +10,10 @@ from fastrobust.ops import bounds as ops
 Image = tuple[int, int, int]
 
 
-def live_chain(graph: G.Graph, start: int) -> list[tuple[G.Activation, Any, Image]]:
+def live_chain(graph: G.Graph, start: int, apart: bool = False) -> list[tuple[G.Activation, Any, Image]]:
     """The activations, the dense layers or convolutions before them and the images before those (a vector has one position), one
-    after the other, from the activation ``start`` to the input; empty where anything else comes between."""
+    after the other, from the activation ``start`` to the input; empty where anything else comes between. apart: convolutions with
+    groups or dilation, too."""
     found: list[tuple[G.Activation, Any, Image]] = []
     act = graph.nodes[start]
     while isinstance(act, G.Activation):
@@ -21,7 +22,7 @@ def live_chain(graph: G.Graph, start: int) -> list[tuple[G.Activation, Any, Imag
             return []
         before = graph.nodes[layer.inputs[0]]
         if isinstance(layer, G.Conv):
-            if layer.groups != 1 or layer.dilation != (1, 1):
+            if not apart and (layer.groups != 1 or layer.dilation != (1, 1)):
                 return []
         elif len(layer.shape) != 1:
             return []
@@ -39,7 +40,7 @@ def live_chain(graph: G.Graph, start: int) -> list[tuple[G.Activation, Any, Imag
 
 def conv_chain(graph: G.Graph, start: int) -> list[tuple[G.Activation, G.Conv]]:
     """``live_chain`` where all of its layers are convolutions that the kernel of ``ops.spread`` takes; else empty."""
-    found = [(act, layer) for act, layer, _ in live_chain(graph, start)]
+    found = [(act, layer) for act, layer, _ in live_chain(graph, start, True)]
     fit = all(isinstance(c, G.Conv) and ops.spread_lanes(c.get_weight(), 2 * c.shape[2]) for _, c in found)
     return found if fit else []
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastrobust._input_sets import Clip
 from fastrobust.ops._checks import describe
 from fastrobust.ops.bounds import broadcasts, check_eps, check_norm, finite, margin_rows
-from fastrobust.reference.bounds import Clip
 
 
 def check_inputs(x: Tensor, eps: Any, norm: Any, clip: Any) -> tuple[Tensor, float | Tensor, float, Clip]:

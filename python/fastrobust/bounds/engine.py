@@ -10,14 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrobust._heap import return_pages
+from fastrobust._input_sets import dual_norm, eps_like
 from fastrobust.bounds import graph as G
 from fastrobust.bounds import outward as O
 from fastrobust.bounds.backward import Backward, Chunk, Lines, Rows
 from fastrobust.bounds.chains import conv_chain
+from fastrobust.bounds.decisions import took
+from fastrobust.bounds.needed import needed
 from fastrobust.bounds.region import Box, Region
 from fastrobust.bounds.stages import concretize_units, takes_images
 from fastrobust.ops import bounds as ops
-from fastrobust.reference.bounds import dual_norm, eps_like
 
 # method: (intermediate bounds by linear propagation, kind of lines); None: intervals only
 METHODS: dict[str, tuple[bool, str | None]] = {
@@ -31,6 +33,12 @@ _HEAP_BYTES = 64 << 20  # of the heap that may be free between pieces
 _CACHE_BYTES = 4 << 20  # rows of a chunk that fit a core's cache, where no graph is recorded
 
 
+def sizes_must_be_known(device: torch.device) -> bool:
+    """Whether all neurons of a layer are bounded, and not those that a look at their intervals picks: that look would make the
+    host wait for the device, and no graph could be captured."""
+    return device.type == "cuda"
+
+
 class Engine:
     """Boxes of every node by intervals, lines of the nonlinear ones, and rows taken back through both."""
 
@@ -41,8 +49,10 @@ class Engine:
         self.refine_all = refine == "all"
         self.sharpen = exact_input and region.box is not None and region.ball is not None
         self.outward = outward
+        self.known_sizes = sizes_must_be_known(region.x.device)
         self.slack: dict[int, Tensor] = {}  # float32 errors of the linear nodes
         self.keep = keep  # intermediate bounds are asked for
+        self.shown: dict[int, Box] = {}  # tighter than their boxes, where no line needs that
         self.done: set[int] = set()  # ReLUs that joined the layer before
         self.tighten = METHODS[method][0]
         self.kind: Any = METHODS[method][1]
@@ -64,7 +74,7 @@ class Engine:
                 # the interval after an activation is the range over its input's, which linear bounds cannot beat
                 loose = not self.exact[j] or self.sharpen
                 if self.tighten and loose and isinstance(self.graph.nodes[j], G.LinearNode):
-                    self._tighten(j, node)
+                    self._tighten(j)
                 self.lines[i] = self._relax(node)
             self.boxes[i] = self._interval(i, node)
             if self.outward:
@@ -107,6 +117,9 @@ class Engine:
                     return Box(ops.interval_ball_linear(region.x, region.eps, region.norm, region.clip, w, b))
                 x = region.x.reshape(-1, *self.graph.nodes[first].shape)
                 return Box(ops.interval_ball_conv2d(x, region.eps_for(x), region.norm, region.clip_for(x), w, b, *conv))
+            if isinstance(node, G.AveragePool) and not at_input:
+                low, up = before.ends
+                return Box((node.function(low), node.function(up)))
             c, r = before.middle
             if at_input and region.clip is None and not isinstance(region.eps, Tensor):
                 r = r[:1]  # the same for every example
@@ -182,7 +195,8 @@ class Engine:
     def _relax(self, node: Any) -> Lines:
         l, u = self.boxes[node.inputs[0]].ends
         if isinstance(node, G.MaxPool):
-            lines = _relax_max_pool(node, l, u, self.kind)
+            slopes, intercepts, source = ops.relax_max_pool(l, u, node.window, self.kind)
+            lines = Lines(slopes, intercepts, source=source)
             if self.outward:
                 top = O.magnitude(Box((node.pool(l), node.pool(u))))
                 pad = O.RELATIVE * (top + lines.intercepts.abs().amax(0))
@@ -216,25 +230,36 @@ class Engine:
             found += self._biases(self.graph.nodes[j], node.index, sign * s)
         return found if len({b.shape for _, b in found}) <= 1 else []
 
-    def _tighten(self, j: int, node: G.Node) -> None:
-        """Replaces the interval of node j by linear bounds wherever ``node`` is not linear on it."""
+    def _tighten(self, j: int) -> None:
+        """Replaces the interval of node j by linear bounds wherever lines are made from it."""
         l, u = self.boxes[j].ends
-        mask = node.unstable(l, u) if isinstance(node, G.Activation) else u > l
-        if self.refine_all:
-            mask = torch.ones_like(mask)
         self.exact[j] = True
-        example, neuron = self._picked(mask.detach())
+        wanted = torch.ones_like(l, dtype=torch.bool) if self.refine_all else needed(self.graph, j, l, u)
+        shown = wanted | (l < u) if self.keep else wanted
+        example, neuron = self._all(l) if self.known_sizes else self._picked(shown)
         if len(example) == 0:
             return
         out = self.bound_rows(j, example, neuron, None)
-        low, up = out[0], out[1]
+        low, up = (t.flatten(1).index_put((example, neuron), v).view(t.shape) for t, v in zip((l, u), out, strict=True))
         if self.intersect:
-            low = torch.maximum(low, l.flatten(1)[example, neuron])
-            up = torch.minimum(up, u.flatten(1)[example, neuron])
-        at = (example, neuron)
-        self.boxes[j] = Box(
-            (l.flatten(1).index_put(at, low).view(l.shape), u.flatten(1).index_put(at, up).view(u.shape))
-        )
+            low, up = torch.maximum(low, l), torch.minimum(up, u)
+        elif not self.refine_all:  # what was linear stays so, also where only the float32 error moved it past a kink
+            by = self.slack.get(j, 0.0)
+            loose = self._unstable(j, l + by, u - by)
+            low, up = torch.where(loose, low, torch.maximum(low, l)), torch.where(loose, up, torch.minimum(up, u))
+        if self.keep:
+            self.shown[j] = Box((low, up))
+        if self.keep or self.known_sizes:
+            low, up = torch.where(wanted, low, l), torch.where(wanted, up, u)
+        self.boxes[j] = Box((low, up))
+
+    def _unstable(self, j: int, l: Tensor, u: Tensor) -> Tensor:
+        """Where an activation that reads node j is not linear on [l, u]."""
+        mask = torch.zeros_like(l, dtype=torch.bool)
+        for node in (self.graph.nodes[c] for c in self.graph.nodes[j].consumers):
+            if isinstance(node, G.Activation):
+                mask |= node.unstable(l, u)
+        return mask
 
     @staticmethod
     def _picked(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -245,12 +270,22 @@ class Engine:
         example, place, channel = mask.flatten(2).movedim(1, -1).nonzero().unbind(1)
         return example, channel * (mask.shape[2] * mask.shape[3]) + place
 
+    @staticmethod
+    def _all(box: Tensor) -> tuple[Tensor, Tensor]:
+        """``_picked`` of all neurons."""
+        batch, size = len(box), box[0].numel() if len(box) else 0
+        neuron = torch.arange(size, device=box.device)
+        if box.dim() == 4 and size:
+            neuron = neuron.view(box.shape[1], -1).t().reshape(-1)
+        example = torch.arange(batch, device=box.device)
+        return example.repeat_interleave(size), neuron.repeat(batch)
+
     # -- rows ----------------------------------------------------------------------------------------------------------
     def bound_rows(self, start: int, example: Tensor, plus: Tensor, minus: Tensor | None, sides: int = 2) -> Tensor:
         """Bounds (sides, R) of single neurons, or of differences of two, of node ``start``."""
         node = self.graph.nodes[start]
         if minus is None and (found := self._units(start, example, plus, sides)) is not None:
-            return found
+            return found[0]
         results = []
         for piece in self._pieces(start, len(example), sides):
             p = plus[piece]
@@ -266,11 +301,18 @@ class Engine:
                 return_pages(min(self.max_memory, _HEAP_BYTES))
         return results[0] if len(results) == 1 else torch.cat(results, 1)
 
-    def _units(self, start: int, example: Tensor, neuron: Tensor, sides: int) -> Tensor | None:
-        """``bound_rows`` of single neurons of an image in one kernel, where that is the way."""
+    def _units(self, start: int, example: Tensor, neuron: Tensor, sides: int, keep: bool = False) -> Any:
+        """``bound_rows`` of single neurons of an image in one kernel, and with ``keep`` the linear map at the input, where that is the
+        way."""
         if self.slack or self.kind is None:
             return None
-        return concretize_units(self.graph, self.region, self.lines, start, example, neuron, sides, self.max_memory)
+        found = concretize_units(
+            self.graph, self.region, self.lines, start, example, neuron, sides, self.max_memory, keep
+        )
+        if found is not None:
+            took("rows", start)
+            took("neuron kernel", start)
+        return found
 
     def _pieces(self, start: int, rows: int, sides: int) -> list[slice]:
         x = self.region.x
@@ -293,13 +335,10 @@ class Engine:
             plus, minus, negative = minus, plus, False
         start = self.graph.output
         x = self.region.x
-        if (
-            matrix is None
-            and minus is None
-            and not keep
-            and (found := self._units(start, example, plus, 2 if negative else sides)) is not None
-        ):
-            return (-found[1:] if negative else found), None
+        if matrix is None and minus is None and not (keep and negative):
+            found = self._units(start, example, plus, 2 if negative else sides, keep)
+            if found is not None:
+                return (-found[0][1:] if negative else found[0]), found[1]
         bounds, maps, offsets = [], [], []
         count = len(example)
         for piece in self._pieces(start, count, sides):
@@ -342,67 +381,51 @@ class Engine:
     def intermediate(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Bounds of the inputs of the nonlinear layers, by the module path of the layer that produces them."""
         found: dict[str, tuple[Tensor, Tensor]] = {}
-        for node in self.graph.nodes:
-            if isinstance(node, (G.Activation, G.MaxPool)) and self.boxes[node.inputs[0]] is not None:
-                name = self.graph.nodes[node.inputs[0]].where
-                key, n = name, 2
-                while key in found:
-                    key, n = f"{name}#{n}", n + 1
-                low, up = self.boxes[node.inputs[0]].ends
-                found[key] = (O.round_down(low), O.round_up(up)) if self.outward else (low, up)
+        for name, shape, value in self.graph.reads or ():
+            box = self._ends_of(value, shape)
+            if box is None:
+                continue
+            key, n = name, 2
+            while key in found:
+                key, n = f"{name}#{n}", n + 1
+            low, up = box
+            found[key] = (O.round_down(low), O.round_up(up)) if self.outward else (low, up)
         return found
 
+    def _shown_at(self, i: int) -> Box:
+        """The tightest interval of a node: of what a nonlinear node gives, over the tightest of what it reads."""
+        node: Any = self.graph.nodes[i]
+        if i in self.shown or self.outward or not isinstance(node, (G.Activation, G.MaxPool)) or not self.shown:
+            return self.shown.get(i, self.boxes[i])
+        low, up = self._shown_at(node.inputs[0]).ends
+        if isinstance(node, G.MaxPool):
+            return Box(node.interval([(low, up)]))
+        return Box(ops.interval_activation(low, up, node.activation, node.params))
 
-def _relax_max_pool(node: G.MaxPool, l: Tensor, u: Tensor, kind: str) -> Lines:
-    """max over a window lies above the input with the largest lower bound, j, and below x_j + max(0, max over others of u - l_j)
-    (parallel), or below max u where another input can win (crown)."""
-    c, h, w = l.shape[1:]
-    out = node.shape
-    with torch.no_grad():
-        _, source = torch.nn.functional.max_pool2d(
-            l, node.kernel, node.stride, node.padding, node.dilation, node.ceil_mode, True
-        )
-        source = source.flatten(2)
-        numbers = torch.arange(h * w, device=l.device, dtype=l.dtype).view(1, 1, h, w)
-        # windows of flat positions, -1 where the window leaves the image
-        need = [
-            (o - 1) * s + d * (k - 1) + 1
-            for o, s, d, k in zip(out[1:], node.stride, node.dilation, node.kernel, strict=False)
-        ]
-        pads = (
-            node.padding[1],
-            max(0, need[1] - w - node.padding[1]),
-            node.padding[0],
-            max(0, need[0] - h - node.padding[0]),
-        )
-        if h * w > 1 << 24:
-            raise ValueError(f"model: MaxPool2d at '{node.where}' has more than 2^24 positions")
-        grid = torch.nn.functional.pad(numbers, pads, value=-1.0)[..., : need[0], : need[1]]
-        index = torch.nn.functional.unfold(grid.float(), node.kernel, node.dilation, 0, node.stride).long()[
-            0
-        ]  # (kk, L)
-    flat = u.flatten(2)
-    values = flat[:, :, index.clamp(min=0)]  # (B, C, kk, L)
-    hidden = (index < 0) | (index == source.unsqueeze(2))
-    others = torch.where(hidden, torch.full_like(values, -math.inf), values).amax(2)
-    best = l.flatten(2).gather(2, source)
-    gap = (others - best).clamp(min=0)
-    shape = (l.shape[0], *out)
-    one, zero = torch.ones_like(gap), torch.zeros_like(gap)
-    if kind == "parallel":
-        return Lines(one.view(1, *shape), torch.stack([zero, gap]).view(2, *shape), source=source)
-    contested = gap > 0
-    top = torch.maximum(others, flat.gather(2, source))
-    slopes = torch.stack([one, torch.where(contested, zero, one)])
-    intercepts = torch.stack([zero, torch.where(contested, top, zero)])
-    return Lines(slopes.view(2, *shape), intercepts.view(2, *shape), source=source)
+    def _ends_of(self, value: G.Pieces, shape: G.Shape) -> tuple[Tensor, Tensor] | None:
+        """The interval of a value of the model that may lie in pieces here."""
+        if isinstance(value, int):
+            if self.boxes[value] is None:
+                return None
+            low, up = self._shown_at(value).ends
+            return low.reshape(len(low), *shape), up.reshape(len(up), *shape)
+        dim, pieces = value
+        ends = [self._ends_of(piece, own) for own, piece in pieces]
+        if not ends or any(e is None for e in ends):
+            return None
+        if isinstance(dim, Tensor):  # another order of the one value
+            dim = dim.to(self.region.x.device)
+            low, up = (t.flatten(1).index_select(1, dim) for t in ends[0] or ())
+            return low.reshape(len(low), *shape), up.reshape(len(up), *shape)
+        low, up = (torch.cat([e[k] for e in ends if e is not None], dim + 1) for k in (0, 1))
+        return low.reshape(len(low), *shape), up.reshape(len(up), *shape)
 
 
 def _numbers_before_kernel(graph: G.Graph, lines: dict[int, Lines], start: int, max_memory: int) -> int | None:
     """The largest row on the way from ``start`` to images that one kernel takes to the input; None without such."""
     node, size, given = graph.nodes[start], 0, True  # the rows of a layer at the start are those of its weight
     while len(node.inputs) == 1:
-        if len(node.shape) == 3 and isinstance(node, G.Activation):
+        if len(node.shape) == 3 and isinstance(node, (G.Activation, G.MaxPool)):
             taken = conv_chain(graph, node.index) or takes_images(graph, lines, node.index, max_memory)
             return size if taken else None
         before = graph.nodes[node.inputs[0]]

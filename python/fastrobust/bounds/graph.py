@@ -5,19 +5,63 @@ Parameters are read when a node runs, not when it is built, so a traced graph st
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastrobust.ops.bounds import product, spread
+from fastrobust.ops.bounds import PoolWindow, product, spread
 
 Shape = tuple[int, ...]
 Getter = Callable[[], Any]  # a tensor or None, read when the node runs
 Ends = tuple[Tensor, Tensor]
+F_ = TypeVar("F_", bound=Callable[..., Any])
+
+_VALUES: ContextVar[dict[Any, tuple[bool, Any]] | None] = ContextVar("fastrobust_values", default=None)
+
+
+def values_once(call: F_) -> F_:
+    """Within one call of the function each ``Derived`` value is computed once; nothing is kept after it."""
+
+    @functools.wraps(call)
+    def run(*args: Any, **options: Any) -> Any:
+        if _VALUES.get() is not None:
+            return call(*args, **options)
+        token = _VALUES.set({})
+        try:
+            return call(*args, **options)
+        finally:
+            _VALUES.reset(token)
+
+    return cast(F_, run)
+
+
+Pieces = Any  # a node, or (dimension, or places in one value, [(shape, Pieces), ...]) of values put together
+
+
+class Derived:
+    """A getter of a value that is computed from parameters; of one that autograd records, where it records."""
+
+    __slots__ = ("compute",)
+
+    def __init__(self, compute: Getter):
+        self.compute = compute
+
+    def __call__(self) -> Any:
+        values = _VALUES.get()
+        if values is None:
+            return self.compute()
+        records = torch.is_grad_enabled()
+        recorded, value = values.get(self, (False, None))
+        if value is None or (records and not recorded):
+            value = self.compute()
+            values[self] = records, value
+        return value
 
 
 def _nothing(*_: Any) -> Any:
@@ -92,26 +136,18 @@ class Conv(LinearNode):
         b = self.get_bias()
         return None if b is None else b.view(-1, 1, 1)
 
-    def _extra(self, size_in: int, size_out: int, axis: int, kernel: int) -> int:
-        return size_in - (
-            (size_out - 1) * self.stride[axis] - 2 * self.padding[axis] + self.dilation[axis] * (kernel - 1) + 1
-        )
-
     def transpose(self, a: Tensor, shapes: list[Shape]) -> list[Tensor]:
-        w = self.get_weight()
-        (_, h, width), (_, ho, wo) = shapes[0], self.shape
-        if self.groups == 1 and self.dilation == (1, 1):
-            return [spread(a, w, self.stride, self.padding, (h, width))]
-        extra = (self._extra(h, ho, 0, w.shape[2]), self._extra(width, wo, 1, w.shape[3]))
-        return [F.conv_transpose2d(a, w, None, self.stride, self.padding, extra, self.groups, self.dilation)]
+        size = (shapes[0][1], shapes[0][2])
+        return [spread(a, self.get_weight(), self.stride, self.padding, size, self.dilation, self.groups)]
 
     def transpose_window(self, a: Tensor) -> Tensor:
         """The adjoint on windows (N, O, ph, pw), without borders."""
         w = self.get_weight()
-        if self.groups == 1 and self.dilation == (1, 1):
-            size = [(n - 1) * s + k for n, s, k in zip(a.shape[2:], self.stride, w.shape[2:], strict=False)]
-            return spread(a, w, self.stride, (0, 0), (size[0], size[1]))
-        return F.conv_transpose2d(a, w, None, self.stride, 0, 0, self.groups, self.dilation)
+        height, width = (
+            (n - 1) * s + (k - 1) * d + 1
+            for n, s, k, d in zip(a.shape[2:], self.stride, w.shape[2:], self.dilation, strict=True)
+        )
+        return spread(a, w, self.stride, (0, 0), (height, width), self.dilation, self.groups)
 
     def dense_kernel(self) -> Tensor:
         """The weight over all input channels: (O, C, kh, kw)."""
@@ -124,6 +160,18 @@ class Conv(LinearNode):
             for g in range(self.groups)
         ]
         return torch.cat(parts)
+
+
+@dataclass(eq=False)
+class AveragePool(Conv):
+    """A convolution of every channel with equal weights, as torch's pooling computes it."""
+
+    function: Callable[[Tensor], Tensor] = _nothing
+    adjoint: Callable[[Tensor, Tensor], Tensor] = _nothing  # of (a, any tensor of the input's shape)
+
+    def transpose(self, a: Tensor, shapes: list[Shape]) -> list[Tensor]:
+        zero = torch.zeros((), dtype=a.dtype, device=a.device).expand(a.shape[0], *shapes[0])
+        return [self.adjoint(a, zero)]
 
 
 @dataclass(eq=False)
@@ -230,6 +278,8 @@ class Monotone(LinearNode):
     adjoint: Callable[[Tensor, Tensor], Tensor] | None = (
         None  # of (a, any tensor of the input's shape), where it is known
     )
+    places: Tensor | None = None  # where values are only moved: the flat place that each comes from, -1 of a zero
+    window: tuple[Any, Any, Any, float] | None = None  # kernel, stride, padding and weight of equal windows of maps
 
     def bias(self) -> Tensor | None:
         return None
@@ -269,6 +319,10 @@ class MaxPool(Node):
     dilation: tuple[int, int] = (1, 1)
     ceil_mode: bool = False
 
+    @property
+    def window(self) -> PoolWindow:
+        return PoolWindow(self.kernel, self.stride, self.padding, self.dilation, self.ceil_mode)
+
     def pool(self, x: Tensor) -> Tensor:
         return F.max_pool2d(x, self.kernel, self.stride, self.padding, self.dilation, self.ceil_mode)
 
@@ -276,11 +330,41 @@ class MaxPool(Node):
         return self.pool(bounds[0][0]), self.pool(bounds[0][1])
 
 
+class Entry:
+    """The first thing that a model does, where it only gives its input another shape and order: done to the input set."""
+
+    def __init__(self, outer: Shape, inner: Shape, places: Tensor | None):
+        self.outer, self.inner, self.places = outer, inner, places  # the place in the input of each number inside
+        self.back = None if places is None else places.argsort()
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """(N, *outer) as (N, *inner)."""
+        t = t if self.places is None else t.flatten(1).index_select(1, self.places.to(t.device))
+        return t.reshape(len(t), *self.inner)
+
+    def region(self, x: Tensor, eps: Any, clip: Any) -> tuple[Tensor, Any, Any]:
+        """x, eps and clip as ``Region`` takes them."""
+        eps = self(eps) if isinstance(eps, Tensor) and eps.dim() > 1 else eps
+        if clip is not None and isinstance(clip[0], Tensor):
+            clip = tuple(self(torch.as_tensor(c).expand_as(x)) for c in clip)
+        return self(x), eps, clip
+
+    def restored(self, t: Tensor) -> Tensor:
+        """(..., *inner) as (..., *outer)."""
+        lead = t.shape[: t.dim() - len(self.inner)]
+        t = t.reshape(*lead, -1)
+        t = t if self.back is None else t.index_select(-1, self.back.to(t.device))
+        return t.reshape(*lead, *self.outer)
+
+
 @dataclass(eq=False)
 class Graph:
     nodes: list[Node]
     output: int
     result: Shape  # of one example of what the model returns; the output node holds single numbers as (1,)
+    # what each nonlinear layer of the model reads: its name, shape, and where it lies
+    reads: list[tuple[str, Shape, Pieces]] | None = None
+    entry: Entry | None = None
 
     def __post_init__(self) -> None:
         for i, n in enumerate(self.nodes):
@@ -290,6 +374,10 @@ class Graph:
         self.chain: Any = False  # of fastrobust.bounds.intervals; False: not looked for yet
         self.plan: Any = False  # of fastrobust.bounds.margins
         self.staged: Any = False  # of fastrobust.bounds.stage_margins
+        if self.reads is None:
+            kinds = (Activation, MaxPool)
+            found = [self.nodes[n.inputs[0]] for n in self.nodes if isinstance(n, kinds)]
+            self.reads = [(b.where, b.shape, b.index) for b in found]
         self.ancestor_size: dict[int, int] = {}
         seen: list[set[int]] = []
         for i, n in enumerate(self.nodes):

@@ -1,6 +1,6 @@
-"""Interval bounds of a plain chain of layers where nothing is recorded: the kernels in a row, without the engine around them.
+"""Interval bounds of a plain chain of layers where nothing is recorded: small batches in one call of the compiled module.
 
-The engine's bookkeeping costs as much as the products of a small batch.
+Bookkeeping costs as much as the products of a small batch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fastrobust import _C
 from fastrobust.bounds import graph as G
-from fastrobust.bounds.checks import check_clip
+from fastrobust.bounds.checks import check_clip, check_labels
+from fastrobust.bounds.decisions import allowed, declined, took
 from fastrobust.bounds.trace import plain_graph
 from fastrobust.ops import bounds as ops
 
@@ -69,23 +70,32 @@ def small_margins(
 ) -> Tensor | None:
     """Interval bounds (sides, B, K - 1) of the margins over an l-infinity ball, in one call; None where arguments, model or
     results want the longer way, which then also says what is wrong with them. graph: the model's, where it has been read."""
-    if type(x) is not Tensor or type(labels) is not Tensor or type(eps) is not float or not 0.0 <= eps < math.inf:
+    if not allowed("one call"):
+        return None
+    if type(x) is not Tensor or type(eps) is not float or not 0.0 <= eps < math.inf:
         return None
     batch = len(x) if x.dim() > 1 else 0
     if not 0 < batch <= SMALL_BATCH or x.dtype != torch.float32 or not x.is_cpu or not x.is_contiguous():
-        return None
-    if labels.dtype != torch.int64 or labels.shape != (batch,) or not labels.is_cpu or not labels.is_contiguous():
+        return declined("one call", f"it takes 1 to {SMALL_BATCH} examples in float32 on the CPU without gaps")
+    if type(labels) is not Tensor or labels.dtype != torch.int64:  # other kinds of integers: the same bits
+        try:
+            labels = check_labels(labels, batch, x.device).contiguous()
+        except (TypeError, ValueError):
+            return None
+    if labels.shape != (batch,) or not labels.is_cpu or not labels.is_contiguous():
         return None
     low, high = check_clip(clip, x) if clip is not None else (-math.inf, math.inf)
-    if isinstance(low, Tensor):
+    if isinstance(low, Tensor) or isinstance(high, Tensor):
         return None
     graph = plain_graph(model, x) if graph is None else graph
     chain = None if graph is None else chain_of(graph)
     if graph is None or chain is None or batch > chain.most or not graph.nodes[0].size or chain.last.shape[0] < 2:
-        return None
+        return declined("one call", "the model is not a chain of torch's own layers, or the batch too large for it")
+    if graph.entry is not None:
+        return declined("one call", "the model first gives its input another shape")
     parameters = chain.parameters()
     if not ops.direct(x, *parameters):
-        return None
+        return declined("one call", "something is recorded for gradients")
     addresses = []
     for p in parameters:
         if p is None:
@@ -107,7 +117,10 @@ def small_margins(
     refused = _C.bounds_interval_chain(
         chain.told, addresses, x.data_ptr(), *sizes, labels.data_ptr(), classes, work.data_ptr(), out.data_ptr(), sides
     )
-    return None if refused else out
+    if refused:
+        return declined("one call", "labels or bounds are not what they should be; the longer way says how")
+    took("one call")
+    return out
 
 
 def _find(graph: G.Graph) -> list[Step] | None:
@@ -136,34 +149,3 @@ def _find(graph: G.Graph) -> list[Step] | None:
     products = [finish for node, finish in steps if not isinstance(node, G.Reshape)]
     # the engine merges linear layers at the end, which is tighter than an interval between them
     return steps if not products or products[-1] == ops.RELU else None
-
-
-def margins_of_chain(
-    graph: G.Graph, x: Tensor, eps: Any, clip: ops.Clip, plus: Tensor, minus: Tensor, example: Tensor, sides: int
-) -> Tensor | None:  # fmt: skip
-    """Bounds (sides, R) of the differences ``plus`` - ``minus`` of outputs over an l-infinity ball; None where this is not the
-    way. x (B, *shape), B > 0."""
-    chain = chain_of(graph)
-    if chain is None or x.dtype != torch.float32 or not x.is_cpu or not x.shape[0]:
-        return None
-    parameters = chain.parameters()
-    if not ops.direct(x, eps if isinstance(eps, Tensor) else None, *parameters):
-        return None
-    if clip is None and not isinstance(eps, Tensor):
-        c, r = x, x.new_full((1, *x.shape[1:]), eps)
-    else:
-        c, r = ops.box_center(x, eps, clip)
-    for at, (node, finish) in enumerate(chain.steps):
-        if isinstance(node, G.Reshape):
-            c, r = c.reshape(-1, node.shape[0]), r.reshape(-1, node.shape[0])
-            continue
-        w, b = cast(Tensor, parameters[2 * at]), parameters[2 * at + 1]
-        if isinstance(node, G.Conv):
-            c, r = ops.center_conv2d(c, r, w, b, node.stride, node.padding, 1, 1, finish)
-        else:
-            c, r = ops.center_linear(c, r, w, b, finish)
-    w, b = cast(Tensor, parameters[-2]), parameters[-1]
-    offset = c.new_zeros(len(plus)) if b is None else b[plus] - b[minus]
-    if r.shape[0] != c.shape[0]:
-        r = r.expand_as(c)
-    return ops.concretize_rows(w[None], offset.expand(sides, -1), example, (c, r), None, 1.0, plus, minus=minus)

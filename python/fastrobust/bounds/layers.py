@@ -117,9 +117,8 @@ def convolution(b: Lowering, a: Args) -> Ref:
     get_w, get_b = b.constant(w), None if bias is None else b.constant(bias)
     ref = x.ref
     if n > 1:  # a batch within the example: one group of channels each
-        ref, one, groups = b.to_shape(x.ref, (n * x.size[1], *x.size[2:])), (get_w, get_b), n * groups
-        get_w = lambda: one[0]().repeat(n, *[1] * (spatial + 1))  # noqa: E731
-        get_b = None if one[1] is None else lambda: one[1]().repeat(n)
+        ref, groups = b.to_shape(x.ref, (n * x.size[1], *x.size[2:])), n * groups
+        get_w, get_b = (None if g is None else _repeated(g, n) for g in (get_w, get_b))
     get_b = get_b or (lambda: None)
     each = lambda key: tuple(a[key]) * (spatial if len(a[key]) == 1 else 1)  # noqa: E731 -- one number stands for all
     stride, padding, dilation = each("stride"), each("padding"), each("dilation")
@@ -129,6 +128,16 @@ def convolution(b: Lowering, a: Args) -> Ref:
     else:
         out = b.conv(ref, get_w, get_b, stride, padding, dilation, groups, spatial == 1)
     return b.to_shape(out, per_example(b.size))
+
+
+def _repeated(get: G.Getter, n: int) -> G.Getter:
+    """A parameter n times along its first dimension."""
+
+    def repeated() -> Tensor:
+        t: Tensor = get()
+        return t.repeat(n, *[1] * (t.dim() - 1))
+
+    return G.Derived(repeated)
 
 
 def batch_norm(b: Lowering, a: Args) -> Ref:
@@ -220,6 +229,7 @@ def by_matrix(b: Lowering, a: Args) -> Ref:
     def like() -> Tensor:
         return getters[id(constants[0])]() if constants else kind
 
+    @G.Derived
     def matrix() -> Tensor:
         unit = torch.eye(n, dtype=like().dtype, device=like().device).view(n, *x.size[1:])
         return (run(unit) - run(torch.zeros_like(unit[:1]))).t()

@@ -29,8 +29,8 @@ class _Patchwork(NamedTuple):
 class Lowering(Builder):
     """``baked``: the graph holds values that this call computed, so that the next call needs a graph of its own."""
 
-    def __init__(self, recording: Recording, shape: tuple[int, ...], fold: bool, handlers: Mapping[str, Any]):
-        super().__init__(shape, fold)
+    def __init__(self, recording: Recording, shape: tuple[int, ...], handlers: Mapping[str, Any]):
+        super().__init__(shape)
         self.recording, self.handlers, self.baked = recording, handlers, False
         self.refs: dict[Value, Ref] = {recording.input: Ref(0)}
         self.patches: dict[Value, _Patchwork] = {}
@@ -45,16 +45,12 @@ class Lowering(Builder):
                 else type(self.recording.result).__name__
             )
             raise ValueError(f"model: forward returns {kind}, expected one tensor that depends on the input")
-        wanted, reads = {out.value}, {out.value: 1}
+        wanted = {out.value}
         needed: list[Step] = []
         for step in reversed(self.recording.steps):
             if any(v in wanted for v in step.results if v is not None):
                 needed.append(step)
-                sources = {r.value for r in inside((_read(step), step.kwargs)) if isinstance(r, Read)}
-                wanted |= sources
-                for v in sources:
-                    reads[v] = reads.get(v, 0) + 1
-        self.reads = reads
+                wanted |= {r.value for r in inside((_read(step), step.kwargs)) if isinstance(r, Read)}
         for step in reversed(needed):
             self.where, self.line = step.where, step.line
             self._lower(step)
@@ -87,8 +83,6 @@ class Lowering(Builder):
         if self.shape(out) != per_example(self.size):
             raise self.fail(f"operation {step.name}", f" from shape to shape {self.size}")
         self.refs[first] = out
-        if self.reads.get(first, 0) == 1:
-            self.single.add(out.index)
 
     # -- where tensors lie ---------------------------------------------------------------------------------------------
     def read(self, r: Read) -> Tracked:

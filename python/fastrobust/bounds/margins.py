@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastrobust.bounds import graph as G
 from fastrobust.bounds.chains import live_chain
+from fastrobust.bounds.decisions import allowed, declined, took
 from fastrobust.ops import bounds as ops
 from fastrobust.ops.bounds.margins import Layer, Rows, relu_margins
 
@@ -66,18 +67,27 @@ def margins_of_plan(
     graph: G.Graph, x: Tensor, eps: Any, clip: ops.Clip, method: str, rows: Rows, max_memory: int
 ) -> Tensor | None:
     """Bounds (sides, R) over an l-infinity ball (and ``clip``); None where this is not the way. x (B, *shape)."""
-    if method not in _KINDS or not x.is_cpu or not ops.native(x) or not x.shape[0]:
+    way = "chain op"
+    if not allowed(way):
         return None
+    if method not in _KINDS or not x.is_cpu or not ops.native(x) or not x.shape[0]:
+        return declined(way, f"it takes {' and '.join(_KINDS)} in float32 on the CPU")
     plan = plan_of(graph)
     count = len(rows.plus)
-    if plan is None or 4 * 4 * plan.widest * count * rows.sides > max_memory:
-        return None
+    if plan is None:
+        return declined(way, "the graph is no chain of convolutions, then dense layers, with a ReLU each")
+    if 4 * 4 * plan.widest * count * rows.sides > max_memory:
+        return declined(way, "the rows of the widest layer exceed max_memory")
     nodes = [*plan.nodes, plan.last]
     weights, biases = [n.get_weight() for n in nodes], [n.get_bias() for n in nodes]
     if not ops.direct() or any(t is not None and (not t.is_cpu or not ops.native(t)) for t in (*weights, *biases)):
-        return None
+        return declined(
+            way,
+            "something records gradients through forward mode or a subclass, or parameters are not float32 on the CPU",
+        )
     if any(s.dense and _moves_too_much(s, w, count * rows.sides) for s, w in zip(plan.layers, weights, strict=False)):
-        return None  # the stages' way leaves the weight where it is
+        return declined(way, "reordering the weight behind the image would cost more than the rows")
+    took(way)
     c, r = ops.box_center(x, eps.to(x.dtype) if isinstance(eps, Tensor) else eps, clip)
     c, r = flat(c, plan.layers[0].shape_in), flat(r, plan.layers[0].shape_in)
     shared = clip is None and not isinstance(eps, Tensor) and not ops.needs_grad(c, r)

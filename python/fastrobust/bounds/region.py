@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrobust._input_sets import Clip, dual_exponent, eps_like, input_box
 from fastrobust.ops import bounds as ops
-from fastrobust.reference.bounds import Clip, dual_exponent, eps_like, input_box
 
 Pair = tuple[Tensor, Tensor]
 

@@ -8,7 +8,7 @@ from typing import Any, Generic, TypedDict, TypeVar
 import torch
 from torch import Tensor
 
-from fastrobust.reference.bounds import Clip
+from fastrobust._input_sets import Clip
 
 
 class Options(TypedDict, total=False):

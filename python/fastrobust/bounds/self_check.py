@@ -22,13 +22,14 @@ def evaluate(graph: G.Graph, x: Tensor) -> tuple[Tensor, Tensor]:
     rounding is relative to."""
     values: list[Tensor] = []
     largest = x.new_zeros(len(x))
+    inside = x if graph.entry is None else graph.entry(x)
     for i, node in enumerate(graph.nodes):
         if i and i not in graph.ancestors[graph.output]:
             values.append(x)
             continue
         given = [values[j] for j in node.inputs]
         sums = isinstance(node, (G.Dense, G.Conv, G.ConvTranspose, G.Scale, G.Sum))
-        y = x if isinstance(node, G.Input) else _value(node, given, False)
+        y = inside if isinstance(node, G.Input) else _value(node, given, False)
         size = _value(node, [t.abs() for t in given], True) if sums else y
         values.append(y)
         if y.numel():
@@ -81,23 +82,29 @@ def _room(t: Tensor, largest: Tensor) -> Tensor:
     return 512 * (2.0**-23 if t.dtype == torch.float32 else 2.0**-52) * largest
 
 
-def check_graph(model: Any, graph: G.Graph, x: Tensor, every: bool = False) -> None:
+def check_graph(model: Any, graph: G.Graph, x: Tensor, every: bool = False, other: G.Graph | None = None) -> None:
     """Raises ModelMismatchError where the graph's outputs are not the model's: on x's first two examples and on points
     around and far from them (``every``: on all of x), in one batch, so that a model that mixes the examples of a batch
-    is seen, too."""
+    is seen, too. other: the same graph in another form, whose outputs are compared with those of ``graph``."""
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        base = (x if every else x[:2]).detach()
-        if not len(base):
-            base = x.new_zeros(1, *x.shape[1:])
-        across = wave(base[:1])  # points on both sides of kinks
-        size = base.abs().amax() + 1e-3
-        points = (
-            torch.cat([base, base + 0.1 * size * across, -base, 4 * size * across])
-            if not every
-            else torch.cat([base, base[:1] + size * across])
-        )
+        points = _points(x, every)
         got, largest = evaluate(graph, points)
         compare(_outputs(model, points), got, largest)
+        if other is not None:
+            there, own = evaluate(other, points)
+            compare(got, there, torch.maximum(own, largest))
+
+
+def _points(x: Tensor, every: bool) -> Tensor:
+    """What is compared on: x's first two examples and points around and far from them, or all of x."""
+    base = (x if every else x[:2]).detach()
+    if not len(base):
+        base = x.new_zeros(1, *x.shape[1:])
+    across = wave(base[:1])  # points on both sides of kinks
+    size = base.abs().amax() + 1e-3
+    if every:
+        return torch.cat([base, base[:1] + size * across])
+    return torch.cat([base, base + 0.1 * size * across, -base, 4 * size * across])
 
 
 def _outputs(model: Any, points: Tensor) -> Any:

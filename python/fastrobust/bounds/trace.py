@@ -11,6 +11,7 @@ import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.nn.modules import module as _module
@@ -19,12 +20,14 @@ from fastrobust._record import UnreadableModelError, record, unwrapped
 from fastrobust.bounds import graph as G
 from fastrobust.bounds.lowering import Lowering
 from fastrobust.bounds.operations import HANDLERS
+from fastrobust.bounds.plan import form, normal_form
 from fastrobust.bounds.self_check import check_graph
 
 
 @dataclass(slots=True)
 class Traced:
     graph: G.Graph
+    lowered: G.Graph  # operation by operation as the model computes
     output: Tensor | None  # what the model gave for the first example, where this call ran it
 
 
@@ -33,11 +36,12 @@ class _Kept:
     key: Any
     shape: tuple[int, ...]
     graph: G.Graph
+    lowered: G.Graph
     held: Any  # tensors that the key names by address
     batches: set[int] = field(default_factory=set)  # sizes of batches that the model was compared on
 
 
-_CACHE: weakref.WeakKeyDictionary[nn.Module, dict[bool, _Kept]] = weakref.WeakKeyDictionary()
+_CACHE: weakref.WeakKeyDictionary[nn.Module, dict[str, _Kept]] = weakref.WeakKeyDictionary()
 _BATCHES: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKeyDictionary()  # where no graph is kept
 _READ: dict[type, tuple[str, ...]] = {  # what the common layers read in forward; of others all attributes are compared
     nn.Sequential: (), nn.Linear: (), nn.ReLU: ("inplace",), nn.Sigmoid: (), nn.Tanh: (), nn.Identity: (),
@@ -107,7 +111,7 @@ def plain_graph(model: Any, x: Tensor) -> G.Graph | None:
     first = first_parameter(model)
     if values is None or first is None or (first.dtype, first.device) != (x.dtype, x.device):
         return None
-    hit = _CACHE.get(model, {}).get(False)
+    hit = _CACHE.get(model, {}).get(form())
     known = hit is not None and hit.shape == tuple(x.shape[1:]) and isinstance(hit.key, _Attributes)
     if hit is not None and known and hit.key.values == values:
         return hit.graph
@@ -121,47 +125,51 @@ class _Attributes:
 
 def trace(model: Any, x: Tensor, exact: bool = False, every: bool = False) -> Traced:
     """The graph of ``model`` for inputs like x (B, *shape), checked against the model on examples of x when it is new
-    (``every``: at every call, on all of x). ``exact``: layer by layer as the model computes (no normalisation folded
-    into its convolution), with parameters in float64."""
+    (``every``: at every call, on all of x), in its normal form. ``exact``: layer by layer as the model computes, with
+    parameters in float64."""
     model = unwrapped(model)
     shape = tuple(x.shape[1:])
     module = isinstance(model, nn.Module)
     plain = _attributes(model) if module else None
     held = _CACHE.setdefault(model, {}) if module else {}
-    hit = held.get(exact)
+    kind = "exact" if exact else form()
+    hit = held.get(kind)
     if hit is not None and hit.shape != shape:
         hit = None
     if hit is not None and plain is not None and isinstance(hit.key, _Attributes) and hit.key.values == plain:
         if every:
-            check_graph(model, hit.graph, x, True)
-        return Traced(hit.graph, None)
+            check_graph(model, hit.lowered, x, True)
+        return Traced(hit.graph, hit.lowered, None)
     one = x[:1] if len(x) else x.new_zeros(1, *shape)
     recording = _recorded(model, one, False)
     output = recording.result if isinstance(recording.result, Tensor) else None
     if hit is not None and plain is None and not recording.computed and hit.key == recording.key:
-        graph, batches = hit.graph, hit.batches
+        graph, lowered, batches = hit.graph, hit.lowered, hit.batches
     else:
         # Once more, with the names of what runs: a model may change what it does, or its tensors, only between calls.
         named = _recorded(model, one, True)
-        lowering = Lowering(named, shape, not exact, HANDLERS)
-        graph = lowering.build()
-        check_graph(model, graph, x)
+        lowering = Lowering(named, shape, HANDLERS)
+        with torch.no_grad(), torch.inference_mode(False):  # the graph's own constants serve recorded calls, too
+            lowered = lowering.build()
+            graph = lowered if kind != "normal" else normal_form(lowered)
+        known = module and lowering.baked and model in _BATCHES  # read at every call: its form was compared before
+        check_graph(model, lowered, x, other=None if graph is lowered or known else graph)
         if exact:
             for node in graph.nodes:
                 if isinstance(node, (G.Dense, G.Conv, G.ConvTranspose)):
                     node.get_weight, node.get_bias = _in_double(node.get_weight), _in_double(node.get_bias)
         if module and not lowering.baked:
             key = _Attributes(plain) if plain is not None else named.key
-            held[exact] = _Kept(key, shape, graph, named.held)
-            batches = held[exact].batches
+            held[kind] = _Kept(key, shape, graph, lowered, named.held)
+            batches = held[kind].batches
         else:
-            held.pop(exact, None)
+            held.pop(kind, None)
             batches = _BATCHES.setdefault(model, set()) if module else set()
     # What a model does may depend on the size of the batch, which the record of one example does not show.
     if every or plain is None and len(x) > 1 and len(x) not in batches:
-        check_graph(model, graph, x, True)
+        check_graph(model, lowered, x, True)
         batches.add(len(x))
-    return Traced(graph, output)
+    return Traced(graph, lowered, output)
 
 
 def _recorded(model: Any, one: Tensor, named: bool) -> Any:
@@ -186,4 +194,4 @@ def _in_double(get: G.Getter) -> G.Getter:
         t = get()
         return None if t is None else t.double()
 
-    return double
+    return G.Derived(double)

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from fastrobust.bounds import METHODS, LinearBounds, compute_bounds
 from fastrobust.bounds.checks import check_inputs, check_labels, check_method, check_options
 from fastrobust.ops import polyhedral_distance
+from fastrobust.ops.bounds import needs_grad
 from fastrobust.reference.bounds import Clip
 from fastrobust.reference.polyhedron import round_down
+
+_PIECE = 1 << 18  # coefficients
 
 LINEAR_METHODS = tuple(name for name, (_, kind) in METHODS.items() if kind is not None)
 
@@ -40,33 +43,42 @@ def margins_at(linear: LinearBounds, x: Tensor, outward: bool = False) -> Tensor
     """
     if x.dtype == torch.float64:
         return linear.lower_at(x)
-    rows, point, offset = (
-        linear.lower_A.flatten(2).double(),
-        x.flatten(1).double().unsqueeze(2),
-        linear.lower_b.double(),
-    )
+    A, b, points = linear.lower_A.flatten(2), linear.lower_b, x.flatten(1)
+    recorded = needs_grad(A, b, points)
+    step = len(x) if recorded or not x.is_cpu else max(1, _PIECE // max(1, A[0].numel()))
+    pieces = zip(A.split(step), b.split(step), points.split(step), strict=True)  # what float64 takes stays in the cache
+    return torch.cat([_margins(*piece, x.dtype, outward) for piece in pieces])
+
+
+def _margins(A: Tensor, b: Tensor, x: Tensor, dtype: torch.dtype, outward: bool) -> Tensor:
+    rows, point, offset = A.double(), x.double().unsqueeze(2), b.double()
     value = torch.bmm(rows, point).squeeze(2) + offset
     if outward:
         with torch.no_grad():
             size = torch.bmm(rows.abs(), point.abs()).squeeze(2) + offset.abs()
         value = value - (rows.shape[2] + 8) * 2.0**-53 * size
-    return round_down(value, x.dtype)
+    return round_down(value, dtype)
 
 
 def _less(end: float | Tensor, x: Tensor) -> Tensor:
-    """end - x as (B, 1, n), rounded down to x's dtype, exactly: the float64 difference of tiny numbers is itself rounded."""
-    point = x.flatten(1).unsqueeze(1).double()
-    if isinstance(end, Tensor):
-        end = end.double().expand_as(x).flatten(1).unsqueeze(1)
-    value = end - point
+    """end - x as (B, 1, n), rounded down to x's dtype."""
+    point = x.flatten(1).unsqueeze(1)
+    if not isinstance(end, Tensor) and end == 0:
+        return -point
+    if not isinstance(end, Tensor):
+        end = torch.tensor(end, dtype=torch.float64, device=x.device)
+    elif end.dim():
+        end = end.expand_as(x).flatten(1).unsqueeze(1)
     if x.dtype == torch.float64:
-        return value
-    part = value - end  # TwoSum: what the difference lost
-    error = ((end - (value - part)) - (point + part)).detach()
-    down = round_down(value, x.dtype)
-    short = (error < 0) & (down.detach().double() == value.detach())
-    below = torch.nextafter(down.detach(), torch.full_like(down.detach(), -math.inf))
-    return torch.where(short, down + (below - down.detach()), down)
+        return end - point
+    if end.dtype != x.dtype:
+        end = round_down(end, x.dtype)
+    value = end - point
+    with torch.no_grad():  # TwoSum: what the difference lost, exactly
+        part = value - end
+        lost = (end - (value - part)) - (point + part)
+        down = torch.where(lost < 0, torch.nextafter(value, value.new_tensor(-math.inf)), value)
+    return value + (down - value).detach() if value.requires_grad else down
 
 
 def box_around(x: Tensor, clip: Clip) -> tuple[Tensor, Tensor]:
