@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from fastrobust.bounds import compute_bounds
 
-from . import lines, margins, models
+from . import bounds_certificates, bounds_networks, lines, margins, models
 from .bounds_floor import row_flops
 from .case import FLOOR, OURS, Call, Candidate, Case, Context, Floor, Suite, Target, once, relative_difference
 from .margins import Problem
@@ -254,7 +254,9 @@ def cases(context: Context) -> Iterator[Case]:
         for name in CIFAR:
             for method in ("ibp", "crown-ibp"):
                 yield training_case(context, name, 8, method)
+    yield from bounds_certificates.cases(context, problem, EPS)
     yield from lines.cases(context)
+    yield from bounds_networks.cases(context)
 
 
-SUITE = Suite("bounds", cases, "interval and linear bounds of margins, and certified training steps")
+SUITE = Suite("bounds", cases, "interval and linear bounds of margins, certified training steps, certificates")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from . import harness, plot, report
+from . import against, compare, harness, plot, report
 from .case import Context, Suite, Unavailable
 
 _RESULTS = Path("benchmarks") / "results"
@@ -69,6 +69,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="exit 1 when a target ratio is missed, a peer's result differs, or a row fails",
     )
+    parser.add_argument(
+        "--compare", type=Path, default=None, metavar="FILE", help="this run against an earlier run's JSON, row by row"
+    )
+    parser.add_argument(
+        "--against",
+        type=Path,
+        default=None,
+        metavar="FOLDER",
+        help="instead: another build of the library in turns with this one, without peers",
+    )
+    parser.add_argument(
+        "--fail-under",
+        type=float,
+        default=None,
+        metavar="RATIO",
+        help="with --compare or --against: exit 1 when a row's time then / now is under it by more than the noise",
+    )
+    parser.add_argument("--no-peers", dest="peers", action="store_false", help="ours and the floor alone")
     parser.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bar")
 
 
@@ -115,19 +133,29 @@ def main(args: argparse.Namespace) -> int:
         if args.threads is not None and args.threads < 1:
             raise ValueError(f"--threads is {args.threads}; expected 1 or more")
         only = choose_rows(args.only)
-    except ValueError as error:
+        compare.check_ratio(args.fail_under)
+        if args.compare is not None and args.against is not None:
+            raise ValueError("--compare and --against are both given; expected one of them")
+        if args.fail_under is not None and args.compare is None and args.against is None:
+            raise ValueError("--fail-under is given alone; expected --compare FILE or --against FOLDER with it")
+        then = None if args.compare is None else compare.read(args.compare)
+        other = None if args.against is None else against.library(args.against)
+    except (OSError, ValueError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     if args.list:
         for name, suite in suites().items():
             print(f"{name:12} {suite.summary}" + ("" if suite.default else " (only when named)"))
         return 0
+    if other is not None:
+        return run_against(other, args)
     before = torch.get_num_threads()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     try:
         context = Context(device, args.level, args.data, args.seed)
-        run = harness.run(chosen, context, report.progress_bar if args.progress else report.no_bar, only)
+        bar = report.progress_bar if args.progress else report.no_bar
+        run = harness.run(chosen, context, bar, only, args.peers)
     finally:
         torch.set_num_threads(before)
     print(report.table(run))
@@ -145,11 +173,31 @@ def main(args: argparse.Namespace) -> int:
     if not run.rows:
         print("bench: nothing ran", file=sys.stderr)
         return 1
+    slower = 0
+    if then is not None:
+        print(f"\nagainst {args.compare}:")
+        slower = compare.report(then, report.as_dict(run), args.fail_under)
     if args.check:
         found = harness.problems(run)
         print("check: all targets met" if not found else "check: " + "\ncheck: ".join(found))
-        return 1 if found else 0
-    return 1 if any(row.ours.status == harness.FAILED for row in run.rows) else 0
+        return 1 if found else slower
+    return 1 if any(row.ours.status == harness.FAILED for row in run.rows) else slower
+
+
+def run_against(other: Path, args: argparse.Namespace) -> int:
+    """The chosen rows with either library, and the comparison; 1 where it or the other library fails."""
+    argv = [*args.suites, "--device", args.device, "--seed", str(args.seed), "--no-peers"]
+    argv += [] if args.level == "default" else [f"--{args.level}"]
+    for name in ("only", "threads", "data"):
+        if getattr(args, name) is not None:
+            argv += [f"--{name}", str(getattr(args, name))]
+    try:
+        then, now = against.side_by_side(other, argv)
+    except Unavailable as missing:
+        print(f"bench: {missing}", file=sys.stderr)
+        return 1
+    print(f"then: {other}; now: this library; the faster of two runs each")
+    return compare.report(then, now, args.fail_under)
 
 
 def run_from_argv(argv: list[str]) -> int:

@@ -16,7 +16,7 @@ from .case import BEST_PEER, FLOOR, Agreement, Call, Candidate, Case, Context, N
 from .timing import Spread
 
 OK, DIFFERS, SKIPPED, FAILED = "ok", "differs", "skipped", "failed"
-OTHERS_ALLOWED = 0.1  # CPUs
+OTHERS_ALLOWED = 0.1  # CPUs that other processes may use
 MET, MISSED, NOT_JUDGED = "met", "missed", "not judged"
 
 
@@ -232,9 +232,10 @@ def run(
     context: Context,
     progress: Callable[[int], Progress] = lambda rows: Silent(),
     only: re.Pattern[str] | None = None,
+    peers: bool = True,
 ) -> Run:
     """Runs the cases of the suites, with `only` those in whose title it is found; `progress` makes the bar from the
-    number of rows."""
+    number of rows. Without `peers` ours and the floor alone are timed."""
     notes = Notes()
     queue: deque[tuple[str, Case]] = deque()
     suites = list(suites)
@@ -244,6 +245,7 @@ def run(
         except Unavailable as missing:
             notes.add(f"{suite.name}: skipped: {missing}")
     about = metadata.collect(context.device, context.level)
+    about["peers"] = peers
     bar = progress(len(queue))
     neighbours = metadata.Neighbours()
     scale = 1 / 32 if context.level == "smoke" else 1.0
@@ -254,7 +256,7 @@ def run(
         while queue:
             name, case = queue.popleft()  # lets a row's inputs go before the next row makes its own
             bar.set_description_str(f"{name}: {case.title}"[:48].ljust(48))
-            row = run_case(name, case, context, machine, effort)
+            row = run_case(name, case if peers else replace(case, peers=()), context, machine, effort)
             del case
             remarks(row, notes)
             rows.append(row)

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 from .models_of_others import WITH_ACTIVATIONS, variants
 from .networks import AT_LEAST, FORWARD, GRADIENT, PASSES, SHARE, SUITE
+from .pages import machine, put_into
 
-BEGIN, END = "<!-- networks: begin -->", "<!-- networks: end -->"
 FAILED, ABSENT = "failed", "-"
 
 
@@ -117,19 +117,6 @@ def losses(rows: Rows) -> list[str]:
     return [text for _, text in sorted(found)]
 
 
-def machine(about: Sequence[dict[str, Any]]) -> str:
-    """What the runs ran on, each thing once."""
-    parts = []
-    for run in about:
-        others = run.get("others")
-        busy = "" if others is None else f", others used {others:.1f} CPUs"
-        parts.append(
-            f"{run['gpu'] or run['cpu']}, {run['threads']} threads, torch {run['torch']}, {run['date'][:10]}, "
-            f"level {run['level']}{busy}"
-        )
-    return "; ".join(dict.fromkeys(parts)) + "."
-
-
 def markdown(rows: Rows, about: Sequence[dict[str, Any]]) -> str:
     under = losses(rows)
     lines = [
@@ -151,14 +138,6 @@ def markdown(rows: Rows, about: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def put_into(page: Path, text: str) -> None:
-    content = page.read_text()
-    if content.count(BEGIN) != 1 or content.count(END) != 1 or content.index(BEGIN) > content.index(END):
-        raise ValueError(f"{page}: got no one pair of markers, expected {BEGIN} before {END}")
-    before, after = content.split(BEGIN)[0], content.split(END)[1]
-    page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.network_table", description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN.json")
@@ -169,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.into is None:
             print(text)
         else:
-            put_into(args.into, text)
+            put_into(args.into, SUITE.name, text)
     except (OSError, ValueError) as error:
         print(f"network_table: {error}", file=sys.stderr)
         return 2

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from fastrobust.benchmarks import harness, models_of_others, network_table, networks, report
+from fastrobust.benchmarks import harness, models_of_others, network_table, networks, pages, report
 from fastrobust.benchmarks.case import Context, Target
 from fastrobust.benchmarks.floors import Machine
 from fastrobust.benchmarks.timing import Spread
@@ -107,18 +107,18 @@ def test_a_later_run_takes_the_place_of_the_same_rows(tmp_path):
     second = written(tmp_path / "2.json", [row(nchw=2.5)])
     rows, about = network_table.read([first, second])
     assert {key.network: network_table.gain(found) for key, found in rows.items()} == {"ResNet-18": 2.5, "MLP": 1.5}
-    assert network_table.machine(about).count("some CPU") == 1
+    assert pages.machine(about).count("some CPU") == 1
 
 
 def test_the_table_goes_between_the_markers_of_a_page(tmp_path, capsys):
     path = written(tmp_path / "run.json", [row()])
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{network_table.BEGIN}\nold\n{network_table.END}\nafter\n")
+    page.write_text("before\n{}\nold\n{}\nafter\n".format(*pages.markers("networks")))
     for _ in range(2):
         assert network_table.main([str(path), "--into", str(page)]) == 0
         text = page.read_text()
         assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-        assert text.count("| ResNet-18 |") == 1 and text.count(network_table.BEGIN) == 1
+        assert text.count("| ResNet-18 |") == 1 and text.count(pages.markers("networks")[0]) == 1
     page.write_text("no markers\n")
     assert network_table.main([str(path), "--into", str(page)]) == 2
     assert page.read_text() == "no markers\n"

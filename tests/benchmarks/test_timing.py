@@ -77,6 +77,15 @@ def test_slow_candidates_get_fewer_samples_but_never_less_than_three():
     assert len(samples["slow"]) == 3
 
 
+def test_one_sample_is_enough_of_what_takes_many_seconds():
+    clock = FakeClock({"fast": 0.01, "slow": 2 * timing.SLOW_SECONDS})
+    made = []
+    given = {"fast": lambda: "fast", "slow": lambda: made.append(1) or "slow"}
+    samples = timing.interleave(given, clock, timing.Effort(1.0, rounds=4, least=4, sample_seconds=0.001))
+    assert (len(samples["fast"]), len(samples["slow"])) == (4, 1)
+    assert len(made) == 2 * 2  # the clock here calls twice: calibration and sample, without a warm-up
+
+
 def test_short_calls_are_repeated_until_a_sample_is_long_enough():
     clock = FakeClock({"short": 1e-6})
     repeats, cost = timing.calibrate(clock, calls("short")["short"], sample_seconds=1e-4)
