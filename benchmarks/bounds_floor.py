@@ -55,11 +55,13 @@ def _living(slopes: Tensor | None, intercepts: Tensor | None, shape: tuple[int, 
 def _pairs(source: Tensor, to: Tensor, conv: Any) -> Tensor:
     """Products between the neurons at each position of a convolution's result and those that it reads: (B, height, width).
 
-    With groups as many as if the neurons were spread evenly over them."""
+    With groups as many as if the neurons were spread evenly over them. Steps of living chains have neither groups nor dilation.
+    """
+    dilation, groups = getattr(conv, "dilation", (1, 1)), getattr(conv, "groups", 1)
     met = F.conv2d(
-        to, torch.ones(1, 1, *conv.weight.shape[2:], dtype=to.dtype), None, conv.stride, conv.padding, conv.dilation
+        to, torch.ones(1, 1, *conv.weight.shape[2:], dtype=to.dtype), None, conv.stride, conv.padding, dilation
     )
-    return (source * met).squeeze(1) / conv.groups
+    return (source * met).squeeze(1) / groups
 
 
 def _apart(b: Tensor, matrices: int, slopes: list[Tensor]) -> int:
