@@ -8,7 +8,6 @@ bounds --full --only REGEX`). With --into the text between the markers of that p
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .bounds import SUITE
-from .pages import machine, put_into
+from .pages import machine, write_table
 from .report import bytes_text, seconds_text
 
 Row = dict[str, Any]
@@ -88,22 +87,7 @@ def markdown(rows: Sequence[Row], about: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.bounds_table", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN.json")
-    parser.add_argument("--into", type=Path, default=None, metavar="PAGE.md", help="replace the tables in this page")
-    args = parser.parse_args(argv)
-    try:
-        text = markdown(*read(args.runs))
-        if args.into is None:
-            print(text)
-        else:
-            put_into(args.into, SUITE.name, text)
-    except (OSError, ValueError) as error:
-        print(f"bounds_table: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return write_table(argv, "bounds_table", __doc__ or "", SUITE.name, lambda runs: markdown(*read(runs)))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ networks --full --only REGEX`). With --into the text between the markers of that
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 
 from .models_of_others import WITH_ACTIVATIONS, variants
 from .networks import AT_LEAST, FORWARD, GRADIENT, PASSES, SHARE, SUITE
-from .pages import machine, put_into
+from .pages import machine, write_table
 
 FAILED, ABSENT = "failed", "-"
 
@@ -139,20 +138,7 @@ def markdown(rows: Rows, about: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.network_table", description=__doc__.split("\n")[0])
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN.json")
-    parser.add_argument("--into", type=Path, default=None, metavar="PAGE.md", help="replace the table in this page")
-    args = parser.parse_args(argv)
-    try:
-        text = markdown(*read(args.runs))
-        if args.into is None:
-            print(text)
-        else:
-            put_into(args.into, SUITE.name, text)
-    except (OSError, ValueError) as error:
-        print(f"network_table: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return write_table(argv, "network_table", __doc__ or "", SUITE.name, lambda runs: markdown(*read(runs)))
 
 
 if __name__ == "__main__":

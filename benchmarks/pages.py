@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,3 +35,23 @@ def put_into(page: Path, name: str, text: str) -> None:
         raise ValueError(f"{page}: got no one pair of markers, expected {begin} before {end}")
     before, after = content.split(begin)[0], content.split(end)[1]
     page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
+
+
+def write_table(
+    argv: Sequence[str] | None, module: str, about: str, name: str, table: Callable[[Sequence[Path]], str]
+) -> int:
+    """The command of a module that makes the table ``name`` of JSON files; ``about`` is its docstring."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{module}", description=about.split("\n")[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN.json")
+    parser.add_argument("--into", type=Path, default=None, metavar="PAGE.md", help="replace the table in this page")
+    args = parser.parse_args(argv)
+    try:
+        text = table(args.runs)
+        if args.into is None:
+            print(text)
+        else:
+            put_into(args.into, name, text)
+    except (OSError, ValueError) as error:
+        print(f"{module}: {error}", file=sys.stderr)
+        return 2
+    return 0

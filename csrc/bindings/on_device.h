@@ -25,7 +25,8 @@ void on_device(int device, uintptr_t stream, int64_t work, const Args& a, void (
 #else
     (void)stream;
     (void)gpu;
-    throw std::runtime_error("fastrobust was built without CUDA kernels");
+    throw std::runtime_error(
+        "fastrobust was built without CUDA kernels; rebuild with nvcc on PATH (FASTROBUST_CUDA=ON)");
 #endif
   });
 }

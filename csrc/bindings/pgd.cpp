@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "bindings/bindings.h"
+#include "bindings/on_device.h"
 #include "bindings/tensor_view.h"
 #include "core/rounding.h"
 #include "pgd/kernels.h"
@@ -177,17 +178,7 @@ void loss(int device, uintptr_t stream, int kind, uintptr_t logits, uintptr_t re
   a.targets = reinterpret_cast<const int64_t*>(targets);
   a.value = pointer<float>(value, batch, "value");
   a.grad = pointer<float>(grad, batch * classes, "grad");
-  if (device < 0) {
-    without_gil(batch * classes, [&] { pgd().loss(a); });
-    return;
-  }
-#if defined(FASTROBUST_HAS_CUDA)
-  const DeviceGuard guard(device);
-  loss_cuda(a, reinterpret_cast<void*>(stream));
-#else
-  (void)stream;
-  throw std::runtime_error("fastrobust was built without CUDA kernels; rebuild with nvcc on PATH (FASTROBUST_CUDA=ON)");
-#endif
+  on_device(device, stream, batch * classes, a, pgd().loss, FR_CUDA_KERNEL(loss_cuda));
 }
 
 }  // namespace

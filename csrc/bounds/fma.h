@@ -49,6 +49,19 @@ FR_HD Vec norm_term(Vec w, Vec sums) {
   if (kDual == Dual::l1) return sums + w;
   return vmax_nan(sums, w);
 }
+
+// Calls end(term) with how a coefficient v and a reach r of the input set join a sum: |v| r of a box, else the norm's.
+template <class F>
+FR_HD void with_term(bool box, Dual dual, const F& end) {
+  if (box)
+    end([](Vec v, Vec r, Vec sum) FR_INLINE_LAMBDA { return fmadd(vabs(v), r, sum); });
+  else if (dual == Dual::l1)
+    end([](Vec v, Vec r, Vec sum) FR_INLINE_LAMBDA { return norm_term<Dual::l1>(vabs(v * r), sum); });
+  else if (dual == Dual::l2)
+    end([](Vec v, Vec r, Vec sum) FR_INLINE_LAMBDA { return norm_term<Dual::l2>(vabs(v * r), sum); });
+  else
+    end([](Vec v, Vec r, Vec sum) FR_INLINE_LAMBDA { return norm_term<Dual::linf>(vabs(v * r), sum); });
+}
 // The norm from its lanes' sums; l2: its square.
 FR_HD float norm_of(Vec sums, Dual dual) {
   if (dual == Dual::linf) {  // max_lane passes over NaN

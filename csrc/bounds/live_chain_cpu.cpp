@@ -271,14 +271,7 @@ class Block {
                                       : (size[0] + size[1]) + (size[2] + size[3]));
       });
     };
-    if (box)
-      end([](Vec v, Vec r, Vec sum) FR_INLINE_LAMBDA { return fmadd(vabs(v), r, sum); });
-    else if (e.dual == Dual::l1)
-      end([](Vec v, Vec r, Vec sum) FR_INLINE_LAMBDA { return norm_term<Dual::l1>(vabs(v * r), sum); });
-    else if (e.dual == Dual::l2)
-      end([](Vec v, Vec r, Vec sum) FR_INLINE_LAMBDA { return norm_term<Dual::l2>(vabs(v * r), sum); });
-    else
-      end([](Vec v, Vec r, Vec sum) FR_INLINE_LAMBDA { return norm_term<Dual::linf>(vabs(v * r), sum); });
+    with_term(box, e.dual, end);
     float low[kM * kLanes], up[kM * kLanes];
     each([&](int m) { store(low + m * kLanes, low_[m]), store(up + m * kLanes, up_[m]); });
     for (int64_t i = 0; i < n_; ++i) {

@@ -102,16 +102,7 @@ class GraphRows {
         });
       }
     };
-    if (work_.rects[input].empty())
-      ;
-    else if (box)
-      end([](Vec v, Vec r, Vec sum) FR_INLINE_LAMBDA { return fmadd(vabs(v), r, sum); });
-    else if (e.dual == Dual::l1)
-      end([](Vec v, Vec r, Vec sum) FR_INLINE_LAMBDA { return norm_term<Dual::l1>(vabs(v * r), sum); });
-    else if (e.dual == Dual::l2)
-      end([](Vec v, Vec r, Vec sum) FR_INLINE_LAMBDA { return norm_term<Dual::l2>(vabs(v * r), sum); });
-    else
-      end([](Vec v, Vec r, Vec sum) FR_INLINE_LAMBDA { return norm_term<Dual::linf>(vabs(v * r), sum); });
+    if (!work_.rects[input].empty()) with_term(box, e.dual, end);
     float centre[kM * kLanes], length[kM * kLanes];
     each([&](int m) {
       store(centre + m * kLanes, mid[m]);

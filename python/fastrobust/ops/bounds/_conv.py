@@ -95,10 +95,9 @@ def adjoint(
         return adjoint_definition(a, weight, stride, padding, size, dilation, groups)
     a = a.resolve_neg().contiguous(memory_format=torch.channels_last)
     w = taps_of(weight, lanes)
-    out = torch.empty((a.shape[0], c * groups, *size), dtype=a.dtype, memory_format=torch.channels_last)
+    out = torch.empty((a.shape[0], c, *size), dtype=a.dtype, memory_format=torch.channels_last)
     _C.bounds_spread(
-        a.data_ptr(), w.data_ptr(), out.data_ptr(), (a.shape[0], *a.shape[2:], o, *size, c * groups, kh, kw, *stride, *padding, lanes),
-        (*dilation, groups),
+        a.data_ptr(), w.data_ptr(), out.data_ptr(), (a.shape[0], *a.shape[2:], o, *size, c, kh, kw, *stride, *padding, lanes),
     )  # fmt: skip
     return out
 
