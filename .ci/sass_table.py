@@ -40,6 +40,15 @@ ROWS = (
     streams("l2_sphere_kernel<0, true>", 6, 0, 64),
     streams("l2_sphere_kernel<1, true>", 9, 0, 64),
     streams("l2_sphere_kernel<[23], true>", 5, 0, 64),
+    streams("apgd_linf_kernel<1, true>", 12, 3, 64),
+    streams("apgd_linf_kernel<[23], true>", 7, 2, 72),
+    streams("l2_average_kernel<1, true>", 12, 3, 64),
+    streams("l2_average_kernel<[23], true>", 7, 2, 64),
+    streams("ascent_save_kernel<true>", 6, 6, 64),
+    streams("apgd_l1_kernel<?, true>", 60, 10, 128),
+    Row("ascent_note_kernel"),
+    Row("square_kernel"),  # windows: short pieces of lines, at any place
+    Row("apgd_l1_kernel<*, false>", registers=128),
     streams("l2_write_kernel<0, true>", 6, 3, 48),
     streams("l2_write_kernel<1, true>", 9, 3, 48),
     streams("l2_write_kernel<[23], true>", 5, 2, 48),
@@ -50,9 +59,9 @@ ROWS = (
     streams("loss_kernel<1, true>", 14, 18, 64),
     streams("loss_kernel<[23], true>", 34, 18, 64),
     streams("loss_kernel<4, true>", 26, 18, 64),
-    streams("linf_kernel<true>", 2, 1, 40, narrow=2),  # random start; the radius of an example
-    streams("ball_sum_kernel<true>", 0, 1, 40),
-    streams("ball_write_kernel<true>", 2, 1, 40, narrow=3),
+    streams("linf_kernel<true>", 2, 1, 40, narrow=3),  # random start; the radius and the number of an example
+    streams("ball_sum_kernel<true>", 0, 1, 40, narrow=1),
+    streams("ball_write_kernel<true>", 2, 1, 40, narrow=4),
     # bounds
     streams("interval_kernel<true>", 9, 0, 64),
     streams("interval_step_kernel<true>", 6, 6, 48),
@@ -90,6 +99,9 @@ ROWS = (
     Row("fill_kernel<*One*>"),
     streams("turn_kernel", 4, 4, 96),
     Row("copy_kernel"),
+    # store: the images; its own rows are read where the move puts them
+    Row("gather_rows_kernel<*, true>", 3, 3),
+    Row("scatter_rows_kernel<*>"),
     # a few numbers for each example
     Row("atas_kernel"),
     Row("fosc_end_kernel"),

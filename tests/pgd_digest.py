@@ -8,7 +8,8 @@ import sys
 import torch
 
 import fastrobust as fr
-from pgd_oracles import INF, NORMS, images
+from fastrobust.ops.pgd.square import square_propose
+from pgd_oracles import INF, NORMS, assert_proposals_agree, images
 
 CASES = [
     (3, (5,), (0.0, 1.0)),
@@ -76,5 +77,7 @@ if __name__ == "__main__":
     keep("streamed", fr.ops.pgd_step(big, big.clamp(0, 1), big - 0.5, 0.02, 0.1))
     for classes in (2, 10, 33, 1000):
         losses(classes)
+    for shape in ((1, 1, 9), (3, 8, 7), (130, 3, 4)):
+        keep("square", *(t.float() for t in assert_proposals_agree(square_propose, shape)))
     for name, h in hashes.items():
         print(name, h.hexdigest())  # type: ignore[attr-defined]

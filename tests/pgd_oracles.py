@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from fastrobust.reference import square as reference_square
+from fastrobust.reference.square import NO_WINDOW, Settle, Window
 
 INF = math.inf
 NORMS = (INF, 2, 1)
@@ -166,3 +170,24 @@ def l1_projection(y: Tensor, x0: Tensor, eps: Tensor | float, lo: float, hi: flo
     above, below = length(breaks[low]).sum(), length(breaks[high]).sum()
     lam = breaks[low] + (breaks[high] - breaks[low]) * ((above - radius) / (above - below)).item()
     return (x0.flatten() + length(lam) * d.sign()).reshape(y.shape).clamp(lo, hi)
+
+
+def assert_proposals_agree(propose: Callable[..., None], shape: tuple[int, int, int]) -> list[Tensor]:
+    """Square's proposals, over some queries with ties, NaN scores and hits, against the definition; the state."""
+    rng, batch = torch.Generator().manual_seed(2), 7
+    draw = lambda *size: torch.rand(*size, generator=rng)
+    x = draw(batch, *shape)
+    low, high, numbers, fooled = x - draw(x.shape), x + draw(x.shape), torch.arange(batch) * 1001, draw(batch) > 0.8
+    mine, want = ([x.clone(), x.clone(), draw(batch).round(), fooled.clone()] for _ in range(2))
+    mine[2].copy_(want[2])
+    last, score, hit = NO_WINDOW, None, None
+    for query in range(12):
+        side = (draw(2) * torch.tensor(shape[1:])).long() + 1
+        window = NO_WINDOW if query == 5 else Window(query * 10**6, *side.tolist())
+        for (x, new, value, fooled), call in ((mine, propose), (want, reference_square.square_propose)):
+            settled = None if score is None or hit is None else Settle(score, hit, value, fooled)
+            call(x, new, low, high, numbers, 2**64 - 3, last, window, settled)
+        assert all(same_bits(a.float(), b.float()) for a, b in zip(mine, want, strict=True))
+        last, score, hit = window, draw(batch).mul(3).round(), draw(batch) > 0.9
+        score[query % batch] = math.nan
+    return mine

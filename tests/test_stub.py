@@ -79,7 +79,7 @@ def test_classes_have_the_methods_and_properties_of_the_stub(name):
 def test_entries_are_in_the_order_of_the_alphabet_within_their_family():
     text = (Path(fastrobust.__file__).parent / "_C.pyi").read_text()
     families = re.split(r"(?m)^# -- (\w[\w ]*?) -+$", text)
-    assert families[1::2] == ["the module", "pgd", "polyhedron", "bounds", "binary"]
+    assert families[1::2] == ["the module", "pgd", "polyhedron", "store", "bounds", "binary"]
     for family, part in zip(families[1::2], families[2::2], strict=True):
         names = re.findall(r"(?m)^def (\w+)", part)
         assert names == sorted(names), family

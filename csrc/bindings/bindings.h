@@ -53,6 +53,7 @@ void bind_bounds_graph(pybind11::module_& m);
 void bind_bounds_layers(pybind11::module_& m);
 void bind_pgd(pybind11::module_& m);
 void bind_polyhedron(pybind11::module_& m);
+void bind_store(pybind11::module_& m);
 void bind_binary(pybind11::module_& m);
 
 }  // namespace fastrobust

@@ -35,5 +35,6 @@ PYBIND11_MODULE(_C, m) {
   bind_bounds(m);
   bind_pgd(m);
   bind_polyhedron(m);
+  bind_store(m);
   bind_binary(m);
 }

@@ -1,5 +1,6 @@
 #include <cmath>
 #include <cstring>
+#include <string>
 
 #include "bindings/bindings.h"
 #include "bindings/on_device.h"
@@ -39,14 +40,16 @@ void refuse_overlap(const StepArgs& a, int64_t elements) {
   };
   if (a.out == nullptr || elements == 0) return;
   const int64_t grad_bytes = (a.grad_type == GradType::f32 ? 4 : 2) * elements;
-  if (!apart(a.x0, 4 * elements) || !apart(a.grad, grad_bytes) || (a.out != a.x && !apart(a.x, 4 * elements)))
+  const bool averages = a.previous != nullptr && a.momentum != 1.f;  // reads x after it wrote
+  if (!apart(a.x0, 4 * elements) || !apart(a.grad, grad_bytes) || (averages && !apart(a.previous, 4 * elements)) ||
+      ((averages || a.out != a.x) && !apart(a.x, 4 * elements)))
     throw std::invalid_argument("out: got memory that overlaps x, x0 or grad, expected memory of its own or x itself");
 }
 
 // device < 0 is the CPU. One call for every step: which outputs are given tells what is computed.
 void step(int device, uintptr_t stream, uintptr_t x, uintptr_t x0, uintptr_t grad, uintptr_t out, int64_t batch,
           int64_t n, int norm, int grad_type, py::tuple step_size, py::tuple eps, double lo, double hi,
-          uintptr_t active, bool normalize, py::object fosc, py::object atas, uintptr_t workspace) {
+          uintptr_t active, bool normalize, py::object fosc, py::object atas, py::object apgd, uintptr_t workspace) {
   StepArgs a;
   const int64_t elements = batch * n;
   a.batch = batch;
@@ -79,9 +82,17 @@ void step(int device, uintptr_t stream, uintptr_t x, uintptr_t x0, uintptr_t gra
     a.min_step = t[6].cast<float>();
     a.max_step = t[7].cast<float>();
   }
+  if (!apgd.is_none()) {  // (previous, momentum, 1 - momentum, keep)
+    const py::tuple t = apgd;
+    a.previous = pointer<const float>(t[0].cast<uintptr_t>(), elements, "previous");
+    a.momentum = t[1].cast<float>();
+    a.rest = t[2].cast<float>();
+    a.keep = reinterpret_cast<const int64_t*>(t[3].cast<uintptr_t>());
+  }
   if (a.fosc == nullptr) pointer<float>(out, elements, "out");
   refuse_overlap(a, elements);
-  const bool elementwise = static_cast<Norm>(norm) == Norm::linf && a.fosc == nullptr && a.v_out == nullptr;
+  const bool elementwise =
+      static_cast<Norm>(norm) == Norm::linf && a.fosc == nullptr && a.v_out == nullptr && a.previous == nullptr;
   if (device < 0) {
     without_gil(elements, [&] { elementwise ? pgd().linf(a) : pgd().rows(a, static_cast<Norm>(norm)); });
     return;
@@ -140,8 +151,42 @@ int64_t workspace_doubles(int64_t batch, int64_t n) {
 #endif
 }
 
+// What Auto-PGD notes after a step; `state` in the order of AscentArgs.
+void ascent(int device, uintptr_t stream, uintptr_t value, uintptr_t score, double sign, uintptr_t left,
+            uintptr_t left_grad, py::tuple state, int64_t batch, int64_t n, uintptr_t workspace) {
+  AscentArgs a;
+  a.batch = batch;
+  a.n = n;
+  a.value = pointer<const float>(value, batch, "value");
+  a.score = pointer<const float>(score, batch, "score");
+  a.sign = static_cast<float>(sign);
+  a.left = pointer<const float>(left, batch * n, "left");
+  a.left_grad = pointer<const float>(left_grad, batch * n, "left_grad");
+  const auto at = [&](size_t i) { return state[i].cast<uintptr_t>(); };
+  a.best = pointer<float>(at(0), batch * n, "best");
+  a.best_grad = pointer<float>(at(1), batch * n, "best_grad");
+  a.last_value = pointer<float>(at(2), batch, "last_value");
+  a.best_value = pointer<float>(at(3), batch, "best_value");
+  a.best_score = pointer<float>(at(4), batch, "best_score");
+  a.rises = pointer<int64_t>(at(5), batch, "rises");
+  a.best_is_x = pointer<uint8_t>(at(6), batch, "best_is_x");
+  if (device < 0) {
+    without_gil(batch * n, [&] { pgd().ascent(a); });
+    return;
+  }
+#if defined(FASTROBUST_HAS_CUDA)
+  const DeviceGuard guard(device);
+  ascent_cuda(a, pointer<uint8_t>(workspace, batch, "workspace"), reinterpret_cast<void*>(stream));
+#else
+  (void)stream;
+  (void)workspace;
+  throw std::runtime_error("fastrobust was built without CUDA kernels; rebuild with nvcc on PATH (FASTROBUST_CUDA=ON)");
+#endif
+}
+
 void random_start(int device, uintptr_t stream, uintptr_t x0, uintptr_t out, int64_t batch, int64_t n, int norm,
-                  py::tuple eps, double lo, double hi, uint64_t seed, int64_t first_example, uintptr_t workspace) {
+                  py::tuple eps, double lo, double hi, uint64_t seed, int64_t first_example, uintptr_t numbers,
+                  uintptr_t workspace) {
   RandomStartArgs a;
   a.batch = batch;
   a.n = n;
@@ -151,6 +196,7 @@ void random_start(int device, uintptr_t stream, uintptr_t x0, uintptr_t out, int
   set_box(lo, hi, &a.lo, &a.hi);
   a.seed = seed;
   a.first_example = first_example;
+  a.numbers = reinterpret_cast<const int64_t*>(numbers);
   a.norm = static_cast<Norm>(norm);
   if (device < 0) {
     without_gil(batch * n, [&] { pgd().random_start(a); });
@@ -164,6 +210,40 @@ void random_start(int device, uintptr_t stream, uintptr_t x0, uintptr_t out, int
   (void)workspace;
   throw std::runtime_error("fastrobust was built without CUDA kernels; rebuild with nvcc on PATH (FASTROBUST_CUDA=ON)");
 #endif
+}
+
+// A window is (query, height, width); `settled` the addresses of score, hit, value and fooled.
+void square(int device, uintptr_t stream, uintptr_t x, uintptr_t next, uintptr_t low, uintptr_t high, uintptr_t numbers,
+            py::tuple sizes, uint64_t seed, py::tuple last, py::tuple window, py::object settled) {
+  SquareArgs a;
+  const auto size = [](const py::tuple& t, size_t i) { return t[i].cast<int64_t>(); };
+  a.batch = size(sizes, 0);
+  a.channels = size(sizes, 1);
+  a.height = size(sizes, 2);
+  a.width = size(sizes, 3);
+  a.seed = seed;
+  const auto inside = [&](const py::tuple& t, const char* name) {
+    const SquareWindow w{size(t, 0), size(t, 1), size(t, 2)};
+    if (w.query < 0 || w.height < 0 || w.width < 0 || w.height > a.height || w.width > a.width)
+      throw std::invalid_argument(std::string(name) + ": got a window larger than the image, expected one inside");
+    return w;
+  };
+  a.last = inside(last, "last");
+  a.window = inside(window, "window");
+  const int64_t elements = a.batch * a.channels * a.height * a.width;
+  a.x = pointer<float>(x, elements, "x");
+  a.next = pointer<float>(next, elements, "next");
+  a.low = pointer<const float>(low, elements, "low");
+  a.high = pointer<const float>(high, elements, "high");
+  a.numbers = pointer<const int64_t>(numbers, a.batch, "numbers");
+  if (!settled.is_none()) {
+    const py::tuple t = settled;
+    a.score = pointer<const float>(t[0].cast<uintptr_t>(), a.batch, "score");
+    a.hit = pointer<const uint8_t>(t[1].cast<uintptr_t>(), a.batch, "hit");
+    a.value = pointer<float>(t[2].cast<uintptr_t>(), a.batch, "value");
+    a.fooled = pointer<uint8_t>(t[3].cast<uintptr_t>(), a.batch, "fooled");
+  }
+  on_device(device, stream, elements, a, pgd().square, FR_CUDA_KERNEL(square_cuda));
 }
 
 void loss(int device, uintptr_t stream, int kind, uintptr_t logits, uintptr_t reference, uintptr_t labels,
@@ -188,8 +268,10 @@ void bind_pgd(py::module_& m) {
   m.def("pgd_simple_step", &simple_step);
   m.def("pgd_quick_step", &quick_step);
   m.def("pgd_workspace_doubles", &workspace_doubles);
+  m.def("pgd_ascent", &ascent);
   m.def("pgd_random_start", &random_start);
   m.def("pgd_loss", &loss);
+  m.def("pgd_square", &square);
 }
 
 }  // namespace fastrobust

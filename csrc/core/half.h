@@ -1,4 +1,4 @@
-// float16 and bfloat16 gradients are read as bits and widened exactly; no device type is needed.
+// float16 and bfloat16 are bits here, widened exactly and rounded to nearest; no device type is needed.
 #pragma once
 
 #include <cstring>
@@ -35,6 +35,16 @@ FR_HD float half_to_float(uint16_t h) {
   const float scaled = float_from_bits(magnitude) * 0x1p112f;
   const uint32_t bits = (h & 0x7c00) == 0x7c00 ? magnitude | 0x7f800000u : bits_of(scaled);
   return float_from_bits(bits | static_cast<uint32_t>(h & 0x8000) << 16);
+}
+
+// To nearest, ties to even; what is too large becomes infinite.
+FR_HD uint16_t float_to_half(float f) {
+  const uint32_t bits = bits_of(f), sign = bits >> 16 & 0x8000u, size = bits & 0x7fffffffu;
+  if (size > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
+  if (size >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);
+  // below 2^-14 the steps are those of the floats in [1/2, 1): an addition rounds
+  if (size < 0x38800000u) return static_cast<uint16_t>(sign | (bits_of(float_from_bits(size) + 0.5f) - bits_of(0.5f)));
+  return static_cast<uint16_t>(sign | (size - 0x38000000u + 0xfffu + (size >> 13 & 1u)) >> 13);
 }
 
 FR_NS_END

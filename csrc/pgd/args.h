@@ -30,7 +30,7 @@ struct StepArgs {
   bool normalize = true;  // l2: steps of length `step`; false: step * grad
   // FOSC (Wang et al. 2019, eq. 4), when asked for
   float* fosc = nullptr;          // [batch]
-  uint8_t* active_out = nullptr;  // [batch]: active & (fosc > threshold)
+  uint8_t* active_out = nullptr;  // [batch]: who moves (fosc_moves); null: criterion only
   float threshold = 0.f;
   // ATAS (thesis alg. 5.3): step from the moving average of the squared gradient norm
   const float* v = nullptr;   // [batch]
@@ -38,6 +38,23 @@ struct StepArgs {
   float* step_out = nullptr;  // [batch], the adaptive step
   float beta = 0.f, c = 0.f, min_step = 0.f, max_step = 0.f;
   bool authors = false;
+  // Auto-PGD (Croce and Hein 2020, algorithm 1): the point before x, or null; momentum 1 does not look at it
+  const float* previous = nullptr;   // [batch, n], not out
+  float momentum = 1.f, rest = 0.f;  // rest: 1 - momentum
+  const int64_t* keep = nullptr;     // [batch] or null, l1: how many coordinates move
+};
+
+// What Auto-PGD keeps of each example. The best point is x itself where best_is_x says so, and else in `best`: a point
+// is copied only once a step left it for a worse one.
+struct AscentArgs {
+  int64_t batch = 0, n = 0;
+  const float *value = nullptr, *score = nullptr;  // [batch] at the point that a step led to; ascended is sign * value
+  float sign = 1.f;
+  const float *left = nullptr, *left_grad = nullptr;                          // [batch, n] before the step
+  float *best = nullptr, *best_grad = nullptr;                                // [batch, n]
+  float *last_value = nullptr, *best_value = nullptr, *best_score = nullptr;  // [batch]
+  int64_t* rises = nullptr;                                                   // [batch] steps that raised the value
+  uint8_t* best_is_x = nullptr;                                               // [batch]
 };
 
 struct RandomStartArgs {
@@ -47,8 +64,27 @@ struct RandomStartArgs {
   Param eps;
   float lo = 0.f, hi = 0.f;
   uint64_t seed = 0;
-  int64_t first_example = 0;  // counter of the first row, so that a batch can be drawn in parts
+  int64_t first_example = 0;         // counter of the first row, so that a batch can be drawn in parts
+  const int64_t* numbers = nullptr;  // [batch], in its place: the counter of each row
   Norm norm = Norm::linf;
+};
+
+// The Square attack, norm inf. `next` is x outside of the last window.
+struct SquareWindow {
+  int64_t query = 0, height = 0, width = 0;  // height 0: none
+};
+struct SquareArgs {
+  float *x = nullptr, *next = nullptr;          // [batch, channels, height, width]
+  const float *low = nullptr, *high = nullptr;  // the same: the ends of ball and box
+  int64_t batch = 0, channels = 0, height = 0, width = 0;
+  const int64_t* numbers = nullptr;  // [batch] of the examples
+  uint64_t seed = 0;
+  SquareWindow last, window;  // what is settled, and what is written then
+  // [batch], or null where nothing is settled: of `next`, then of x
+  const float* score = nullptr;
+  const uint8_t* hit = nullptr;
+  float* value = nullptr;
+  uint8_t* fooled = nullptr;
 };
 
 enum class Loss : int { cross_entropy, margin, dlr, dlr_targeted, kl };

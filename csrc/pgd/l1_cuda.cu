@@ -38,6 +38,15 @@ struct BlockRow {
         [&](const float* t) { s += t[0]; });
     return block_sum(s);
   }
+  // What sparse_threshold asks; a sum of ones is exact.
+  __device__ int64_t at_least(float threshold) const {
+    double s = 0.;
+    each([&](auto i) {
+      const auto gi = grad_at(g, i);
+      for (int k = 0; k < i.count; ++k) s += vabs(clean_grad(gi.v[k])) >= threshold ? 1. : 0.;
+    });
+    return static_cast<int64_t>(block_sum(s));
+  }
   __device__ float top() const {
     float t = 0.f;
     each([&](auto i) {
@@ -124,6 +133,45 @@ struct BlockRow {
 };
 
 template <GradType T, bool kWide>
+__device__ __forceinline__ void project_out(const StepArgs& a, const BlockRow<T, kWide>& r, float eps) {
+  const float lambda = l1_lambda(r, eps);
+  r.each([&](auto i) {
+    const auto x0 = load_at(a.x0 + r.base, i);
+    auto y = load_at(a.out + r.base, i);
+    for (int k = 0; k < i.count; ++k) y.v[k] = l1_project(y.v[k], x0.v[k], lambda, a.lo, a.hi);
+    store_at(a.out + r.base, i, y);
+  });
+}
+
+// Auto-PGD's step: sparse, projected, and with momentum averaged and projected again.
+template <GradType T, bool kWide>
+__global__ void __launch_bounds__(kThreads, 1) apgd_l1_kernel(StepArgs a) {
+  for (int64_t row = blockIdx.x; row < a.batch; row += gridDim.x) {
+    const BlockRow<T, kWide> r{a, row * a.n, GradReader<T>(a.grad, row * a.n)};
+    int64_t count = 0;
+    const float threshold = sparse_threshold(r, a.keep == nullptr ? a.n : a.keep[row], &count),
+                share = sparse_share(count), step = param_at(a.step, row, a.n, 0);
+    r.each([&](auto i) {
+      auto x = load_at(a.x + r.base, i);
+      const auto gi = grad_at(r.g, i);
+      for (int k = 0; k < i.count; ++k) x.v[k] = sparse_ascend(x.v[k], clean_grad(gi.v[k]), threshold, share, step);
+      store_at(a.out + r.base, i, x);
+    });
+    for (int pass = 0; pass < (a.momentum == 1.f ? 1 : 2); ++pass) {
+      if (pass > 0)
+        r.each([&](auto i) {
+          const auto x = load_at(a.x + r.base, i), before = load_at(a.previous + r.base, i);
+          auto z = load_at(a.out + r.base, i);
+          for (int k = 0; k < i.count; ++k) z.v[k] = averaged(x.v[k], before.v[k], z.v[k], a.momentum, a.rest);
+          store_at(a.out + r.base, i, z);
+        });
+      __syncthreads();
+      project_out(a, r, param_at(a.eps, row, a.n, 0));
+    }
+  }
+}
+
+template <GradType T, bool kWide>
 __global__ void __launch_bounds__(kThreads, 1) l1_kernel(StepArgs a) {
   for (int64_t row = blockIdx.x; row < a.batch; row += gridDim.x) {
     const BlockRow<T, kWide> r{a, row * a.n, GradReader<T>(a.grad, row * a.n)};
@@ -135,19 +183,22 @@ __global__ void __launch_bounds__(kThreads, 1) l1_kernel(StepArgs a) {
     }
     __syncthreads();
     if (!move) continue;
-    const float lambda = l1_lambda(r, param_at(a.eps, row, a.n, 0));
-    r.each([&](auto i) {
-      const auto x0 = load_at(a.x0 + r.base, i);
-      auto y = load_at(a.out + r.base, i);
-      for (int k = 0; k < i.count; ++k) y.v[k] = l1_project(y.v[k], x0.v[k], lambda, a.lo, a.hi);
-      store_at(a.out + r.base, i, y);
-    });
+    project_out(a, r, param_at(a.eps, row, a.n, 0));
   }
 }
 
 template <GradType T>
 void launch(const StepArgs& a, void* stream) {
   const unsigned blocks = static_cast<unsigned>(a.batch < 0x7fffffff ? a.batch : 0x7fffffff);
+  if constexpr (T != GradType::none) {
+    if (a.previous != nullptr) {
+      if (addresses_of(a).whole(a.n))
+        FR_LAUNCH((apgd_l1_kernel<T, true>), blocks, kThreads, 0, stream, a);
+      else
+        FR_LAUNCH((apgd_l1_kernel<T, false>), blocks, kThreads, 0, stream, a);
+      return;
+    }
+  }
   if (addresses_of(a).whole(a.n))
     FR_LAUNCH((l1_kernel<T, true>), blocks, kThreads, 0, stream, a);
   else

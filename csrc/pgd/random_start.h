@@ -16,6 +16,10 @@ constexpr uint32_t kStreamElements = 0, kStreamRadius = 1;
 // the sum is never below the true one, and the point never outside the ball.
 constexpr float kSumScale = 0x1p20f;
 
+FR_HD uint32_t example_of(const RandomStartArgs& a, int64_t row) {
+  return static_cast<uint32_t>(a.numbers == nullptr ? a.first_example + row : a.numbers[row]);
+}
+
 // u is uniform on [0, 1).
 template <class V>
 FR_HD V random_linf(V x0, V eps, V lo, V hi, V u) {

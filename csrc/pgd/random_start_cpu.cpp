@@ -22,7 +22,7 @@ void draw(const RandomStartArgs& a, uint32_t example, int64_t i, uint32_t* u) {
 }
 
 void linf_part(const RandomStartArgs& a, int64_t row, int64_t begin, int64_t end) {
-  const uint32_t example = static_cast<uint32_t>(a.first_example + row);
+  const uint32_t example = example_of(a, row);
   const float* x0 = a.x0 + row * a.n;
   const float* sizes = a.eps.per == Per::element ? a.eps.data + row * a.n : nullptr;
   float* out = a.out + row * a.n;
@@ -42,7 +42,7 @@ void linf_part(const RandomStartArgs& a, int64_t row, int64_t begin, int64_t end
 
 template <bool kL2>
 void ball_row(const RandomStartArgs& a, int64_t row) {
-  const uint32_t example = static_cast<uint32_t>(a.first_example + row);
+  const uint32_t example = example_of(a, row);
   const float* x0 = a.x0 + row * a.n;
   float* out = a.out + row * a.n;
   int64_t sum = 0;

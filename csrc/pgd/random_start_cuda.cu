@@ -29,7 +29,7 @@ __device__ __forceinline__ void in_parts(int64_t n, int64_t i, Part part) {
   }
 }
 __device__ __forceinline__ Philox4 draw(const RandomStartArgs& a, int64_t row, int64_t i) {
-  return philox(a.seed, kStreamElements, static_cast<uint32_t>(a.first_example + row), static_cast<uint64_t>(i / 4));
+  return philox(a.seed, kStreamElements, example_of(a, row), static_cast<uint64_t>(i / 4));
 }
 
 template <bool kWide>
@@ -74,8 +74,8 @@ __global__ void __launch_bounds__(kThreads) ball_write_kernel(RandomStartArgs a,
   const bool l2 = a.norm == Norm::l2;
   each_four(a, [&](int64_t row, int64_t i) {
     const int64_t base = row * a.n;
-    const float scale = ball_scale(static_cast<int64_t>(sums[row]), param_at(a.eps, row, a.n, 0), l2, a.seed,
-                                   static_cast<uint32_t>(a.first_example + row));
+    const float scale =
+        ball_scale(static_cast<int64_t>(sums[row]), param_at(a.eps, row, a.n, 0), l2, a.seed, example_of(a, row));
     in_parts<kWide>(a.n, i, [&](auto at, int) {
       auto x = load_at(a.x0 + base, at);
       const auto t = load_at(a.out + base, at);

@@ -1,5 +1,6 @@
-// Steps that need a number per example before they can move: L2, L1, FOSC and ATAS. One example is one work item, so
-// its passes find it in cache; sums run over sixteen double lanes in a fixed order whatever the threads or the batch.
+// Steps that need a number per example before they can move: L2, L1, FOSC and ATAS; and the steps of Auto-PGD. One
+// example is one work item, so its passes find it in cache; sums run over sixteen double lanes in a fixed order
+// whatever the threads or the batch.
 #include <algorithm>
 
 #include "pgd/row_cpu.h"
@@ -64,15 +65,14 @@ struct Row {
 
   // ---- L2 ----
   template <bool kClean>
-  void l2(double norm2) const {
+  double l2_move(double norm2) const {
     const L2Ascent ascent = l2_ascent(norm2, step, a.normalize);
-    const Vec pow2(ascent.pow2), scale(ascent.scale), lo(a.lo), hi(a.hi);
+    const Vec pow2(ascent.pow2), scale(ascent.scale);
     // Copies, because a store might otherwise change the members. The moved point waits in out for its projection;
     // without a gradient it is x itself.
     const float *from = x, *center = x0;
     const GradReader<T> gradient = g;
     float* to = out;
-    const float* y = T == GradType::none ? from : to;
     DVec s(0.);
     each_vec(n, [&, from, center, gradient, to](int64_t i, int m) FR_INLINE_LAMBDA {
       Vec v = load_m(from + i, m);
@@ -84,17 +84,29 @@ struct Row {
       const DVec d = widen(v - load_m(center + i, m));
       s = s + d * d;
     });
-    const double distance2 = sum(s);
-    float shrink = l2_shrink(distance2, eps);
-    if (shrink < 1.f && near_sphere(std::sqrt(distance2), eps) && inside(y, eps, true)) shrink = 1.f;
+    return sum(s);
+  }
+  double l2_move() const {
+    bool clean = false;
+    const double norm2 = T == GradType::none ? 0. : grad_norm2(&clean);
+    return clean ? l2_move<true>(norm2) : l2_move<false>(norm2);
+  }
+  float l2_factor(const float* y, double distance2) const {
+    const float shrink = l2_shrink(distance2, eps);
+    return shrink < 1.f && near_sphere(std::sqrt(distance2), eps) && inside(y, eps, true) ? 1.f : shrink;
+  }
+  void l2_write(const float* y, double distance2) const {
+    const float shrink = l2_factor(y, distance2);
+    const Vec lo(a.lo), hi(a.hi);
+    const float* center = x0;
+    float* to = out;
     each_vec(n, [=](int64_t i, int m) FR_INLINE_LAMBDA {
       store_m(to + i, l2_project(load_m(y + i, m), load_m(center + i, m), shrink, lo, hi), m);
     });
   }
   void l2() const {
-    bool clean = false;
-    const double norm2 = T == GradType::none ? 0. : grad_norm2(&clean);
-    clean ? l2<true>(norm2) : l2<false>(norm2);
+    const double distance2 = l2_move();
+    l2_write(T == GradType::none ? x : out, distance2);
   }
 
   // ---- L1 ----
@@ -160,10 +172,81 @@ struct Row {
       std::memmove(out, x, static_cast<size_t>(n) * sizeof(float));
     else
       l1_ascend();
+    l1_project_out();
+  }
+  void l1_project_out() const {
     const Vec lambda(l1_lambda(*this, eps)), lo(a.lo), hi(a.hi);
     each_vec(n, [&](int64_t i, int m) FR_INLINE_LAMBDA {
       store_m(out + i, l1_project(load_m(out + i, m), load_m(x0 + i, m), lambda, lo, hi), m);
     });
+  }
+
+  // ---- Auto-PGD ----
+  // What sparse_threshold asks. Exact: below 2^24 coordinates a lane's count is a float.
+  int64_t at_least(float threshold) const {
+    int64_t count = 0;
+    constexpr int64_t kStretch = int64_t{1} << 24;
+    const Vec t(threshold);
+    for (int64_t from = 0; from < n; from += kStretch) {
+      Vec s(0.f);
+      each_vec(std::min(kStretch, n - from), [&](int64_t k, int m) FR_INLINE_LAMBDA {
+        s = s + select(vabs(grad<true>(from + k, m)) >= t, Vec(1.f), Vec(0.f));
+      });
+      count += static_cast<int64_t>(sum(widen(s)));
+    }
+    return count;
+  }
+  void sparse_move(int64_t row) const {
+    int64_t count = 0;
+    const Vec t(sparse_threshold(*this, a.keep == nullptr ? n : a.keep[row], &count)), share(sparse_share(count)),
+        length(step);
+    each_vec(n, [&](int64_t i, int m) FR_INLINE_LAMBDA {
+      store_m(out + i, sparse_ascend(load_m(x + i, m), grad<true>(i, m), t, share, length), m);
+    });
+  }
+  FR_HD Vec average_at(int64_t i, int m, Vec z) const {
+    return averaged(load_m(x + i, m), load_m(a.previous + (x - a.x) + i, m), z, a.momentum, a.rest);
+  }
+  void apgd_l2() const {
+    const double distance2 = l2_move();
+    if (a.momentum == 1.f) return l2_write(out, distance2);
+    const float shrink = l2_factor(out, distance2), momentum = a.momentum, rest = a.rest;
+    const Vec lo(a.lo), hi(a.hi);
+    const float *from = x, *center = x0, *before = a.previous + (x - a.x);
+    float* to = out;
+    DVec s(0.);
+    each_vec(n, [&, from, center, before, to](int64_t i, int m) FR_INLINE_LAMBDA {
+      const Vec v0 = load_m(center + i, m), z = l2_project(load_m(to + i, m), v0, shrink, lo, hi);
+      const Vec v = averaged(load_m(from + i, m), load_m(before + i, m), z, momentum, rest);
+      store_m(to + i, v, m);
+      // Read again: in lanes beyond the end a box without 0 leaves something of z.
+      const DVec d = widen(load_m(to + i, m) - v0);
+      s = s + d * d;
+    });
+    l2_write(out, sum(s));
+  }
+  void apgd_l1(int64_t row) const {
+    sparse_move(row);
+    l1_project_out();
+    if (a.momentum == 1.f) return;
+    each_vec(n, [&](int64_t i, int m) FR_INLINE_LAMBDA { store_m(out + i, average_at(i, m, load_m(out + i, m)), m); });
+    l1_project_out();
+  }
+  void apgd_linf(int64_t row) const {
+    if (a.momentum == 1.f) return linf(row);
+    const bool step_each = a.step.per == Per::element, eps_each = a.eps.per == Per::element;
+    if (step_each)
+      eps_each ? apgd_linf_block<T, true, true>(a, row, 0, n) : apgd_linf_block<T, true, false>(a, row, 0, n);
+    else
+      eps_each ? apgd_linf_block<T, false, true>(a, row, 0, n) : apgd_linf_block<T, false, false>(a, row, 0, n);
+  }
+  void apgd(int64_t row, Norm norm) const {
+    if (norm == Norm::linf)
+      apgd_linf(row);
+    else if (norm == Norm::l2)
+      apgd_l2();
+    else
+      apgd_l1(row);
   }
 
   // ---- L-inf over a whole example ----
@@ -222,16 +305,13 @@ struct Row {
     return fosc_end(f, Norm::linf);
   }
 
-  // Criterion first, then the step if the example is still active (`move`).
-  float fosc_step(int64_t row, Norm norm, bool move) const {
+  float fosc_linf(int64_t row) const {
     const bool step_each = a.step.per == Per::element, eps_each = a.eps.per == Per::element;
-    if (norm == Norm::linf && move) {
-      if (step_each) return eps_each ? fosc_linf<true, true>(row) : fosc_linf<true, false>(row);
-      return eps_each ? fosc_linf<false, true>(row) : fosc_linf<false, false>(row);
-    }
-    const float value = eps_each ? fosc<true>(row, norm) : fosc<false>(row, norm);
-    if (move) move_by(row, norm);
-    return value;
+    if (step_each) return eps_each ? fosc_linf<true, true>(row) : fosc_linf<true, false>(row);
+    return eps_each ? fosc_linf<false, true>(row) : fosc_linf<false, false>(row);
+  }
+  float fosc(int64_t row, Norm norm) const {
+    return a.eps.per == Per::element ? fosc<true>(row, norm) : fosc<false>(row, norm);
   }
 
   void move_by(int64_t row, Norm norm) const {
@@ -244,16 +324,29 @@ struct Row {
   }
 };
 
+// The criterion decides on the move. Where x stays at hand one pass does both, and a move too many is taken back.
+template <GradType T>
+void do_fosc(const Row<T>& row, const StepArgs& a, Norm norm, int64_t i) {
+  if (a.active_out == nullptr) {
+    a.fosc[i] = row.fosc(i, norm);
+    return;
+  }
+  const bool may = a.active == nullptr || a.active[i] != 0;
+  const bool together = norm == Norm::linf && may && (a.active == nullptr || a.out != a.x);
+  a.fosc[i] = together ? row.fosc_linf(i) : row.fosc(i, norm);
+  const bool move = fosc_moves(a.active, i, a.fosc[i], a.threshold);
+  a.active_out[i] = move;
+  if (move && !together) row.move_by(i, norm);
+  if (!move && a.n > 0 && a.out != a.x) std::memcpy(row.out, row.x, static_cast<size_t>(a.n) * sizeof(float));
+}
+
 template <GradType T>
 void do_row(const StepArgs& a, Norm norm, int64_t i) {
   Row<T> row(a, i);
+  if (a.fosc != nullptr) return do_fosc(row, a, norm, i);
   const bool move = a.active == nullptr || a.active[i] != 0;
-  const bool writes = a.out != nullptr;
-  if (writes && !move && a.n > 0 && a.out != a.x) std::memcpy(row.out, row.x, static_cast<size_t>(a.n) * sizeof(float));
-  if (a.fosc != nullptr) {
-    a.fosc[i] = row.fosc_step(i, norm, writes && move);
-    if (a.active_out != nullptr) a.active_out[i] = move && a.fosc[i] > a.threshold;
-  } else if (a.v_out != nullptr) {
+  if (!move && a.n > 0 && a.out != a.x) std::memcpy(row.out, row.x, static_cast<size_t>(a.n) * sizeof(float));
+  if (a.v_out != nullptr) {
     bool clean = false;
     const double norm2 = row.grad_norm2(&clean);
     a.v_out[i] = move ? atas_average(a.v[i], norm2, a.beta) : a.v[i];
@@ -262,6 +355,8 @@ void do_row(const StepArgs& a, Norm norm, int64_t i) {
     adapted.step.per = Per::all;
     adapted.step.value = a.step_out[i];
     if (move) Row<T>(adapted, i).move_by(i, norm);
+  } else if (a.previous != nullptr) {
+    row.apgd(i, norm);
   } else if (move) {
     row.move_by(i, norm);
   }
@@ -275,6 +370,18 @@ void rows_cpu(const StepArgs& a, Norm norm) {
     with_grad_type(a.grad_type, [&](auto type) {
       for (int64_t i = begin; i < end; ++i) do_row<decltype(type)::value>(a, norm, i);
     });
+  });
+}
+
+void ascent_cpu(const AscentArgs& a) {
+  const size_t bytes = static_cast<size_t>(a.n) * sizeof(float);
+  const int64_t grain = std::max<int64_t>(1, 4 * kGrainElements / std::max<int64_t>(1, a.n));
+  parallel_for(a.batch, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      if (!ascent_note(a, row) || a.n == 0) continue;
+      std::memcpy(a.best + row * a.n, a.left + row * a.n, bytes);
+      std::memcpy(a.best_grad + row * a.n, a.left_grad + row * a.n, bytes);
+    }
   });
 }
 

@@ -1,6 +1,7 @@
-// Steps that need numbers per example: L2, FOSC, ATAS. A block works on one chunk of one example and leaves its partial
-// sums in the workspace; the next kernel's blocks add up the chunks of their example in a fixed order. So a batch of a
-// few large images fills the device as a batch of many small ones does, and no atomic makes results vary.
+// Steps that need numbers per example: L2, FOSC, ATAS; and what Auto-PGD notes. A block works on one chunk of one
+// example and leaves its partial sums in the workspace; the next kernel's blocks add up the chunks of their example in
+// a fixed order. So a batch of a few large images fills the device as a batch of many small ones does, and no atomic
+// makes results vary.
 #include "pgd/kernels.h"
 #include "pgd/rows_cuda.h"
 #include "pgd/step.h"
@@ -132,13 +133,53 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// ---- FOSC, with the L-inf step in the same pass when there is an output ----
+// Auto-PGD: out holds the projected step averaged with the last move, which is projected next.
+template <GradType T, bool kWide>
+__global__ void __launch_bounds__(kThreads)
+    l2_average_kernel(StepArgs a, int shift, const double* grad_sums, const double* sums) {
+  FR_EACH_CHUNK(a) {
+    const int64_t base = row * a.n + begin;
+    const GradReader<T> g(a.grad, base);
+    const L2Ascent m =
+        l2_ascent(a.normalize ? total(grad_sums, row, chunks) : 0., param_at(a.step, row, a.n, 0), a.normalize);
+    const float shrink = l2_shrink(total(sums, row, chunks), param_at(a.eps, row, a.n, 0));
+    each_element<kWide, kUnit<T>>(end - begin, shift + base, threadIdx.x, kThreads, [&](auto i) {
+      auto x = load_at(a.x + base, i);
+      const auto x0 = load_at(a.x0 + base, i), gi = grad_at(g, i), before = load_at(a.previous + base, i);
+      for (int k = 0; k < i.count; ++k) {
+        const float z = l2_project(l2_moved<T>(x.v[k], gi.v[k], m), x0.v[k], shrink, a.lo, a.hi);
+        x.v[k] = averaged(x.v[k], before.v[k], z, a.momentum, a.rest);
+      }
+      store_at(a.out + base, i, x);
+    });
+  }
+}
+
+// ---- what Auto-PGD notes: numbers first, one thread an example, then the rows that are to be kept ----
+__global__ void __launch_bounds__(kThreads) ascent_note_kernel(AscentArgs a, uint8_t* save) {
+  for (int64_t row = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; row < a.batch;
+       row += static_cast<int64_t>(gridDim.x) * kThreads)
+    save[row] = ascent_note(a, row);
+}
+template <bool kWide>
+__global__ void __launch_bounds__(kThreads) ascent_save_kernel(AscentArgs a, int shift, const uint8_t* save) {
+  FR_EACH_CHUNK(a) {
+    (void)chunks;
+    if (save[row] == 0) continue;
+    const int64_t base = row * a.n + begin;
+    each_element<kWide, 4>(end - begin, shift + base, threadIdx.x, kThreads, [&](auto i) {
+      store_at(a.best + base, i, load_at(a.left + base, i));
+      store_at(a.best_grad + base, i, load_at(a.left_grad + base, i));
+    });
+  }
+}
+
+// ---- FOSC, with the L-inf step in the same pass when all move ----
 template <GradType T, bool kWide>
 __global__ void __launch_bounds__(kThreads, 2)
     fosc_kernel(StepArgs a, Norm norm, bool write, double* duals, double* inners) {
   FR_EACH_CHUNK(a) {
     const int64_t base = row * a.n;
-    const bool move = a.active == nullptr || a.active[row] != 0;
     const GradReader<T> g(a.grad, base);
     const StepRow at(a, row);
     double dual = 0., inner = 0.;
@@ -154,7 +195,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             t.v[1][k] = gi.v[k];
             t.v[2][k] = eps.v[k];
           }
-          if (write) store_at(a.out + base, i, move ? at.linf(x, x0, gi, i) : x);
+          if (write) store_at(a.out + base, i, at.linf(x, x0, gi, i));
         },
         [&](const float* t) {
           inner += static_cast<double>(t[0]) * t[1];
@@ -187,7 +228,7 @@ __global__ void __launch_bounds__(kThreads)
     if (norm != Norm::linf) dual = param_at(a.eps, row, a.n, 0) * (norm == Norm::l2 ? sqrt(dual) : dual);
     const float value = fosc_value(dual, inner);
     a.fosc[row] = value;
-    if (a.active_out != nullptr) a.active_out[row] = (a.active == nullptr || a.active[row] != 0) && value > a.threshold;
+    if (a.active_out != nullptr) a.active_out[row] = fosc_moves(a.active, row, value, a.threshold);
   }
 }
 
@@ -245,6 +286,20 @@ struct Rows {
     if (norm == Norm::l1) return l1_cuda(b, stream);
     if (T != GradType::none && b.normalize) grad_norm();
     whole ? l2_sums<true>(b) : l2_sums<false>(b);
+    if constexpr (T != GradType::none) {
+      if (b.previous != nullptr && b.momentum != 1.f) {
+        if (lie.aligned)
+          FR_LAUNCH((l2_average_kernel<T, true>), grid, kThreads, 0, stream, b, lie.shift, first, second);
+        else
+          FR_LAUNCH((l2_average_kernel<T, false>), grid, kThreads, 0, stream, b, 0, first, second);
+        StepArgs rest = b;  // the projection of what lies in out
+        rest.x = b.out;
+        rest.previous = nullptr;
+        rest.grad = nullptr;
+        rest.grad_type = GradType::none;
+        return Rows<GradType::none>(rest, first, stream).step(rest, norm);
+      }
+    }
     if (lie.aligned)
       FR_LAUNCH((l2_write_kernel<T, true>), grid, kThreads, 0, stream, b, lie.shift, first, second);
     else
@@ -259,10 +314,13 @@ struct Rows {
 
   void run(Norm norm) const {
     if (a.fosc != nullptr) {
-      const bool together = norm == Norm::linf && a.out != nullptr;
+      const bool moves = a.active_out != nullptr, together = norm == Norm::linf && moves && a.active == nullptr;
       fosc(norm, together);
       FR_LAUNCH(fosc_end_kernel, row_blocks, kThreads, 0, stream, a, norm, chunks, first, second);
-      if (a.out != nullptr && !together) step(a, norm);
+      if (!moves || together) return;
+      StepArgs decided = a;
+      decided.active = a.active_out;
+      step(decided, norm);
     } else if (a.v_out != nullptr) {
       grad_norm();
       FR_LAUNCH(atas_kernel, row_blocks, kThreads, 0, stream, a, chunks, first);
@@ -286,6 +344,20 @@ int64_t pgd_workspace_doubles(const StepArgs& a) { return 2 * a.batch * chunks_o
 void rows_cuda(const StepArgs& a, Norm norm, double* workspace, void* stream) {
   if (a.batch == 0) return;
   with_grad_type(a.grad_type, [&](auto type) { Rows<decltype(type)::value>(a, workspace, stream).run(norm); });
+}
+
+void ascent_cuda(const AscentArgs& a, uint8_t* workspace, void* stream) {
+  if (a.batch == 0) return;
+  FR_LAUNCH(ascent_note_kernel, static_cast<unsigned>((a.batch + kThreads - 1) / kThreads), kThreads, 0, stream, a,
+            workspace);
+  if (a.n == 0) return;
+  Addresses lie;
+  lie.add(a.left).add(a.left_grad).add(a.best).add(a.best_grad);
+  const dim3 grid(static_cast<unsigned>(chunks_of(a.n)), grid_y(a.batch));
+  if (lie.aligned)
+    FR_LAUNCH((ascent_save_kernel<true>), grid, kThreads, 0, stream, a, lie.shift, workspace);
+  else
+    FR_LAUNCH((ascent_save_kernel<false>), grid, kThreads, 0, stream, a, 0, workspace);
 }
 
 }  // namespace fastrobust

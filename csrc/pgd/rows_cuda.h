@@ -40,6 +40,7 @@ __device__ __forceinline__ Values<float, P::count> grad_at(const GradReader<T>& 
 inline Addresses addresses_of(const StepArgs& a) {
   Addresses lie;
   const int64_t grad_size = a.grad_type == GradType::f32 ? 4 : 2;
+  if (a.previous != nullptr) lie.add(a.previous);
   lie.add(a.x).add(a.x0).add(a.out).add(a.grad_type == GradType::none ? nullptr : a.grad, grad_size);
   if (a.step.per == Per::element) lie.add(a.step.data);
   if (a.eps.per == Per::element) lie.add(a.eps.data);
@@ -62,6 +63,19 @@ struct StepRow {
   template <class P>
   __device__ __forceinline__ Values<float, P::count> eps(P i) const {
     return load_or(eps_data, eps_data != nullptr, eps_all, i);
+  }
+  // Auto-PGD's: the step, averaged with the last move
+  template <class V, class P>
+  __device__ __forceinline__ V apgd(const StepArgs& a, const V& x, const V& before, const V& x0, const V& g,
+                                    P i) const {
+    const V step = load_or(step_data, step_data != nullptr, step_all, i), e = eps(i);
+    V y;
+#pragma unroll
+    for (int k = 0; k < P::count; ++k) {
+      const float z = linf_project(linf_ascend(x.v[k], g.v[k], step.v[k]), x0.v[k], e.v[k], lo, hi);
+      y.v[k] = linf_project(averaged(x.v[k], before.v[k], z, a.momentum, a.rest), x0.v[k], e.v[k], lo, hi);
+    }
+    return y;
   }
   template <class V, class P>
   __device__ __forceinline__ V linf(const V& x, const V& x0, const V& g, P i) const {

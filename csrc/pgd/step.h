@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "core/rounding.h"
+#include "pgd/args.h"
 
 FR_NS_BEGIN
 
@@ -38,6 +39,13 @@ FR_HD V linf_project_rounding_up(V y, V x0, V eps, V lo, V hi) {
 template <class V>
 FR_HD V linf_ascend(V x, V g, V step) {
   return x + select(g > V(0.f), step, select(g < V(0.f), -step, V(0.f)));
+}
+
+// ---- Auto-PGD (Croce and Hein 2020, algorithm 1, line 8): the step averaged with the last move, before projection
+// ----
+template <class V>
+FR_HD V averaged(V x, V previous, V z, float momentum, float rest) {
+  return x + V(momentum) * (z - x) + V(rest) * (x - previous);
 }
 
 // ---- L2: y = x + step g / ||g||, or y = x + step g ----
@@ -180,6 +188,46 @@ FR_HD float l1_threshold(const R& r, float step, double* spent) {
   return float_from_bits(high);
 }
 
+// ---- L1 step of Auto-PGD (Croce and Hein 2021): `keep` coordinates of largest |g| share the step evenly ----
+// The keep-th largest |g|, below which nothing moves; `count`: how many are as large, ties with it included. Zeros
+// never move. R gives at_least(threshold), how many are, and top(). Bisection over the bits, which ends early where a
+// threshold cuts off as many as wanted.
+template <class R>
+FR_HD float sparse_threshold(const R& r, int64_t keep, int64_t* count) {
+  uint32_t low = 1, high = bits_of(r.top()) + 1;
+  *count = r.at_least(float_from_bits(low));
+  while (*count > keep && high - low > 1) {
+    const uint32_t mid = low + (high - low) / 2;
+    const int64_t there = r.at_least(float_from_bits(mid));
+    if (there >= keep) {
+      low = mid;
+      *count = there;
+    } else {
+      high = mid;
+    }
+  }
+  return float_from_bits(low);
+}
+template <class V>
+FR_HD V sparse_ascend(V x, V g, V threshold, V share, V step) {
+  return x + step * select(vabs(g) >= threshold, select(g > V(0.f), share, -share), V(0.f));
+}
+FR_HD float sparse_share(int64_t count) { return 1.f / static_cast<float>(count < 1 ? 1 : count); }
+
+// ---- what Auto-PGD notes of an example after a step: true where the point that was left is the best one ----
+FR_HD bool ascent_note(const AscentArgs& a, int64_t row) {
+  const float value = a.sign * a.value[row];
+  a.rises[row] += value > a.last_value[row];
+  a.last_value[row] = value;
+  const bool better = value > a.best_value[row], save = !better && a.best_is_x[row] != 0;
+  if (better) {
+    a.best_value[row] = value;
+    a.best_score[row] = a.score[row];
+  }
+  a.best_is_x[row] = better;
+  return save;
+}
+
 // The lambda of l1_project. R gives lengths(lambda), the sum of l1_length and minus its slope, top_distance(), the
 // largest |d|, and inside(), whether the point lies in box and ball exactly. Newton from the left, kept in a bracket
 // that bisection closes where Newton does not.
@@ -211,6 +259,10 @@ FR_HD float l1_lambda(const R& r, float eps) {
 
 // ---- FOSC (Wang et al. 2019, eq. 4) in the dual norm: eps ||g||_* - <x - x0, g> ----
 FR_HD float fosc_value(double dual, double inner) { return static_cast<float>(dual - inner); }
+// Algorithm 1 moves every example once (no mask yet), later those above the threshold among the active.
+FR_HD bool fosc_moves(const uint8_t* active, int64_t row, float value, float threshold) {
+  return active == nullptr || (active[row] != 0 && value > threshold);
+}
 
 // ---- ATAS (thesis eqs. 5.15, 5.16; the authors' code has its own step) ----
 FR_HD float atas_average(float v, double sum_g2, float beta) {

@@ -4,5 +4,5 @@
 
 FR_NS_BEGIN
 extern const PgdTable pgd_table;
-const PgdTable pgd_table = {linf_cpu, rows_cpu, random_start_cpu, loss_cpu};
+const PgdTable pgd_table = {linf_cpu, rows_cpu, random_start_cpu, loss_cpu, ascent_cpu, square_cpu};
 FR_NS_END

@@ -31,6 +31,20 @@ def prefer_huge_pages(address: _Address, size: int, /) -> None: ...
 def thread_backend() -> str: ...
 
 # -- pgd -----------------------------------------------------------------------------------------------------------------
+def pgd_ascent(
+    device: int,
+    stream: int,
+    value: int,
+    score: int,
+    sign: float,
+    left: int,
+    left_grad: int,
+    state: tuple[Any, ...],
+    batch: int,
+    n: int,
+    workspace: int,
+    /,
+) -> None: ...
 def pgd_loss(
     device: int,
     stream: int,
@@ -61,6 +75,7 @@ def pgd_random_start(
     hi: float,
     seed: int,
     first_example: int,
+    numbers: int,
     workspace: int,
     /,
 ) -> None: ...
@@ -76,6 +91,21 @@ def pgd_simple_step(
     eps: float,
     lo: float,
     hi: float,
+    /,
+) -> None: ...
+def pgd_square(
+    device: int,
+    stream: int,
+    x: int,
+    next: int,
+    low: int,
+    high: int,
+    numbers: int,
+    sizes: tuple[Any, ...],
+    seed: int,
+    last: tuple[Any, ...],
+    window: tuple[Any, ...],
+    settled: Any,
     /,
 ) -> None: ...
 def pgd_step(
@@ -97,6 +127,7 @@ def pgd_step(
     normalize: bool,
     fosc: Any,
     atas: Any,
+    apgd: Any,
     workspace: int,
     /,
 ) -> None: ...
@@ -119,6 +150,41 @@ def polyhedral_distance(
     point: int,
     /,
 ) -> bool: ...
+
+# -- store --------------------------------------------------------------------------------------------------------------
+def store_gather(
+    device: int,
+    stream: int,
+    store: int,
+    half: bool,
+    index: int,
+    sizes: Sequence[int],
+    low: bool,
+    inverse: bool,
+    offsets: int,
+    flips: int,
+    x: int,
+    out: int,
+    eps_each: int,
+    eps: float,
+    lo: float,
+    hi: float,
+    /,
+) -> None: ...
+def store_scatter(
+    device: int,
+    stream: int,
+    store: int,
+    half: bool,
+    index: int,
+    sizes: Sequence[int],
+    low: bool,
+    offsets: int,
+    flips: int,
+    adv: int,
+    x: int,
+    /,
+) -> None: ...
 
 # -- bounds -------------------------------------------------------------------------------------------------------------
 class LinkKind:

@@ -17,9 +17,10 @@ import pytest
 
 from fastrobust.ops.bounds import _autograd, _relu_box, intervals
 from fastrobust.ops.pgd import _kernels as _pgd_ops
-from fastrobust.ops.pgd import losses
+from fastrobust.ops.pgd import losses, square
 from fastrobust.ops.pgd import steps as pgd
 from fastrobust.ops.polyhedron import distance as polyhedron
+from fastrobust.ops.store import _kernels as store
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -70,7 +71,7 @@ def on_device(emulated_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> C
 
     def run(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with monkeypatch.context() as m:
-            for module in (_pgd_ops, losses, polyhedron):
+            for module in (_pgd_ops, losses, square, polyhedron, store):
                 m.setattr(module, "_C", emulated_module)
                 m.setattr(module, "stream_of", lambda device: (0, 0))
                 m.setattr(module, "require_cuda_build", lambda device: None)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fastrobust import ops
-from pgd_oracles import INF, NORMS, assert_in_ball_and_box, images, same_bits
+from fastrobust.ops.pgd.square import square_propose
+from pgd_oracles import INF, NORMS, assert_in_ball_and_box, assert_proposals_agree, images, same_bits
 
 # unaligned and aligned rows, one thread's work, more than one block, more than one chunk of 8192
 SHAPES = ((1,), (5,), (16,), (3, 7, 9), (3, 16, 16), (8193,), (3, 60, 96))
@@ -152,7 +153,7 @@ def test_random_start_draws_the_same_numbers(on_device, norm, shape, clip) -> No
     _, x0, _ = images(9, 3, shape, clip)
     kinds = [0.3, torch.rand(3)] + ([torch.rand(x0.shape)] if norm == INF else [])
     for eps in kinds:
-        for seed, first in ((0, 0), (2**64 - 1, 2**31)):
+        for seed, first in ((0, 0), (2**64 - 1, 2**31), (7, torch.tensor([9, 2**32 - 1, 0]))):
             got = on_device(ops.random_start, x0, eps, norm, clip, seed=seed, first_example=first)
             assert same_bits(got, ops.random_start(x0, eps, norm, clip, seed=seed, first_example=first))
 
@@ -186,3 +187,8 @@ def test_losses(on_device, name, classes, tied) -> None:
     torch.testing.assert_close(got.value, want.value, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(got.grad, want.grad, rtol=1e-6, atol=1e-7)
     assert on_device(getattr(ops, name), logits[:0], *(o[:0] for o in others)).value.shape == (0,)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 9), (3, 8, 7), (130, 3, 4), (1, 28, 28)])
+def test_square_proposals(on_device, shape) -> None:
+    assert_proposals_agree(lambda *args: on_device(square_propose, *args), shape)

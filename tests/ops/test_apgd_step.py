@@ -51,6 +51,20 @@ def test_definition_ball_and_box(norm: float, momentum: float, clip: Any) -> Non
     assert (found.double() - wide).abs().max().item() <= 5e-6
 
 
+@pytest.mark.parametrize("norm", h.NORMS)
+@pytest.mark.parametrize("shape", [(1,), (3, 7), (17,), (2, 6, 5)])
+def test_points_outside_of_a_box_without_zero(norm: float, shape: tuple[int, ...]) -> None:
+    rng = torch.Generator().manual_seed(5)
+    draw = lambda: torch.randn(4, *shape, generator=rng)
+    x0, x, previous, grad = draw().clamp(0.11, 0.29), 0.2 + 0.2 * draw(), 0.2 + 0.2 * draw(), draw()
+    for eps in (0.05, 0.3, 1.0):
+        wide = [t.double() for t in (x, previous, x0, grad)]
+        wanted = reference.apgd_step(*wide, 0.1, eps, norm, (0.1, 0.3), 0.75)
+        found = fr.ops.apgd_step(x, previous, x0, grad, 0.1, eps, norm, (0.1, 0.3))
+        assert (found.double() - wanted).abs().max().item() <= 5e-6
+        h.assert_inside(found, x0, eps, norm, (0.1, 0.3))
+
+
 @pytest.mark.parametrize("norm", [h.INF, 2])
 def test_without_momentum_it_is_a_pgd_step(norm: float) -> None:
     a = _arguments(norm)
@@ -112,3 +126,13 @@ def test_compiles() -> None:
 def test_bad_input(bad: dict[str, Any], error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         fr.ops.apgd_step(**{**_arguments(h.INF), **bad})
+
+
+@pytest.mark.parametrize("norm", h.NORMS)
+def test_opcheck(norm: float) -> None:
+    a = _arguments(norm)
+    keep = torch.tensor([1, 4, 50, 60, 7]) if norm == 1 else None
+    code = {h.INF: 0, 2: 1, 1: 2}[norm]
+    grad = a["grad"].requires_grad_()
+    args = (a["x"], a["previous"], a["x0"], grad, a["step_size"], 0.0, a["eps"], 0.0, code, 0.0, 1.0, 0.75, keep)
+    torch.library.opcheck(torch.ops.fastrobust.apgd_step.default, args)

@@ -71,16 +71,18 @@ def test_ball_and_box_hold_exactly(norm: float, kind: str, seed: int, batch: int
     x, x0, grad = images(seed, batch, SHAPE, None)
     x0 = inside(clip, x0)
     active = rand(seed, batch) < 0.5 if masked else None
-    rows = slice(None) if active is None else active
+    every = torch.ones(batch, dtype=torch.bool)
+    rows = every if active is None else active
     eps = 0.4 if norm == INF else 1.5
     y = ops.pgd_step(x, x0, grad, 0.7, eps, norm, clip, active)
     moved, value, keep = ops.pgd_step_fosc(x, x0, grad, 0.7, eps, 0.5, norm, clip, active)
     ascended, average, alpha = ops.atas_step(x, x0, grad, torch.ones(batch), 0.7, eps, norm, clip, active=active)
-    for z in (y, moved, ascended):
+    for z, moves in ((y, rows), (moved, keep), (ascended, rows)):
         assert z.dtype == torch.float32 and z.shape == x.shape
-        assert_contract(z[rows], x0[rows], eps, norm, tuple(exact(side, x)[rows] for side in clip))  # type: ignore[arg-type]
-        assert active is None or same_bits(z[~active], x[~active])
-    assert same_bits(moved, y)
+        assert_contract(z[moves], x0[moves], eps, norm, tuple(exact(side, x)[moves] for side in clip))  # type: ignore[arg-type]
+        assert same_bits(z[~moves], x[~moves])
+    assert same_bits(moved, torch.where(keep.view(-1, 1, 1, 1), y, x))
+    assert torch.equal(keep, every if active is None else active & (value > 0.5))
     same = ops.pgd_step_fosc(x, x0, grad, 0.7, eps, 0.5, norm, None, active)
     assert torch.equal(value, same[1]) and torch.equal(keep, same[2])
     same = ops.atas_step(x, x0, grad, torch.ones(batch), 0.7, eps, norm, None, active=active)

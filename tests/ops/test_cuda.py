@@ -195,5 +195,5 @@ def test_build_without_cuda_says_so() -> None:
     with pytest.raises(RuntimeError, match="built without CUDA kernels.*reinstall where nvcc is on PATH"):
         _library.require_cuda_build(torch.device("cuda"))
     with pytest.raises(RuntimeError, match="built without CUDA kernels"):
-        fastrobust._C.pgd_random_start(0, 0, 0, 0, 0, 1, 0, (0, 0.1, 0), 0.0, 1.0, 0, 0, 0)
+        fastrobust._C.pgd_random_start(0, 0, 0, 0, 0, 1, 0, (0, 0.1, 0), 0.0, 1.0, 0, 0, 0, 0)
     assert fastrobust.build_info()["devices"] == []

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastrobust import ops
@@ -98,10 +98,10 @@ def test_fused_criterion_is_the_two_ops(norm, masked, seed, batch, shape, dtype)
         threshold = value.median().item() if batch else 0.0
         y, criterion, keep = ops.pgd_step_fosc(x, x0, grad, step, eps, threshold, norm, active=active)
         assert same_bits(criterion, value)
-        assert same_bits(y, ops.pgd_step(x, x0, grad, step, eps, norm, active=active))
-        want = value > threshold
-        assert torch.equal(keep, want if active is None else want & active)
-        assert keep.dtype == torch.bool
+        # the first call, without a mask, moves all; later ones what is active and above the threshold
+        want = torch.ones(batch, dtype=torch.bool) if active is None else (value > threshold) & active
+        assert torch.equal(keep, want) and keep.dtype == torch.bool
+        assert same_bits(y, ops.pgd_step(x, x0, grad, step, eps, norm, active=want))
 
 
 def test_dynamic_training_stops_examples_one_by_one() -> None:
@@ -118,11 +118,59 @@ def test_dynamic_training_stops_examples_one_by_one() -> None:
     assert torch.equal(x[0], x0[0])
 
 
+def algorithm_1(x, x0, gradient, step, eps, threshold, steps):
+    """Wang et al. 2019, algorithm 1, line by line for one example in float64, with V = 1(c > c_t); and its moves."""
+    v, moves = 1, 0
+    for _ in range(steps):
+        if v == 0:
+            break
+        x = x + v * step * gradient(x).sign()
+        x = (x0 + (x - x0).clamp(-eps, eps)).clamp(0, 1)
+        moves += 1
+        g = gradient(x)
+        v = int(eps * g.abs().sum() - ((x - x0) * g).sum() > threshold)
+    return x, moves
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("kind", ["float32", "float64", "box of tensors"])
+@settings(max_examples=10)
+@given(seed=seeds, level=st.floats(0.05, 0.6))
+def test_each_example_takes_as_many_steps_as_algorithm_1(in_place, kind, seed, level) -> None:
+    batch, steps, eps, step = 12, 10, 0.1, 0.025
+    g = torch.Generator().manual_seed(seed)
+    x0 = torch.rand(batch, 20, generator=g, dtype=torch.float64) * 0.8 + 0.1
+    peak = x0 + 0.12 * torch.randn(batch, 20, generator=g, dtype=torch.float64)  # maxima of concave functions
+    start = x0 + eps * (2 * torch.rand(batch, 20, generator=g, dtype=torch.float64) - 1)
+    start = start.clamp(0, 1)
+    dtype = torch.float64 if kind == "float64" else torch.float32
+    clip = (0.0, 1.0) if kind != "box of tensors" else (torch.zeros(20), torch.ones(20))
+    x, active, moved = start.to(dtype).clone(), None, torch.zeros(batch, dtype=torch.int64)
+    for _ in range(steps):
+        gradient = 2 * (peak.to(dtype) - x)
+        out = x if in_place else None
+        x, _, active = ops.pgd_step_fosc(x, x0.to(dtype), gradient, step, eps, level, clip=clip, active=active, out=out)
+        moved += active
+    for i in range(batch):
+        want, count = algorithm_1(start[i], x0[i], lambda z, i=i: 2 * (peak[i] - z), step, eps, level, steps)
+        # an example whose criterion comes within rounding of the threshold may go either way
+        if dtype == torch.float64 or moved[i] == count:
+            assert moved[i] == count
+            torch.testing.assert_close(x[i].double(), want, rtol=0, atol=1e-5)
+        else:
+            assert (
+                abs(float(ops.fosc(*(t[None].float() for t in (want, x0[i], 2 * (peak[i] - want))), eps)) - level)
+                < 1e-4
+            )
+
+
 # ---- out ----
 
 
 def _fosc_step(x, x0, grad, norm, active, **out):
-    return ops.pgd_step_fosc(x, x0, grad, 0.1, 0.3, 0.5, norm, active=active, **out)
+    # between the examples' criteria, so that some move and some do not
+    level = float(ops.fosc(x, x0, grad, 0.3, norm).median()) if len(x) == len(x0) and len(x) else 0.5
+    return ops.pgd_step_fosc(x, x0, grad, 0.1, 0.3, level, norm, active=active, **out)
 
 
 def _atas_step(x, x0, grad, norm, active, **out):

@@ -216,7 +216,8 @@ def test_empty_inputs(shape, norm, dtype) -> None:
         assert ops.random_start(x, eps, norm, seed=1).shape == shape
         assert ops.fosc(x, x, x, eps, norm).tolist() == [0.0] * shape[0]
         moved, value, keep = ops.pgd_step_fosc(x, x, x, 0.1, eps, 0.0, norm)
-        assert moved.shape == shape and value.tolist() == [0.0] * shape[0] and not keep.any()
+        assert moved.shape == shape and value.tolist() == [0.0] * shape[0] and keep.all()
+        assert not ops.pgd_step_fosc(x, x, x, 0.1, eps, 0.0, norm, active=keep)[2].any()
         moved, v, alpha = ops.atas_step(x, x, x, torch.zeros(shape[0], dtype=dtype), 0.1, eps, norm)
         assert moved.shape == shape and v.tolist() == [0.0] * shape[0]
         torch.testing.assert_close(alpha, torch.full((shape[0],), 1.0, dtype=dtype))

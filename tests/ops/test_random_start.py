@@ -239,3 +239,32 @@ def test_radii_at_the_ends_of_float32(norm, eps, n) -> None:
         want = reference.random_start(x0, eps, norm, None, seed)
         torch.testing.assert_close(y, want, rtol=2e-5, atol=1e-5 * min(eps, 2.0**100))
     assert (y != 0).any()
+
+
+@pytest.mark.parametrize("norm", [INF, 2, 1])
+def test_numbers_of_examples(norm: float) -> None:
+    x0 = torch.rand(7, 3, 5)
+    numbers = torch.tensor([4, 2**32 - 1, 0, 11, 12, 3, 4])
+    every = ops.random_start(x0, 0.2, norm, seed=5, first_example=numbers)
+    for row, number in enumerate(numbers.tolist()):
+        one = ops.random_start(x0[row : row + 1], 0.2, norm, seed=5, first_example=number)
+        assert torch.equal(every[row : row + 1], one)
+    double = ops.random_start(x0.double(), 0.2, norm, seed=5, first_example=numbers)
+    assert (double - every).abs().max() < 1e-5
+    box = torch.zeros_like(x0), torch.ones_like(x0)
+    assert (ops.random_start(x0, 0.2, norm, box, seed=5, first_example=numbers) - every).abs().max() < 1e-6
+    assert ops.random_start(x0[:0], 0.2, norm, seed=5, first_example=numbers[:0]).shape == (0, 3, 5)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        (torch.tensor([0, 1]), r"first_example: got .*, expected a number or \(3,\) int64 numbers"),
+        (torch.tensor([0.0, 1, 2]), r"first_example: got .*, expected a number or \(3,\) int64 numbers"),
+        (torch.tensor([0, -1, 2]), r"first_example: got numbers from -1 to 2, expected 0 to 2\*\*32 - 1"),
+        (torch.tensor([0, 2**32, 2]), "first_example: got numbers from 0 to 4294967296"),
+    ],
+)
+def test_bad_numbers(numbers: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ops.random_start(torch.rand(3, 4), 0.1, seed=0, first_example=numbers)

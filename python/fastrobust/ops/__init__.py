@@ -27,6 +27,7 @@ from .pgd import (
     random_start,
 )
 from .polyhedron import polyhedral_distance
+from .store import shift_flip, store_gather, store_scatter
 
 __all__ = [
     "LossValue",
@@ -54,6 +55,9 @@ __all__ = [
     "project",
     "random_start",
     "relax",
+    "shift_flip",
+    "store_gather",
+    "store_scatter",
     "topk_mask",
     "topk_masks",
 ]

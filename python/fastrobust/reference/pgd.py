@@ -189,11 +189,10 @@ def pgd_step_fosc(
     clip: Clip = (0.0, 1.0),
     active: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One iteration of Wang et al. 2019, algorithm 1: move the active examples, then drop those with FOSC <= threshold."""
+    """One iteration of Wang et al. 2019, algorithm 1: all move the first time, later the active with FOSC > threshold."""
     value = fosc(x, x0, grad, eps, norm)
-    keep = value > threshold
-    moved = pgd_step(x, x0, grad, step_size, eps, norm, clip, active)
-    return moved, value, keep if active is None else active & keep
+    moves = torch.ones_like(value, dtype=torch.bool) if active is None else active & (value > threshold)
+    return pgd_step(x, x0, grad, step_size, eps, norm, clip, moves), value, moves
 
 
 def atas_step(
@@ -263,13 +262,31 @@ def apgd_step(
     return z if momentum == 1 else project(averaged(x, previous, z, momentum), x0, eps, norm, clip)
 
 
+def ascent_note(
+    value: Tensor, score: Tensor, sign: float, left: Tensor, left_grad: Tensor, best: Tensor, best_grad: Tensor,
+    last_value: Tensor, best_value: Tensor, best_score: Tensor, rises: Tensor, best_is_x: Tensor,
+) -> None:  # fmt: skip
+    """What Auto-PGD notes after the step from ``left``, in place: the value there, whether it rose, the best value with
+    its score. The best point is the current one where ``best_is_x``; one that was left for a worse is kept in ``best``."""
+    value = sign * value
+    rises += value > last_value
+    last_value.copy_(value)
+    better = value > best_value
+    save = ~better & best_is_x
+    best_value.copy_(torch.where(better, value, best_value))
+    best_score.copy_(torch.where(better, score, best_score))
+    for kept, point in ((best, left), (best_grad, left_grad)):
+        kept.copy_(torch.where(as_rows(save, kept), point, kept))
+    best_is_x.copy_(better)
+
+
 def random_start(
     x0: Tensor,
     eps: float | Tensor,
     norm: float = INF,
     clip: Clip = (0.0, 1.0),
     seed: int = 0,
-    first_example: int = 0,
+    first_example: int | Tensor = 0,
 ) -> Tensor:
     """A point of the ball inside the box; see :func:`fastrobust.ops.random_start`."""
     batch, n = x0.shape[0], math.prod(x0.shape[1:])

@@ -211,24 +211,69 @@ class Lines(NamedTuple):
     intercepts: Tensor  # (2, *shape)
 
 
-def _intercepts(d: Tensor, l: Tensor, u: Tensor, activation: str, params: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """min and max of s(x) - d x over [l, u], padded by a few ulp where s is not piecewise linear."""
+def _candidates(
+    d: Tensor, l: Tensor, u: Tensor, activation: str, params: tuple[float, ...]
+) -> tuple[Tensor, list[Tensor]]:
+    """s(x) - d x where it can be extreme on [l, u], (points, *shape), and these points; one outside counts as l."""
     sl, su = value(l, activation, params), value(u, activation, params)
-    candidates = [sl - d * l, su - d * u]
+    values = [sl - d * l, su - d * u]
     with torch.no_grad():
         points = [torch.full_like(d, k) for k in kinks(activation, params)] + _critical(d, activation, params)
         inside = [(l < t) & (t < u) for t in points]
     for t, m in zip(points, inside, strict=False):
-        candidates.append(torch.where(m, value(t, activation, params) - d * t, candidates[0]))
-    stack = torch.stack(candidates)
-    low, high = stack.amin(0), stack.amax(0)
+        values.append(torch.where(m, value(t, activation, params) - d * t, values[0]))
+    return torch.stack(values), [l, u, *(torch.where(m, t, l) for t, m in zip(points, inside, strict=True))]
+
+
+@torch.no_grad()
+def _padding(d: Tensor, l: Tensor, u: Tensor, activation: str, params: tuple[float, ...]) -> Tensor | float:
+    """What s(x) - d x may be wrong by: a few ulp where s is not piecewise linear."""
     if activation in ("relu", "leaky_relu", "hardtanh", "relu6"):
-        return low, high
-    with torch.no_grad():
-        jump = math.exp(-params[1]) / params[0] if activation == "softplus" else 0.0  # torch's switch to the identity
-        size = d.abs() * torch.maximum(l.abs(), u.abs()) + torch.maximum(sl.abs(), su.abs())
-        pad = jump + 8 * torch.finfo(d.dtype).eps * size
-    return low - pad, high + pad
+        return 0.0
+    sl, su = value(l, activation, params), value(u, activation, params)
+    jump = math.exp(-params[1]) / params[0] if activation == "softplus" else 0.0  # torch's switch to the identity
+    size = d.abs() * torch.maximum(l.abs(), u.abs()) + torch.maximum(sl.abs(), su.abs())
+    return jump + 8 * torch.finfo(d.dtype).eps * size
+
+
+def _intercepts(d: Tensor, l: Tensor, u: Tensor, activation: str, params: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """min and max of s(x) - d x over [l, u], padded by a few ulp where s is not piecewise linear."""
+    values, _ = _candidates(d, l, u, activation, params)
+    low, high = values.amin(0), values.amax(0)
+    pad = _padding(d, l, u, activation, params)
+    return (low, high) if isinstance(pad, float) else (low - pad, high + pad)
+
+
+def support(
+    d: Tensor, lower: Tensor, upper: Tensor, activation: str, params: tuple[float, ...] = (), above: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The tightest intercept of a line with any slope d below (``above``) an activation on [lower, upper], and the point where the
+    line touches: minus the intercept's derivative by d. Differentiable in d, lower and upper."""
+    params = parameters_of(activation, params)
+    values, points = _candidates(d, lower, upper, activation, params)
+    extreme, which = values.max(0, keepdim=True) if above else values.min(0, keepdim=True)
+    pad = _padding(d, lower, upper, activation, params)
+    point = torch.stack(points).gather(0, which)[0].detach()
+    return extreme[0] + (pad if above else -pad), point
+
+
+def derivative_range(
+    lower: Tensor, upper: Tensor, activation: str, params: tuple[float, ...] = ()
+) -> tuple[Tensor, Tensor]:
+    """The least and the largest derivative of an activation on [lower, upper]: beyond them no line of it is the best."""
+    params = parameters_of(activation, params)
+    if activation in ("relu", "leaky_relu", "hardtanh", "relu6", "elu"):
+        least = params[0] if activation == "leaky_relu" else 0.0
+        most = max(1.0, params[0]) if activation == "elu" else 1.0
+        return torch.full_like(lower, least), torch.full_like(upper, most)
+    bend = _VALLEY[activation][0] if activation in _VALLEY else 0.0
+    bends = [] if activation == "softplus" else sorted({-bend, bend})
+    found = [derivative(lower, activation, params), derivative(upper, activation, params)]
+    for place in bends:
+        t = torch.full_like(lower, place)
+        found.append(torch.where((lower < t) & (t < upper), derivative(t, activation, params), found[0]))
+    values = torch.stack(found)
+    return values.amin(0), values.amax(0)
 
 
 def _chord(l: Tensor, u: Tensor, activation: str, params: tuple[float, ...]) -> Tensor:

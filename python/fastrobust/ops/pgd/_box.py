@@ -127,7 +127,7 @@ def clip(moved: Tensor, x: Tensor, box: Box, active: Tensor | None) -> Tensor:
     return y if active is None else torch.where(reference.as_rows(active, x), y, x)
 
 
-def random_start(x0: Tensor, eps: ck.Parameter, norm: float, box: Box, seed: tuple[int, int, Tensor | None]) -> Tensor:
+def random_start(x0: Tensor, eps: ck.Parameter, norm: float, box: Box, seed: tuple[Any, ...]) -> Tensor:
     """``random_start`` from the kernel's own numbers: u of [0, 1) for norm inf, else a point of the ball around 0."""
     with torch.no_grad():
         code = op.NORM_CODE[norm]

@@ -59,6 +59,7 @@ def _call(
     fmt: torch.memory_format,
     fosc: Any = None,
     atas: Any = None,
+    apgd: Any = None,
 ) -> None:
     """x, x0, grad and out are dense in fmt."""
     require_cuda_build(x.device)
@@ -89,6 +90,7 @@ def _call(
         normalize,
         fosc,
         atas,
+        apgd,
         0 if workspace is None else workspace.data_ptr(),
     )
     del keep_step, keep_eps, keep_active, workspace
@@ -157,6 +159,52 @@ def _step_out_kernel(*args: Any) -> None:
 
 
 pgd_step_out = define("pgd_step_out", f"({_STEP_ARGS}, Tensor(a!) out) -> ()", _step_out_kernel, lambda *args: None)
+
+
+_APGD_ARGS = (
+    "Tensor x, Tensor previous, Tensor x0, Tensor grad, Tensor? step_t, float step, Tensor? eps_t, float eps, int norm, "
+    "float lo, float hi, float momentum, Tensor? keep"
+)
+
+
+def apgd_kernel(
+    x: Tensor, previous: Tensor, x0: Tensor, grad: Tensor, step_t: Tensor | None, step: float, eps_t: Tensor | None,
+    eps: float, norm: int, lo: float, hi: float, momentum: float, keep: Tensor | None,
+) -> Tensor:  # fmt: skip
+    if x.dtype == torch.float64:
+        y = reference.apgd_step(
+            x, previous, x0, grad, _per_value(step_t, step), _per_value(eps_t, eps), _CODE_NORM[norm], _clip(lo, hi),
+            momentum, keep,
+        )  # fmt: skip
+        return y.contiguous(memory_format=_format(x))
+    fmt = _format(x)
+    x_, x0_, grad_, previous_ = (ck.lay_out(t, fmt) for t in (x, x0, grad, previous))
+    out = torch.empty_like(x_, memory_format=fmt)
+    keep_ = None if keep is None else keep.contiguous()
+    state = (previous_.data_ptr(), momentum, 1 - momentum, 0 if keep_ is None else keep_.data_ptr())
+    _call(x_, x0_, grad_, (step_t, step), (eps_t, eps), norm, lo, hi, None, True, out, fmt, apgd=state)
+    return out
+
+
+apgd_step = define("apgd_step", f"({_APGD_ARGS}) -> Tensor", apgd_kernel, lambda x, *args: _like(x))
+
+
+def ascent_note(value: Tensor, score: Tensor, sign: float, left: Tensor, left_grad: Tensor, *state: Tensor) -> None:
+    """``reference.ascent_note`` in place; no op of torch's: nothing but the loop of Auto-PGD calls it, once a step."""
+    if left.dtype == torch.float64:
+        reference.ascent_note(value, score, sign, left, left_grad, *state)
+        return
+    device, stream = stream_of(left.device)
+    fmt = _format(state[0])  # rows are copied as they lie
+    left_, left_grad_ = ck.lay_out(left, fmt), ck.lay_out(left_grad, fmt)
+    value_, score_ = value.contiguous(), score.contiguous()
+    workspace = None if device < 0 else torch.empty(len(left), dtype=torch.uint8, device=left.device)
+    _C.pgd_ascent(
+        device, stream, value_.data_ptr(), score_.data_ptr(), sign, left_.data_ptr(), left_grad_.data_ptr(),
+        tuple([t.data_ptr() for t in state]), left.shape[0], _examples(left),
+        0 if workspace is None else workspace.data_ptr(),
+    )  # fmt: skip
+    del workspace
 
 
 def _fosc_kernel(x: Tensor, x0: Tensor, grad: Tensor, eps_t: Tensor | None, eps: float, norm: int) -> Tensor:
@@ -276,12 +324,13 @@ atas_step_out = define(
 
 def _random_start_kernel(
     x0: Tensor, eps_t: Tensor | None, eps: float, norm: int, lo: float, hi: float, seed: int, first_example: int,
-    drawn: Tensor | None = None,
+    drawn: Tensor | None = None, numbers: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     if drawn is not None:  # in place of seed: in a graph the number is drawn when the graph runs
         seed = int(drawn.item())
     if x0.dtype == torch.float64:
-        return reference.random_start(x0, _per_value(eps_t, eps), _CODE_NORM[norm], _clip(lo, hi), seed, first_example)
+        first = first_example if numbers is None else numbers
+        return reference.random_start(x0, _per_value(eps_t, eps), _CODE_NORM[norm], _clip(lo, hi), seed, first)
     require_cuda_build(x0.device)
     device, stream = stream_of(x0.device)
     x0_ = x0.resolve_neg().contiguous()  # numbers belong to logical positions, whatever the strides
@@ -290,7 +339,7 @@ def _random_start_kernel(
     workspace = torch.empty(x0.shape[0] if device >= 0 and norm != 0 else 0, dtype=torch.int64, device=x0.device)
     _C.pgd_random_start(
         device, stream, x0_.data_ptr(), out.data_ptr(), x0.shape[0], _examples(x0), norm, eps_args, lo, hi,
-        seed & 0xFFFFFFFFFFFFFFFF, first_example, workspace.data_ptr(),
+        seed & 0xFFFFFFFFFFFFFFFF, first_example, 0 if numbers is None else numbers.data_ptr(), workspace.data_ptr(),
     )  # fmt: skip
     del keep, workspace
     return out.contiguous(memory_format=_format(x0))
@@ -299,7 +348,7 @@ def _random_start_kernel(
 random_start = define(
     "random_start",
     "(Tensor x0, Tensor? eps_t, float eps, int norm, float lo, float hi, int seed, int first_example, "
-    "Tensor? drawn=None) -> Tensor",
+    "Tensor? drawn=None, Tensor? numbers=None) -> Tensor",
     _random_start_kernel,
     lambda x0, *args: _like(x0),
 )

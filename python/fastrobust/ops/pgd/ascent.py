@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ...reference import pgd as reference
 from .. import _checks as ck
+from . import _kernels as op
+from ._box import Box
 from .steps import Clip, _checked, pgd_step, project
 
 INF = math.inf
@@ -29,7 +31,7 @@ def apgd_step(
     keep: Tensor | None = None,
     targeted: bool = False,
 ) -> Tensor:
-    r"""The step of Auto-PGD (Croce & Hein 2020, algorithm 1, lines 7 and 8): a PGD step, averaged with the last move.
+    r"""The step of Auto-PGD in one kernel (Croce & Hein 2020, algorithm 1, lines 7 and 8): a PGD step, averaged with the last move.
 
     .. math:: z = P(x + step\_size \cdot s(g)), \qquad x' = P(x + m (z - x) + (1 - m) (x - previous))
 
@@ -50,13 +52,17 @@ def apgd_step(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    x, x0, grad, p, _ = _checked(x, x0, grad, norm, clip)
+    x, x0, grad, p, box = _checked(x, x0, grad, norm, clip)
     previous = ck.check_like(previous, "previous", x, "x")
     m = ck.check_number(momentum, "momentum", 0, 1)
     keep = _check_keep(keep, x, p)
-    with torch.no_grad():
+    step, eps_p = ck.check_parameter(step_size, "step_size", x, p), ck.check_parameter(eps, "eps", x, p)
+    if not isinstance(box, Box):
+        if targeted:
+            step = ck.Parameter(None if step.tensor is None else -step.tensor, -step.value)
+        return op.apgd_step(x, previous, x0, grad, *step, *eps_p, op.NORM_CODE[p], *box, m, keep)
+    with torch.no_grad():  # faces of their own: the same from a step and projections
         if p == 1:
-            step = ck.check_parameter(step_size, "step_size", x, p)
             length: Any = step.value if step.tensor is None else reference.as_rows(step.tensor, x)
             direction = reference.sparse_sign(reference.clean(grad, x.dtype), keep)
             z = project(x - length * direction if targeted else x + length * direction, x0, eps, p, clip)

@@ -222,7 +222,7 @@ def random_start(
     norm: float | str = INF,
     clip: Clip = (0.0, 1.0),
     seed: int | None = None,
-    first_example: int = 0,
+    first_example: int | Tensor = 0,
 ) -> Tensor:
     r"""A random point of the ball around x0 inside the box.
 
@@ -240,7 +240,8 @@ def random_start(
         norm, clip: as in :func:`pgd_step`.
         seed: 64-bit key, any integral number. None draws one from torch's default CPU generator (so ``torch.manual_seed``
             governs it); in a compiled, exported or traced graph it is drawn anew in each run.
-        first_example: number of the first example, to draw a batch in parts; below 2^32.
+        first_example: number of the first example, to draw a batch in parts, or (B,) int64, the numbers of all, which
+            stand for first_example + b above; below 2^32.
     """
     p = ck.parse_norm(norm)
     x0 = ck.check_state(x0, "x0")
@@ -260,12 +261,29 @@ def random_start(
         if not -(2**63) <= seed < 2**64:
             raise ValueError(f"seed: got {seed}, expected an integer of at most 64 bits")
         seed = (seed + 2**63) % 2**64 - 2**63  # schemas have signed integers
-    first_example = ck.check_integer(first_example, "first_example")
-    if not 0 <= first_example <= 2**32 - x0.shape[0]:
-        raise ValueError(f"first_example: got {first_example}, expected 0 to 2**32 - {x0.shape[0]}, the batch")
+    numbers, first_example = _example_numbers(first_example, x0)
     if isinstance(box, Box):
-        return _box.random_start(x0, eps_p, p, box, (seed, first_example, drawn))
-    return op.random_start(x0, *eps_p, NORM_CODE[p], *box, seed, first_example, drawn)
+        return _box.random_start(x0, eps_p, p, box, (seed, first_example, drawn, numbers))
+    return op.random_start(x0, *eps_p, NORM_CODE[p], *box, seed, first_example, drawn, numbers)
+
+
+def _example_numbers(given: Any, x0: Tensor) -> tuple[Tensor | None, int]:
+    """(numbers, 0) or (None, number of the first)."""
+    if not (isinstance(given, Tensor) and given.dim()):
+        first = ck.check_integer(given, "first_example")
+        if not 0 <= first <= 2**32 - x0.shape[0]:
+            raise ValueError(f"first_example: got {first}, expected 0 to 2**32 - {x0.shape[0]}, the batch")
+        return None, first
+    if given.dtype != torch.int64 or tuple(given.shape) != (x0.shape[0],):
+        raise ValueError(
+            f"first_example: got {ck.describe(given)}, expected a number or ({x0.shape[0]},) int64 numbers"
+        )
+    numbers = ck.need_dense(given, "first_example").to(x0.device).contiguous()
+    if numbers.is_cpu and ck.has_values(numbers) and len(numbers):
+        low, high = (int(v) for v in torch.aminmax(numbers))
+        if low < 0 or high >= 2**32:
+            raise ValueError(f"first_example: got numbers from {low} to {high}, expected 0 to 2**32 - 1")
+    return numbers, 0
 
 
 def fosc(x: Tensor, x0: Tensor, grad: Tensor, eps: float | Tensor, norm: float | str = INF) -> Tensor:
@@ -296,12 +314,21 @@ def pgd_step_fosc(
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""Update, criterion and mask of dynamic adversarial training (Wang et al. 2019, algorithm 1) in one pass.
 
-    Moves the examples that are ``active`` (all, when None) by :func:`pgd_step`, computes the criterion
-    :func:`fosc` at the incoming x, and returns ``active & (fosc > threshold)`` for the next step: an example stops when
-    its criterion has fallen to ``threshold`` (the paper's c_t).
+    Computes the criterion :func:`fosc` at the incoming x, and moves by :func:`pgd_step` the examples that are ``active``
+    and whose criterion is above ``threshold`` (the paper's c_t): an example stops where its criterion has fallen to it.
+    Without ``active``, in the first call, all move: the algorithm starts with V = 1, whatever the criterion of the start.
+    Feed the mask back::
+
+        x, active = start, None
+        for _ in range(steps):
+            x, value, active = pgd_step_fosc(x, x0, gradient(x), step_size, eps, threshold, active=active)
+
+    An example that the mask has left does not move again, and its gradient is not needed any more. (The algorithm is
+    printed with V = 1 where c <= c_t, against its own comment; meant is c > c_t.)
 
     Returns:
-        (x', fosc (B,), active (B,) bool); x' is ``out`` where given. Other arguments as in :func:`pgd_step`.
+        (x', fosc (B,), active (B,) bool: who moved in this call); x' is ``out`` where given. Other arguments as in
+        :func:`pgd_step`.
     """
     x, x0, grad, p, box = _checked(x, x0, grad, norm, clip)
     step_p, eps_p = ck.check_parameter(step_size, "step_size", x, p), ck.check_parameter(eps, "eps", x, p)
@@ -312,9 +339,8 @@ def pgd_step_fosc(
         out = _check_out(out, x, x0=x0, grad=grad, step_size=step_p.tensor, eps=eps_p.tensor, active=active)
     if isinstance(box, Box):
         value = op.fosc(x, x0, grad, *eps_p, NORM_CODE[p])
-        keep = value > level
-        keep = keep if active is None else active & keep
-        return _step(x, x0, grad, step_p, eps_p, p, box, active, True, out), value, keep
+        moves = torch.ones_like(value, dtype=torch.bool) if active is None else active & (value > level)
+        return _step(x, x0, grad, step_p, eps_p, p, box, moves, True, out), value, moves
     args = (x, x0, grad, *step_p, *eps_p, level, NORM_CODE[p], *box, active)
     return _with_out(op.pgd_step_fosc, op.pgd_step_fosc_out, args, out)
 
