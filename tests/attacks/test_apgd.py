@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import attack_helpers as h
 import fastrobust as fr
-from fastrobust.attacks import _ascent
+from fastrobust.attacks import _ascent, _run
 
 EPS = {h.INF: 0.08, 2: 0.5, 1: 1.5}
 
@@ -372,3 +372,33 @@ def test_overflow_of_a_summed_loss_under_autocast() -> None:
         model, x, y, eps=0.12, steps=10, loss="dlr", autocast=torch.bfloat16, seed=0, return_details=True
     )
     assert bool(found.fooled.any()) and bool(torch.isfinite(found.loss).all())
+
+
+@pytest.mark.parametrize("norm", [h.INF, 2, 1])
+@pytest.mark.parametrize("early_stop", [True, False])
+@pytest.mark.parametrize("name", ["apgd", "fab", "pgd"])
+def test_runs_side_by_side_find_what_runs_in_turns_find(
+    name: str, early_stop: bool, norm: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, (x, y) = h.digits_model(), h.digits_batch(6)
+    eps = {h.INF: 0.12, 2: 0.6, 1: 2.0}[norm]
+    options: dict[str, Any] = {"eps": eps, "norm": norm, "steps": 8, "targets": 4, "seed": 3, "early_stop": early_stop}
+    options |= {} if name == "fab" else {"loss": "dlr", "restarts": 2}
+    call = getattr(fr.attacks, name)
+    assert _run.abreast(6, 8) == 8 and _run.abreast(60, 8) == 1 and _run.abreast(20, 8) == 3 and _run.abreast(0, 3) == 3
+    sizes: list[int] = []
+    watched = lambda t: (sizes.append(len(t)), model(t))[1]
+    abreast = call(watched, x, y, **options, return_details=True)
+    assert max(sizes) > 6
+    monkeypatch.setattr(_run, "ABREAST", 1)
+    in_turns = call(model, x, y, **options, return_details=True)
+    assert torch.equal(abreast.fooled, in_turns.fooled) and int(in_turns.fooled.sum()) > 0
+    assert (abreast.adv - in_turns.adv).abs().max() < 1e-4
+    torch.testing.assert_close(abreast.loss, in_turns.loss, rtol=1e-4, atol=1e-4)
+
+
+def test_a_report_of_runs_side_by_side_counts_examples(recwarn: pytest.WarningsRecorder) -> None:
+    model, (x, y) = h.digits_model(), h.digits_batch(5)
+    y = model(x).argmax(1)
+    fr.attacks.apgd(lambda t: model(t.detach() + t.round() * 0), x, y, eps=0.1, steps=3, targets=3, loss="dlr", seed=0)
+    assert any("the gradient of 5 of 5 examples" in str(w.message) for w in recwarn.list)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -192,7 +193,10 @@ def test_proven_examples_are_not_attacked() -> None:
         report = found.report
         assert report.certified is not None and 5 < report.certified < 40 and plain.report.certified is None
         assert report.certified / 40 <= report.robust_accuracy
-        assert report.attacks[0].attacked == round(report.clean_accuracy * 40) - report.certified
+        clean, first, then = round(report.clean_accuracy * 40), *report.attacks[:2]
+        assert then.attacked == clean - first.broken - report.certified
+        # a method by name proves at once; else tighter bounds see what the first attack left
+        assert first.attacked == clean - report.certified if method == "crown" else first.attacked < clean
         assert report.robust_accuracy == plain.report.robust_accuracy
         assert "proven" in str(report)
 
@@ -310,3 +314,151 @@ def test_randomised_models_are_judged_by_means() -> None:
 def test_bad_input(bad: dict[str, Any], error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         _call(**bad)
+
+
+def test_parts_of_a_set_give_what_the_whole_gives() -> None:
+    whole = _call(n=23, batch_size=8)
+    x, y = h.digits_batch(23)
+    parts = [
+        fr.attacks.autoattack(
+            h.digits_model(), x[a:b], y[a:b], eps=0.08, version=SHORT, seed=3, first_example=a, return_details=True,
+            check=False,
+        )
+        for a, b in ((0, 8), (8, 16), (16, 23))
+    ]  # fmt: skip
+    assert torch.equal(torch.cat([p.fooled for p in parts]), whole.fooled)
+    torch.testing.assert_close(torch.cat([p.adv for p in parts]), whole.adv, rtol=0, atol=1e-5)
+    elsewhere = fr.attacks.autoattack(h.digits_model(), x[8:16], y[8:16], eps=0.08, version=SHORT, seed=3, check=False)
+    assert not torch.equal(elsewhere, parts[1].adv)
+    report = EvaluationReport.of_parts([p.report for p in parts])
+    assert report.examples == 23 and report.robust_accuracy == pytest.approx(whole.report.robust_accuracy)
+    assert report.clean_accuracy == pytest.approx(whole.report.clean_accuracy) and report.certified is None
+    for ours, theirs in zip(report.attacks, whole.report.attacks, strict=True):
+        assert (ours.name, ours.attacked, ours.broken) == (theirs.name, theirs.attacked, theirs.broken)
+        assert ours.robust_accuracy == pytest.approx(theirs.robust_accuracy)
+    assert report.seconds == pytest.approx(sum(p.report.seconds for p in parts))
+    with pytest.raises(ValueError, match="parts: got none"):
+        EvaluationReport.of_parts([])
+
+
+def test_curves_rise_to_what_was_broken() -> None:
+    report = EvaluationReport.from_json(_call(batch_size=9).report.to_json())
+    assert report.attacks[0].curve
+    for entry in report.attacks:
+        seconds, broken = zip(*entry.curve, strict=True) if entry.curve else ((0.0,), (0,))
+        assert list(seconds) == sorted(seconds) and list(broken) == sorted(set(broken))
+        assert broken[-1] == entry.broken and seconds[-1] <= entry.seconds + 1e-3
+    one = _call(batch_size=30, eps=0.12).report.attacks[0]
+    assert len(one.curve) > 1 and one.curve[0][1] < one.broken  # examples leave at steps of their own
+
+
+def test_zero_gradients_are_counted_across_a_stop(tmp_path: Path) -> None:
+    model = lambda z: h.digits_model()((z * 3).round() / 3 + 0 * z)
+    options: dict[str, Any] = {"version": SHORT[:1], "batch_size": 8, "check": True}
+    with pytest.warns(AttackWarning, match="zero or NaN"):
+        wanted = _call(model=model, **options).report
+    assert wanted.attacks[0].still > 8
+
+    def stops(z: Tensor) -> Tensor:
+        stops.left -= 1  # type: ignore[attr-defined]
+        if stops.left < 0:  # type: ignore[attr-defined]
+            raise KeyboardInterrupt
+        return model(z)
+
+    stops.left = 6 + 20  # type: ignore[attr-defined]  # in the third batch of the attack
+    with pytest.raises(KeyboardInterrupt):
+        _call(model=stops, state=tmp_path / "s.npz", **options)
+    with pytest.warns(AttackWarning, match=f"gradient of {wanted.attacks[0].still} examples"):
+        found = _call(model=model, state=tmp_path / "s.npz", **options).report
+    assert found.attacks[0].still == wanted.attacks[0].still
+
+
+class _Adapts(nn.Module):
+    """Moves its weights as it answers: in place, behind autograd's back, or by putting others in their place."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.body, self.how, self.steps = copy.deepcopy(h.digits_model()), how, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.body[0].weight
+        with torch.no_grad():
+            if self.how == "in place":
+                weight.add_(1e-9)
+            elif self.how == "data":
+                weight.data[0, 0, 0, 0] += 1e-3
+            else:
+                self.body[0].weight = nn.Parameter(weight.clone())
+        found: Tensor = self.body(x)
+        return found
+
+
+@pytest.mark.parametrize("how", ["in place", "data", "replaced"])
+def test_models_that_change_as_they_answer(how: str) -> None:
+    with pytest.warns(AttackWarning, match=r"changes as it answers \(body.0.weight\)"):
+        found = _call(model=_Adapts(how), check=True, version=SHORT[:1])
+    assert any("changes as it answers" in note for note in found.report.notes)
+
+
+def _purifies(x: Tensor) -> Tensor:
+    with torch.enable_grad():
+        z = x.detach().clone().requires_grad_()
+        loss = h.digits_model()(z).logsumexp(1).sum()
+        (grad,) = torch.autograd.grad(loss, z)
+    return h.digits_model()(x + 0.01 * grad)
+
+
+def _whitened(x: Tensor) -> Tensor:
+    return h.digits_model()(x) - h.digits_model()(x).mean(0)
+
+
+@pytest.mark.parametrize(("model", "text"), [(_purifies, "computes gradients"), (_whitened, "others in its batch")])
+def test_dynamic_models(model: Any, text: str) -> None:
+    trace = sys.gettrace()
+    with pytest.warns(AttackWarning) as caught:
+        found = _call(model=model, check=True, version=SHORT[:1])
+    assert [text in note for note in found.report.notes].count(True) == 1
+    assert any(text in str(w.message) for w in caught) and sys.gettrace() is trace
+
+
+def test_compiled_and_traced_models_are_watched_without_hooks() -> None:
+    """Neither may fail; a transform of torch.func refuses the hooks that watch for gradients."""
+    x, _ = h.digits_batch(4)
+
+    def jacobian(z: Tensor) -> Tensor:
+        torch.func.vmap(torch.func.grad(lambda v: h.digits_model()(v[None]).sum()))(z.detach())
+        return h.digits_model()(z)
+
+    for model in (torch.jit.trace(h.digits_model(), x), jacobian):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            _call(model=model, check=True, version=SHORT[:1])
+
+
+def test_tighter_bounds_prove_what_the_first_attack_left(tmp_path: Path) -> None:
+    """Two hidden layers, where bounds differ; the proofs are taken up from a state, too."""
+    x, y = h.digits_batch(40)
+    torch.manual_seed(0)
+    layers = (nn.Flatten(), nn.Linear(64, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 10))
+    train_x, train_y = h.digits()
+    model = h.train(nn.Sequential(*layers), train_x[:1500], train_y[:1500], 150)
+    call = lambda first, **more: fr.attacks.autoattack(
+        model,
+        x,
+        y,
+        eps=0.05,
+        version=SHORT,
+        certify_first=first,
+        return_details=True,
+        check=False,
+        batch_size=9,
+        **more,
+    )
+    quick, both = call("crown-ibp"), call(True, state=tmp_path / "s.npz")
+    assert quick.report.certified is not None and both.report.certified is not None
+    assert both.report.certified > quick.report.certified
+    assert both.report.robust_accuracy == quick.report.robust_accuracy == call(False).report.robust_accuracy
+    assert both.report.attacks[0].attacked == quick.report.attacks[0].attacked
+    assert both.report.attacks[1].attacked < quick.report.attacks[1].attacked
+    again = call(True, state=tmp_path / "s.npz")
+    assert torch.equal(again.adv, both.adv) and again.report.certified == both.report.certified

@@ -203,3 +203,33 @@ def test_the_suite(attack: str, norm: float) -> None:
     found = getattr(fr.attacks, attack)(model, x, y, eps=h.RADIUS[norm], norm=norm, seed=0, return_details=True, **more)
     h.assert_inside(found.adv.cpu(), x.cpu(), h.RADIUS[norm], norm)
     assert torch.equal(found.fooled, model(found.adv).argmax(1) != y) and bool(found.fooled.any())
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("attack", ["cw_inf", "cw_l2", "deepfool", "malt"])
+def test_the_attacks_of_tables(attack: str) -> None:
+    """As on the CPU, but for what float32 rounding of other kernels turns."""
+    model, x, y = _on_gpu()
+    options: dict[str, dict[str, Any]] = {
+        "cw_inf": {"eps": 0.1, "seed": 0}, "cw_l2": {"steps": 40, "searches": 4, "c": 0.1}, "deepfool": {"norm": 2},
+        "malt": {"eps": 0.1, "targets": 3, "steps": 10, "seed": 0},
+    }  # fmt: skip
+    call = lambda *args: getattr(fr.attacks, attack)(*args, **options[attack], return_details=True)
+    found, host = call(model, x, y), call(copy.deepcopy(model).cpu(), x.cpu(), y.cpu())
+    assert found.adv.is_cuda and found.fooled.is_cuda and found.loss.is_cuda
+    assert torch.equal(found.fooled, model(found.adv).argmax(1) != y)
+    assert int((found.fooled.cpu() != host.fooled).sum()) <= 2
+    assert (found.loss.cpu().nan_to_num() - host.loss.nan_to_num()).abs().median().item() < 1e-2
+
+
+@pytest.mark.cuda
+def test_classes_move_inputs_to_the_model() -> None:
+    model, x, y = _on_gpu()
+    for name in ("PGD", "CW", "DeepFool", "FAB"):
+        atk = getattr(fr.attacks.classes, name)(model)
+        atk.set_normalization_used([0.5], [0.5])
+        adv = atk((x.cpu() - 0.5) / 0.5, y.cpu())
+        assert adv.is_cuda and atk.device == next(model.parameters()).device
+    atk = fr.attacks.classes.PGD(model)
+    atk.set_mode_targeted_random(quiet=True)
+    assert atk(x, y).is_cuda

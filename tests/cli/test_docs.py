@@ -66,12 +66,16 @@ def indented() -> list[str]:
     """Commands that are shown without their output."""
     pages = [*DOCS.glob("*.md"), DOCS.parent / "README.md", DOCS.parent / "CONTRIBUTING.md"]
     text = "\n".join(page.read_text() for page in pages)
-    return re.findall(r"^    (fastrobust .*|torchrun .*fastrobust\.cli\.certify .*)$", text, re.MULTILINE)
+    return re.findall(r"^    (fastrobust .*|torchrun .*fastrobust\.cli\.(?:attack|certify) .*)$", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", indented())
 def test_options_of_commands_without_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     monkeypatch.chdir(tmp_path)
     words = shlex.split(command, comments=True)
-    argv = words[1:] if words[0] == "fastrobust" else ["certify", *words[words.index("fastrobust.cli.certify") + 1 :]]
+    if words[0] == "torchrun":
+        at = words.index("-m")
+        argv = [words[at + 1].rpartition(".")[2], *words[at + 2 :]]
+    else:
+        argv = words[1:]
     assert callable(cli._parser(argv).parse_args(argv).run)

@@ -24,7 +24,13 @@ def accepted(model: nn.Module, x: Tensor, y: Tensor, flag: bool) -> None:
     k: fr.attacks.EvaluationReport = fr.attacks.autoattack(
         model, x, y, eps=0.1, version=["apgd-ce", ("square", {"queries": 10})], return_details=True
     ).report
-    del a, b, c, d, e, f, g, i, j, k
+    m: Tensor = fr.attacks.cw_inf(model, x, y, eps=0.1, step_size=0.01, keep="best")
+    n: fr.attacks.AttackResult = fr.attacks.cw_l2(model, x, y, eps=[0.5, 1.0], confidence=1.0, return_details=True)
+    o: Tensor = fr.attacks.deepfool(model, x, norm="L1", candidates=np.int64(5))
+    p: Tensor | fr.attacks.AttackResult = fr.attacks.malt(model, x, y, eps=0.1, targets=3, return_details=flag)
+    q: Tensor = fr.attacks.classes.PGD(model, eps=0.1)(x, y)
+    r: Tensor = fr.attacks.compat.MultiAttack([fr.attacks.classes.FGSM(model), fr.attacks.compat.CW(model)])(x, y)
+    del a, b, c, d, e, f, g, i, j, k, m, n, o, p, q, r
 
 
 def refused(model: nn.Module, x: Tensor, y: Tensor) -> None:
@@ -37,5 +43,11 @@ def refused(model: nn.Module, x: Tensor, y: Tensor) -> None:
     fr.attacks.pgd(model, x, y, eps="8/255")  # type: ignore[arg-type]
     fr.attacks.apgd(model, x, y, eps=0.1, step_size=0.1)  # type: ignore[call-overload]
     fr.attacks.square(model, x, y, eps=0.1, loss="dlr")  # type: ignore[call-overload]
+    fr.attacks.cw_inf(model, x, y, eps=0.1, loss="ce")  # type: ignore[call-overload]
+    fr.attacks.cw_l2(model, x, y, norm=2)  # type: ignore[call-overload]
+    fr.attacks.deepfool(model, x, y, eps=0.1)  # type: ignore[call-overload]
+    fr.attacks.malt(model, x, y, eps=0.1, loss="kl")  # type: ignore[call-overload]
+    fr.attacks.classes.PGD(model, iters=3)  # type: ignore[call-arg]
+    fr.attacks.classes.NIFGSM(model)  # type: ignore[attr-defined]
     fr.attacks.autoattack(model, x, y, eps=0.1, version=3)  # type: ignore[call-overload]
     _: Tensor = fr.attacks.pgd(model, x, y, eps=0.1, return_details=True)  # type: ignore[assignment]

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..ops.pgd import _kernels as kernels
+from ._graph import Seen
 from ._run import Best, Rows, Run
 
 
@@ -48,16 +50,28 @@ class State:
     previous: Tensor
     grad: Tensor
     value: Tensor  # what is ascended, at x
-    best: Tensor  # the point of the largest value, its gradient, value and score
+    best: Tensor  # the point of the largest value and its gradient, where that is not x
     best_grad: Tensor
-    best_value: Tensor
+    best_is_x: Tensor
+    best_value: Tensor  # its value and score
     best_score: Tensor
     factor: Tensor  # of the first step
+    length: Tensor | None  # of the next one, with the sign of the ascent; None: not known yet
     rises: Tensor  # steps since the last checkpoint that raised the value
     mark: Tensor  # best_value at the last checkpoint
     halved: Tensor  # was the step halved there?
     keep: Tensor | None = None  # norm 1: coordinates that a step moves, and those that best changed at the checkpoint
     support: Tensor | None = None
+
+    def best_point(self) -> Tensor:
+        return torch.where(as_rows(self.best_is_x, self.x), self.x, self.best)
+
+    def note(self, seen: Seen, sign: float, score: Tensor, left: Tensor, left_grad: Tensor) -> None:
+        """What was seen at x, to which a step led from ``left``."""
+        kernels.ascent_note(
+            seen.value.to(left.dtype).expand(len(left)), score.to(left.dtype), sign, left, left_grad, self.best, self.best_grad, self.value,
+            self.best_value, self.best_score, self.rises, self.best_is_x,
+        )  # fmt: skip
 
     def take(self, index: Tensor) -> State:
         values = (getattr(self, field.name) for field in _FIELDS)
@@ -76,23 +90,13 @@ def climb(run: Run, setting: Ascent, x: Tensor, rows: Rows, index: Tensor, best:
     Returns the points of largest value: without ``best`` nothing leaves, so they are one for each row."""
     norm, sign = run.norm, -1.0 if run.objective.targeted else 1.0
     seen = run.gradient(x, rows)
-    value = _per_example(run, sign * seen.value, len(x))
+    value = _per_example(run, sign * seen.value, len(x)).to(x.dtype)
     fooled, score = run.judge(seen, rows)
     zero = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     state = State(
-        x,
-        x,
-        seen.grad,
-        value,
-        x,
-        seen.grad,
-        _finite(value),
-        score,
-        torch.ones_like(value),
-        zero,
-        _finite(value),
-        zero > 0,
-    )
+        x, x, seen.grad, value.clone(), torch.empty_like(x), torch.empty_like(x), zero == 0, _finite(value),
+        score.to(x.dtype, copy=True), torch.ones_like(value), None, zero, _finite(value), zero > 0,
+    )  # fmt: skip
     if norm == 1:
         n = max(math.prod(x.shape[1:]), 1)
         support = (x != rows.x0).flatten(1).sum(1)
@@ -105,34 +109,41 @@ def climb(run: Run, setting: Ascent, x: Tensor, rows: Rows, index: Tensor, best:
     for k in range(run.steps):
         if not len(index):
             run.tick(run.steps - k)
-            return state.best
-        moved = ops.apgd_step(
-            state.x, state.previous, rows.x0, state.grad, _length(state.factor, rows, norm), rows.eps, norm, rows.clip,
-            momentum=1.0 if k == 0 or norm == 1 else setting.momentum, keep=state.keep, targeted=sign < 0,
-        )  # fmt: skip
-        state.previous, state.x = state.x, moved
+            return state.best_point()
+        moved = _step(state, rows, norm, sign, 1.0 if k == 0 or norm == 1 else setting.momentum)
+        left, left_grad = state.x, state.grad
+        state.previous, state.x = left, moved
         # the last point's gradient is asked for by nothing
         seen = run.gradient(moved, rows) if k + 1 < run.steps else run.look(moved, rows)
-        value = _per_example(run, sign * seen.value, len(moved))
         fooled, score = run.judge(seen, rows)
-        state.rises += value > state.value
-        state.value, state.grad = value, seen.grad
-        better = value > state.best_value
-        wide = as_rows(better, moved)
-        state.best, state.best_grad = (
-            torch.where(wide, moved, state.best),
-            torch.where(wide, seen.grad, state.best_grad),
-        )
-        state.best_value = torch.where(better, value, state.best_value)
-        state.best_score = torch.where(better, score, state.best_score)
+        state.grad = seen.grad
+        state.note(seen, sign, score, left, left_grad)
         state, rows, index = _note(run, state, rows, index, best, fooled, score)
         run.tick(1)
         if k + 1 in marks and k + 1 < run.steps and len(index):
             _check_sparsity(state, rows) if norm == 1 else _check_steps(state, setting.rho * (k + 1 - last))
             last = k + 1
     if best is not None and run.early_stop and len(index):
-        best.offer(index, state.best, torch.zeros_like(index, dtype=torch.bool), state.best_score)
-    return state.best
+        best.offer(index, state.best_point(), torch.zeros_like(index, dtype=torch.bool), state.best_score)
+    return state.best_point()
+
+
+def _step(state: State, rows: Rows, norm: float, sign: float, momentum: float) -> Tensor:
+    """``ops.apgd_step`` of arguments that are known to be right."""
+    if state.length is None:
+        state.length = sign * _length(state.factor, rows, norm)
+    eps = rows.eps
+    if isinstance(rows.lo, Tensor) or isinstance(rows.hi, Tensor):
+        return ops.apgd_step(
+            state.x, state.previous, rows.x0, state.grad, sign * state.length, eps, norm, rows.clip, momentum=momentum,
+            keep=state.keep, targeted=sign < 0,
+        )  # fmt: skip
+    radius: tuple[Tensor | None, float] = (eps, 0.0) if isinstance(eps, Tensor) else (None, eps)
+    box: tuple[float, float] = (-math.inf, math.inf) if rows.lo is None or rows.hi is None else (rows.lo, rows.hi)
+    return kernels.apgd_kernel(
+        state.x, state.previous, rows.x0, state.grad, state.length, 0.0, *radius, kernels.NORM_CODE[norm], *box,
+        momentum, state.keep,
+    )  # fmt: skip
 
 
 def _note(
@@ -148,6 +159,7 @@ def _note(
         return state, rows, index
     done, left = fooled.nonzero()[:, 0], (~fooled).nonzero()[:, 0]
     best.offer(index[done], state.x[done], fooled[done], score[done])
+    run.leave(len(done))
     return state.take(left), rows.take(left), index[left]
 
 
@@ -182,6 +194,7 @@ def _sparsity_checkpoints(steps: int) -> set[int]:
 
 
 def _back_to_best(state: State, which: Tensor) -> None:
+    which = which & ~state.best_is_x
     wide = as_rows(which, state.x)
     state.x, state.grad = torch.where(wide, state.best, state.x), torch.where(wide, state.best_grad, state.grad)
     state.value = torch.where(which, state.best_value, state.value)
@@ -190,17 +203,19 @@ def _back_to_best(state: State, which: Tensor) -> None:
 def _check_steps(state: State, needed: float) -> None:
     """Halves the step, and goes back to the best point, where too few steps raised the loss, or where neither the step
     nor the best loss has changed since the last checkpoint."""
+    state.length = None
     halve = (state.rises < needed) | (~state.halved & (state.best_value <= state.mark))
     state.factor = torch.where(halve, state.factor / 2, state.factor)
     _back_to_best(state, halve)
-    state.halved, state.mark, state.rises = halve, state.best_value, torch.zeros_like(state.rises)
+    state.halved, state.mark, state.rises = halve, state.best_value.clone(), torch.zeros_like(state.rises)
 
 
 def _check_sparsity(state: State, rows: Rows) -> None:
     """Norm 1: the sparsity of the step follows that of the best point."""
     assert state.support is not None
     n = max(math.prod(state.x.shape[1:]), 1)
-    support = (state.best != rows.x0).flatten(1).sum(1)
+    state.length = None
+    support = (state.best_point() != rows.x0).flatten(1).sum(1)
     sparser = support < _SPARSER * state.support
     state.keep, state.support = _kept(support / (1.5 * n), n), support
     state.factor = torch.where(sparser, 1.0, (state.factor / _SHRINK).clamp_min(_LEAST))

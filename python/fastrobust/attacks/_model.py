@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..nn.freeze import FrozenModel
 from ..ops import _checks as ck
-from ._modes import owner
+from ._modes import modules_of, owner
 from ._modes import undisturbed as undisturbed
+from .prepare import ROWS, PreparedVictim, prepared_once
 
 Output = str | int | Callable[[Any], Tensor]
 
@@ -31,6 +34,8 @@ class Victim:
     ) -> None:
         if not callable(model):
             raise TypeError(f"model: got {ck.describe(model)}, expected an nn.Module or a callable")
+        if isinstance(model, PreparedVictim):
+            model.refresh()
         if isinstance(model, type):
             raise TypeError(f"model: got the class {model.__name__}, expected an instance of it")
         if autocast not in (None, torch.float16, torch.bfloat16):
@@ -66,13 +71,29 @@ class Victim:
         self.writes = True
         return self.differentiable(x)
 
-    def _outputs(self, x: Tensor) -> Tensor:
-        given, fed = x, x
-        outputs: Any
+    def prepared(self, x: Tensor) -> tuple[Victim, str]:
+        """The same with the model prepared for the images, and why it is not, where that has another reason than speed."""
+        if self.autocast is not None:
+            return self, "under autocast nothing is prepared"
+        if any(m.training for m in modules_of(self.model)):
+            return self, "the model is attacked in training mode, and eval mode is what can be prepared"
+        if isinstance(self.model, FrozenModel):
+            return self, ""  # that is prepared already
+        victim = copy.copy(self)
+        victim.model = found = prepared_once(self.model, self._fed(x[:ROWS]))
+        victim.writes = False
+        report = found.report
+        return victim, "" if report.ratios else report.why
+
+    def _fed(self, x: Tensor) -> Tensor:
+        """The images as the model is given them."""
         if self.mean is not None and self.std is not None:
-            fed = (fed - self.mean) / self.std
-        if self.feed is not None and fed.dtype != self.feed:
-            fed = fed.to(self.feed)
+            x = (x - self.mean) / self.std
+        return x.to(self.feed) if self.feed is not None and x.dtype != self.feed else x
+
+    def _outputs(self, x: Tensor) -> Tensor:
+        given, fed = x, self._fed(x)
+        outputs: Any
         with torch.autocast(x.device.type, self.autocast) if self.autocast is not None else contextlib.nullcontext():
             outputs = self.model(fed)
         if self.output is not None:

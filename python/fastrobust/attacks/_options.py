@@ -37,18 +37,24 @@ class Shared(TypedDict, total=False):
     first_example: Integer | Tensor | Sequence[int] | np.ndarray[Any, Any]
     progress: bool
     check: bool
+    prepare: bool
 
 
-class Ascending(Shared, total=False):
-    """Options of attacks that ascend a loss by its gradient."""
+class Climbing(Shared, total=False):
+    """Options of attacks that ascend by a gradient, whatever the loss is."""
 
-    loss: Loss
     fooled: Fooled | None
     targets: Tensor | Integer | Literal["all"] | None
     restarts: Integer
     random_start: bool
     early_stop: bool
     eot_samples: Integer
+
+
+class Ascending(Climbing, total=False):
+    """Options of attacks that ascend a loss by its gradient."""
+
+    loss: Loss
 
 
 class OneStep(Ascending, total=False):
@@ -65,6 +71,17 @@ class ManySteps(OneStep, total=False):
     """Options of :func:`ifgsm` and :func:`pgd`."""
 
     steps: Integer
+
+
+class CarliniInf(Climbing, total=False):
+    """Options of :func:`cw_inf`."""
+
+    steps: Integer
+    step_size: Values | None
+    targeted: bool
+    keep: Literal["last", "best"]
+    levels: Integer | None
+    cuda_graph: bool
 
 
 class Auto(Ascending, total=False):
@@ -97,6 +114,7 @@ class Suite(TypedDict, total=False):
     certify_first: bool | str
     batch_size: Integer
     seed: Integer
+    first_example: Integer | Tensor
     state: str | os.PathLike[str] | None
     clip: Clip | None
     normalize: tuple[Any, Any] | None
@@ -107,6 +125,7 @@ class Suite(TypedDict, total=False):
     tolerance: float
     progress: bool
     check: bool
+    prepare: bool
 
 
 class BlackBox(Shared, total=False):
@@ -117,3 +136,52 @@ class BlackBox(Shared, total=False):
     loss: Literal["margin", "ce"]
     share: float
     rescale: bool
+
+
+class Nearest(TypedDict, total=False):
+    """Options of attacks that look for the nearest point and draw nothing at random."""
+
+    clip: Clip | None
+    normalize: tuple[Any, Any] | None
+    autocast: torch.dtype | None
+    output: Output | None
+    model_mode: Literal["eval", "keep"]
+    mask: Tensor | np.ndarray[Any, Any] | None
+    tolerance: float
+    progress: bool
+    check: bool
+    steps: Integer
+
+
+class Carlini(Nearest, total=False):
+    """Options of :func:`cw_l2`."""
+
+    searches: Integer
+    c: float
+    lr: float
+    confidence: float
+    targeted: bool
+    abort_early: bool
+
+
+class Fool(Nearest, total=False):
+    """Options of :func:`deepfool`."""
+
+    norm: Norm
+    candidates: Integer | None
+    overshoot: float
+
+
+class Ranked(Shared, total=False):
+    """Options of :func:`malt`."""
+
+    candidates: Integer
+    targets: Integer
+    steps: Integer
+    restarts: Integer
+    loss: Literal["dlr", "margin", "ce"]
+    random_start: bool
+    rho: float
+    momentum: float
+    large_radii: bool
+    early_stop: bool

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import dataclasses
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,7 @@ class Rows:
     lo: float | Tensor | None
     hi: float | Tensor | None
     fixed: Tensor | None
+    example: Tensor | None = None  # where several rows are of one
 
     @property
     def clip(self) -> Any:
@@ -44,6 +46,14 @@ class Rows:
         batch = len(self.x0)
         each = lambda v: isinstance(v, Tensor) and v.dim() > 0 and v.shape[0] == batch
         return Rows(*(v[index] if each(v) else v for v in self.inputs()))
+
+    @staticmethod
+    def joined(parts: list[Rows]) -> Rows:
+        """Batches of one size, one behind the other."""
+        batch = len(parts[0].x0)
+        each = lambda v: isinstance(v, Tensor) and v.dim() > 0 and v.shape[0] == batch
+        columns = zip(*(rows.inputs() for rows in parts), strict=True)
+        return Rows(*(torch.cat(column) if each(column[0]) else column[0] for column in columns))
 
     def inputs(self) -> tuple[Any, ...]:
         return tuple(getattr(self, field.name) for field in _FIELDS)
@@ -66,7 +76,7 @@ class Best:
         old_x, old_fooled, old_loss = self.x, self.fooled, self.loss
         if not every:
             old_x, old_fooled, old_loss = old_x[index], old_fooled[index], old_loss[index]
-        loss = loss.to(old_loss.dtype).nan_to_num(nan=-math.inf)  # NaN is never the larger loss
+        loss = loss.to(old_loss.dtype).nan_to_num(-math.inf, math.inf, -math.inf)  # NaN is never the larger loss
         better = (fooled & ~old_fooled) | ((fooled == old_fooled) & (loss > old_loss))
         # no row is picked by its value, which would wait for the device
         x = torch.where(better.view(-1, *[1] * (x.dim() - 1)), x, old_x)
@@ -102,6 +112,7 @@ class Run:
     forwards: int = 0  # images that went through the model
     backwards: int = 0
     random: bool = False
+    broken: list[tuple[float, int]] = dataclasses.field(default_factory=list)  # when examples left as fooled, how many
     last: tuple[Seen, Rows] | None = None
 
     def __post_init__(self) -> None:
@@ -147,6 +158,10 @@ class Run:
             self.random = not torch.equal(outputs.detach().nan_to_num(), again.nan_to_num())
         if not self.random:
             _trust.note_deterministic(model)
+
+    def leave(self, count: int) -> None:
+        """So many examples leave the batch, fooled."""
+        self.broken.append((time.perf_counter(), count))
 
     def gradient(self, x: Tensor, rows: Rows) -> Seen:
         """Outputs, loss, and the gradient with respect to x: means over the samples of a randomised model."""
@@ -256,6 +271,7 @@ class Run:
         )
         return (
             self.norm, objective.loss, objective.targeted, self.samples, flags, victim.autocast, victim.output, scale,
+            getattr(victim.model, "generation", 0),  # a prepared victim has other weights after each
         )  # fmt: skip
 
     def full(self, x: Tensor, rows: Rows, index: Tensor, best: Best) -> None:
@@ -279,6 +295,17 @@ class Run:
             self.tick(1)
         here = self.shown(x, rows)
         best.offer(index, here, *self.evaluate(here, rows))
+
+    def look_at_last(self, examples: int) -> None:
+        """Of what the last step saw keeps, of each example, the last of its rows: a report counts examples."""
+        if self.last is None or self.last[1].example is None:
+            return
+        seen, rows = self.last
+        assert rows.example is not None
+        at = torch.full((examples,), -1, device=rows.example.device)
+        at.scatter_reduce_(0, rows.example, torch.arange(len(rows.example), device=at.device), "amax")
+        kept = at[at >= 0]
+        self.last = Seen(*(t[kept] for t in seen)), dataclasses.replace(rows.take(kept), example=None)
 
     def stuck(self, seen: Seen, rows: Rows) -> tuple[Tensor, Tensor]:
         """(B,) bool: whose gradient was zero or NaN, and who ought to have moved."""
@@ -311,16 +338,48 @@ class Run:
             )
 
 
-def search(climb: Callable[[Tensor, Rows, Tensor, Best], object], plan: list[Rows], starts: Any, best: Best) -> Best:
-    """One run after the other, each on the examples that are not fooled yet."""
-    batch = len(best.x)
-    for k, rows in enumerate(plan):
+Climb = Callable[[Tensor, Rows, Tensor, Best], object]
+
+# Images up to which runs are made side by side: passes of so few cost little more than those of one.
+ABREAST = 64
+
+
+def search(run: Run, climb: Climb, plan: list[Rows], starts: Any, best: Best) -> Best:
+    """One run after the other, each on the examples that are not fooled yet; of few examples several runs at once."""
+    batch, k = len(best.x), 0
+    while k < len(plan):
         index = torch.arange(batch, device=best.x.device) if k == 0 and best.fresh else (~best.fooled).nonzero()[:, 0]
         if len(index) == 0:
             break
-        start = starts.draw(k)
-        if len(index) == batch:
-            climb(start, rows, index, best)
-        else:
-            climb(start[index], rows.take(index), index, best)
+        count = abreast(len(index), len(plan) - k)
+        side_by_side(run, climb, plan[k : k + count], [starts.draw(j) for j in range(k, k + count)], index, best)
+        k += count
     return best
+
+
+def abreast(examples: int, runs: int) -> int:
+    """How many of so many runs are made at once."""
+    return max(1, min(runs, ABREAST // max(examples, 1)))
+
+
+def side_by_side(
+    run: Run, climb: Climb, plan: list[Rows], starts: list[Tensor], index: Tensor, best: Best, better: bool = False
+) -> None:
+    """The runs of ``plan`` on the examples ``index``, as one batch; what they find is offered in their order, with the
+    outcome of one after the other: an example that one has fooled is none of the next ones' business, unless ``better``
+    points are looked for."""
+    if len(index) < len(best.x):
+        plan, starts = [rows.take(index) for rows in plan], [start[index] for start in starts]
+    if len(plan) == 1:
+        climb(starts[0], plan[0], index, best)
+        return
+    rows, n = Rows.joined(plan), len(index)
+    rows.example = torch.arange(n, device=index.device).repeat(len(plan))
+    wide = Best(rows.x0)
+    climb(torch.cat(starts), rows, torch.arange(len(rows.x0), device=index.device), wide)
+    run.tick((len(plan) - 1) * run.steps)
+    run.look_at_last(n)
+    for k in range(len(plan)):
+        left = torch.arange(n, device=index.device) if better else (~best.fooled[index]).nonzero()[:, 0]
+        part = left + k * n
+        best.offer(index[left], wide.x[part], wide.fooled[part], wide.loss[part])

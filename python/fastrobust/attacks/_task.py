@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops import _checks as ck
-from . import _grid, _inputs
+from . import _grid, _inputs, _trust
 from ._model import Output, Victim, usable
 from ._objective import Objective, predictions
 from ._run import Best, Rows, Run
@@ -45,14 +45,29 @@ class Task:
     seed: int | None
     numbers: int | Tensor  # of the first example, or of each
     check: bool
+    prepare: bool = False
 
     def run(self, name: str, steps: int, samples: int = 1, **options: Any) -> Run:
         tick = options.pop("tick", no_tick)
         defaults = {"track_best": False, "compares": True, "early_stop": False, "need_fooled": False}
         return Run(
-            self.victim, self.objective, self.norm, steps, samples, self.grid, **(defaults | options), check=self.check,
+            self.searched(), self.objective, self.norm, steps, samples, self.grid, **(defaults | options), check=self.check,
             check_labels=self.check and self.labels is not None and self.victim.logits, tick=tick, name=name,
         )  # fmt: skip
+
+    def searched(self) -> Victim:
+        """What the search runs on: the model, or on request one prepared for it."""
+        if not self.prepare or not self.x0.numel():
+            return self.victim
+        victim, why = self.victim.prepared(self.x0)
+        if why:
+            _trust.warn(f"prepare: the model itself is attacked: {why}", UserWarning)
+        return victim
+
+    def verdict(self, run: Run, adv: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """fooled and score, by the model itself."""
+        run.victim = self.victim
+        return run.evaluate(adv, rows)
 
     def rows(self, labels: Tensor, extra: Tensor | None, step: float | Tensor) -> Rows:
         lo, hi = (None, None) if self.box is None else self.box
@@ -97,14 +112,22 @@ class Task:
         return adv if self.given == adv.dtype else _inputs.narrow_inward(adv, self.x0, self.given)
 
     def result(self, run: Run, best: Best, rows: Rows, details: bool, scored: bool = True) -> Tensor | AttackResult:
-        """``best``, handed back; what rounding to half images made of it is judged again."""
+        """``best``, handed back; what rounding to half images made of it is judged again, and by the model itself what
+        was found on a prepared one."""
         out = self.hand_back(best.x)
-        if not details:
+        searched = run.victim is not self.victim
+        if not details and not (searched and not scored):
             return out
         fooled, score = best.fooled, best.loss
-        if self.given != best.x.dtype:
-            fooled, there = run.evaluate(out.to(best.x.dtype), rows)
+        if self.given != best.x.dtype or searched:
+            fooled, there = self.verdict(run, out.to(best.x.dtype), rows)
             score = there if scored else score
+        if searched and not scored:  # a boundary attack hands back the image itself where nothing fools
+            missed = best.fooled & ~fooled
+            out = torch.where(missed.view(-1, *[1] * (out.dim() - 1)), self.hand_back(self.x0), out)
+            score = score.masked_fill(missed, -math.inf)
+            if not details:
+                return out
         return AttackResult(out, fooled, score, run.queries)
 
 
@@ -127,8 +150,11 @@ def read(
     first_example: Any = 0,
     check: bool = True,
     multi: bool = False,
+    prepare: bool = False,
 ) -> Task:
     """Checks what all attacks take; nothing is run and nothing is drawn."""
+    if not isinstance(prepare, bool):
+        raise TypeError(f"prepare: got {ck.describe(prepare)}, expected a bool")
     p = ck.parse_norm(norm)
     x0, given = _inputs.images(x)
     box = _inputs.box(clip, x0)
@@ -143,8 +169,9 @@ def read(
     victim = Victim(model, normalize, autocast, x0, output, logits=named)
     labels = None if y is None else _inputs.labels(y, x0, named)
     return Task(
-        victim, objective, x0, given, p, radius, box, grid, fixed, labels, _inputs.check_seed(seed), numbers, check
-    )
+        victim, objective, x0, given, p, radius, box, grid, fixed, labels, _inputs.check_seed(seed), numbers, check,
+        prepare,
+    )  # fmt: skip
 
 
 def _levels(levels: Any, box: Any, x: Tensor, given: torch.dtype) -> Tensor | None:
@@ -201,34 +228,9 @@ class Starts:
         if self.seed is None:
             self.seed = int(torch.randint(0, 2**62, (), dtype=torch.int64).item())
         key = (self.seed + k) % 2**64
-        parts = [
-            ops.random_start(
-                rows.x0[a:b], _part(radius, a, b), norm, _clip_part(rows, a, b) if boxed else None, key, first
-            )
-            for a, b, first in _stretches(self.numbers, len(rows.x0))
-        ]
-        start = parts[0] if len(parts) == 1 else torch.cat(parts)
+        clip = rows.clip if boxed else None
+        start = ops.random_start(rows.x0, radius, norm, clip, key, self.numbers)
         return start if rows.fixed is None else torch.where(rows.fixed, rows.x0, start)
-
-
-def _stretches(numbers: int | Tensor, batch: int) -> list[tuple[int, int, int]]:
-    """(begin, end, number of the first) of each stretch of examples that follow each other in the data set."""
-    if not isinstance(numbers, Tensor):
-        return [(0, batch, numbers)]
-    cuts = ((numbers[1:] - numbers[:-1]) != 1).nonzero()[:, 0] + 1
-    edges = [0, *cuts.tolist(), batch]
-    return [(a, b, int(numbers[a])) for a, b in zip(edges[:-1], edges[1:], strict=True)]
-
-
-def _part(value: float | Tensor, begin: int, end: int) -> float | Tensor:
-    return value[begin:end] if isinstance(value, Tensor) and value.dim() else value
-
-
-def _clip_part(rows: Rows, begin: int, end: int) -> Any:
-    if not isinstance(rows.lo, Tensor):
-        return rows.clip
-    each = lambda v: v[begin:end] if isinstance(v, Tensor) and v.dim() and v.shape[0] == len(rows.x0) else v
-    return each(rows.lo), each(rows.hi)
 
 
 def plan(targets: Any, rows: Rows, clean: Tensor, beside: bool) -> list[Rows]:

@@ -9,14 +9,14 @@ import sys
 import types
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ._modes import modules_of
+from ._modes import modules_of, owner
 
 _EMPTY = types.CellType()
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
@@ -70,6 +70,52 @@ def _position(generator: Any) -> Any:
     if isinstance(generator, random.Random):
         return generator.getstate()
     return repr(generator.bit_generator.state if isinstance(generator, np.random.Generator) else generator.get_state())
+
+
+class Weights:
+    """Parameters and buffers of a model, to be compared after a pass: an operation in place counts in ``_version``, one on
+    ``.data`` changes the sums alone, and what is replaced is another tensor."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = owner(model)
+        self.before = self._now()
+
+    def _now(self) -> dict[str, tuple[Any, ...]]:
+        if not isinstance(self.model, torch.nn.Module):
+            return {}
+        tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
+        return {name: (id(t), *_content(t)) for name, t in tensors}
+
+    def changed(self) -> list[str]:
+        now = self._now()
+        return [name for name in {**self.before, **now} if self.before.get(name) != now.get(name)]
+
+
+def _content(t: Tensor) -> tuple[Any, ...]:
+    version = None if t.is_inference() else t._version
+    if t.is_quantized or t.layout != torch.strided or t.is_complex():
+        return (version,)
+    with torch.no_grad():
+        values = t.detach().double()
+        return version, repr(torch.stack([values.sum(), values.square().sum()]).tolist())
+
+
+def watched(model: Any, call: Callable[[], Tensor]) -> tuple[Tensor, bool]:
+    """The outputs of a pass made without gradients, and whether a backward pass was run in it: one would ask for tensors
+    that the forward pass saved, though nobody outside asked for a graph."""
+    module, asked = owner(model), []
+    if isinstance(module, torch.jit.ScriptModule) or type(module).__name__ == "OptimizedModule":
+        return call(), False  # their graphs are fixed, or are compiled anew under hooks
+
+    def unpack(t: Tensor) -> Tensor:
+        asked.append(True)
+        return t
+
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+            return call(), bool(asked)
+    except RuntimeError:  # transforms of torch.func refuse hooks
+        return call(), False
 
 
 def known_deterministic(model: Any) -> bool:

@@ -76,6 +76,7 @@ def apgd(
     first_example: Any = 0,
     progress: bool = False,
     check: bool = True,
+    prepare: bool = False,
     return_details: bool = False,
 ) -> Tensor | AttackResult:
     r"""Auto-PGD: projected gradient ascent that chooses its own steps (Croce & Hein 2020, algorithm 1).
@@ -88,7 +89,7 @@ def apgd(
 
     Args:
         model, x, y, eps, norm, clip, loss, fooled, targeted, targets, normalize, autocast, output, model_mode, mask,
-            tolerance, seed, first_example, check: as in :func:`pgd`. ``targets=9, loss="dlr"`` is the attack that
+            tolerance, seed, first_example, check, prepare: as in :func:`pgd`. ``targets=9, loss="dlr"`` is the attack that
             AutoAttack calls APGD-T. A callable loss gives one value per example.
         steps: of a run; it makes one more pass through the model, at its start.
         restarts: runs from new random starts (for each target), points of the ball cut by the box; examples fooled
@@ -111,7 +112,7 @@ def apgd(
     objective = Objective(loss, targeted, targets_given, fooled)
     task = read(
         model, x, y, objective, eps=eps, norm=norm, clip=clip, normalize=normalize, autocast=autocast, output=output,
-        mask=mask, tolerance=tolerance, seed=seed, first_example=first_example, check=check, multi=targets_given,
+        mask=mask, tolerance=tolerance, seed=seed, first_example=first_example, check=check, multi=targets_given, prepare=prepare,
     )  # fmt: skip
     steps, restarts = _inputs.integer(steps, "steps", 0), _inputs.integer(restarts, "restarts", 1)
     samples = _inputs.integer(eot_samples, "eot_samples", 1)
@@ -142,7 +143,7 @@ def apgd(
         starts.cut = True
         best = begin(run, runs[0], clean) if early_stop else Best(task.x0)
         runs = [r for r in runs for _ in range(restarts)]
-        search(_climber(run, setting, bool(large_radii)), runs, starts, best)
+        search(run, _climber(run, setting, bool(large_radii)), runs, starts, best)
         if check:
             run.report(best.x)
         return task.result(run, best, runs[0], return_details)

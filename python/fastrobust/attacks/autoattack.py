@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..bounds import compute_bounds
+from ..bounds import SlopeSearch, compute_bounds
 from ..ops import _checks as ck
 from . import _inputs, _state, _trust
 from ._model import Output, Victim, undisturbed, usable
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _ATTACKS: dict[str, Any] = {"apgd": apgd, "fab": fab, "square": square}
+# for certify_first: on every example, and on those that the first attack did not break
+_QUICK, _TIGHT = "crown-ibp", "alpha-crown"
+# about as long as CROWN takes; a search for hidden neurons, too, takes longer than the attacks in deep networks
+_SEARCH = SlopeSearch(iterations=10, stop=0.0, hidden=0)
 _NORM_NAMES = {math.inf: "Linf", 2.0: "L2", 1.0: "L1"}
 
 
@@ -66,6 +71,7 @@ def autoattack(
     certify_first: bool | str = False,
     batch_size: Integer = 250,
     seed: Integer = 0,
+    first_example: Any = 0,
     state: str | os.PathLike[str] | None = None,
     clip: Clip | None = (0.0, 1.0),
     normalize: tuple[Any, Any] | None = None,
@@ -76,6 +82,7 @@ def autoattack(
     tolerance: float = 0.0,
     progress: bool = False,
     check: bool = True,
+    prepare: bool = False,
     return_details: bool = False,
 ) -> Tensor | EvaluationResult:
     """The robust accuracy that is left after several attacks, as papers report it.
@@ -92,15 +99,21 @@ def autoattack(
             over the dual norm of the gradient difference): about a fifth of the backward passes, without FAB and Square.
             Or a list of "apgd-ce", "apgd-dlr", "apgd-t", "apgd-malt", "fab", "fab-t", "square", each a name or
             (name, options of the attack).
-        certify_first: examples that bounds (True: method "crown-ibp"; or a method of ``compute_bounds``) prove robust skip
-            every attack. A model that bounds cannot read is attacked as usual, with a warning.
+        certify_first: examples that bounds prove robust skip every attack (a method of ``compute_bounds``; True: "crown-ibp",
+            and what the first attack leaves is tried with tighter bounds before the long ones). A model that bounds cannot
+            read is attacked as usual, with a warning.
         batch_size: examples attacked at once. Random numbers go by an example's number in x, not by its batch.
         seed: of all random numbers.
+        first_example: the number of x[0] in the data set, or (B,) numbers: a part of a set, evaluated by itself, then gets
+            the random numbers that it has in the whole. :meth:`EvaluationReport.of_parts` joins the reports.
         state: path of a file that is written after every batch. Where it exists the evaluation is taken up from it, and
             ends with the same bits; a file of another model, other data or settings is refused.
         progress: a bar over the examples of each attack.
         check: check the values of x and y, and warn (:class:`AttackWarning`) of what makes the result doubtful:
-            randomised outputs, softmax, zero gradients, an accuracy near chance, Square better than the other attacks.
+            randomised outputs, softmax, zero gradients, an accuracy near chance, Square better than the other attacks,
+            a model that changes or optimises as it answers, or whose answers depend on the rest of the batch.
+        prepare: search on the model as :func:`prepare` makes it ready, measured at the start; every verdict stays the
+            model's own.
         return_details: return :class:`EvaluationResult`, whose report prints as a table and writes JSON.
 
     Returns:
@@ -113,7 +126,8 @@ def autoattack(
         raise ValueError("y: got None, expected labels: robust accuracy is that of true classes")
     task = read(
         model, x, y, Objective("margin", False), eps=eps, norm=norm, clip=clip, normalize=normalize, autocast=autocast,
-        output=output, mask=mask, tolerance=tolerance, seed=seed, check=check,
+        output=output, mask=mask, tolerance=tolerance, seed=seed, first_example=first_example, check=check,
+        prepare=prepare,
     )  # fmt: skip
     size, number = _inputs.integer(batch_size, "batch_size", 1), task.seed
     if number is None:
@@ -132,7 +146,10 @@ def autoattack(
     settings = {
         "eps": task.radius, "norm": task.norm, "clip": repr(task.box), "attacks": attacks, "options": options,
         "mask": task.fixed, "certify_first": certify_first, "batch_size": size, "seed": number,
+        "first_example": task.numbers,
     }  # fmt: skip
+    if prepare:  # rounding is another then
+        settings["prepare"] = True
     path = None if state is None else Path(state)
     marks = {} if path is None else _state.fingerprint(model, images, task.labels, settings)  # type: ignore[arg-type]
     with undisturbed(model, model_mode):
@@ -148,13 +165,16 @@ class Evaluation:
         seed: int, bar: bool, check: bool,
     ) -> None:  # fmt: skip
         self.model, self.images, self.task, self.attacks, self.options = model, images, task, attacks, options
+        self.attacked = model
         self.batch_size, self.seed, self.bar, self.check = batch_size, seed, bar, check
         assert task.labels is not None
         self.labels: Tensor = task.labels
         self.victim: Victim = task.victim
+        self.numbers = task.examples()
         self.samples = max([one.options.get("eot_samples", 1) for one in attacks], default=1)
 
     def go(self, version: str, certify_first: bool | str, path: Path | None, marks: dict[str, str]) -> Progress:
+        self.attacked = self.task.searched().model if self.task.prepare else self.model
         found = None if path is None else _state.load(path, marks, self.images)
         here = self._clean(version) if found is None else found
         classes = self._classes()
@@ -163,10 +183,15 @@ class Evaluation:
             here.report.notes += [n for n in notes if n not in here.report.notes]
         if here.attack < 0:
             if certify_first and len(self.images):
-                self._certify(here, "crown-ibp" if certify_first is True else certify_first)
+                self._certify(here, _QUICK if certify_first is True else certify_first)
             here.attack, here.alive = 0, here.robust & ~here.proven
         while here.attack < len(self.attacks):
             self._attack(here, path, marks)
+            if here.attack == 1 < len(self.attacks) and certify_first is True:
+                self._certify(here, _TIGHT, again=True)
+            here.alive = here.robust & ~here.proven
+            if path is not None:
+                _state.save(path, marks, here)
         self._last_words(here)
         return here
 
@@ -199,10 +224,11 @@ class Evaluation:
         right = torch.zeros(batch, dtype=torch.bool, device=device)
         start, classes = time.perf_counter(), 0
         for index in torch.arange(batch, device=device).split(self.batch_size) if batch else ():
+            before = None if classes or not self.check else _trust.Weights(self.model)
             outputs = self._outputs(self.images[index])
-            if self.check and not classes:
+            if before is not None:
                 ck.check_label_values(self.labels, "y", outputs.shape[1])
-                self._doubts(outputs, index, report)
+                self._doubts(outputs, index, report, before.changed())
             classes = outputs.shape[1]
             right[index] = outputs.argmax(1) == self.labels[index]
             report.forwards += len(index) * self.samples
@@ -218,7 +244,10 @@ class Evaluation:
         report.notes.append(note)
         _trust.warn(note)
 
-    def _doubts(self, outputs: Tensor, index: Tensor, report: EvaluationReport) -> None:
+    def _doubts(self, outputs: Tensor, index: Tensor, report: EvaluationReport, changed: list[str]) -> None:
+        if changed:
+            self._warn(report, f"the model changes as it answers ({', '.join(changed[:3])}{', ...' * (len(changed) > 3)}): what it "
+                       "says depends on what it was asked before, and another run may find another accuracy")  # fmt: skip
         means = outputs / self.samples
         if outputs.shape[1] > 1 and bool((means >= 0).all() & ((means.sum(1) - 1).abs() < 5e-3).all()):
             self._warn(report, "the model's outputs are >= 0 and sum to 1, as after softmax; attack it without its last "
@@ -228,7 +257,22 @@ class Evaluation:
         if self.samples == 1 and not torch.equal(outputs, self._outputs(self.images[index])):
             self._warn(report, "the model gives other outputs for the same images: it is randomised, and one pass judges it "
                        'by chance; version="rand" averages over 20')  # fmt: skip
+        elif self.samples == 1:
+            self._dynamics(outputs, index, report)
         report.forwards += len(index) if self.samples == 1 else 0
+
+    def _dynamics(self, outputs: Tensor, index: Tensor, report: EvaluationReport) -> None:
+        """What a pass over two images alone tells."""
+        some = self.images[index[:2]]
+        apart, optimises = _trust.watched(self.model, lambda: self._outputs(some))
+        report.forwards += len(some)
+        if optimises:
+            self._warn(report, "the model computes gradients in its forward pass, as defences that optimise or purify at test "
+                       "time do: gradients through it may mislead, and attacks made for it be stronger")  # fmt: skip
+        size = outputs.abs().amax().clamp_min(1e-6)
+        if len(index) > 2 and bool(((outputs[:2] - apart).abs() > 0.01 * size).any()):
+            self._warn(report, "the model's outputs for an image depend on the others in its batch: which examples are "
+                       "attacked together changes the result (is a normalisation in training mode?)")  # fmt: skip
 
     def _part(self, value: Any, index: Tensor) -> Any:
         each = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == len(self.images)
@@ -242,23 +286,26 @@ class Evaluation:
             "mask": None if fixed is None else ~fixed[index],
         }  # fmt: skip
 
-    def _certify(self, here: Progress, method: str) -> None:
+    def _certify(self, here: Progress, method: str, again: bool = False) -> None:
+        """``again``: of what was not proven; bounds that fail this time say nothing new."""
         start, report = time.perf_counter(), here.report
         model, why = self._readable()
-        report.certified = 0
+        found = torch.zeros_like(here.proven)
         try:
             if why:
                 raise ValueError(why)
-            for index in here.robust.nonzero()[:, 0].split(self.batch_size):
+            for index in (here.robust & ~here.proven).nonzero()[:, 0].split(self.batch_size):
                 common = self._common(index)
                 bounds = compute_bounds(
                     model, self.task.x0[index], common["eps"], norm=self.task.norm, clip=common["clip"], method=method,
-                    labels=self.labels[index], sides="lower", rounding="outward",
+                    labels=self.labels[index], sides="lower", rounding="outward", slopes=_SEARCH if again else None,
                 )  # fmt: skip
-                here.proven[index] = (bounds.lower > 0).all(1)
+                found[index] = (bounds.lower > 0).all(1)
         except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
-            here.proven.zero_()
-            self._warn(report, f"certify_first: no example could be proven, all are attacked: {error}")
+            found.zero_()
+            if not again:
+                self._warn(report, f"certify_first: no example could be proven, all are attacked: {error}")
+        here.proven |= found
         report.certified = int(here.proven.sum())
         report.seconds += time.perf_counter() - start
 
@@ -281,7 +328,6 @@ class Evaluation:
         if here.batch == 0:
             report.attacks.append(AttackReport(one.name, robust_accuracy=report.robust_accuracy))
         entry = report.attacks[-1]
-        stuck = 0
         with tqdm(disable=not self.bar, desc=one.name, total=len(rows), unit="example") as bar:
             bar.update(sum(len(b) for b in batches[: here.batch]))
             for index in batches[here.batch :]:
@@ -290,28 +336,27 @@ class Evaluation:
                 broken = self._outputs(adv).argmax(1) != self.labels[index]
                 here.adv[index[broken]] = adv[broken]
                 here.robust[index[broken]] = False
-                stuck += sum(map(_stuck, runs)) if one.attack == "apgd" else 0
+                entry.still += sum(map(_stuck, runs)) if one.attack == "apgd" else 0
                 forwards = sum(run.forwards for run in runs) + len(index) * (extra + self.samples)
                 backwards = sum(run.backwards for run in runs) + len(index) * extra
-                seconds = time.perf_counter() - start
+                seconds, count = time.perf_counter() - start, int(broken.sum())
+                entry.curve += _curve(runs, start, entry, seconds, count)
                 for part in (entry, report):
                     part.seconds += seconds
                     part.forwards += forwards
                     part.backwards += backwards
                 entry.attacked += len(index)
-                entry.broken += int(broken.sum())
+                entry.broken += count
                 entry.robust_accuracy = report.robust_accuracy = _share(here.robust)
                 here.batch += 1
                 bar.set_postfix_str(f"robust {report.robust_accuracy:.2%}")
                 bar.update(len(index))
                 if path is not None and here.batch < len(batches):
                     _state.save(path, marks, here)
-        if self.check and stuck:
-            self._warn(report, f"{one.name}: the gradient of {stuck} examples that were not fooled was zero or NaN in the "
+        if self.check and entry.still:
+            self._warn(report, f"{one.name}: the gradient of {entry.still} examples that were not fooled was zero or NaN in the "
                        "last step: gradient attacks have no strength there")  # fmt: skip
-        here.attack, here.batch, here.alive = here.attack + 1, 0, here.robust & ~here.proven
-        if path is not None:
-            _state.save(path, marks, here)
+        here.attack, here.batch = here.attack + 1, 0
 
     def _run(self, attack: int, index: Tensor) -> tuple[Tensor, list[Run], int]:
         """The points of one attack on some examples, the runs that it made, and other passes for each example."""
@@ -328,7 +373,15 @@ class Evaluation:
             # the numbers of the attacks lie apart: a run of one attack takes the next number
             key = (self.seed + (attack << 32)) % 2**64
             found = _ATTACKS[one.attack](
-                self.model, x, y, **common, **options, seed=key, first_example=index, check=False, return_details=True
+                self.attacked,
+                x,
+                y,
+                **common,
+                **options,
+                seed=key,
+                first_example=self.numbers[index],
+                check=False,
+                return_details=True,
             )
         finally:
             runs_of_now.reset(token)
@@ -363,6 +416,20 @@ class _Normalized(nn.Module):
 
 def _share(flags: Tensor) -> float:
     return float(flags.double().mean()) if len(flags) else 0.0
+
+
+def _curve(
+    runs: list[Run], start: float, entry: AttackReport, seconds: float, count: int
+) -> Iterator[tuple[float, int]]:
+    """When examples of a batch left as fooled; the last pair holds what the verdict on the batch says."""
+    found = 0
+    for run in runs:
+        for when, left in run.broken:
+            found += left
+            if found <= count:
+                yield round(entry.seconds + when - start, 4), entry.broken + found
+    if found != count:
+        yield round(entry.seconds + seconds, 4), entry.broken + count
 
 
 def _stuck(run: Run) -> int:

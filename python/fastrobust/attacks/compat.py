@@ -4,8 +4,8 @@ Covered: the constructor, ``attacks_to_run``, ``version`` and ``set_version``, `
 ``state_path``, which here does resume), ``run_standard_evaluation_individual``, ``clean_accuracy``, and the settings
 that people change: ``apgd`` (n_restarts, n_iter, eot_iter, rho, use_largereps), ``apgd_targeted`` (also
 n_target_classes), ``fab`` (n_restarts, n_iter, n_target_classes, alpha_max, eta, beta) and ``square`` (n_queries,
-n_restarts, p_init, resc_schedule). Not covered: TensorFlow models, and the attack objects' own ``perturb``; the check for
-dynamic models is not made. Random numbers are this package's own.
+n_restarts, p_init, resc_schedule). Not covered: TensorFlow models, and the attack objects' own ``perturb``. Random numbers
+are this package's own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,28 @@ from ..ops import _checks as ck
 from ._modes import owner, undisturbed
 from ._report import EvaluationReport
 from .autoattack import EvaluationResult, autoattack
+
+# torchattacks' classes, but for its AutoAttack, whose name is taken here
+from .classes import APGD as APGD
+from .classes import APGDT as APGDT
+from .classes import BIM as BIM
+from .classes import CW as CW
+from .classes import EOTPGD as EOTPGD
+from .classes import FAB as FAB
+from .classes import FFGSM as FFGSM
+from .classes import FGSM as FGSM
+from .classes import IFGSM as IFGSM
+from .classes import PGD as PGD
+from .classes import PGDL2 as PGDL2
+from .classes import TPGD as TPGD
+from .classes import VANILA as VANILA
+from .classes import Attack as Attack
+from .classes import DeepFool as DeepFool
+from .classes import MultiAttack as MultiAttack
+from .classes import Square as Square
+
+if not TYPE_CHECKING:
+    from .classes import __getattr__ as __getattr__
 
 
 @dataclasses.dataclass

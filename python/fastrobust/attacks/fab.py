@@ -18,7 +18,7 @@ from . import _inputs
 from ._model import Output, undisturbed, usable
 from ._objective import NO_GRADIENT, Objective
 from ._options import Boundary, Clip, Integer, Model, Norm, Values
-from ._run import Best, Rows, Run
+from ._run import Best, Rows, Run, abreast, side_by_side
 from ._task import AttackResult, Starts, no_tick, plan, read
 from .apgd import begin
 
@@ -69,6 +69,7 @@ def fab(
     first_example: Any = 0,
     progress: bool = False,
     check: bool = True,
+    prepare: bool = False,
     return_details: bool = False,
 ) -> Tensor | AttackResult:
     r"""Fast adaptive boundary attack: looks for the smallest perturbation that changes the prediction.
@@ -79,8 +80,8 @@ def fab(
     distance.
 
     Args:
-        model, x, y, norm, clip, normalize, autocast, output, model_mode, mask, tolerance, seed, first_example, check: as
-            in :func:`pgd`.
+        model, x, y, norm, clip, normalize, autocast, output, model_mode, mask, tolerance, seed, first_example, check,
+            prepare: as in :func:`pgd`; a point that the model itself does not fall for is no point.
         eps: points that are further away do not count; None: every point does.
         steps: of a run; one more pass judges the last point.
         targets: None linearises the boundary to every other class, a backward pass for each, and takes the nearest one;
@@ -103,7 +104,7 @@ def fab(
     task = read(
         model, x, y, objective, eps=0.0 if eps is None else eps, norm=norm, clip=clip, normalize=normalize,
         autocast=autocast, output=output, mask=mask, tolerance=tolerance, seed=seed, first_example=first_example,
-        check=check,
+        check=check, prepare=prepare,
     )  # fmt: skip
     steps, restarts = _inputs.integer(steps, "steps", 1), _inputs.integer(restarts, "restarts", 1)
     targets = _inputs.check_targets(targets, task.x0.shape[0], task.x0.device)
@@ -134,12 +135,22 @@ def fab(
         best = begin(run, rows, clean)
         done = best.fooled.clone()
         best.loss = torch.where(done, 0.0, -INF).to(best.loss.dtype)
-        for k, (goal, restart) in enumerate((g, r) for g in runs for r in range(restarts)):
+        climb = lambda x, rows, index, found: _hunt(run, setting, x, rows, index, found)
+        # later restarts begin nearer, by what is known then
+        turns = [(goal, restart) for goal in runs for restart in range(restarts)]
+        k = 0
+        while k < len(turns):
             index = (~(best.fooled if setting.early_stop else done)).nonzero()[:, 0]
             if not len(index):
                 break
-            start = goal.x0 if restart == 0 else _random_start(starts, best, task.radius, task.norm, k)
-            _hunt(run, setting, start[index], goal.take(index), index, best)
+            count = abreast(len(index), len(turns) - k) if restarts == 1 else 1
+            near = [
+                goal.x0 if restart == 0 else _random_start(starts, best, task.radius, task.norm, k)
+                for goal, restart in turns[k : k + count]
+            ]
+            goals = [goal for goal, _ in turns[k : k + count]]
+            side_by_side(run, climb, goals, near, index, best, better=not setting.early_stop)
+            k += count
         if check and run.random:
             run.report(best.x)
         return task.result(run, best, rows, return_details, scored=False)
@@ -171,6 +182,7 @@ def _hunt(run: Run, setting: Setting, x: Tensor, rows: Rows, index: Tensor, best
             if setting.early_stop and bool(inside.any()):
                 left = torch.ones_like(seen.fooled)
                 left[hits[inside]] = False
+                run.leave(len(hits[inside]))
                 left = left.nonzero()[:, 0]
                 if len(left) and k < run.steps:
                     seen = seen.take(left)

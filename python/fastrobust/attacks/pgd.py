@@ -69,6 +69,7 @@ def pgd(
     cuda_graph: bool = False,
     progress: bool = False,
     check: bool = True,
+    prepare: bool = False,
     return_details: bool = False,
 ) -> Tensor | AttackResult:
     r"""Projected gradient descent (Madry et al. 2018; thesis eq. 2.2 with random initialisation and restarts).
@@ -124,6 +125,8 @@ def pgd(
         check: read the values of x and y once to check them, and warn (:class:`AttackWarning`) where the attack may be
             weaker than it looks: a zero gradient, NaN, outputs after softmax, a randomised model; on a GPU this
             synchronises.
+        prepare: search on the model as :func:`prepare` makes it ready; what that is is measured in the first attack on a
+            model, in seconds, and kept with it. What is fooled in the details is the model's own verdict.
         return_details: return :class:`AttackResult` instead (one more forward pass).
 
     Returns:
@@ -137,6 +140,7 @@ def pgd(
     task = read(
         model, x, y, objective, eps=eps, norm=norm, clip=clip, normalize=normalize, autocast=autocast, output=output,
         mask=mask, levels=levels, tolerance=tolerance, seed=seed, first_example=first_example, check=check, multi=multi,
+        prepare=prepare,
     )  # fmt: skip
     x0, p, radius, victim, labels = task.x0, task.norm, task.radius, task.victim, task.labels
     steps, restarts = _inputs.integer(steps, "steps", 0), _inputs.integer(restarts, "restarts", 1)
@@ -184,11 +188,12 @@ def pgd(
         elif one:
             adv = run.plain(starts.draw(0), rows, graph)
             if return_details:
-                hit, value = run.evaluate(adv, rows)
-                details = (hit, value)
+                details = task.verdict(run, adv, rows)
         else:
-            best = search(run.full, runs * restarts, starts, Best(x0))
+            best = search(run, run.full, runs * restarts, starts, Best(x0))
             adv, details = best.x, (best.fooled, best.loss)
+            if return_details and run.victim is not victim:
+                details = task.verdict(run, adv, runs[0])
         if check:
             run.report(adv)
     out = task.hand_back(adv)

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from .. import ops
 from .._heap import keep_pages
 from ..ops import _checks as ck
+from ..ops.pgd.square import NO_WINDOW, Settle, Window, square_propose
 from . import _inputs
 from ._model import Output, undisturbed, usable
 from ._objective import Objective
@@ -66,6 +67,7 @@ def square(
     first_example: Any = 0,
     progress: bool = False,
     check: bool = True,
+    prepare: bool = False,
     return_details: bool = False,
 ) -> Tensor | AttackResult:
     """Random search over square windows that asks the model for outputs alone, never for a gradient.
@@ -78,7 +80,7 @@ def square(
 
     Args:
         model, x, y, eps, norm, clip, normalize, autocast, output, model_mode, mask, tolerance, seed, first_example,
-            check: as in :func:`pgd`. The model needs no gradient.
+            check, prepare: as in :func:`pgd`. The model needs no gradient.
         queries: forward passes of an example, for each restart.
         loss: "margin" or "ce".
         share: of the pixels, in the first windows; it falls with the queries as in the paper.
@@ -96,7 +98,7 @@ def square(
     objective = Objective(loss, False)
     task = read(
         model, x, y, objective, eps=eps, norm=norm, clip=clip, normalize=normalize, autocast=autocast, output=output,
-        mask=mask, tolerance=tolerance, seed=seed, first_example=first_example, check=check,
+        mask=mask, tolerance=tolerance, seed=seed, first_example=first_example, check=check, prepare=prepare,
     )  # fmt: skip
     queries, restarts = _inputs.integer(queries, "queries", 1), _inputs.integer(restarts, "restarts", 1)
     first = ck.check_number(share, "share", 0, 1)
@@ -142,9 +144,11 @@ class Search:
     queries: int
 
     def run_from(self, rows: Rows, index: Tensor, best: Best, numbers: Tensor) -> None:
-        norm, every = self.run.norm, 1 if rows.x0.is_cpu else 16  # on a device: how often it is asked who is done
-        faces = self._faces(rows) if norm == INF else None
-        x = self._start(rows, faces, numbers)
+        every = 1 if rows.x0.is_cpu else 16  # on a device: how often it is asked who is done
+        if self.run.norm == INF:
+            self._run_corners(rows, index, best, numbers, every)
+            return
+        x = self._start(rows, None, numbers)
         seen = self.run.look(x, rows)
         fooled, score = self.run.judge(seen, rows)
         value = score
@@ -152,16 +156,16 @@ class Search:
             if query % every == 0 and bool(fooled.any()):
                 done, left = fooled.nonzero()[:, 0], (~fooled).nonzero()[:, 0]
                 best.offer(index[done], x[done], fooled[done], value[done])
+                self.run.leave(len(done))
                 x, value, index, rows, numbers = x[left], value[left], index[left], rows.take(left), numbers[left]
                 fooled = fooled[left]
-                faces = None if faces is None else (faces[0][left], faces[1][left])
                 self.dice.take(left)
             if not len(index):
                 self.run.tick(self.queries - query)
                 return
             self.dice.places(query, numbers)
             share = share_at(query, self.queries, self.first, self.rescale)
-            new = self._corner(x, faces, query, share) if faces is not None else self._moved(x, rows, query, share)
+            new = self._moved(x, rows, query, share)
             if rows.fixed is not None:
                 new = torch.where(rows.fixed, rows.x0, new)
             hit, score = self.run.judge(self.run.look(new, rows), rows)
@@ -169,6 +173,44 @@ class Search:
             x = torch.where(better.view(-1, *[1] * (x.dim() - 1)), new, x)
             value, fooled = torch.where(better, score, value), fooled | (hit & better)
             self.run.tick(1)
+        best.offer(index, x, fooled, value)
+
+    def _run_corners(self, rows: Rows, index: Tensor, best: Best, numbers: Tensor, every: int) -> None:
+        """Norm inf: a window goes to one end of ball and box, a sign for each channel. x and new differ in the last
+        window alone, and that is all that is copied and written a query."""
+        faces = self._faces(rows)
+        x = self._start(rows, faces, numbers)
+        fooled, score = self.run.judge(self.run.look(x, rows), rows)
+        fooled, value, new, numbers = fooled.clone(), score.clone(), x.clone(), numbers.contiguous()
+        last, settled = NO_WINDOW, None
+        image = lambda t: t.view(-1, *self.shape)
+        views = lambda: (image(x), image(new), image(faces[0]), image(faces[1]))
+        images = views()
+
+        def propose(window: Window) -> None:
+            square_propose(*images, numbers, self.dice.seed, last, window, settled)
+
+        for query in range(self.queries):
+            if query % every == 0:
+                if settled is not None and (every > 1 or bool(settled.hit.any())):
+                    propose(NO_WINDOW)
+                    settled = None
+                if bool(fooled.any()):
+                    done, left = fooled.nonzero()[:, 0], (~fooled).nonzero()[:, 0]
+                    best.offer(index[done], x[done], fooled[done], value[done])
+                    self.run.leave(len(done))
+                    x, value, index, rows, numbers = x[left], value[left], index[left], rows.take(left), numbers[left]
+                    fooled, new, faces = fooled[left], new[left], (faces[0][left], faces[1][left])
+                    images = views()
+            if not len(index):
+                self.run.tick(self.queries - query)
+                return
+            window = Window(query, *self.shape.side(share_at(query, self.queries, self.first, self.rescale), 1))
+            propose(window)
+            hit, score = self.run.judge(self.run.look(new, rows), rows)
+            last, settled = window, Settle(score, hit, value, fooled)
+            self.run.tick(1)
+        propose(NO_WINDOW)
         best.offer(index, x, fooled, value)
 
     def _image(self, x: Tensor) -> Tensor:
@@ -181,7 +223,9 @@ class Search:
         if isinstance(wide, Tensor) and wide.dim() == 1:
             wide = wide.view(-1, *[1] * (rows.x0.dim() - 1))
         low, high = (ops.project(rows.x0 + 2 * side * wide, rows.x0, rows.eps, INF, rows.clip) for side in (-1, 1))
-        return low, high
+        if rows.fixed is not None:
+            low, high = (torch.where(rows.fixed, rows.x0, face) for face in (low, high))
+        return low.contiguous(), high.contiguous()
 
     def _start(self, rows: Rows, faces: tuple[Tensor, Tensor] | None, numbers: Tensor) -> Tensor:
         x0, (channels, height, width) = rows.x0, self.shape
@@ -207,15 +251,6 @@ class Search:
             length = torch.linalg.vector_norm(delta.flatten(1), dim=1).clamp_min(1e-12)
             delta = delta * (rows.eps / length).view(-1, *[1] * (delta.dim() - 1))
         return ops.project(rows.x0 + delta, rows.x0, rows.eps, self.run.norm, rows.clip)
-
-    def _corner(self, x: Tensor, faces: tuple[Tensor, Tensor], query: int, share: float) -> Tensor:
-        """Norm inf: a window goes to one end of ball and box, a sign for each channel."""
-        height, width = self.shape.side(share, 1)
-        top, left = self.dice.corner(query, 0, height, width)
-        place = indices(top, left, height, width, self.shape).expand(-1, self.shape.channels, -1)
-        up = self.dice.channel_signs(query)[:, :, None] > 0
-        low, high = (self._image(face).gather(2, place) for face in faces)
-        return self._image(x).scatter(2, place, torch.where(up, high, low)).reshape(x.shape)
 
     def _moved(self, x: Tensor, rows: Rows, query: int, share: float) -> Tensor:
         """Norms 2 and 1: the perturbation of a second window, and what is left of the radius, go into a first one."""

@@ -39,7 +39,7 @@ def attack_all(args: argparse.Namespace, model: nn.Module, images: Images, setti
             rows = slice(first, first + args.batch_size)
             x, y = images.images[rows].to(args.device), images.labels[rows].to(args.device)
             with model_failures(setting["model"], x):
-                logits = _logits(model, x, setting)
+                logits = logits_of(model, x, setting)
                 check_classes(logits.shape[1], y)
                 _check_target(logits.shape[1], setting["target"])
                 goal = y if setting["target"] is None else torch.full_like(y, setting["target"])
@@ -54,7 +54,7 @@ def attack_all(args: argparse.Namespace, model: nn.Module, images: Images, setti
                     **options,
                 )
                 seconds += _now(args.device) - start
-                before, after = logits.argmax(1), _logits(model, found.adv, setting).argmax(1)
+                before, after = logits.argmax(1), logits_of(model, found.adv, setting).argmax(1)
             # the score of a targeted attack is minus its loss
             loss = found.loss if setting["target"] is None else -found.loss
             parts.append(
@@ -68,7 +68,7 @@ def attack_all(args: argparse.Namespace, model: nn.Module, images: Images, setti
     return report.Outcome(images.images, labels=images.labels, passes=passes, seconds=seconds, **gathered)
 
 
-def _logits(model: nn.Module, x: Tensor, setting: dict[str, Any]) -> Tensor:
+def logits_of(model: nn.Module, x: Tensor, setting: dict[str, Any]) -> Tensor:
     """In eval mode with the attack's own conversions of input and output."""
     with undisturbed(model, "eval"), torch.no_grad():
         return Victim(model, setting["normalize"], None, x, setting["output"])(x)

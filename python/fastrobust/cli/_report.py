@@ -77,38 +77,57 @@ def _share(hits: Tensor) -> float:
 
 
 def text(setting: dict[str, Any], found: dict[str, Any]) -> str:
-    n, p = found["examples"], found["perturbation"]
-    percent = lambda key: f"{100 * found[key]:6.2f} %  ({round(found[key] * n)} of {n})"
-    holds = "holds" if p["ball_holds"] else "IS BROKEN"
-    box = "no box"
-    if setting["clip"] is not None:
-        lo, hi = setting["clip"]
-        box = f"the box [{lo:g}, {hi:g}] {'holds' if p['box_holds'] else 'IS BROKEN'}"
-    rows = [
-        ("attack", _attack(setting)),
-        ("model", setting["model"]),
-        *([("built", setting["built"])] if setting["built"] else []),
-        ("data", setting["data"]),
-        ("device", setting["device"]),
-        ("clean accuracy", percent("clean_accuracy")),
-        ("robust accuracy", percent("robust_accuracy")),
-    ]
+    rows = [("attack", _attack(setting)), *head(setting, found)]
     if "reached_target" in found:
-        rows.append((f"says {setting['target']}", percent("reached_target")))
+        rows.append((f"says {setting['target']}", percent(found, "reached_target")))
     rows += [
         (
             f"loss ({setting['reported_loss']})",
             f"mean {found['loss']['mean']:.4f}, median {found['loss']['median']:.4f}",
         ),
-        ("perturbation", f"largest {setting['norm']} {p['largest']!r}"),
-        (
-            "",
-            f"the ball of {p['eps']!r} {holds}, {box} (float64)",
-        ),
-        ("", "mean " + ", ".join(f"{name} {value:.4g}" for name, value in p["mean"].items())),
+        *perturbation(setting, found),
         ("time", f"{found['seconds']:.2f} s, {found['examples_per_second']:.0f} examples/s, {_passes(setting, found)}"),
     ]
+    return lines(rows)
+
+
+Row = tuple[str, str]
+
+
+def lines(rows: list[Row]) -> str:
     return "\n".join(f"{name:<16} {value}".rstrip() for name, value in rows)
+
+
+def percent(found: dict[str, Any], key: str) -> str:
+    n = found["examples"]
+    return f"{100 * found[key]:6.2f} %  ({round(found[key] * n)} of {n})"
+
+
+def head(setting: dict[str, Any], found: dict[str, Any]) -> list[Row]:
+    """Model, data, device, and both accuracies."""
+    return [
+        ("model", setting["model"]),
+        *([("built", setting["built"])] if setting["built"] else []),
+        ("data", setting["data"]),
+        ("device", setting["device"]),
+        ("clean accuracy", percent(found, "clean_accuracy")),
+        ("robust accuracy", percent(found, "robust_accuracy")),
+    ]
+
+
+def perturbation(setting: dict[str, Any], found: dict[str, Any]) -> list[Row]:
+    """The largest one, whether ball and box hold, and the means."""
+    p = found["perturbation"]
+    holds = "holds" if p["ball_holds"] else "IS BROKEN"
+    box = "no box"
+    if setting["clip"] is not None:
+        lo, hi = setting["clip"]
+        box = f"the box [{lo:g}, {hi:g}] {'holds' if p['box_holds'] else 'IS BROKEN'}"
+    return [
+        ("perturbation", f"largest {setting['norm']} {p['largest']!r}"),
+        ("", f"the ball of {p['eps']!r} {holds}, {box} (float64)"),
+        ("", "mean " + ", ".join(f"{name} {value:.4g}" for name, value in p["mean"].items())),
+    ]
 
 
 def _attack(setting: dict[str, Any]) -> str:

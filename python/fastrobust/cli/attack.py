@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
@@ -17,8 +18,11 @@ from . import _arguments as shared
 from . import _common as common
 from . import _picture as picture
 from . import _report as report
+from . import _suite_page as page
+from . import _suite_run as suite
 from ._attack_run import ATTACKS, attack_all
 from ._common import BadArguments
+from ._workers import Workers, workers
 
 # radii in common use, in units of images in [0, 1]
 DEFAULT_EPS = {
@@ -32,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_model(parser, "of the random starts and the built-in model")
     shared.add_images(parser)
     add = parser.add_argument_group("the attack").add_argument
-    add("--attack", type=str.lower, choices=list(ATTACKS), default="pgd", help="default: pgd")
+    add("--attack", type=str.lower, choices=[*ATTACKS, "autoattack"], default="pgd", help="default: pgd")
     add("--norm", type=_norm, default="Linf", help="Linf, L2 or L1 (default: Linf)")
     add("--eps", type=common.radius, help="radius, such as 0.1 or 8/255 (default: a usual one for the data set)")
     add("--steps", type=common.natural, metavar="N", help="default: 10 (fgsm takes one)")
@@ -47,6 +51,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--eot-samples", type=common.count, default=1, metavar="N", help="average over N passes of a randomised model")
     add("--output", type=_output, metavar="KEY", help="what of a tuple's or dictionary's outputs is attacked")
+    add = parser.add_argument_group(
+        "--attack autoattack: several attacks, each on what the ones before left"
+    ).add_argument
+    add(
+        "--version", type=suite.version, metavar="VERSION",
+        help="standard, plus, rand, fast, or attacks with commas between them, such as apgd-ce,square (default: standard)",
+    )  # fmt: skip
+    add(
+        "--certify-first", nargs="?", const=True, metavar="METHOD",
+        help="images that bounds prove robust are not attacked (default: crown-ibp, and tighter bounds for what the first "
+        "attack leaves)",
+    )  # fmt: skip
+    add(
+        "--state", type=common.output, metavar="FILE",
+        help="go on where an interrupted run of the same command stopped; one file for each batch, FILE.0, FILE.256, ...",
+    )  # fmt: skip
+    add("--curve", type=common.output, metavar="PNG", help="draw the robust accuracy against seconds")
+    add("--page", type=common.output, metavar="HTML", help="save a page with setting, table, curve and warnings")
     run = parser.add_argument_group("running and results")
     shared.add_running(run, 256)
     run.add_argument(
@@ -59,9 +81,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    wrong = suite.misplaced(args)
+    if wrong is not None:
+        raise BadArguments(wrong)
     with common.plain_warnings():
-        images = shared.begin(args, args.out, args.report, args.picture)
+        images = shared.begin(args, args.out, args.report, args.picture, args.curve, args.page)
         eps = _eps(args, images.name)
+        if args.attack == "autoattack":
+            with workers(args.device) as team:
+                args.device = team.device
+                return _evaluate(args, eps, images, team)
         with_picture = args.picture is not None and _can_draw(images.images)
         given = shared.model_of(args, images, graphs=True)
         images = _without_target(images, args.targeted)
@@ -71,7 +100,41 @@ def main(args: argparse.Namespace) -> int:
         print(report.text(setting, found))
         for path in _write(args, outcome, setting, found, with_picture):
             print(f"{'written':<16} {path}")
-        return 0 if found["perturbation"]["ball_holds"] and found["perturbation"]["box_holds"] else 1
+        return _status(found)
+
+
+def _status(found: dict[str, Any]) -> int:
+    return 0 if found["perturbation"]["ball_holds"] and found["perturbation"]["box_holds"] else 1
+
+
+def _evaluate(args: argparse.Namespace, eps: float, images: data.Images, team: Workers) -> int:
+    """By several attacks; the first process says and writes what all of them found."""
+    first = team.rank == 0
+    with_picture = first and args.picture is not None and _can_draw(images.images)
+    with_curve = first and (args.curve or args.page) is not None and _can_draw(None)
+    given = shared.model_of(args, images, graphs=True)
+    setting = _common_setting(args, eps, images, given) | {
+        "suite": "own list" if isinstance(args.version, list) else args.version or "standard",
+        "certify_first": args.certify_first, "processes": team.world, "target": None,
+    }  # fmt: skip
+    parts = suite.evaluate_all(args, given.model, images, setting, team)
+    if not first:
+        return 0
+    outcome, whole = suite.outcome(images, parts)
+    found = report.figures(outcome, setting) | {"evaluation": dataclasses.asdict(whole)}
+    print(page.text(setting, found, whole))
+    written = _write(args, outcome, setting, found, with_picture)
+    title = f"{setting['suite']}, {setting['norm']}, eps {eps:.4g}: robust accuracy {100 * whole.robust_accuracy:.2f} %"
+    if args.curve is not None and with_curve:
+        picture.save(page.draw(whole, title), args.curve)
+        written.append(args.curve)
+    if args.page is not None:
+        drawing = page.svg(page.draw(whole, title)) if with_curve else None
+        args.page.write_text(page.page(setting, found, whole, drawing))
+        written.append(args.page)
+    for path in written:
+        print(f"{'written':<16} {path}")
+    return _status(found)
 
 
 def _norm(text: str) -> str:
@@ -97,9 +160,9 @@ def _eps(args: argparse.Namespace, name: str) -> float:
     return DEFAULT_EPS[name][args.norm]
 
 
-def _can_draw(images: Tensor) -> bool:
+def _can_draw(images: Tensor | None) -> bool:
     """The picture is an extra: without it the attack still runs, and a line says why there is none."""
-    if not picture.drawable(images):
+    if images is not None and not picture.drawable(images):
         print(
             f"fastrobust: no picture: images of shape {tuple(images.shape[1:])} are neither grey nor RGB",
             file=sys.stderr,
@@ -129,16 +192,22 @@ def _setting(args: argparse.Namespace, eps: float, images: data.Images, given: s
     steps = 1 if args.attack == "fgsm" else 10 if args.steps is None else args.steps
     factor = 2.5 if args.attack == "pgd" else 1.0
     step_size = args.step_size if args.step_size is not None else factor * eps / max(steps, 1)
-    info = build_info()
     # what AttackResult.loss holds: for several targets the margin of the true class
     loss = "margin" if args.targets is not None else args.loss
+    return _common_setting(args, eps, images, given) | {
+        "steps": steps, "step_size": step_size, "restarts": args.restarts, "loss": args.loss, "reported_loss": loss,
+        "target": args.targeted, "targets": args.targets, "early_stop": args.early_stop, "keep": args.keep,
+        "eot_samples": args.eot_samples,
+    }  # fmt: skip
+
+
+def _common_setting(args: argparse.Namespace, eps: float, images: data.Images, given: shared.Given) -> dict[str, Any]:
+    info = build_info()
     return {
-        "attack": args.attack, "norm": args.norm, "eps": eps, "steps": steps, "step_size": step_size,
-        "restarts": args.restarts, "loss": args.loss, "reported_loss": loss, "target": args.targeted, "targets": args.targets,
-        "early_stop": args.early_stop, "keep": args.keep,
-        "eot_samples": args.eot_samples, "output": args.output, "clip": shared.clip_of(args), "normalize": args.normalize,
-        "seed": args.seed, "batch_size": args.batch_size, "model": given.name, "built": given.built, "data": shared.data_text(images),
-        "device": shared.device_text(args.device), "first": args.first, "version": info["version"], "torch": info["torch"],
+        "attack": args.attack, "norm": args.norm, "eps": eps, "output": args.output, "clip": shared.clip_of(args),
+        "normalize": args.normalize, "seed": args.seed, "batch_size": args.batch_size, "model": given.name, "built": given.built,
+        "data": shared.data_text(images), "device": shared.device_text(args.device), "first": args.first,
+        "version": info["version"], "torch": info["torch"],
     }  # fmt: skip
 
 
@@ -169,3 +238,9 @@ def _write(
         picture.save(picture.draw(images, adversarial, labels, before, after, title), args.picture)
         written.append(args.picture)
     return written
+
+
+if __name__ == "__main__":  # torchrun --nproc-per-node N -m fastrobust.cli.attack ...
+    from . import main as command_line
+
+    raise SystemExit(command_line(["attack", *sys.argv[1:]]))

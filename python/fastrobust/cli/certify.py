@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import csv
 import math
-import os
 import pathlib
 import sys
 import time
@@ -23,6 +22,7 @@ from ..data import Images
 from . import _arguments as shared
 from . import _common as common
 from ._common import BadArguments
+from ._workers import Workers, workers
 
 Columns = dict[str, np.ndarray]
 _THESIS = "Liu, Towards Verifiable, Generalizable and Efficient Robust Deep Neural Networks (PhD thesis, EPFL, 2022)"
@@ -154,33 +154,28 @@ def _main(args: argparse.Namespace) -> int:
         raise BadArguments(f"argument --out: got {args.out}, expected a name that ends in .csv or .npz")
     begun = time.perf_counter()
     images = shared.begin(args, args.out)
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if args.device.type == "cuda" and world > 1:
-        args.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(args.device)
+    with workers(args.device) as team:
+        args.device = team.device
+        return _certify_all(args, images, team, begun)
+
+
+def _certify_all(args: argparse.Namespace, images: Images, team: Workers, begun: float) -> int:
     given = shared.model_of(args, images, graphs=False)
     model = given.model
     if args.normalize is not None:
         mean, std = args.normalize
         model = shared.Normalized(model, mean, std, images.images[:1].to(args.device)).eval()
-    if world > 1:
-        torch.distributed.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
     starts = range(0, len(images.labels), args.batch_size)
     show = sys.stderr.isatty() if args.progress is None else args.progress
     mine: dict[int, Columns] = {}
-    with tqdm(total=len(images.labels), desc="certify", unit="image", disable=not show or rank > 0) as bar:
+    with tqdm(total=len(images.labels), desc="certify", unit="image", disable=not show or team.rank > 0) as bar:
         for number, start in enumerate(starts):
             x, y = (t[start : start + args.batch_size] for t in images[:2])
-            if number % world == rank:
+            if team.mine(number):
                 mine[number] = certify_batch(model, x.to(args.device), y.to(args.device), args)
             bar.update(len(y))
-    parts = mine
-    if world > 1:
-        gathered: list[Any] = [None] * world
-        torch.distributed.all_gather_object(gathered, mine)
-        parts = {number: columns for share in gathered for number, columns in share.items()}
-        torch.distributed.destroy_process_group()
-    if rank == 0:
+    parts = team.gather(mine)
+    if team.rank == 0:
         columns = {name: np.concatenate([parts[i][name] for i in range(len(starts))]) for name in parts[0]}
         head, found = setting(args, given, images), summarise(columns, args)
         width = max(len(name) for name, _ in found)
