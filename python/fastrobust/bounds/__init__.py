@@ -6,8 +6,9 @@ from fastrobust.bounds.builder import SUPPORTED, UnsupportedLayerError
 from fastrobust.bounds.decisions import WAYS, ways
 from fastrobust.bounds.explain import Explanation, explain
 from fastrobust.bounds.self_check import ModelMismatchError
+from fastrobust.bounds.slopes import SlopeSearch
 
 __all__ = [
-    "METHODS", "SUPPORTED", "WAYS", "Bounds", "Explanation", "LinearBounds", "ModelMismatchError", "UnreadableModelError",
-    "UnsupportedLayerError", "compute_bounds", "explain", "ways",
+    "METHODS", "SUPPORTED", "WAYS", "Bounds", "Explanation", "LinearBounds", "ModelMismatchError", "SlopeSearch",
+    "UnreadableModelError",    "UnsupportedLayerError", "compute_bounds", "explain", "ways",
 ]  # fmt: skip

@@ -21,6 +21,7 @@ from fastrobust.bounds.margins import margins_of_plan
 from fastrobust.bounds.region import Region
 from fastrobust.bounds.results import Bounds, LinearBounds, Options
 from fastrobust.bounds.self_check import check_contained
+from fastrobust.bounds.slopes import SlopeSearch, Wanted, best_rows
 from fastrobust.bounds.stage_margins import Asked, margins_of_stages
 from fastrobust.bounds.trace import first_parameter, trace
 from fastrobust.ops._library import full_precision
@@ -70,12 +71,14 @@ def compute_bounds(
     refine: str = "unstable",
     max_memory: int = 1 << 30,
     check: str = "one",
+    slopes: SlopeSearch | None = None,
 ) -> Bounds[Any, Any]:
     """Bounds of model(x + d) over ||d||_p <= eps (and x + d in ``clip``).
 
     x: (B, *shape) float32 or float64. eps: a float, (B,), or x's shape (then the set is {x + eps * v : ||v||_p <= 1}).
     norm: 1, 2, inf or any p >= 1. method: "ibp" (Algorithm 3.2), "ibp-linear" (IBP-inspired linear bounds, section 3.3.1),
-    "crown-ibp", "fast-lin" (same-slope lines, Algorithm 3.1), "crown" (adaptive lines); thesis chapter 3, CROWN (Zhang et al. 2018).
+    "crown-ibp", "fast-lin" (same-slope lines, Algorithm 3.1), "crown" (adaptive lines); thesis chapter 3, CROWN (Zhang et al. 2018); "alpha-crown" (Xu et al. 2021): CROWN, then lines
+    chosen for each output row by ``slopes`` (:class:`SlopeSearch`: iterations, lr, decay, stop); never looser than CROWN.
     labels: (B,) int64: bounds of the margins z_y - z_j, (B, K - 1), j ascending without y, with the last layer elided.
     spec: (S, K) or (B, S, K): bounds of spec @ z. Neither: bounds of the outputs.
     sides: "both", or "lower" or "upper" alone, which halves the work of adaptive lines. intersect=True also takes the interval bounds wherever they are tighter.
@@ -93,6 +96,8 @@ def compute_bounds(
     finite.
     """
     method = check_method(method, METHODS)
+    if slopes is not None and method != "alpha-crown":
+        raise ValueError(f"slopes: got {slopes} with method {method!r}, expected None, or method 'alpha-crown'")
     if sides not in ("both", "lower", "upper"):
         raise ValueError(f"sides: got {sides!r}, expected 'both', 'lower' or 'upper'")
     check_options(rounding, refine, exact_input, max_memory)
@@ -104,7 +109,7 @@ def compute_bounds(
             return compute_bounds(
                 model, x, eps, norm=norm, clip=clip, method=method, labels=labels, spec=spec, rounding=rounding,
                 return_linear=return_linear, return_intermediate=return_intermediate, sides=sides, intersect=intersect,
-                exact_input=exact_input, refine=refine, max_memory=max_memory, check=check,
+                exact_input=exact_input, refine=refine, max_memory=max_memory, check=check, slopes=slopes,
             )  # fmt: skip
     usual = spec is None and rounding == "nearest" and norm == math.inf and not (return_linear or return_intermediate)
     if method == "ibp" and labels is not None and usual:
@@ -176,7 +181,18 @@ def compute_bounds(
     else:
         region = Region(inner, radius.to(x.dtype) if isinstance(radius, Tensor) else radius, p, cut)
     took("walk")
-    engine = Engine(graph, region, method, max_memory, intersect, return_intermediate, outward, exact_input, refine)
+    engine = Engine(
+        graph,
+        region,
+        method,
+        max_memory,
+        intersect,
+        return_intermediate,
+        outward,
+        exact_input,
+        refine,
+        slopes or SlopeSearch(),
+    )
     kept = None
     with full_precision(x):
         plain = labels is None and spec is None
@@ -186,7 +202,13 @@ def compute_bounds(
             ends = engine.boxes[graph.output].ends
             low, up = ends[0] if sides != "upper" else None, ends[1] if sides != "lower" else None
         else:
-            out, kept = engine.final(example, plus, minus, matrix, count, return_linear, negative)
+            # without rows or lines there is nothing to choose
+            searches = method == "alpha-crown" and len(example) > 0 and len(engine.lines) > 0
+            keeps = return_linear and not searches
+            out, kept = engine.final(example, plus, minus, matrix, count, keeps, negative)
+            if searches and engine.search is not None:
+                wanted = Wanted(graph.output, example, plus, minus, matrix, negative)
+                out, kept = best_rows(engine, wanted, engine.search, out, return_linear)
             if intersect and engine.kind is not None:
                 out = engine.intersected(out, example, plus, minus, matrix, count, negative)
             shape = (x.shape[0], *graph.result) if plain else (x.shape[0], -1 if x.shape[0] else 0)

@@ -2,14 +2,15 @@
 
 Covered: BoundedModule(model, dummy_input, bound_opts={"relu" | "activation_bound_option": "adaptive" | "same-slope"}) and options
 that change speed alone; BoundedTensor(x, PerturbationLpNorm(norm, eps | x_L, x_U)), whose perturbation stays with its copies; and
-compute_bounds(x=(bounded,), C=..., method="IBP" | "CROWN-IBP" | "IBP+backward" | "CROWN" | "backward", IBP=..., bound_lower,
-bound_upper, return_A), without x for the tensor that the model was last called with. Not covered, with an error that says so:
-optimised bounds (alpha-CROWN), forward mode, several inputs, perturbed weights, other perturbations, intermediate bounds given from
+compute_bounds(x=(bounded,), C=..., method="IBP" | "CROWN-IBP" | "IBP+backward" | "CROWN" | "backward" | "CROWN-Optimized" |
+"alpha-CROWN", IBP=..., bound_lower, bound_upper, return_A), without x for the tensor that the model was last called with. Of
+optimize_bound_args iteration, lr_alpha and lr_decay count. Not covered, with an error that says so: forward mode, several inputs, perturbed weights, other perturbations, intermediate bounds given from
 outside, bounds of inner nodes.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -18,18 +19,20 @@ from torch import Tensor, nn
 
 from fastrobust.bounds.api import compute_bounds
 from fastrobust.bounds.checks import as_tensor, check_norm
+from fastrobust.bounds.slopes import SlopeSearch
 
 __all__ = ["BoundedModule", "BoundedTensor", "PerturbationLpNorm"]
 
 _METHODS = {
     "ibp": "ibp", "crown-ibp": "crown-ibp", "ibp+backward": "crown-ibp", "crown": "crown", "backward": "crown",
+    "crown-optimized": "alpha-crown", "alpha-crown": "alpha-crown",
 }  # fmt: skip
-_COVERED = "IBP, CROWN-IBP (IBP+backward), CROWN (backward)"
+_COVERED = "IBP, CROWN-IBP (IBP+backward), CROWN (backward), CROWN-Optimized (alpha-CROWN)"
 _LINES = ("adaptive", "same-slope")
 # options that change how fast or with how many words the bounds come, or only what optimised bounds are, not what these are
 _HARMLESS = (
     "batched_crown_max_vram_ratio", "buffers", "conv_mode", "crown_batch_size", "deterministic", "matmul", "max_crown_size",
-    "optimize_bound_args", "sparse_conv_intermediate_bounds", "sparse_features_alpha", "sparse_intermediate_bounds",
+    "sparse_conv_intermediate_bounds", "sparse_features_alpha", "sparse_intermediate_bounds",
     "sparse_intermediate_bounds_with_ibp", "sparse_spec_alpha", "use_full_conv_alpha", "use_full_conv_alpha_thresh", "verbosity",
 )  # fmt: skip
 _HARMLESS_ARGUMENTS = ("reuse_ibp", "cache_bounds")
@@ -110,12 +113,18 @@ class BoundedModule(nn.Module):
             raise ValueError(f"custom_ops: got {sorted(map(str, custom_ops))}, which are not covered, expected None")
         self.model = model if device is None or device == "auto" else model.to(device)
         self.same_slope = False
+        self.search = SlopeSearch()
         self.last: BoundedTensor | None = None  # what the model was last called with
         self.set_bound_opts(bound_opts or {})
 
     def set_bound_opts(self, bound_opts: dict[str, Any]) -> None:
         """Changes options; those that are not named stay."""
-        options = {k: v for k, v in bound_opts.items() if k not in _HARMLESS and v is not None and v is not False}
+        self._set_search(bound_opts.get("optimize_bound_args") or {})
+        options = {
+            k: v
+            for k, v in bound_opts.items()
+            if k not in (*_HARMLESS, "optimize_bound_args") and v is not None and v is not False
+        }
         choices = [options.pop(k) for k in ("activation_bound_option", "relu") if k in options]
         if any(c not in _LINES for c in choices):
             raise ValueError(f"bound_opts: got lines {choices[0]!r}, which are not covered, expected one of {_LINES}")
@@ -126,6 +135,11 @@ class BoundedModule(nn.Module):
             )
         if choices:
             self.same_slope = choices[0] == "same-slope"
+
+    def _set_search(self, given: dict[str, Any]) -> None:
+        """optimize_bound_args; those that only change what is kept or how it is stored are taken as they are."""
+        names = {"iteration": "iterations", "lr_alpha": "lr", "lr_decay": "decay"}
+        self.search = dataclasses.replace(self.search, **{names[k]: v for k, v in given.items() if k in names})
 
     def forward(self, *x: Any, method_opt: str = "forward", **options: Any) -> Any:
         """The model's output; ``method_opt="compute_bounds"`` is ``compute_bounds``, as in auto_LiRPA."""
@@ -184,7 +198,7 @@ class BoundedModule(nn.Module):
         sides = "both" if bound_lower and bound_upper else "lower" if bound_lower else "upper"
         found = compute_bounds(
             self.model, point, eps, norm=norm, method=ours, spec=None if C is None else C.to(point), sides=sides,
-            return_linear=return_A,
+            return_linear=return_A, slopes=self.search if ours == "alpha-crown" else None,
         )  # fmt: skip
         if found.linear is None:
             return found.lower, found.upper

@@ -20,6 +20,7 @@ WAYS: dict[str, str] = {
     "living layers": "rows through a chain to the input, living neurons alone",
     "convolution kernel": "rows through convolutions to the input, one kernel",
     "walk": "node by node",
+    "slope search": "node by node, again and again with better slopes",
 }
 
 

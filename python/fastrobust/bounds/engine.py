@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -18,6 +19,7 @@ from fastrobust.bounds.chains import conv_chain
 from fastrobust.bounds.decisions import took
 from fastrobust.bounds.needed import needed
 from fastrobust.bounds.region import Box, Region
+from fastrobust.bounds.slopes import SlopeSearch, Wanted, best_rows, lines_before
 from fastrobust.bounds.stages import concretize_units, takes_images
 from fastrobust.ops import bounds as ops
 
@@ -28,6 +30,7 @@ METHODS: dict[str, tuple[bool, str | None]] = {
     "crown-ibp": (False, "crown"),
     "fast-lin": (True, "parallel"),
     "crown": (True, "crown"),
+    "alpha-crown": (True, "crown"),  # the rows of the output with the best slopes
 }
 _HEAP_BYTES = 64 << 20  # of the heap that may be free between pieces
 _CACHE_BYTES = 4 << 20  # rows of a chunk that fit a core's cache, where no graph is recorded
@@ -43,7 +46,8 @@ class Engine:
     """Boxes of every node by intervals, lines of the nonlinear ones, and rows taken back through both."""
 
     def __init__(
-        self, graph: G.Graph, region: Region, method: str, max_memory: int, intersect: bool, keep: bool, outward: bool, exact_input: bool, refine: str
+        self, graph: G.Graph, region: Region, method: str, max_memory: int, intersect: bool, keep: bool, outward: bool, exact_input: bool, refine: str,
+        search: SlopeSearch | None = None,
     ):  # fmt: skip
         self.graph, self.region, self.intersect, self.max_memory = graph, region, intersect, max_memory
         self.refine_all = refine == "all"
@@ -60,6 +64,7 @@ class Engine:
         self.lines: dict[int, Lines] = {}
         self.exact: list[bool] = [False] * len(graph.nodes)
         self.diagonal: list[bool] = [False] * len(graph.nodes)
+        self.search = search if method == "alpha-crown" else None
         self.layouts: dict[int, Tensor] = {}  # weights with their columns in channels-last order
 
     # -- intervals -----------------------------------------------------------------------------------------------------
@@ -240,6 +245,8 @@ class Engine:
         if len(example) == 0:
             return
         out = self.bound_rows(j, example, neuron, None)
+        if self.search is not None and self.search.hidden != 0 and lines_before(self, j):
+            out, _ = best_rows(self, Wanted(j, example, neuron), self._hidden_search(j), out)
         low, up = (t.flatten(1).index_put((example, neuron), v).view(t.shape) for t, v in zip((l, u), out, strict=True))
         if self.intersect:
             low, up = torch.maximum(low, l), torch.minimum(up, u)
@@ -252,6 +259,15 @@ class Engine:
         if self.keep or self.known_sizes:
             low, up = torch.where(wanted, low, l), torch.where(wanted, up, u)
         self.boxes[j] = Box((low, up))
+
+    def _hidden_search(self, j: int) -> SlopeSearch:
+        """Of the bounds of node ``j``: once a ReLU is known to be linear there is no more to gain."""
+        assert self.search is not None
+        readers = [self.graph.nodes[c] for c in self.graph.nodes[j].consumers]
+        at_zero = all(isinstance(n, G.Activation) and n.activation in ("relu", "leaky_relu") for n in readers)
+        iterations = (self.search.iterations + 1) // 2 if self.search.hidden is None else self.search.hidden
+        stop = 0.0 if at_zero and not self.keep else None
+        return dataclasses.replace(self.search, iterations=iterations, stop=stop)
 
     def _unstable(self, j: int, l: Tensor, u: Tensor) -> Tensor:
         """Where an activation that reads node j is not linear on [l, u]."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -71,6 +73,19 @@ class Region:
     def ends(self) -> Pair:
         """The ends of the box as they are, not rounded through centre and radius."""
         return input_box(self.x, self.eps, self.clip)
+
+    def rows(self, index: Tensor) -> Region:
+        """The same set for examples picked, with repetitions, by ``index``."""
+        return self.mapped(lambda t: t.expand(len(self.x), *t.shape[1:])[index])
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Region:
+        """The set whose points are what ``change``, which moves numbers of (B, *shape) alone, makes of these; to walk rows to."""
+        some = copy.copy(self)
+        some.x, some.clip, some._flat = change(self.x), None, {}
+        some.cut = Box(middle=(change(self.cut.middle[0]), change(self.cut.middle[1])))
+        some.box = None if self.box is None else (change(self.box[0]), change(self.box[1]))
+        some.ball = None if self.ball is None else (change(self.ball[0]), change(self.ball[1]))
+        return some
 
     def eps_for(self, x: Tensor) -> float | Tensor:
         """eps for the same examples in another shape."""

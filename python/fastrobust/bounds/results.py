@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastrobust._input_sets import Clip
+from fastrobust.bounds.slopes import SlopeSearch
 
 
 class Options(TypedDict, total=False):
@@ -27,6 +28,7 @@ class Options(TypedDict, total=False):
     refine: str
     max_memory: int
     check: str
+    slopes: SlopeSearch | None
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from fastrobust.certify import plots
 from fastrobust.certify.curves import CertifiedCurve, average_certified_bound, certified_curve, certified_robust_error
 from fastrobust.certify.envelope import Envelope, polyhedral_envelope
+from fastrobust.certify.exact import Verification, verify
 from fastrobust.certify.nonuniform import NonuniformRadius, nonuniform_radius
 from fastrobust.certify.search import RadiusSearch, search_radius
 
@@ -11,6 +12,7 @@ __all__ = [
     "Envelope",
     "NonuniformRadius",
     "RadiusSearch",
+    "Verification",
     "average_certified_bound",
     "certified_curve",
     "certified_robust_error",
@@ -18,4 +20,5 @@ __all__ = [
     "plots",
     "polyhedral_envelope",
     "search_radius",
+    "verify",
 ]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastrobust.bounds import METHODS, LinearBounds, compute_bounds
+from fastrobust.bounds import METHODS, LinearBounds, SlopeSearch, compute_bounds
 from fastrobust.bounds.checks import check_inputs, check_labels, check_method, check_options
 from fastrobust.ops import polyhedral_distance
 from fastrobust.ops.bounds import needs_grad
@@ -24,8 +25,9 @@ LINEAR_METHODS = tuple(name for name, (_, kind) in METHODS.items() if kind is no
 class Envelope:
     """What one call of the linear bounds proves about a batch.
 
-    radius: (B,) no adversarial example is closer to x than this: ``min(eps, distance)``, and eps where certified.
-    distance: (B,) d_y, the distance of x to the envelope; at most 0 when the bounds fail at x itself.
+    radius: (B,) no adversarial example is closer to x than this: ``min(eps, distance)``, and eps where certified. With ``at``
+        closer to that point, and ``eps - ||at - x||_p`` takes the place of eps: the bounds hold in the ball around x alone.
+    distance: (B,) d_y, the distance of x (or ``at``) to the envelope; at most 0 when the bounds fail at that point itself.
     certified: (B,) bool, the linear margins are positive on the whole input set (what Fast-Lin, KW and CROWN certify).
     distances: (B, K - 1), d_iy per other class, ascending without y.
     """
@@ -104,12 +106,14 @@ def polyhedral_envelope(
     *,
     norm: float | str = math.inf,
     clip: Clip = None,
+    at: Tensor | None = None,
     method: str = "fast-lin",
     signed: bool = False,
     rounding: str = "nearest",
     exact_input: bool = False,
     refine: str = "unstable",
     max_memory: int = 1 << 30,
+    slopes: SlopeSearch | None = None,
 ) -> Envelope:
     r"""Certified radii from one call of the linear bounds (Lemma 3.1, and problem 3.14 when ``clip`` is given).
 
@@ -126,17 +130,20 @@ def polyhedral_envelope(
         x, y: (B, *shape) inside clip, and (B,) labels of any integer type.
         eps: a number or (B,): radius of the ball on which the bounds are computed.
         norm: 1, 2, inf or any p > 1. clip: (low, high) that bounds the attacker, numbers or tensors that broadcast to x, or None.
+        at: points x' of x's shape inside clip (adversarial examples) from which the distances are taken, with the box around
+            them, where the rows (U, p) stay those of the ball around x (PER+at, section 3.3.3); None: from x.
         method: any linear method of :func:`fastrobust.bounds.compute_bounds`: "fast-lin" (KW), "crown", "crown-ibp",
-            "ibp-linear".
+            "ibp-linear", "alpha-crown" (with ``slopes``).
         signed: distances of classes with a violated margin are minus the distance back to the envelope, not 0
             (the regulariser of section 3.3.3 needs them).
         rounding: "nearest", or "outward" for a certificate that holds in real arithmetic and for every float32 evaluation
             order of the network (x and the parameters as they are; see ``docs/bounds.md`` for what that covers).
-        exact_input, refine, max_memory: as for :func:`fastrobust.bounds.compute_bounds`; ``refine="all"`` is what the
+        exact_input, refine, max_memory, slopes: as for :func:`fastrobust.bounds.compute_bounds`; ``refine="all"`` is what the
             thesis' tables were made with.
 
     Returns:
-        :class:`Envelope`. Differentiable with respect to the parameters, x and eps.
+        :class:`Envelope`. Differentiable with respect to the parameters, x, at and eps. A row that nothing in clip fulfils has
+        distance inf, one that all of clip violates -inf with ``signed``, both without a gradient.
 
     Raises:
         ValueError, TypeError: naming the argument (shapes, labels, x outside clip, values that are not finite).
@@ -147,35 +154,73 @@ def polyhedral_envelope(
     check_options(rounding, refine, exact_input, max_memory)
     if isinstance(eps, Tensor) and eps.dim() > 1:
         raise ValueError(f"eps: got shape {tuple(eps.shape)}, expected a number or ({x.shape[0]},)")
+    point = x if at is None else _check_point(at, x, clip)
     if x.shape[0] == 0:
         none = x.new_zeros(0)
         return Envelope(none, none, none.bool(), x.new_zeros(0, 0))
-    bounds = compute_bounds(
-        model,
-        x,
-        eps,
-        norm=p,
-        clip=clip,
-        method=method,
-        labels=y,
-        return_linear=True,
-        sides="lower",
-        rounding=rounding,
-        exact_input=exact_input,
-        refine=refine,
-        max_memory=max_memory,
-    )
-    linear = bounds.linear
-    assert linear is not None
-    low, high = box_around(x, clip)
-    margins = margins_at(linear, x, rounding == "outward")
-    distances = polyhedral_distance(linear.lower_A.flatten(2), margins, low, high, p, signed=signed)
-    assert isinstance(distances, Tensor)
+    options: dict[str, Any] = {
+        "rounding": rounding, "exact_input": exact_input, "refine": refine, "max_memory": max_memory, "slopes": slopes,
+    }  # fmt: skip
+    faces = envelope_faces(model, x, y, eps, p, clip, method, point, signed, **options)
+    distances, margins = faces.distances, faces.margins
     distance = distances.amin(1)
-    certified = bounds.lower.amin(1) > 0
+    certified = faces.lower.amin(1) > 0
     limit = eps_like(eps, x)
+    if at is not None:
+        limit = _left(limit, point.double() - x.double(), p)
     # a margin that is not positive at x proves nothing; comparisons are false for NaN, which is never a certificate
     sound = margins.amin(1) > 0
     nearest = torch.where(distance < limit, distance, limit)
     radius = torch.where(certified, limit, torch.where(sound & (distance > 0), nearest, torch.zeros_like(limit)))
     return Envelope(radius, distance, certified, distances)
+
+
+class Faces(NamedTuple):
+    """The rows of an envelope: U (B, K - 1, n), U x' + p at the point (B, K - 1), their distances from it (B, K - 1), and the
+    lower bounds of the margins on the whole input set (B, K - 1)."""
+
+    rows: Tensor
+    margins: Tensor
+    distances: Tensor
+    lower: Tensor
+
+
+def envelope_faces(
+    model: nn.Module, x: Tensor, y: Tensor, eps: float | Tensor, p: float, clip: Clip, method: str, at: Tensor, signed: bool,
+    **options: Any,
+) -> Faces:  # fmt: skip
+    """:func:`polyhedral_envelope` before anything is made of the distances; the arguments are checked already."""
+    bounds = compute_bounds(
+        model, x, eps, norm=p, clip=clip, method=method, labels=y, return_linear=True, sides="lower", **options
+    )
+    linear = bounds.linear
+    assert linear is not None
+    low, high = box_around(at, clip)
+    margins = margins_at(linear, at, options.get("rounding") == "outward")
+    rows = linear.lower_A.flatten(2)
+    distances = polyhedral_distance(rows, margins, low, high, p, signed=signed)
+    assert isinstance(distances, Tensor)
+    return Faces(rows, margins, distances, bounds.lower)
+
+
+def _check_point(at: Tensor, x: Tensor, clip: Clip) -> Tensor:
+    if not isinstance(at, Tensor):
+        raise TypeError(f"at: got {type(at).__name__}, expected a tensor of x's shape")
+    if (at.shape, at.dtype, at.device) != (x.shape, x.dtype, x.device):
+        raise ValueError(
+            f"at: got {tuple(at.shape)} {at.dtype} on {at.device}, expected {tuple(x.shape)} {x.dtype} on {x.device}, as x is"
+        )
+    try:
+        check_inputs(at, 0.0, math.inf, clip)
+    except ValueError as error:
+        raise ValueError(str(error).replace("x:", "at:", 1)) from None
+    return at
+
+
+def _left(limit: Tensor, moved: Tensor, p: float) -> Tensor:
+    """What of the radius is left around a point that lies ``moved`` from the centre, rounded down, at least 0."""
+    away = moved.detach().flatten(1).norm(p, 1)
+    left = (limit.double() - away * (1 + 1e-12)).clamp(min=0)  # the norm's own rounding, generously
+    if not limit.requires_grad:
+        return round_down(left, limit.dtype)
+    return torch.where(left > 0, limit - (limit - round_down(left, limit.dtype)).detach(), torch.zeros_like(limit))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastrobust.bounds import METHODS, compute_bounds
+from fastrobust.bounds import METHODS, SlopeSearch, compute_bounds
 from fastrobust.bounds.checks import check_inputs, check_labels, check_method, check_options, clip_of, number
 from fastrobust.certify.envelope import LINEAR_METHODS, polyhedral_envelope
 from fastrobust.reference.bounds import Clip
@@ -48,6 +49,7 @@ def search_radius(
     exact_input: bool = False,
     refine: str = "unstable",
     max_memory: int = 1 << 30,
+    slopes: SlopeSearch | None = None,
     batch_size: int = 500,
     progress: Callable[[int], None] | None = None,
 ) -> RadiusSearch:
@@ -58,7 +60,8 @@ def search_radius(
     serves method "ibp", which has no linear bounds.
 
     Args:
-        model, x, y, norm, clip, method, rounding, exact_input, refine, max_memory: as for :func:`polyhedral_envelope`.
+        model, x, y, norm, clip, method, rounding, exact_input, refine, max_memory, slopes: as for :func:`polyhedral_envelope`;
+            rows that are proven leave the search for slopes.
         y: labels of any integer type. low, high: first bracket; ``low`` is taken as certified, so leave it 0 unless you know better.
         tol: stop when the bracket is at most this wide, or its ends are neighbouring numbers of x's dtype.
         batch_size: examples per call of the bounds.
@@ -87,6 +90,7 @@ def search_radius(
         "exact_input": exact_input,
         "refine": refine,
         "max_memory": max_memory,
+        "slopes": _signs(slopes) if method == "alpha-crown" else slopes,
     }
 
     def certify(index: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,3 +132,9 @@ def search_radius(
     return RadiusSearch(
         round_down(bottom, x.dtype), evaluations, (0.5 * (bottom + top)).to(x.dtype), -round_down(-top, x.dtype)
     )
+
+
+def _signs(slopes: SlopeSearch | None) -> SlopeSearch:
+    """A positive margin needs no better slopes here."""
+    slopes = SlopeSearch() if slopes is None else slopes
+    return slopes if slopes.stop is not None else dataclasses.replace(slopes, stop=0.0)
