@@ -1,5 +1,6 @@
 """Networks of fixed signs and learned masks (thesis, section 5.1)."""
 
+from . import zoo
 from .allocate import allocate
 from .compact import compact, dead_channels
 from .convert import convert, dense_copy, dense_state_dict
@@ -29,4 +30,5 @@ __all__ = [
     "save_packed",
     "small_cnn",
     "update_masks",
+    "zoo",
 ]

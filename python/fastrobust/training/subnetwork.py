@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import numbers
-import time
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +13,17 @@ from torch import Tensor, nn
 from .. import attacks, ops
 from ..nn.freeze import FrozenModel, freeze
 from ..nn.masked import masked_layers
+from .augment import Move, ShiftFlip
+from .fast import Stored
+from .loop import train
+from .method import Batch, Method
+from .registry import register
+from .store import PerturbationStore
 
 Record = dict[str, float]
 OnEpoch = Callable[[nn.Module, Record], None]
+Clip = tuple[float, float] | None
+ORDERS = ("upsample-first", "printed")
 
 
 def score_optimizer(
@@ -25,6 +32,110 @@ def score_optimizer(
     """SGD over whatever is learned, with the thesis' settings: scores, and biases or affine parameters if there are any."""
     learned = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.SGD(learned, lr=lr, momentum=momentum, weight_decay=weight_decay)
+
+
+@register("edge-popup")
+class EdgePopup(Method):
+    """Scores of a masked model (of :func:`fastrobust.nn.convert`) on PGD examples (thesis, algorithm 5.1).
+
+    ``steps`` PGD steps from a random start of the ball of radius ``eps``, then cross-entropy with the straight-through
+    gradient in every score. eps = 0 trains on clean images. step_size: 2.5 eps / steps when None.
+    attack_mode "eval": attacks the frozen model (running statistics, masks computed once a batch, sparse forward and
+    input gradient). "train": attacks the model in train mode on batch statistics, as the authors do, without their side
+    effect on the running ones.
+    """
+
+    def __init__(
+        self,
+        eps: float = 8 / 255,
+        step_size: float | None = None,
+        steps: int = 10,
+        *,
+        norm: float | str = "Linf",
+        clip: Clip = (0.0, 1.0),
+        attack_mode: str = "eval",
+    ) -> None:
+        if attack_mode not in ("eval", "train"):
+            raise ValueError(f"attack_mode: expected 'eval' or 'train', got {attack_mode!r}")
+        self.eps, self.step_size, self.steps, self.norm, self.clip = eps, step_size, steps, norm, clip
+        self.attack_mode = attack_mode
+        self._frozen: FrozenModel | None = None
+
+    def begin(self, model: nn.Module, examples: int | None, epochs: int) -> None:
+        _need_masks(model)
+        self._frozen = freeze(model) if self.attack_mode == "eval" and self.eps > 0 else None
+
+    def perturb(self, model: nn.Module, batch: Batch) -> Tensor:
+        if self.eps == 0:
+            return batch.x
+        options: dict[str, Any] = {
+            "eps": self.eps, "norm": self.norm, "steps": self.steps, "step_size": self.step_size, "clip": self.clip,
+        }  # fmt: skip
+        if self._frozen is None:
+            return attacks.pgd(model, batch.x, batch.y, model_mode="keep", **options)
+        self._frozen.update()
+        return attacks.pgd(self._frozen, batch.x, batch.y, **options)
+
+
+@register("edge-popup-fast")
+class EdgePopupFast(Stored):
+    """Scores on one-step attacks that start from the last epoch's perturbations, down-sampled (thesis, algorithm 5.2).
+
+    An example's perturbation is moved as its image is and brought to full resolution (for a new one, a random point of
+    the ball), goes one step of ``step_size`` (1.25 eps when None) by the frozen model's gradient, and is projected; then
+    it is taken back, down-sampled by ``downsample`` and kept.
+    order: "upsample-first" moves at full resolution; "printed", as the algorithm is printed, at low resolution, by whole
+    low-resolution pixels. Other arguments as for :class:`fastrobust.training.ATTA`.
+    """
+
+    def __init__(
+        self,
+        eps: float = 8 / 255,
+        step_size: float | None = None,
+        *,
+        norm: float | str = "Linf",
+        clip: Clip = (0.0, 1.0),
+        downsample: int = 2,
+        order: str = "upsample-first",
+        shift: int = 4,
+        flip: bool = True,
+        dtype: torch.dtype = torch.float16,
+        seed: int = 0,
+        store: PerturbationStore | None = None,
+    ) -> None:
+        super().__init__(eps, norm, clip, shift, flip, seed, dtype, (), store)
+        if order not in ORDERS:
+            raise ValueError(f"order: got {order!r}, expected one of {', '.join(ORDERS)}")
+        self.step_size = 1.25 * eps if step_size is None else step_size
+        self.downsample, self.order = downsample, order
+        self._frozen: FrozenModel | None = None
+
+    def store_options(self) -> dict[str, Any]:
+        return {"downsample": self.downsample, "augment_first": self.order == "printed"}
+
+    def begin(self, model: nn.Module, examples: int | None, epochs: int) -> None:
+        _need_masks(model)
+        super().begin(model, examples, epochs)
+        self._frozen = freeze(model)
+
+    def start(self, batch: Batch, x: Tensor, move: Move) -> Tensor:
+        kept = super().start(batch, x, move)
+        assert self._store is not None and batch.index is not None
+        known = self._store.known[batch.index.to("cpu")]
+        if bool(known.all()):
+            return kept
+        number = (self.seed * 1_000_003 + batch.epoch) * 1_000_003 + batch.step
+        fresh = ops.random_start(x, self.eps, self.norm, self.clip, seed=number % 2**63)
+        return torch.where(known.to(x.device).view(-1, *[1] * (x.dim() - 1)), kept, fresh)
+
+    def ascend(self, model: nn.Module, batch: Batch, x: Tensor, adv: Tensor) -> Tensor:
+        assert self._frozen is not None
+        self._frozen.update()
+        leaf = adv.detach().requires_grad_()
+        with torch.enable_grad():
+            loss = F.cross_entropy(self._frozen(leaf), batch.y, reduction="sum")
+            (grad,) = torch.autograd.grad(loss, leaf)
+        return ops.pgd_step(adv, x, grad, self.step_size, self.eps, self.norm, self.clip)
 
 
 def edge_popup(
@@ -36,115 +147,19 @@ def edge_popup(
     step_size: float | None = None,
     steps: int = 10,
     norm: float | str = "Linf",
-    clip: tuple[float, float] | None = (0.0, 1.0),
+    clip: Clip = (0.0, 1.0),
     optimizer: torch.optim.Optimizer | None = None,
     attack_mode: str = "eval",
     on_epoch: OnEpoch | None = None,
 ) -> list[Record]:
-    """Learn the scores of a masked model on PGD examples (algorithm 5.1).
+    """:func:`fastrobust.training.train` with the method "edge-popup" (:class:`EdgePopup`), whose options these are.
 
-    For each batch: `steps` PGD steps from a random start of the ball of radius `eps`, then one optimiser step on the
-    cross-entropy of the result, with the straight-through gradient in every score. eps = 0 trains on clean images.
-
-    model: from `fastrobust.nn.convert`, changed in place. loader: any iterable of (images, labels), gone through once
-    per epoch. step_size: 2.5 eps / steps when None. optimizer: `score_optimizer(model)` with a cosine schedule over the
-    epochs when None; your own is stepped as it is.
-    attack_mode "eval": attacks the frozen model (running statistics, masks computed once a batch, sparse forward and
-    input gradient). "train": attacks the model in train mode on batch statistics, as the authors do, without their side
-    effect on the running ones.
-    on_epoch(model, record): called after every epoch, for instance to evaluate. A record holds epoch, loss, accuracy on
-    the training examples as they were attacked, and seconds. Returns the records.
+    optimizer: `score_optimizer(model)` with a cosine schedule over the epochs when None; your own is stepped as it is.
+    on_epoch(model, record): called after every epoch. Returns the records.
     """
-    _check(model, epochs, attack_mode)
-    frozen = freeze(model) if attack_mode == "eval" and eps > 0 else None
-
-    def attacked(x: Tensor, y: Tensor, _: Any) -> Tensor:
-        if eps == 0:
-            return x
-        options: dict[str, Any] = {"eps": eps, "norm": norm, "steps": steps, "step_size": step_size, "clip": clip}
-        if frozen is None:
-            return attacks.pgd(model, x, y, model_mode="keep", **options)
-        frozen.update()
-        return attacks.pgd(frozen, x, y, **options)
-
-    return _train(model, loader, epochs, optimizer, attacked, on_epoch)
-
-
-class Augmentation(Protocol):
-    """A random change of images that perturbations can follow forth and back."""
-
-    def sample(self, x: Tensor) -> Any:
-        """Draw the change of each image of a batch."""
-
-    def apply(self, x: Tensor, drawn: Any) -> Tensor:
-        """Change images or perturbations."""
-
-    def invert(self, x: Tensor, drawn: Any) -> Tensor:
-        """Take the change back; what left the image comes back as zero."""
-
-
-class ShiftFlip:
-    """Shifts by up to `shift` pixels, zeros coming in, and mirror images."""
-
-    def __init__(self, shift: int = 4, flip: bool = True) -> None:
-        self.shift, self.flip = shift, flip
-
-    def sample(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        offsets = torch.randint(-self.shift, self.shift + 1, (x.shape[0], 2))
-        return offsets, torch.rand(x.shape[0]) < (0.5 if self.flip else 0.0)
-
-    def apply(self, x: Tensor, drawn: tuple[Tensor, Tensor]) -> Tensor:
-        offsets, flips = drawn
-        return _shifted(_flipped(x, flips), offsets)
-
-    def invert(self, x: Tensor, drawn: tuple[Tensor, Tensor]) -> Tensor:
-        offsets, flips = drawn
-        return _flipped(_shifted(x, -offsets), flips)
-
-
-def _flipped(x: Tensor, flips: Tensor) -> Tensor:
-    return torch.where(flips.to(x.device).view(-1, 1, 1, 1), x.flip(3), x)
-
-
-def _shifted(x: Tensor, offsets: Tensor) -> Tensor:
-    height, width = x.shape[2:]
-    out = torch.zeros_like(x)
-    for image, (dy, dx) in enumerate(offsets.tolist()):
-        source = x[image, :, max(0, -dy) : height - max(0, dy), max(0, -dx) : width - max(0, dx)]
-        out[image, :, max(0, dy) : height + min(0, dy), max(0, dx) : width + min(0, dx)] = source
-    return out
-
-
-class PerturbationStore:
-    """Perturbations by example, down-sampled by `factor` in height and width and kept in half precision on the host."""
-
-    def __init__(self, factor: int = 2) -> None:
-        if factor < 1:
-            raise ValueError(f"factor: expected at least 1, got {factor}")
-        self.factor = int(factor)
-        self.kept: dict[int, Tensor] = {}
-
-    def __len__(self) -> int:
-        return len(self.kept)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.kept.values())
-
-    def load(self, indices: Tensor, missing: Tensor) -> Tensor:
-        """The perturbations of examples at full resolution; `missing` where there is none yet."""
-        out = missing.clone()
-        known = [(at, i) for at, i in enumerate(indices.tolist()) if i in self.kept]
-        if known:
-            small = torch.stack([self.kept[i] for _, i in known]).to(missing.device, missing.dtype)
-            out[[at for at, _ in known]] = F.interpolate(small, missing.shape[2:], mode="bilinear", align_corners=False)
-        return out
-
-    def save(self, indices: Tensor, perturbations: Tensor) -> None:
-        height, width = (max(1, size // self.factor) for size in perturbations.shape[2:])
-        small = F.interpolate(perturbations.detach(), (height, width), mode="area").to("cpu", torch.float16)
-        for at, i in enumerate(indices.tolist()):
-            self.kept[i] = small[at].clone()
+    _check(model, epochs)
+    method = EdgePopup(eps, step_size, steps, norm=norm, clip=clip, attack_mode=attack_mode)
+    return _train(model, loader, method, epochs, optimizer, on_epoch)
 
 
 def edge_popup_fast(
@@ -155,97 +170,51 @@ def edge_popup_fast(
     eps: float,
     step_size: float | None = None,
     norm: float | str = "Linf",
-    clip: tuple[float, float] | None = (0.0, 1.0),
+    clip: Clip = (0.0, 1.0),
     optimizer: torch.optim.Optimizer | None = None,
     store: PerturbationStore | None = None,
-    augmentation: Augmentation | None = None,
+    augmentation: ShiftFlip | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> list[Record]:
-    """Learn the scores on one-step attacks that start from the last epoch's perturbations (algorithm 5.2).
+    """:func:`fastrobust.training.train` with the method "edge-popup-fast" (:class:`EdgePopupFast`).
 
-    loader gives (images, labels, indices), the index telling which example it is. Each batch is augmented; the stored
-    perturbation of an example is brought to full resolution and augmented alike (a random point of the ball for a new
-    one), moved by one step of `step_size` (1.25 eps when None) and projected; after that it is taken back through the
-    augmentation, down-sampled and stored. Other arguments as in `edge_popup`; pass a `store` to keep it between calls.
+    loader gives (images, labels, indices), the index telling which example it is. augmentation: None leaves the images as
+    they are. Other arguments as in :func:`edge_popup`; pass a `store` to keep it between calls (a down-sampled float16 one
+    when None).
     """
-    _check(model, epochs, "eval")
-    store = PerturbationStore() if store is None else store
-    frozen = freeze(model)
-    length = 1.25 * eps if step_size is None else step_size
-
-    def attacked(x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
-        drawn = None if augmentation is None else augmentation.sample(x)
-        images = x if augmentation is None else augmentation.apply(x, drawn)
-        frozen.update()
-        random = ops.random_start(images, eps, norm, clip) - images
-        fresh = torch.tensor([i not in store.kept for i in indices.tolist()], device=x.device).view(-1, 1, 1, 1)
-        start = store.load(indices, torch.zeros_like(x))
-        start = start if augmentation is None else augmentation.apply(start, drawn)
-        start = torch.where(fresh, random, start)
-        # Interpolation and half precision may have left the ball.
-        adversarial = ops.project(images + start, images, eps, norm, clip)
-        adversarial = ops.pgd_step(
-            adversarial, images, _input_gradient(frozen, adversarial, y), length, eps, norm, clip
-        )
-        moved = adversarial - images
-        store.save(indices, moved if augmentation is None else augmentation.invert(moved, drawn))
-        return adversarial
-
-    return _train(model, loader, epochs, optimizer, attacked, on_epoch)
-
-
-def _input_gradient(frozen: FrozenModel, x: Tensor, y: Tensor) -> Tensor:
-    x = x.detach().requires_grad_()
-    with torch.enable_grad():
-        (grad,) = torch.autograd.grad(F.cross_entropy(frozen(x), y, reduction="sum"), x)
-    return grad
+    _check(model, epochs)
+    if store is None and isinstance(loader, (list, tuple)) and loader:  # which tells its examples by what it holds
+        examples = 1 + max(int(index.max()) for _, _, index in loader)
+        store = PerturbationStore(examples, tuple(loader[0][0].shape[1:]), dtype=torch.float16, downsample=2)
+    moves = ShiftFlip(0, False) if augmentation is None else augmentation
+    method = EdgePopupFast(
+        eps, step_size, norm=norm, clip=clip, shift=moves.shift, flip=moves.flip, seed=moves.seed, store=store
+    )
+    return _train(model, loader, method, epochs, optimizer, on_epoch)
 
 
 def _train(
-    model: nn.Module, loader: Iterable[Any], epochs: int, optimizer: torch.optim.Optimizer | None,
-    attacked: Callable[[Tensor, Tensor, Any], Tensor], on_epoch: OnEpoch | None,
+    model: nn.Module, loader: Iterable[Any], method: Method, epochs: int, optimizer: torch.optim.Optimizer | None,
+    on_epoch: OnEpoch | None,
 ) -> list[Record]:  # fmt: skip
+    if isinstance(loader, (list, tuple)) and not loader:
+        raise ValueError("loader: expected at least one batch per epoch, got none")
     schedule = None
     if optimizer is None:
         optimizer = score_optimizer(model)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, epochs))
-    records = []
-    for epoch in range(epochs):
-        start = time.perf_counter()
-        total = right = 0.0
-        count = 0
-        for x, y, *rest in loader:
-            y = y if y.is_floating_point() else y.long()
-            adversarial = attacked(x, y, rest[0] if rest else None)
-            model.train()
-            logits = model(adversarial)
-            loss = F.cross_entropy(logits, y)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            count += x.shape[0]
-            total += float(loss.detach()) * x.shape[0]
-            right += float((logits.argmax(1) == y).sum())
-        if count == 0:
-            raise ValueError("loader: expected at least one batch per epoch, got none")
-        if schedule is not None:
-            schedule.step()
-        record = {
-            "epoch": float(epoch + 1),
-            "loss": total / count,
-            "accuracy": right / count,
-            "seconds": time.perf_counter() - start,
-        }
-        records.append(record)
-        if on_epoch is not None:
-            on_epoch(model, record)
-    return records
+    return train(model, loader, method, epochs=epochs, optimizer=optimizer, scheduler=schedule, on_epoch=on_epoch)
 
 
-def _check(model: nn.Module, epochs: int, attack_mode: str) -> None:
+def _need_masks(model: nn.Module) -> None:
     if not masked_layers(model):
         raise ValueError("model: expected masked layers (see fastrobust.nn.convert), got none")
+
+
+def _check(model: nn.Module, epochs: int) -> None:
+    _need_masks(model)
     if isinstance(epochs, bool) or not isinstance(epochs, numbers.Integral) or epochs < 0:
         raise ValueError(f"epochs: expected an int of at least 0, got {epochs!r}")
-    if attack_mode not in ("eval", "train"):
-        raise ValueError(f"attack_mode: expected 'eval' or 'train', got {attack_mode!r}")
+
+
+__all__ = ["EdgePopup", "EdgePopupFast", "edge_popup", "edge_popup_fast", "score_optimizer"]
