@@ -11,11 +11,11 @@ if __version__.partition("+")[0] != _version.__version__:
         "reinstall the package (pip install --force-reinstall .)"
     )
 
-from . import attacks, bounds, certify, nn, ops, reference, training  # noqa: E402
+from . import analysis, attacks, bounds, certify, nn, ops, reference, training  # noqa: E402
 from ._info import build_info  # noqa: E402
 from ._record import ModelMismatchError, UnreadableModelError  # noqa: E402
 
 __all__ = [
-    "ModelMismatchError", "UnreadableModelError", "__version__", "attacks", "bounds", "build_info", "certify", "nn", "ops",
-    "reference", "training",
+    "ModelMismatchError", "UnreadableModelError", "__version__", "analysis", "attacks", "bounds", "build_info", "certify",
+    "nn", "ops", "reference", "training",
 ]  # fmt: skip

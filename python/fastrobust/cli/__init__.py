@@ -1,4 +1,4 @@
-"""The command line: ``fastrobust info | attack | certify | bench``.
+"""The command line: ``fastrobust info | attack | certify | train | analyse | bench``.
 
 A command is a module with ``add_arguments(parser)`` and ``main(args) -> int``, and one line in :data:`COMMANDS`.
 """
@@ -27,6 +27,8 @@ COMMANDS = {
     "certify": Command(
         "fastrobust.cli.certify", "certified radii of a model: a summary, and a file with a line an image"
     ),
+    "train": Command("fastrobust.cli.train", "train a robust model by any method; checkpoints, log, curves, accuracy"),
+    "analyse": Command("fastrobust.cli.analyse", "studies of the papers, small: arrays, numbers and a picture"),
     "bench": Command("fastrobust.cli.bench", "benchmark suites: ratios to the best peer and to the floor"),
 }
 
