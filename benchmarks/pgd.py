@@ -225,7 +225,10 @@ def fused_cases(context: Context) -> Iterator[Case]:
 
         def ours_step_fosc(inputs: Inputs = inputs) -> Call:
             x, x0, grad = inputs()
-            return partial(fr.ops.pgd_step_fosc, x, x0, grad, STEP, EPS, FOSC_THRESHOLD, out=torch.empty_like(x))
+            active = torch.ones(len(x), dtype=torch.bool, device=x.device)  # a later call, where the criterion decides
+            return partial(
+                fr.ops.pgd_step_fosc, x, x0, grad, STEP, EPS, FOSC_THRESHOLD, active=active, out=torch.empty_like(x)
+            )
 
         yield Case(
             "pgd_step_fosc",

@@ -126,9 +126,10 @@ def fosc(x: Tensor, x0: Tensor, grad: Tensor, eps: float) -> Tensor:
 def linf_step_fosc(
     x: Tensor, x0: Tensor, grad: Tensor, step_size: float, eps: float, threshold: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The step, the criterion at the incoming x, and which examples are still above the threshold."""
+    """The criterion at the incoming x, and the step of the examples above the threshold."""
     criterion = fosc(x, x0, grad, eps)
-    return linf_step(x, x0, grad, step_size, eps), criterion, criterion > threshold
+    moves = criterion > threshold
+    return torch.where(per_example(moves, x), linf_step(x, x0, grad, step_size, eps), x), criterion, moves
 
 
 def atas_step(
