@@ -8,11 +8,10 @@ from torch import nn
 
 import fastrobust as fr
 
-highspy = pytest.importorskip("highspy")
-
 
 def milp_minimum(model: nn.Sequential, x: torch.Tensor, y: int, t: int, eps: float) -> float:
     """min z_y - z_t over the ball cut by [0, 1], big-M encoding with interval bounds, in float64."""
+    highspy = pytest.importorskip("highspy")
     h = highspy.Highs()
     h.setOptionValue("output_flag", False)
     h.setOptionValue("mip_rel_gap", 0.0)
@@ -47,7 +46,8 @@ def milp_minimum(model: nn.Sequential, x: torch.Tensor, y: int, t: int, eps: flo
 @pytest.mark.parametrize(
     "seeds", [range(5), *(pytest.param(range(k, k + 5), marks=pytest.mark.thorough) for k in range(5, 50, 5))]
 )
-def test_verdicts_are_those_of_milp(seeds: range) -> None:
+@pytest.mark.parametrize("method", ["crown", "ibp"])  # intervals leave most to branch and bound
+def test_verdicts_are_those_of_milp(seeds: range, method: str) -> None:
     settled = 0
     for seed in seeds:
         g = torch.Generator().manual_seed(seed)
@@ -57,7 +57,7 @@ def test_verdicts_are_those_of_milp(seeds: range) -> None:
         x = torch.rand(4, 4, generator=g)
         y = model(x).argmax(1)
         eps = (0.1, 0.25, 0.4)[seed % 3]
-        v = fr.certify.verify(model, x, y, eps, timeout=5, restarts=1, steps=2)
+        v = fr.certify.verify(model, x, y, eps, timeout=5, restarts=1, steps=2, method=method)
         for i in range(4):
             if v.status[i] == "unknown":
                 continue
@@ -88,3 +88,24 @@ def test_convolutions_and_branching() -> None:
             assert bool((model(near[i]).argmax(1) == y[i]).all())
         elif status == "falsified":
             assert model(v.counterexamples[i : i + 1]).argmax() != y[i]
+
+
+def test_branches_are_right_on_a_grid() -> None:
+    """Two inputs, so that a grid sees every piece; bounds by intervals, so that branching decides."""
+    grid = torch.cartesian_prod(torch.linspace(-1, 1, 161), torch.linspace(-1, 1, 161))
+    stages = []
+    for seed in range(12):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(2, 10), nn.ReLU(), nn.Linear(10, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+        x = torch.rand(3, 2)
+        y = model(x).argmax(1)
+        v = fr.certify.verify(model, x, y, 0.3, clip=None, timeout=10, method="ibp", restarts=1, steps=1)
+        for i, status in enumerate(v.status):
+            with torch.no_grad():
+                right = bool((model(x[i] + 0.3 * grid).argmax(1) == y[i]).all())
+            assert right or status != "verified", (seed, i)
+            if status == "falsified":
+                point = v.counterexamples[i : i + 1]
+                assert model(point).argmax() != y[i] and (point.double() - x[i].double()).abs().max() <= 0.3
+        stages += [(s, t) for s, t in zip(v.stage, v.status, strict=True)]
+    assert stages.count(("branch", "verified")) >= 5 and [t for _, t in stages].count("unknown") <= 2

@@ -13,14 +13,14 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from ..attacks._modes import undisturbed
-from ..training.method import Batch, Loss, Method
+from ..training.method import Batch, Loss, Method, Wrapped
 from ..training.registry import make
 
 Array = NDArray[Any]
 SUBSETS = ("hard", "random", "easy")
 
 
-class Recorder(Method):
+class Recorder(Wrapped):
     """A training method that also keeps each example's cross-entropy and 0-1 error of every epoch.
 
     They come from the logits that the method answers anyway: no pass of the model is added, and the training keeps its
@@ -33,18 +33,11 @@ class Recorder(Method):
         logits that are not one row an example.
     """
 
-    needs_index = True
-
     def __init__(self, method: Method | str = "pgd") -> None:
-        self.method = make(method)
+        super().__init__(make(method))
+        self.needs_index = True
         self.name = f"{self.method.name}+recorder"
-        self.loss_repeats = self.method.loss_repeats
         self.losses = self.errors = torch.empty(0, 0)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "method":  # while it is being copied
-            raise AttributeError(name)
-        return getattr(self.method, name)  # such as eps, that an evaluation asks for
 
     def begin(self, model: nn.Module, examples: int | None, epochs: int) -> None:
         if examples is None:
@@ -52,16 +45,7 @@ class Recorder(Method):
         device = next(model.parameters()).device
         self.losses = torch.full((epochs, examples), math.nan, device=device)
         self.errors = self.losses.clone()
-        self.method.begin(model, examples, epochs)
-
-    def begin_epoch(self, model: nn.Module, epoch: int, epochs: int) -> None:
-        self.method.begin_epoch(model, epoch, epochs)
-
-    def perturb(self, model: nn.Module, batch: Batch) -> Tensor:
-        return self.method.perturb(model, batch)
-
-    def loss(self, model: nn.Module, batch: Batch, adv: Tensor) -> Loss:
-        return self.method.loss(model, batch, adv)
+        super().begin(model, examples, epochs)
 
     def step(self, model: nn.Module, batch: Batch, update: Callable[[Tensor], None]) -> Loss:
         found = self.method.step(model, batch, update)

@@ -161,7 +161,8 @@ def _branch(
         inside = ((point.double() >= low_x) & (point.double() <= up_x)).all(1)
         shown = point.reshape(-1, *x.shape[1:])
         hit = (model(shown).argmax(1) != y) & inside
-        for point in shown[hit].split(1):
+        for row in hit.nonzero()[:, 0].tolist():
+            point = shown[row : row + 1]
             if int(model(point).argmax(1)) != y:
                 return "falsified", -math.inf, count, point
         for r, p in enumerate(part):

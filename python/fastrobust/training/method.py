@@ -98,4 +98,35 @@ class Method:
             raise ValueError(f"state: got {sorted(state)}, expected nothing: {self.name} keeps no state")
 
 
-__all__ = ["Batch", "Loss", "Method"]
+class Wrapped(Method):
+    """A method around another, which answers whatever this one does not."""
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+        self.needs_index, self.loss_repeats = method.needs_index, method.loss_repeats
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("eps", "norm", "clip"):  # what an evaluation asks of a method
+            return getattr(self.method, name)
+        raise AttributeError(f"{type(self).__name__} has no {name!r}")
+
+    def begin(self, model: nn.Module, examples: int | None, epochs: int) -> None:
+        self.method.begin(model, examples, epochs)
+
+    def begin_epoch(self, model: nn.Module, epoch: int, epochs: int) -> None:
+        self.method.begin_epoch(model, epoch, epochs)
+
+    def perturb(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self.method.perturb(model, batch)
+
+    def loss(self, model: nn.Module, batch: Batch, adv: Tensor) -> Loss:
+        return self.method.loss(model, batch, adv)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.method.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.method.load_state_dict(state)
+
+
+__all__ = ["Batch", "Loss", "Method", "Wrapped"]

@@ -11,12 +11,12 @@ from torch import Tensor, distributed, nn
 from ..attacks import _inputs
 from ..attacks._modes import undisturbed
 from .adversarial import PGD
-from .method import Batch, Loss, Method
+from .method import Batch, Loss, Method, Wrapped
 from .registry import METHODS, register
 
 
 @register("awp")
-class AWP(Method):
+class AWP(Wrapped):
     r"""AWP (Wu et al. 2020, eq. 8 to 11 and algorithm 1): the loss of a method is minimised at weights w + v that have been
     moved to make it worse, as far as a share of their norm.
 
@@ -46,26 +46,8 @@ class AWP(Method):
             raise ValueError(
                 f"method: got {method.name}, whose loss moves what it keeps; expected one that may be called twice"
             )
-        self.method = method
+        super().__init__(method)
         self.gamma, self.warmup = _inputs.number(gamma, "gamma"), _inputs.integer(warmup, "warmup", 0)
-        self.needs_index = method.needs_index
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("eps", "norm", "clip"):  # what an evaluation asks of a method
-            return getattr(self.method, name)
-        raise AttributeError(f"{type(self).__name__} has no {name!r}")
-
-    def begin(self, model: nn.Module, examples: int | None, epochs: int) -> None:
-        self.method.begin(model, examples, epochs)
-
-    def begin_epoch(self, model: nn.Module, epoch: int, epochs: int) -> None:
-        self.method.begin_epoch(model, epoch, epochs)
-
-    def perturb(self, model: nn.Module, batch: Batch) -> Tensor:
-        return self.method.perturb(model, batch)
-
-    def loss(self, model: nn.Module, batch: Batch, adv: Tensor) -> Loss:
-        return self.method.loss(model, batch, adv)
 
     def step(self, model: nn.Module, batch: Batch, update: Callable[[Tensor], None]) -> Loss:
         adv = self.perturb(model, batch)
@@ -103,12 +85,6 @@ class AWP(Method):
     def settings(self) -> dict[str, Any]:
         inner = {f"{self.method.name}.{name}": value for name, value in self.method.settings().items()}
         return super().settings() | {"method": self.method.name} | inner
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.method.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.method.load_state_dict(state)
 
 
 __all__ = ["AWP"]
