@@ -47,7 +47,10 @@ ROWS = (
     streams("ascent_save_kernel<true>", 6, 6, 64),
     streams("apgd_l1_kernel<?, true>", 60, 10, 128),
     Row("ascent_note_kernel"),
+    Row("ascent_check_kernel"),
+    streams("agrees_kernel<true>", 3, 0, 40),
     Row("square_kernel"),  # windows: short pieces of lines, at any place
+    Row("square_move_kernel", registers=128),  # the same, and passes over an example that find it in cache
     Row("apgd_l1_kernel<*, false>", registers=128),
     streams("l2_write_kernel<0, true>", 6, 3, 48),
     streams("l2_write_kernel<1, true>", 9, 3, 48),
@@ -74,6 +77,8 @@ ROWS = (
     streams("lines_grad_kernel<*, true, float>", 12, 6, 96),
     streams("lines_grad_kernel<*, true, double>", 24, 12, 128),
     streams("range_kernel<*, true>", 6, 6, 48),
+    streams("support_kernel<*, true, float>", 9, 6, 64),
+    streams("support_kernel<*, true, double>", 18, 12, 128),
     streams("relu_box_kernel<true>", 9, 18, 80),
     streams("relu_box_grad_kernel<true>", 9, 4, 80),
     streams(

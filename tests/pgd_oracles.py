@@ -153,7 +153,8 @@ def l1_best_by_enumeration(x: Tensor, g: Tensor, step: float, lo: float, hi: flo
 
 
 def l1_projection(y: Tensor, x0: Tensor, eps: Tensor | float, lo: float, hi: float) -> Tensor:
-    """The point of ball and box nearest to y, one example: the multiplier from the sorted breakpoints of its equation."""
+    """The point of ball and box nearest to y, one example: the multiplier from the sorted breakpoints of its
+    equation."""
     radius = float(eps)
     d = (y - x0).flatten()
     room = torch.where(d > 0, hi - x0.flatten(), x0.flatten() - lo)
@@ -191,3 +192,36 @@ def assert_proposals_agree(propose: Callable[..., None], shape: tuple[int, int, 
         last, score, hit = window, draw(batch).mul(3).round(), draw(batch) > 0.9
         score[query % batch] = math.nan
     return mine
+
+
+def assert_moves_agree(move: Callable[..., None], shape: tuple[int, int, int], norm: float) -> None:
+    """Square's proposals for norms 2 and 1 in float32, over some queries, against the definition in float64; what is
+    settled, bit for bit."""
+    rng, batch = torch.Generator().manual_seed(3), 5
+    draw = lambda *size: torch.rand(*size, generator=rng)
+    x0, numbers = draw(batch, *shape), torch.arange(batch) * 1001
+    x, new, value, fooled = x0 + 0.1 * draw(x0.shape), torch.empty_like(x0), draw(batch), draw(batch) > 0.8
+    x[0] = x0[0]
+    score = hit = None
+    for query in range(8):
+        side = (draw(2) * torch.tensor(shape[1:])).long() + 1
+        height, width = side.tolist() if query % 2 else [int(side.min())] * 2
+        window = Window(query * 10**6, height, width)
+        pattern = torch.randn(2, height, width, generator=rng)
+        eps = 0.75 if query % 3 else torch.tensor([0.0, 0.1, 0.5, 1.0, 3.0])
+        settled = None if score is None or hit is None else Settle(score, hit, value, fooled)
+        want, points = x.clone(), (value.clone(), fooled.clone())
+        if score is not None and hit is not None:
+            taken = ((score > value) | hit) & ~fooled
+            want[taken] = new[taken]
+            points = torch.where(taken, score, value), fooled | (taken & hit)
+        move(x, new, x0, numbers, 2**64 - 3, window, norm, eps, pattern, settled)
+        assert same_bits(x, want) and same_bits(value, points[0]) and torch.equal(fooled, points[1])
+        exactly, radius = torch.empty_like(x0).double(), eps.double() if isinstance(eps, Tensor) else eps
+        reference_square.square_move(
+            x.double(), exactly, x0.double(), numbers, 2**64 - 3, window, norm, radius, pattern.double(), None
+        )
+        far = max(1.0, float((exactly - x0).abs().max()))
+        torch.testing.assert_close(new.double(), exactly, rtol=0, atol=1e-5 * far)
+        score, hit = draw(batch), draw(batch) > 0.7
+        score[query % batch] = math.nan

@@ -305,11 +305,15 @@ template <class T>
 constexpr auto lines_gpu = &lines_cuda<T>;
 template <class T>
 constexpr auto lines_grad_gpu = &lines_grad_cuda<T>;
+template <class T>
+constexpr auto support_gpu = &support_cuda<T>;
 #else
 template <class T>
 constexpr auto lines_gpu = nullptr;
 template <class T>
 constexpr auto lines_grad_gpu = nullptr;
+template <class T>
+constexpr auto support_gpu = nullptr;
 #endif
 
 template <class T>
@@ -363,6 +367,29 @@ void lines_grad(int device, uintptr_t stream, bool wide, const std::array<uintpt
     lines_grad_as<double>(device, stream, tensors, count, activation, p0, p1, adaptive, bounds().lines_grad_double);
   else
     lines_grad_as<float>(device, stream, tensors, count, activation, p0, p1, adaptive, bounds().lines_grad);
+}
+
+template <class T>
+void support_as(int device, uintptr_t stream, const std::array<uintptr_t, 5>& tensors, int64_t count, int activation,
+                double p0, double p1, bool above, void (*cpu)(const SupportArgs<T>&)) {
+  SupportArgs<T> g;
+  g.slopes = pointer<const T>(tensors[0], count, "slopes");
+  g.lower = pointer<const T>(tensors[1], count, "lower");
+  g.upper = pointer<const T>(tensors[2], count, "upper");
+  g.intercepts = pointer<T>(tensors[3], count, "intercepts");
+  g.points = pointer<T>(tensors[4], count, "points");
+  g.count = count;
+  g.activation = activation_from(activation);
+  g.p0 = p0, g.p1 = p1, g.above = above;
+  on_device(device, stream, 8 * count, g, cpu, support_gpu<T>);
+}
+// tensors: slopes, lower, upper, intercepts, points
+void support(int device, uintptr_t stream, bool wide, const std::array<uintptr_t, 5>& tensors, int64_t count,
+             int activation, double p0, double p1, bool above) {
+  if (wide)
+    support_as<double>(device, stream, tensors, count, activation, p0, p1, above, bounds().support_double);
+  else
+    support_as<float>(device, stream, tensors, count, activation, p0, p1, above, bounds().support);
 }
 
 void range(int device, uintptr_t stream, uintptr_t lower, uintptr_t upper, uintptr_t out_lower, uintptr_t out_upper,
@@ -439,6 +466,7 @@ void bind_bounds(py::module_& m) {
   m.def("bounds_concretize_grad", &concretize_grad);
   m.def("bounds_lines", &lines);
   m.def("bounds_lines_grad", &lines_grad);
+  m.def("bounds_support", &support);
   m.def("bounds_range", &range);
 }
 

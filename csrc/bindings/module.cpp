@@ -1,6 +1,7 @@
 #include "bindings/bindings.h"
 #include "bindings/tensor_view.h"
 #include "runtime/device.h"
+#include "runtime/digest.h"
 #include "runtime/dispatch.h"
 #include "runtime/parallel.h"
 
@@ -23,6 +24,9 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("compiler") = "";
 #endif
+  m.def("digest", [](uintptr_t address, int64_t bytes) {
+    return bytes > 0 ? digest(pointer<const void>(address, bytes, "address"), bytes) : uint64_t{0};
+  });
   m.def("cpu_variant", [] { return cpu_variant_name(); });
   m.def("cpu_variant_reason", [] { return cpu_variant_reason(); });
   m.def("num_threads", &num_threads);

@@ -138,6 +138,35 @@ bool quick_step(py::handle x, py::handle x0, py::handle grad, py::handle out, in
   return true;
 }
 
+// Auto-PGD's step in the same way, norms inf and 2: one radius, and `length` a step size for each example.
+bool quick_apgd(py::handle x, py::handle previous, py::handle x0, py::handle grad, py::handle length, py::handle out,
+                int norm, double eps, double lo, double hi, double momentum) {
+  DenseView vx, vp, v0, vg, vl, vt;
+  if (!view_dense(x, &vx) || !view_dense(previous, &vp) || !view_dense(x0, &v0) || !view_dense(grad, &vg) ||
+      !view_dense(length, &vl) || !view_dense(out, &vt))
+    return false;
+  if (!same_shape(vx, vp) || !same_shape(vx, v0) || !same_shape(vx, vg) || !same_shape(vx, vt) || vl.ndim != 1 ||
+      vl.elements != vx.shape[0])
+    return false;
+  StepArgs a;
+  a.batch = vx.shape[0];
+  a.n = a.batch > 0 ? vx.elements / a.batch : 0;
+  a.x = vx.data;
+  a.previous = vp.data;
+  a.x0 = v0.data;
+  a.grad = vg.data;
+  a.out = vt.data;
+  a.step.data = vl.data;
+  a.step.per = Per::example;
+  a.eps.value = round_down(eps);
+  set_box(lo, hi, &a.lo, &a.hi);
+  a.momentum = static_cast<float>(momentum);
+  a.rest = static_cast<float>(1. - momentum);
+  refuse_overlap(a, vx.elements);
+  without_gil(vx.elements, [&] { pgd().rows(a, static_cast<Norm>(norm)); });
+  return true;
+}
+
 int64_t workspace_doubles(int64_t batch, int64_t n) {
 #if defined(FASTROBUST_HAS_CUDA)
   StepArgs a;
@@ -184,6 +213,39 @@ void ascent(int device, uintptr_t stream, uintptr_t value, uintptr_t score, doub
 #endif
 }
 
+// What Auto-PGD does at a checkpoint; `state` in the order of AscentCheckArgs.
+void ascent_check(int device, uintptr_t stream, py::tuple state, double needed, int64_t batch, int64_t n,
+                  uintptr_t workspace) {
+  AscentCheckArgs a;
+  a.batch = batch;
+  a.n = n;
+  const auto at = [&](size_t i) { return state[i].cast<uintptr_t>(); };
+  a.x = pointer<float>(at(0), batch * n, "x");
+  a.grad = pointer<float>(at(1), batch * n, "grad");
+  a.best = pointer<const float>(at(2), batch * n, "best");
+  a.best_grad = pointer<const float>(at(3), batch * n, "best_grad");
+  a.last_value = pointer<float>(at(4), batch, "last_value");
+  a.mark = pointer<float>(at(5), batch, "mark");
+  a.best_value = pointer<const float>(at(6), batch, "best_value");
+  a.factor = pointer<float>(at(7), batch, "factor");
+  a.rises = pointer<int64_t>(at(8), batch, "rises");
+  a.best_is_x = pointer<const uint8_t>(at(9), batch, "best_is_x");
+  a.halved = pointer<uint8_t>(at(10), batch, "halved");
+  a.needed = static_cast<float>(needed);
+  if (device < 0) {
+    without_gil(batch * n, [&] { pgd().ascent_check(a); });
+    return;
+  }
+#if defined(FASTROBUST_HAS_CUDA)
+  const DeviceGuard guard(device);
+  ascent_check_cuda(a, pointer<uint8_t>(workspace, batch, "workspace"), reinterpret_cast<void*>(stream));
+#else
+  (void)stream;
+  (void)workspace;
+  throw std::runtime_error("fastrobust was built without CUDA kernels; rebuild with nvcc on PATH (FASTROBUST_CUDA=ON)");
+#endif
+}
+
 void random_start(int device, uintptr_t stream, uintptr_t x0, uintptr_t out, int64_t batch, int64_t n, int norm,
                   py::tuple eps, double lo, double hi, uint64_t seed, int64_t first_example, uintptr_t numbers,
                   uintptr_t workspace) {
@@ -212,38 +274,71 @@ void random_start(int device, uintptr_t stream, uintptr_t x0, uintptr_t out, int
 #endif
 }
 
-// A window is (query, height, width); `settled` the addresses of score, hit, value and fooled.
+SquareWindow window_inside(const SquareRows& a, const py::tuple& t, const char* name) {
+  const SquareWindow w{t[0].cast<int64_t>(), t[1].cast<int64_t>(), t[2].cast<int64_t>()};
+  if (w.query < 0 || w.height < 0 || w.width < 0 || w.height > a.height || w.width > a.width)
+    throw std::invalid_argument(std::string(name) + ": got a window larger than the image, expected one inside");
+  return w;
+}
+
+// What both proposals of the Square attack are given: a window is (query, height, width), `sizes` (batch, channels,
+// height, width), `settled` the addresses of score, hit, value and fooled. Returns the number of elements.
+int64_t square_rows(SquareRows* a, uintptr_t x, uintptr_t next, uintptr_t numbers, const py::tuple& sizes,
+                    uint64_t seed, const py::tuple& window, const py::object& settled) {
+  const auto size = [&](size_t i) { return sizes[i].cast<int64_t>(); };
+  a->batch = size(0);
+  a->channels = size(1);
+  a->height = size(2);
+  a->width = size(3);
+  a->seed = seed;
+  const int64_t elements = a->batch * a->channels * a->height * a->width;
+  a->x = pointer<float>(x, elements, "x");
+  a->next = pointer<float>(next, elements, "next");
+  a->numbers = pointer<const int64_t>(numbers, a->batch, "numbers");
+  if (!settled.is_none()) {
+    const py::tuple t = settled;
+    a->score = pointer<const float>(t[0].cast<uintptr_t>(), a->batch, "score");
+    a->hit = pointer<const uint8_t>(t[1].cast<uintptr_t>(), a->batch, "hit");
+    a->value = pointer<float>(t[2].cast<uintptr_t>(), a->batch, "value");
+    a->fooled = pointer<uint8_t>(t[3].cast<uintptr_t>(), a->batch, "fooled");
+  }
+  a->window = window_inside(*a, window, "window");
+  return elements;
+}
+
 void square(int device, uintptr_t stream, uintptr_t x, uintptr_t next, uintptr_t low, uintptr_t high, uintptr_t numbers,
             py::tuple sizes, uint64_t seed, py::tuple last, py::tuple window, py::object settled) {
   SquareArgs a;
-  const auto size = [](const py::tuple& t, size_t i) { return t[i].cast<int64_t>(); };
-  a.batch = size(sizes, 0);
-  a.channels = size(sizes, 1);
-  a.height = size(sizes, 2);
-  a.width = size(sizes, 3);
-  a.seed = seed;
-  const auto inside = [&](const py::tuple& t, const char* name) {
-    const SquareWindow w{size(t, 0), size(t, 1), size(t, 2)};
-    if (w.query < 0 || w.height < 0 || w.width < 0 || w.height > a.height || w.width > a.width)
-      throw std::invalid_argument(std::string(name) + ": got a window larger than the image, expected one inside");
-    return w;
-  };
-  a.last = inside(last, "last");
-  a.window = inside(window, "window");
-  const int64_t elements = a.batch * a.channels * a.height * a.width;
-  a.x = pointer<float>(x, elements, "x");
-  a.next = pointer<float>(next, elements, "next");
+  const int64_t elements = square_rows(&a, x, next, numbers, sizes, seed, window, settled);
+  a.last = window_inside(a, last, "last");
   a.low = pointer<const float>(low, elements, "low");
   a.high = pointer<const float>(high, elements, "high");
-  a.numbers = pointer<const int64_t>(numbers, a.batch, "numbers");
-  if (!settled.is_none()) {
-    const py::tuple t = settled;
-    a.score = pointer<const float>(t[0].cast<uintptr_t>(), a.batch, "score");
-    a.hit = pointer<const uint8_t>(t[1].cast<uintptr_t>(), a.batch, "hit");
-    a.value = pointer<float>(t[2].cast<uintptr_t>(), a.batch, "value");
-    a.fooled = pointer<uint8_t>(t[3].cast<uintptr_t>(), a.batch, "fooled");
-  }
   on_device(device, stream, elements, a, pgd().square, FR_CUDA_KERNEL(square_cuda));
+}
+
+void square_move(int device, uintptr_t stream, uintptr_t x, uintptr_t next, uintptr_t x0, uintptr_t numbers,
+                 py::tuple sizes, uint64_t seed, py::tuple window, int norm, py::tuple eps, uintptr_t pattern,
+                 py::object settled) {
+  SquareMoveArgs a;
+  const int64_t elements = square_rows(&a, x, next, numbers, sizes, seed, window, settled);
+  a.x0 = pointer<const float>(x0, elements, "x0");
+  a.norm = static_cast<Norm>(norm);
+  a.eps = param(eps[0].cast<uintptr_t>(), eps[1].cast<double>(), eps[2].cast<int>(), a.batch, 1, "eps", true);
+  a.pattern = pointer<const float>(pattern, a.window.height * a.window.width, "pattern");
+  on_device(device, stream, elements, a, pgd().square_move, FR_CUDA_KERNEL(square_move_cuda));
+}
+
+// Which examples' labels are the argmax of their logits (`wanted` false: are not).
+void agrees(int device, uintptr_t stream, uintptr_t logits, uintptr_t labels, bool wanted, uintptr_t out, int64_t batch,
+            int64_t classes) {
+  AgreesArgs a;
+  a.batch = batch;
+  a.classes = classes;
+  a.logits = pointer<const float>(logits, batch * classes, "logits");
+  a.labels = pointer<const int64_t>(labels, batch, "labels");
+  a.out = pointer<uint8_t>(out, batch, "out");
+  a.wanted = wanted;
+  on_device(device, stream, batch * classes, a, pgd().agrees, FR_CUDA_KERNEL(agrees_cuda));
 }
 
 void loss(int device, uintptr_t stream, int kind, uintptr_t logits, uintptr_t reference, uintptr_t labels,
@@ -268,10 +363,14 @@ void bind_pgd(py::module_& m) {
   m.def("pgd_simple_step", &simple_step);
   m.def("pgd_quick_step", &quick_step);
   m.def("pgd_workspace_doubles", &workspace_doubles);
+  m.def("pgd_quick_apgd", &quick_apgd);
   m.def("pgd_ascent", &ascent);
+  m.def("pgd_ascent_check", &ascent_check);
   m.def("pgd_random_start", &random_start);
   m.def("pgd_loss", &loss);
+  m.def("pgd_agrees", &agrees);
   m.def("pgd_square", &square);
+  m.def("pgd_square_move", &square_move);
 }
 
 }  // namespace fastrobust

@@ -468,6 +468,19 @@ struct LinesGradArgs {
   double p0 = 0., p1 = 0.;
   bool adaptive = false;
 };
+// The tightest intercept of a line of a given slope on one side, and the point where it touches.
+template <class T>
+struct SupportArgs {
+  const T* slopes = nullptr;  // [count]
+  const T* lower = nullptr;
+  const T* upper = nullptr;
+  T* intercepts = nullptr;
+  T* points = nullptr;
+  int64_t count = 0;
+  Activation activation = Activation::relu;
+  double p0 = 0., p1 = 0.;
+  bool above = false;
+};
 // The range of an activation over [lower, upper].
 template <class T>
 struct RangeArgs {

@@ -36,4 +36,6 @@ void lines_double_cpu(const LinesArgs<double>& a);
 void lines_grad_cpu(const LinesGradArgs<float>& a);
 void lines_grad_double_cpu(const LinesGradArgs<double>& a);
 void range_cpu(const RangeArgs<float>& a);
+void support_cpu(const SupportArgs<float>& a);
+void support_double_cpu(const SupportArgs<double>& a);
 FR_NS_END

@@ -39,6 +39,8 @@ struct BoundsTable {
   void (*lines_grad)(const LinesGradArgs<float>&);
   void (*lines_grad_double)(const LinesGradArgs<double>&);
   void (*range)(const RangeArgs<float>&);
+  void (*support)(const SupportArgs<float>&);
+  void (*support_double)(const SupportArgs<double>&);
 };
 
 FR_CPU_TABLE(BoundsTable, bounds)
@@ -58,5 +60,7 @@ void lines_cuda(const LinesArgs<T>& a, void* stream);
 template <class T>
 void lines_grad_cuda(const LinesGradArgs<T>& a, void* stream);
 void range_cuda(const RangeArgs<float>& a, void* stream);
+template <class T>
+void support_cuda(const SupportArgs<T>& a, void* stream);
 
 }  // namespace fastrobust

@@ -115,8 +115,8 @@ FR_HD V jump_of(V p0, V p1) {
   return kAct == Activation::softplus ? exp_of(-p1) / p0 : V(0.f);
 }
 
-// Both sides for one slope.
-template <Activation kAct, class V>
+// Both sides for one slope: that of the chord (on a narrow interval the tangent at the midpoint), or any.
+template <Activation kAct, bool kAnySlope, class V>
 FR_CALLED Pair<V> around(const Span<V>& s, const Slope<V>& slope, V p0, V p1) {
   Pair<V> r = {at_ends<true>(s, slope), at_ends<false>(s, slope)};
   const auto also = [&](const Point<V>& p) FR_INLINE_LAMBDA {
@@ -127,7 +127,8 @@ FR_CALLED Pair<V> around(const Span<V>& s, const Slope<V>& slope, V p0, V p1) {
   also(s.mid);
   if constexpr (is_s_shaped(kAct)) {
     const V root = s_shaped_root<kAct>(slope.d);
-    const Point<V> q = point<kAct>(-select(is_narrow(s), vabs(s.mid.x), root), p0, p1);  // 1 - s is exact on that side
+    const V at = kAnySlope ? root : select(is_narrow(s), vabs(s.mid.x), root);
+    const Point<V> q = point<kAct>(-at, p0, p1);  // 1 - s is exact on that side
     also(q);
     also(mirrored<kAct>(q));
   } else if constexpr (kAct == Activation::softplus) {
@@ -208,7 +209,7 @@ FR_HD Pair<V> convex_lines(const Span<V>& s, V p0, V p1) {
 // On each side the chord's slope or the derivative at the midpoint, whichever line is the tighter there.
 template <Activation kAct, class V>
 FR_HD Pair<V> midpoint_lines(const Span<V>& s, V p0, V p1) {
-  const Pair<V> a = around<kAct>(s, s.chord, p0, p1), b = around<kAct>(s, s.tangent, p0, p1);
+  const Pair<V> a = around<kAct, false>(s, s.chord, p0, p1), b = around<kAct, false>(s, s.tangent, p0, p1);
   const V mid = s.mid.x;
   const auto height = [mid](const Side<V>& e) FR_INLINE_LAMBDA { return e.slope.d * mid + e.b; };
   return {choose(height(b.low) > height(a.low), b.low, a.low), choose(height(b.up) < height(a.up), b.up, a.up)};
@@ -262,7 +263,7 @@ FR_CALLED Pair<V> finite_lines(V l, V u, V p0, V p1, bool adaptive) {
     return clamp_lines(l, u, p0, p1, adaptive);
   } else {
     const Span<V> s = span_of<kAct>(l, u, p0, p1);
-    if (!adaptive) return around<kAct>(s, s.chord, p0, p1);
+    if (!adaptive) return around<kAct, false>(s, s.chord, p0, p1);
     if constexpr (is_s_shaped(kAct))
       return s_shaped_lines<kAct>(s, p0, p1);
     else if constexpr (kAct == Activation::softplus)
@@ -272,6 +273,33 @@ FR_CALLED Pair<V> finite_lines(V l, V u, V p0, V p1, bool adaptive) {
     else
       return midpoint_lines<kAct>(s, p0, p1);
   }
+}
+
+// The tightest intercept of a line of slope d below (above) the activation on a finite interval, and the point where
+// the line touches: minus the derivative of the intercept by d.
+template <Activation kAct, class V>
+FR_HD void support(V d, V l, V u, V p0, V p1, bool above, V& b, V& at) {
+  const V zero(0.f);
+  const Slope<V> slope = {d, zero, zero};
+  Pair<V> r;
+  if constexpr (kAct == Activation::relu || kAct == Activation::hardtanh) {
+    constexpr bool kRelu = kAct == Activation::relu;
+    const auto value = [&](V x)
+                           FR_INLINE_LAMBDA { return kRelu ? select(x < zero, p0 * x, x) : vmin(vmax(x, p0), p1); };
+    Span<V> s;
+    s.l = {l, value(l), zero, zero, zero};
+    s.u = {u, value(u), zero, zero, zero};
+    r = {at_ends<true>(s, slope), at_ends<false>(s, slope)};
+    const V first = kRelu ? zero : p0, second = kRelu ? zero : p1;  // the kinks lie on the diagonal
+    consider<true>(s, first, first, zero, r.low);
+    consider<true>(s, second, second, zero, r.low);
+    consider<false>(s, first, first, zero, r.up);
+    consider<false>(s, second, second, zero, r.up);
+  } else {
+    r = around<kAct, true>(span_of<kAct>(l, u, p0, p1), slope, p0, p1);
+  }
+  b = above ? r.up.b : r.low.b;
+  at = above ? r.up.at : r.low.at;
 }
 
 // The range of an activation over [l, u].

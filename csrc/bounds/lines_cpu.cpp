@@ -97,6 +97,19 @@ void range_of_all(const RangeArgs<float>& g) {
   });
 }
 
+template <Activation kAct, class T>
+void support_of(const SupportArgs<T>& g) {
+  using L = Lane<T>;
+  using V = typename L::V;
+  const V p0(static_cast<T>(g.p0)), p1(static_cast<T>(g.p1));
+  each<T>(g.count, [&](int64_t i, int n) FR_INLINE_LAMBDA {
+    V b, at;
+    support<kAct>(L::get(g.slopes + i, n), L::get(g.lower + i, n), L::get(g.upper + i, n), p0, p1, g.above, b, at);
+    L::put(g.intercepts + i, b, n);
+    L::put(g.points + i, at, n);
+  });
+}
+
 // One entry for each activation, in the order of the enumeration.
 #define FR_EACH_ACTIVATION(f) \
   {f(relu), f(hardtanh), f(sigmoid), f(tanh), f(arctan), f(softplus), f(elu), f(silu), f(gelu), f(gelu_tanh)}
@@ -115,6 +128,13 @@ void lines_grad_any(const LinesGradArgs<T>& g) {
 #undef FR_ENTRY
   kTable[static_cast<int>(g.activation)](g);
 }
+template <class T>
+void support_any(const SupportArgs<T>& g) {
+#define FR_ENTRY(name) support_of<Activation::name, T>
+  static constexpr void (*kTable[kActivations])(const SupportArgs<T>&) = FR_EACH_ACTIVATION(FR_ENTRY);
+#undef FR_ENTRY
+  kTable[static_cast<int>(g.activation)](g);
+}
 
 }  // namespace
 
@@ -122,6 +142,8 @@ void lines_cpu(const LinesArgs<float>& g) { lines_any(g); }
 void lines_double_cpu(const LinesArgs<double>& g) { lines_any(g); }
 void lines_grad_cpu(const LinesGradArgs<float>& g) { lines_grad_any(g); }
 void lines_grad_double_cpu(const LinesGradArgs<double>& g) { lines_grad_any(g); }
+void support_cpu(const SupportArgs<float>& g) { support_any(g); }
+void support_double_cpu(const SupportArgs<double>& g) { support_any(g); }
 void range_cpu(const RangeArgs<float>& g) {
 #define FR_ENTRY(name) range_of_all<Activation::name>
   static constexpr void (*kTable[kActivations])(const RangeArgs<float>&) = FR_EACH_ACTIVATION(FR_ENTRY);

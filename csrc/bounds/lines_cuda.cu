@@ -39,6 +39,13 @@ __global__ void __launch_bounds__(kThreads) range_kernel(Map<float, 2, 2> m, flo
       m, [&](const float (&in)[2], float (&out)[2]) { range_of<kAct>(in[0], in[1], p0, p1, out[0], out[1]); });
 }
 
+// in: slopes, lower, upper; out: intercepts, points
+template <Activation kAct, bool kWide, class T>
+__global__ void __launch_bounds__(kThreads) support_kernel(Map<T, 3, 2> m, T p0, T p1, bool above) {
+  each_neuron<kWide, kShort<kAct>>(
+      m, [&](const T(&in)[3], T(&out)[2]) { support<kAct>(in[0], in[1], in[2], p0, p1, above, out[0], out[1]); });
+}
+
 // Calls f.run<activation>() for the activation of the arguments.
 template <class F>
 void dispatch(Activation a, const F& f) {
@@ -108,6 +115,21 @@ struct LinesGrad {
       FR_LAUNCH((lines_grad_kernel<kAct, false, T>), grid, dim3(kThreads), 0, stream, m, p0, p1, g.adaptive);
   }
 };
+template <class T>
+struct Support {
+  const SupportArgs<T>& g;
+  void* stream;
+  template <Activation kAct>
+  void run() const {
+    Map<T, 3, 2> m{{{g.slopes}, {g.lower}, {g.upper}}, {g.intercepts, g.points}, g.count, 0};
+    const dim3 grid(blocks_of(g.count, 8 * kThreads));
+    const T p0 = static_cast<T>(g.p0), p1 = static_cast<T>(g.p1);
+    if (m.wide())
+      FR_LAUNCH((support_kernel<kAct, true, T>), grid, dim3(kThreads), 0, stream, m, p0, p1, g.above);
+    else
+      FR_LAUNCH((support_kernel<kAct, false, T>), grid, dim3(kThreads), 0, stream, m, p0, p1, g.above);
+  }
+};
 struct Range {
   const RangeArgs<float>& g;
   void* stream;
@@ -139,6 +161,12 @@ void lines_grad_cuda(const LinesGradArgs<T>& g, void* stream) {
 void range_cuda(const RangeArgs<float>& g, void* stream) {
   if (g.count > 0) dispatch(g.activation, Range{g, stream});
 }
+template <class T>
+void support_cuda(const SupportArgs<T>& g, void* stream) {
+  if (g.count > 0) dispatch(g.activation, Support<T>{g, stream});
+}
+template void support_cuda(const SupportArgs<float>&, void*);
+template void support_cuda(const SupportArgs<double>&, void*);
 template void lines_cuda(const LinesArgs<float>&, void*);
 template void lines_cuda(const LinesArgs<double>&, void*);
 template void lines_grad_cuda(const LinesGradArgs<float>&, void*);

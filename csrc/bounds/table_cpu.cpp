@@ -33,5 +33,7 @@ extern const BoundsTable bounds_table = {back_cpu,
                                          lines_double_cpu,
                                          lines_grad_cpu,
                                          lines_grad_double_cpu,
-                                         range_cpu};
+                                         range_cpu,
+                                         support_cpu,
+                                         support_double_cpu};
 FR_NS_END

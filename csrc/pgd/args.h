@@ -57,6 +57,20 @@ struct AscentArgs {
   uint8_t* best_is_x = nullptr;                                               // [batch]
 };
 
+// At a checkpoint (Croce and Hein 2020, section 3): steps are halved, and examples go back to their best points.
+struct AscentCheckArgs {
+  int64_t batch = 0, n = 0;
+  float *x = nullptr, *grad = nullptr;                // [batch, n]
+  const float *best = nullptr, *best_grad = nullptr;  // [batch, n]
+  float *last_value = nullptr, *mark = nullptr;       // [batch], mark: best_value at the last checkpoint
+  const float* best_value = nullptr;                  // [batch]
+  float* factor = nullptr;                            // [batch] of the first step
+  int64_t* rises = nullptr;                           // [batch]
+  const uint8_t* best_is_x = nullptr;                 // [batch]
+  uint8_t* halved = nullptr;                          // [batch]: was the step halved at the last checkpoint?
+  float needed = 0.f;                                 // so many steps should have raised the value
+};
+
 struct RandomStartArgs {
   const float* x0 = nullptr;
   float* out = nullptr;
@@ -69,22 +83,34 @@ struct RandomStartArgs {
   Norm norm = Norm::linf;
 };
 
-// The Square attack, norm inf. `next` is x outside of the last window.
 struct SquareWindow {
   int64_t query = 0, height = 0, width = 0;  // height 0: none
 };
-struct SquareArgs {
-  float *x = nullptr, *next = nullptr;          // [batch, channels, height, width]
-  const float *low = nullptr, *high = nullptr;  // the same: the ends of ball and box
+// The Square attack: what a proposal of any norm is made of.
+struct SquareRows {
+  float *x = nullptr,
+        *next = nullptr;  // [batch, channels, height, width]: the point, and what is proposed in its place
   int64_t batch = 0, channels = 0, height = 0, width = 0;
   const int64_t* numbers = nullptr;  // [batch] of the examples
   uint64_t seed = 0;
-  SquareWindow last, window;  // what is settled, and what is written then
+  SquareWindow window;  // what is written
   // [batch], or null where nothing is settled: of `next`, then of x
   const float* score = nullptr;
   const uint8_t* hit = nullptr;
   float* value = nullptr;
   uint8_t* fooled = nullptr;
+};
+// Norm inf. `next` is x outside of the last window, which is settled.
+struct SquareArgs : SquareRows {
+  const float *low = nullptr, *high = nullptr;  // [batch, channels, height, width]: the ends of ball and box
+  SquareWindow last;
+};
+// Norms 2 and 1. All of `next` is settled, and written.
+struct SquareMoveArgs : SquareRows {
+  const float* x0 = nullptr;
+  Param eps;  // one for all, or one per example
+  Norm norm = Norm::l2;
+  const float* pattern = nullptr;  // [2, window.height * window.width]: upright, and turned by a quarter
 };
 
 enum class Loss : int { cross_entropy, margin, dlr, dlr_targeted, kl };
@@ -97,6 +123,15 @@ struct LossArgs {
   float* grad = nullptr;             // [batch, classes]
   int64_t batch = 0, classes = 0;
   Loss loss = Loss::cross_entropy;
+};
+
+// Is the label's logit the largest, the first among equals, as argmax says?
+struct AgreesArgs {
+  const float* logits = nullptr;    // [batch, classes]
+  const int64_t* labels = nullptr;  // [batch]
+  uint8_t* out = nullptr;           // [batch]: whether that is `wanted`
+  int64_t batch = 0, classes = 0;
+  bool wanted = true;
 };
 
 }  // namespace fastrobust

@@ -12,8 +12,11 @@ struct PgdTable {
   void (*rows)(const StepArgs&, Norm);  // l2 and l1 steps, FOSC, ATAS and Auto-PGD: whole examples
   void (*random_start)(const RandomStartArgs&);
   void (*loss)(const LossArgs&);
+  void (*agrees)(const AgreesArgs&);
   void (*ascent)(const AscentArgs&);
+  void (*ascent_check)(const AscentCheckArgs&);
   void (*square)(const SquareArgs&);
+  void (*square_move)(const SquareMoveArgs&);
 };
 
 FR_CPU_TABLE(PgdTable, pgd)
@@ -24,7 +27,11 @@ void linf_cuda(const StepArgs& a, void* stream);
 void rows_cuda(const StepArgs& a, Norm norm, double* workspace, void* stream);
 void random_start_cuda(const RandomStartArgs& a, int64_t* workspace, void* stream);
 void square_cuda(const SquareArgs& a, void* stream);
+void square_move_cuda(const SquareMoveArgs& a, void* stream);
 void loss_cuda(const LossArgs& a, void* stream);
-void ascent_cuda(const AscentArgs& a, uint8_t* workspace, void* stream);  // workspace: [batch]
+void agrees_cuda(const AgreesArgs& a, void* stream);
+// workspace: [batch]
+void ascent_cuda(const AscentArgs& a, uint8_t* workspace, void* stream);
+void ascent_check_cuda(const AscentCheckArgs& a, uint8_t* workspace, void* stream);
 
 }  // namespace fastrobust

@@ -48,6 +48,13 @@ FR_HD void top_add(Top* t, float z, int64_t j, bool is_label) {
   }
 }
 
+// Does argmax prefer a logit to the label's? It takes the first of the largest, and a NaN for larger than any number.
+FR_HD bool outranks(float z, float label, bool first) {
+  const bool nan = !(z == z), label_nan = !(label == label);
+  if (nan || label_nan) return nan && (first || !label_nan);
+  return z > label || (z == label && first);
+}
+
 // Loss and its sparse gradient: at most five coordinates, given as (index, weight); an index may repeat.
 struct Sparse {
   float value;

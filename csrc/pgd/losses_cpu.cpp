@@ -123,4 +123,17 @@ void loss_cpu(const LossArgs& a) {
                });
 }
 
+void agrees_cpu(const AgreesArgs& a) {
+  const int64_t grain = std::max<int64_t>(1, 4 * kGrainElements / std::max<int64_t>(1, a.classes));
+  parallel_for(a.batch, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const float* z = a.logits + row * a.classes;
+      const int64_t y = a.labels[row];
+      bool beaten = y < 0 || y >= a.classes;  // as of targets that are no classes
+      for (int64_t j = 0; j < a.classes && !beaten; ++j) beaten = j != y && outranks(z[j], z[y], j < y);
+      a.out[row] = beaten != a.wanted;
+    }
+  });
+}
+
 FR_NS_END

@@ -186,10 +186,33 @@ __global__ void __launch_bounds__(kThreads, 8) loss_kernel(LossArgs a) {
   }
 }
 
+template <bool kWide>
+__global__ void __launch_bounds__(kThreads) agrees_kernel(AgreesArgs a) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int64_t warps = static_cast<int64_t>(gridDim.x) * (kThreads / kWarp);
+  for (int64_t row = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kWarp; row < a.batch; row += warps) {
+    const float* z = a.logits + row * a.classes;
+    const int64_t y = a.labels[row];
+    const bool known = y >= 0 && y < a.classes;  // targets may be no classes
+    const float label = known ? z[y] : 0.f;
+    bool beaten = !known;
+    each_element<kWide, 4>(a.classes, 0, lane, kWarp, [&](auto i) {
+      const auto v = load_at(z, i);
+      for (int k = 0; k < i.count; ++k) beaten |= i.at(k) != y && outranks(v.v[k], label, i.at(k) < y);
+    });
+    beaten = warp_max(beaten ? 1.f : 0.f) > 0.f;
+    if (lane == 0) a.out[row] = beaten != a.wanted;
+  }
+}
+
+inline unsigned warp_grid(int64_t batch) {
+  const int64_t blocks = (batch * kWarp + kThreads - 1) / kThreads;
+  return static_cast<unsigned>(blocks < 0x7fffffff ? blocks : 0x7fffffff);
+}
+
 template <Loss kLoss>
 void launch(const LossArgs& a, void* stream) {
-  const int64_t blocks = (a.batch * kWarp + kThreads - 1) / kThreads;
-  const unsigned grid = static_cast<unsigned>(blocks < 0x7fffffff ? blocks : 0x7fffffff);
+  const unsigned grid = warp_grid(a.batch);
   if (Addresses().add(a.logits).add(a.reference).add(a.grad).whole(a.classes))
     FR_LAUNCH((loss_kernel<kLoss, true>), grid, kThreads, 0, stream, a);
   else
@@ -215,6 +238,14 @@ void loss_cuda(const LossArgs& a, void* stream) {
     case Loss::kl:
       return launch<Loss::kl>(a, stream);
   }
+}
+
+void agrees_cuda(const AgreesArgs& a, void* stream) {
+  if (a.batch == 0) return;
+  if (Addresses().add(a.logits).whole(a.classes))
+    FR_LAUNCH(agrees_kernel<true>, warp_grid(a.batch), kThreads, 0, stream, a);
+  else
+    FR_LAUNCH(agrees_kernel<false>, warp_grid(a.batch), kThreads, 0, stream, a);
 }
 
 }  // namespace fastrobust

@@ -10,8 +10,11 @@ void linf_cpu(const StepArgs& a);
 void rows_cpu(const StepArgs& a, Norm norm);
 void random_start_cpu(const RandomStartArgs& a);
 void loss_cpu(const LossArgs& a);
+void agrees_cpu(const AgreesArgs& a);
 void ascent_cpu(const AscentArgs& a);
+void ascent_check_cpu(const AscentCheckArgs& a);
 void square_cpu(const SquareArgs& a);
+void square_move_cpu(const SquareMoveArgs& a);
 
 // Calls f(i, m) for sixteen elements at a time; m < 16 in the last one. f is inlined twice.
 template <class F>

@@ -373,16 +373,31 @@ void rows_cpu(const StepArgs& a, Norm norm) {
   });
 }
 
-void ascent_cpu(const AscentArgs& a) {
-  const size_t bytes = static_cast<size_t>(a.n) * sizeof(float);
-  const int64_t grain = std::max<int64_t>(1, 4 * kGrainElements / std::max<int64_t>(1, a.n));
-  parallel_for(a.batch, grain, [&](int64_t begin, int64_t end) {
+namespace {
+
+// Points and gradients of the rows of which `noted` says so.
+template <class Note>
+void copy_noted(int64_t batch, int64_t n, const float* from, const float* from_grad, float* to, float* to_grad,
+                const Note& noted) {
+  const size_t bytes = static_cast<size_t>(n) * sizeof(float);
+  const int64_t grain = std::max<int64_t>(1, 4 * kGrainElements / std::max<int64_t>(1, n));
+  parallel_for(batch, grain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      if (!ascent_note(a, row) || a.n == 0) continue;
-      std::memcpy(a.best + row * a.n, a.left + row * a.n, bytes);
-      std::memcpy(a.best_grad + row * a.n, a.left_grad + row * a.n, bytes);
+      if (!noted(row) || n == 0) continue;
+      std::memcpy(to + row * n, from + row * n, bytes);
+      std::memcpy(to_grad + row * n, from_grad + row * n, bytes);
     }
   });
+}
+
+}  // namespace
+
+void ascent_cpu(const AscentArgs& a) {
+  copy_noted(a.batch, a.n, a.left, a.left_grad, a.best, a.best_grad, [&](int64_t row) { return ascent_note(a, row); });
+}
+
+void ascent_check_cpu(const AscentCheckArgs& a) {
+  copy_noted(a.batch, a.n, a.best, a.best_grad, a.x, a.grad, [&](int64_t row) { return ascent_check(a, row); });
 }
 
 FR_NS_END

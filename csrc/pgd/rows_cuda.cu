@@ -161,6 +161,11 @@ __global__ void __launch_bounds__(kThreads) ascent_note_kernel(AscentArgs a, uin
        row += static_cast<int64_t>(gridDim.x) * kThreads)
     save[row] = ascent_note(a, row);
 }
+__global__ void __launch_bounds__(kThreads) ascent_check_kernel(AscentCheckArgs a, uint8_t* back) {
+  for (int64_t row = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; row < a.batch;
+       row += static_cast<int64_t>(gridDim.x) * kThreads)
+    back[row] = ascent_check(a, row);
+}
 template <bool kWide>
 __global__ void __launch_bounds__(kThreads) ascent_save_kernel(AscentArgs a, int shift, const uint8_t* save) {
   FR_EACH_CHUNK(a) {
@@ -346,10 +351,7 @@ void rows_cuda(const StepArgs& a, Norm norm, double* workspace, void* stream) {
   with_grad_type(a.grad_type, [&](auto type) { Rows<decltype(type)::value>(a, workspace, stream).run(norm); });
 }
 
-void ascent_cuda(const AscentArgs& a, uint8_t* workspace, void* stream) {
-  if (a.batch == 0) return;
-  FR_LAUNCH(ascent_note_kernel, static_cast<unsigned>((a.batch + kThreads - 1) / kThreads), kThreads, 0, stream, a,
-            workspace);
+static void save_noted(const AscentArgs& a, const uint8_t* workspace, void* stream) {
   if (a.n == 0) return;
   Addresses lie;
   lie.add(a.left).add(a.left_grad).add(a.best).add(a.best_grad);
@@ -358,6 +360,27 @@ void ascent_cuda(const AscentArgs& a, uint8_t* workspace, void* stream) {
     FR_LAUNCH((ascent_save_kernel<true>), grid, kThreads, 0, stream, a, lie.shift, workspace);
   else
     FR_LAUNCH((ascent_save_kernel<false>), grid, kThreads, 0, stream, a, 0, workspace);
+}
+
+void ascent_cuda(const AscentArgs& a, uint8_t* workspace, void* stream) {
+  if (a.batch == 0) return;
+  FR_LAUNCH(ascent_note_kernel, static_cast<unsigned>((a.batch + kThreads - 1) / kThreads), kThreads, 0, stream, a,
+            workspace);
+  save_noted(a, workspace, stream);
+}
+
+void ascent_check_cuda(const AscentCheckArgs& a, uint8_t* workspace, void* stream) {
+  if (a.batch == 0) return;
+  FR_LAUNCH(ascent_check_kernel, static_cast<unsigned>((a.batch + kThreads - 1) / kThreads), kThreads, 0, stream, a,
+            workspace);
+  AscentArgs back;  // the same copies, the other way round
+  back.batch = a.batch;
+  back.n = a.n;
+  back.left = a.best;
+  back.left_grad = a.best_grad;
+  back.best = a.x;
+  back.best_grad = a.grad;
+  save_noted(back, workspace, stream);
 }
 
 }  // namespace fastrobust

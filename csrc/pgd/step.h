@@ -4,7 +4,7 @@
 #include <cfloat>
 #include <cmath>
 
-#include "core/rounding.h"
+#include "core/ball.h"
 #include "pgd/args.h"
 
 FR_NS_BEGIN
@@ -17,25 +17,7 @@ FR_HD V clean_grad(V g) {
   return vmin(vmax(g, V(-FLT_MAX)), V(FLT_MAX));
 }
 
-// To the box. The operands' order keeps a -0 that equals a face, and a NaN.
-template <class V>
-FR_HD V clip_to(V y, V lo, V hi) {
-  return vmin(hi, vmax(lo, y));
-}
-
-// ---- L-inf (thesis eq. 2.2): clip(x + step sign(g)) to the ball, then to the box ----
-// The ball's faces are x0 -+ eps rounded inwards, so |out - x0| <= eps holds exactly. sign(0) = sign(NaN) = 0.
-template <class V>
-FR_HD V linf_project(V y, V x0, V eps, V lo, V hi) {
-  y = vmin(vmax(y, add_up(x0, -eps)), add_down(x0, eps));
-  return clip_to(y, lo, hi);
-}
-// The same while the processor rounds up (RoundingUp): add_up is a plain addition, add_down its mirror.
-template <class V>
-FR_HD V linf_project_rounding_up(V y, V x0, V eps, V lo, V hi) {
-  y = vmin(vmax(y, x0 + -eps), -(-x0 + -eps));
-  return clip_to(y, lo, hi);
-}
+// ---- L-inf (thesis eq. 2.2): linf_project(x + step sign(g)); sign(0) = sign(NaN) = 0 ----
 template <class V>
 FR_HD V linf_ascend(V x, V g, V step) {
   return x + select(g > V(0.f), step, select(g < V(0.f), -step, V(0.f)));
@@ -226,6 +208,19 @@ FR_HD bool ascent_note(const AscentArgs& a, int64_t row) {
   }
   a.best_is_x[row] = better;
   return save;
+}
+
+// Whether the example goes back to its best point, which lies elsewhere.
+FR_HD bool ascent_check(const AscentCheckArgs& a, int64_t row) {
+  const bool stands = a.halved[row] == 0 && a.best_value[row] <= a.mark[row];
+  const bool halve = static_cast<float>(a.rises[row]) < a.needed || stands;
+  const bool back = halve && a.best_is_x[row] == 0;
+  if (halve) a.factor[row] *= 0.5f;
+  if (back) a.last_value[row] = a.best_value[row];
+  a.halved[row] = halve;
+  a.mark[row] = a.best_value[row];
+  a.rises[row] = 0;
+  return back;
 }
 
 // The lambda of l1_project. R gives lengths(lambda), the sum of l1_length and minus its slope, top_distance(), the

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "core/ball.h"
 #include "core/floats.h"
-#include "pgd/step.h"
 #include "runtime/parallel.h"
 #include "store/place.h"
 #include "store/rows_cpu.h"

@@ -1,6 +1,6 @@
 // The store on CUDA: a thread for each pixel of the images, or of the store's rows. Images go by 16 bytes where their
 // addresses allow; the store is read where the move puts it, a few neighbours for each pixel.
-#include "pgd/step.h"
+#include "core/ball.h"
 #include "runtime/wide_cuda.h"
 #include "store/kernels.h"
 #include "store/place.h"

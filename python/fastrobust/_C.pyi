@@ -1,7 +1,8 @@
-"""The compiled module: every entry with the names its binding gives the arguments, by family, in the order of the alphabet.
+"""The compiled module: every entry with the names its binding gives the arguments, by family, in the order of the
+alphabet.
 
-Addresses are those of the first number (``Tensor.data_ptr()``), 0 where there is none; streams are CUDA's, 0 on the CPU. What
-each entry computes is said in csrc, at its declaration. Arguments before a bare ``/`` have no keyword.
+Addresses are those of the first number (``Tensor.data_ptr()``), 0 where there is none; streams are CUDA's, 0 on the
+CPU. What each entry computes is said in csrc, at its declaration. Arguments before a bare ``/`` have no keyword.
 """
 
 from collections.abc import Sequence
@@ -25,12 +26,16 @@ def all_finite(numbers: int, count: int, /) -> bool: ...
 def cpu_variant() -> str: ...
 def cpu_variant_reason() -> str: ...
 def cuda_devices() -> tuple[list[str], str]: ...
+def digest(address: _Address, bytes: int, /) -> int: ...
 def learn_tensor_type(type: Any, /) -> bool: ...
 def num_threads() -> int: ...
 def prefer_huge_pages(address: _Address, size: int, /) -> None: ...
 def thread_backend() -> str: ...
 
-# -- pgd -----------------------------------------------------------------------------------------------------------------
+# -- pgd ---------------------------------------------------------------------------------------------------------------
+def pgd_agrees(
+    device: int, stream: int, logits: int, labels: int, wanted: bool, out: int, batch: int, classes: int, /
+) -> None: ...
 def pgd_ascent(
     device: int,
     stream: int,
@@ -44,6 +49,9 @@ def pgd_ascent(
     n: int,
     workspace: int,
     /,
+) -> None: ...
+def pgd_ascent_check(
+    device: int, stream: int, state: tuple[Any, ...], needed: float, batch: int, n: int, workspace: int, /
 ) -> None: ...
 def pgd_loss(
     device: int,
@@ -59,6 +67,20 @@ def pgd_loss(
     classes: int,
     /,
 ) -> None: ...
+def pgd_quick_apgd(
+    x: Any,
+    previous: Any,
+    x0: Any,
+    grad: Any,
+    length: Any,
+    out: Any,
+    norm: int,
+    eps: float,
+    lo: float,
+    hi: float,
+    momentum: float,
+    /,
+) -> bool: ...
 def pgd_quick_step(
     x: Any, x0: Any, grad: Any, out: Any, norm: int, step_size: float, eps: float, lo: float, hi: float, /
 ) -> bool: ...
@@ -108,6 +130,22 @@ def pgd_square(
     settled: Any,
     /,
 ) -> None: ...
+def pgd_square_move(
+    device: int,
+    stream: int,
+    x: int,
+    next: int,
+    x0: int,
+    numbers: int,
+    sizes: tuple[Any, ...],
+    seed: int,
+    window: tuple[Any, ...],
+    norm: int,
+    eps: tuple[Any, ...],
+    pattern: int,
+    settled: Any,
+    /,
+) -> None: ...
 def pgd_step(
     device: int,
     stream: int,
@@ -133,7 +171,7 @@ def pgd_step(
 ) -> None: ...
 def pgd_workspace_doubles(batch: int, n: int, /) -> int: ...
 
-# -- polyhedron ----------------------------------------------------------------------------------------------------------
+# -- polyhedron --------------------------------------------------------------------------------------------------------
 def polyhedral_distance(
     device: int,
     stream: int,
@@ -151,7 +189,7 @@ def polyhedral_distance(
     /,
 ) -> bool: ...
 
-# -- store --------------------------------------------------------------------------------------------------------------
+# -- store -------------------------------------------------------------------------------------------------------------
 def store_gather(
     device: int,
     stream: int,
@@ -186,7 +224,7 @@ def store_scatter(
     /,
 ) -> None: ...
 
-# -- bounds -------------------------------------------------------------------------------------------------------------
+# -- bounds ------------------------------------------------------------------------------------------------------------
 class LinkKind:
     conv: LinkKind
     identity: LinkKind
@@ -596,9 +634,21 @@ def bounds_stage_rows(
     corner_y: _Address = 0,
     corner_x: _Address = 0,
 ) -> None: ...
+def bounds_support(
+    device: int,
+    stream: int,
+    wide: bool,
+    tensors: Sequence[int],
+    count: int,
+    activation: int,
+    p0: float,
+    p1: float,
+    above: bool,
+    /,
+) -> None: ...
 def bounds_turn(from_: int, to: int, count: int, rows: int, columns: int, /) -> None: ...
 
-# -- binary -------------------------------------------------------------------------------------------------------------
+# -- binary ------------------------------------------------------------------------------------------------------------
 class BinaryProgram:
     def __init__(self) -> None: ...
     def direct(

@@ -33,10 +33,19 @@ def build(folder: pathlib.Path) -> subprocess.CompletedProcess[str]:
     ninja = shutil.which("ninja", path=os.path.dirname(sys.executable)) or shutil.which("ninja")
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
     commands = [
-        [cmake, *generator, "-S", str(ROOT), "-B", str(folder), "-DFASTROBUST_CUDA_EMULATION=ON", f"-DPython_EXECUTABLE={sys.executable}",
-         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"],
+        [
+            cmake,
+            *generator,
+            "-S",
+            str(ROOT),
+            "-B",
+            str(folder),
+            "-DFASTROBUST_CUDA_EMULATION=ON",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        ],
         [cmake, "--build", str(folder), "--parallel", "2"],
-    ]  # fmt: skip
+    ]
     for command in commands:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:

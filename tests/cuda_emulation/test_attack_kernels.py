@@ -9,6 +9,7 @@ import torch
 
 from fastrobust import ops
 from fastrobust.ops.pgd import _kernels as kernels
+from fastrobust.ops.pgd import losses
 from pgd_oracles import INF, NORMS, assert_in_ball_and_box, images
 
 
@@ -45,3 +46,38 @@ def test_ascent_note(on_device, shape) -> None:
         on_device(kernels.ascent_note, value, score, sign, left, grad, *mine)
         for a, b in zip(state, mine, strict=True):
             torch.testing.assert_close(b, a, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (3, 16, 16), (8193,)])
+def test_ascent_check(on_device, shape) -> None:
+    rng = torch.Generator().manual_seed(0)
+    draw = lambda *s: torch.rand(*s, generator=rng)
+    points = [draw(16, *shape) for _ in range(4)]
+    mark, value = draw(16).round(decimals=1), draw(16).round(decimals=1)
+    state = [
+        *points,
+        draw(16),
+        mark,
+        torch.maximum(mark, value),
+        draw(16),
+        torch.arange(16),
+        draw(16) > 0.5,
+        draw(16) > 0.5,
+    ]
+    mine = [t.clone() for t in state]
+    kernels.ascent_check(8.25, *state)
+    on_device(kernels.ascent_check, 8.25, *mine)
+    assert all(torch.equal(a, b) for a, b in zip(state, mine, strict=True)) and not torch.equal(state[0], points[2])
+
+
+@pytest.mark.parametrize("classes", [2, 10, 64, 1001])
+def test_agreement(on_device, classes) -> None:
+    rng = torch.Generator().manual_seed(classes)
+    logits = torch.randint(0, 4, (50, classes), generator=rng).float()
+    logits[torch.rand(50, classes, generator=rng) < 0.5 / classes] = torch.nan
+    labels = torch.where(
+        torch.rand(50, generator=rng) < 0.5, logits.argmax(1), torch.randint(0, classes, (50,), generator=rng)
+    )
+    labels[:2] = torch.tensor([-100, classes])
+    for wanted in (True, False):
+        assert torch.equal(on_device(losses.agrees, logits, labels, wanted), (logits.argmax(1) == labels) == wanted)

@@ -138,6 +138,12 @@ def test_lines_and_their_gradients(bounds_on_device, activation, params, kind):
         ranges = bounds_on_device(ops.interval_activation, lower, upper, activation, params)
         for g, w in zip(ranges, ops.interval_activation(lower, upper, activation, params), strict=True):
             torch.testing.assert_close(g, w, rtol=0, atol=0, equal_nan=True)
+        l, u = lower[4:], upper[4:]
+        slopes = torch.rand(l.shape, dtype=dtype)
+        for above in (False, True):
+            found = bounds_on_device(ops.support, slopes, l, u, activation, params, above)
+            for g, w in zip(found, ops.support(slopes, l, u, activation, params, above), strict=True):
+                torch.testing.assert_close(g, w, rtol=0, atol=0, equal_nan=True)
     bias = torch.randn(7)
     lower, upper = torch.randn(5, 7), torch.randn(5, 7).abs() + 3
     got = bounds_on_device(ops.relax_behind, lower, upper, activation, kind, params, bias)

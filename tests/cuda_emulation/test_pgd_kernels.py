@@ -8,15 +8,23 @@ import pytest
 import torch
 
 from fastrobust import ops
-from fastrobust.ops.pgd.square import square_propose
-from pgd_oracles import INF, NORMS, assert_in_ball_and_box, assert_proposals_agree, images, same_bits
+from fastrobust.ops.pgd.square import square_move, square_propose
+from pgd_oracles import (
+    INF,
+    NORMS,
+    assert_in_ball_and_box,
+    assert_moves_agree,
+    assert_proposals_agree,
+    images,
+    same_bits,
+)
 
 # unaligned and aligned rows, one thread's work, more than one block, more than one chunk of 8192
 SHAPES = ((1,), (5,), (16,), (3, 7, 9), (3, 16, 16), (8193,), (3, 60, 96))
 SMALL = SHAPES[:5]
 CLIPS = ((0.0, 1.0), None, (0.1, 0.3))
-# every box on small examples, one on large ones, which take long here
-BOXES = [(shape, clip) for shape in SMALL for clip in CLIPS] + [(shape, (0.1, 0.3)) for shape in SHAPES[5:]]
+# every box on the smallest examples, one on larger ones, which take long here
+BOXES = [(shape, clip) for shape in SHAPES[:3] for clip in CLIPS] + [(shape, (0.1, 0.3)) for shape in SHAPES[3:]]
 
 
 def check(got, want, norm) -> None:
@@ -192,3 +200,9 @@ def test_losses(on_device, name, classes, tied) -> None:
 @pytest.mark.parametrize("shape", [(1, 1, 9), (3, 8, 7), (130, 3, 4), (1, 28, 28)])
 def test_square_proposals(on_device, shape) -> None:
     assert_proposals_agree(lambda *args: on_device(square_propose, *args), shape)
+
+
+@pytest.mark.parametrize("norm", [1.0, 2.0])
+@pytest.mark.parametrize("shape", [(1, 1, 9), (3, 8, 7), (130, 3, 4), (3, 16, 20)])
+def test_square_moves(on_device, shape, norm) -> None:
+    assert_moves_agree(lambda *args: on_device(square_move, *args), shape, norm)

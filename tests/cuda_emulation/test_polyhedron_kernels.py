@@ -71,7 +71,8 @@ def test_staircase_and_bad_rows(on_device):
 
 @pytest.mark.parametrize("p", NORMS)
 def test_a_box_that_excludes_the_point_gives_nan_for_its_row_alone(on_device, p):
-    """A GPU raises nothing here, because reading the values would stop it: the rows are NaN, and so are their points."""
+    """A GPU raises nothing here, because reading the values would stop it: the rows are NaN, and so are their
+    points."""
     op = torch.ops.fastrobust.polyhedral_distance.default  # below the check that CPU tensors get
     a, b, lower, upper = (torch.tensor(t) for t in rows("normal", 4, 40))
     clean = on_device(op, a, b, lower, upper, p, False, False)[0]

@@ -115,14 +115,16 @@ def test_compiles() -> None:
 @pytest.mark.parametrize(
     ("bad", "error", "text"),
     [
-        ({"previous": torch.zeros(5, 2)}, ValueError, "previous: got shape"), ({"momentum": 2}, ValueError, "momentum: got 2.0"),
+        ({"previous": torch.zeros(5, 2)}, ValueError, "previous: got shape"),
+        ({"momentum": 2}, ValueError, "momentum: got 2.0"),
         ({"keep": torch.ones(5, dtype=torch.int64)}, ValueError, "keep: got a tensor for norm inf"),
         ({"norm": 1, "keep": torch.ones(5)}, ValueError, "keep: got"),
         ({"norm": 1, "keep": torch.zeros(5, dtype=torch.int64)}, ValueError, "keep: got 0, expected at least 1"),
-        ({"eps": -1.0}, ValueError, "eps: got -1.0"), ({"grad": [1]}, TypeError, "grad: got"),
+        ({"eps": -1.0}, ValueError, "eps: got -1.0"),
+        ({"grad": [1]}, TypeError, "grad: got"),
     ],
     ids=lambda v: h.label(v)[:40],
-)  # fmt: skip
+)
 def test_bad_input(bad: dict[str, Any], error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         fr.ops.apgd_step(**{**_arguments(h.INF), **bad})

@@ -292,10 +292,18 @@ class Everything(nn.Module):
         again, average, alpha = ops.atas_step(moved, x0, grad, v, 0.1, 0.3, norm, clip, active=keep)
         start = ops.random_start(x0, 0.2, norm, clip, seed=4)
         return (
-            ops.project(again, x0, 0.2, norm, clip), value, keep, average, alpha, start, ops.fosc(x, x0, grad, 0.1, norm),
-            *ops.cross_entropy(z, self.labels), *ops.dlr_targeted_loss(z, self.labels, self.targets), *ops.kl_divergence(z, z.flip(1)),
+            ops.project(again, x0, 0.2, norm, clip),
+            value,
+            keep,
+            average,
+            alpha,
+            start,
+            ops.fosc(x, x0, grad, 0.1, norm),
+            *ops.cross_entropy(z, self.labels),
+            *ops.dlr_targeted_loss(z, self.labels, self.targets),
+            *ops.kl_divergence(z, z.flip(1)),
             ops.polyhedral_distance(z, z.amax(1), -0.5, 0.5, 2),
-        )  # type: ignore[return-value]  # fmt: skip
+        )  # type: ignore[return-value]
 
 
 def arguments(seed: int) -> tuple[Tensor, ...]:

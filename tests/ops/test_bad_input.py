@@ -177,7 +177,8 @@ def test_out(norm, out, error, text) -> None:
 @pytest.mark.parametrize("norm", [math.inf, 2, 1])
 @pytest.mark.parametrize("eps", [math.inf, torch.tensor([0.1, math.inf, 0.2])])
 def test_fosc_of_an_infinite_radius(norm, eps) -> None:
-    """It would be infinite, or no number where a gradient coordinate is zero: then an example would stop without a word."""
+    """It would be infinite, or no number where a gradient coordinate is zero: then an example would stop without a
+    word."""
     arguments = step_arguments() | {"norm": norm, "eps": eps}
     raises(lambda: ops.pgd_step_fosc(**arguments, threshold=0.1), "eps", ValueError, "infinite.*finite")
     fosc = {k: arguments[k] for k in ("x", "x0", "grad", "eps", "norm")}

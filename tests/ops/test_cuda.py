@@ -1,4 +1,5 @@
-"""On a GPU: the same results as on the CPU, streams, graph capture, other devices, large tensors, and a build without CUDA."""
+"""On a GPU: the same results as on the CPU, streams, graph capture, other devices, large tensors, and a build without
+CUDA."""
 
 from __future__ import annotations
 

@@ -105,7 +105,8 @@ def test_fused_criterion_is_the_two_ops(norm, masked, seed, batch, shape, dtype)
 
 
 def test_dynamic_training_stops_examples_one_by_one() -> None:
-    """Algorithm 1 of Wang et al. 2019 on a linear function: FOSC falls to 0 when the corner is reached, and never rises."""
+    """Algorithm 1 of Wang et al. 2019 on a linear function: FOSC falls to 0 when the corner is reached, and never
+    rises."""
     x0 = torch.full((4, 10), 0.5)
     grad = torch.randn(4, 10) * torch.tensor([0.0, 0.01, 1.0, 10.0])[:, None]
     x, active, last = x0.clone(), torch.ones(4, dtype=torch.bool), None

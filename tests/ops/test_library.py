@@ -177,11 +177,17 @@ def test_fake_tensors_get_shapes_strides_and_types(norm, fmt) -> None:
 
     def outputs(x, x0, grad, v, logits, labels):
         return [
-            ops.pgd_step(x, x0, grad, 0.1, 0.3, norm), ops.project(x, x0, 0.3, norm), ops.random_start(x0, 0.3, norm, seed=1),
-            ops.fosc(x, x0, grad, 0.3, norm), *ops.pgd_step_fosc(x, x0, grad, 0.1, 0.3, 0.5, norm),
-            *ops.atas_step(x, x0, grad, v, 0.1, 0.3, norm), ops.pgd_step(x, x0, grad, v, v, norm, out=torch.empty_like(x)),
-            *ops.cross_entropy(logits, labels), *ops.dlr_loss(logits, labels), *ops.kl_divergence(logits, logits),
-        ]  # fmt: skip
+            ops.pgd_step(x, x0, grad, 0.1, 0.3, norm),
+            ops.project(x, x0, 0.3, norm),
+            ops.random_start(x0, 0.3, norm, seed=1),
+            ops.fosc(x, x0, grad, 0.3, norm),
+            *ops.pgd_step_fosc(x, x0, grad, 0.1, 0.3, 0.5, norm),
+            *ops.atas_step(x, x0, grad, v, 0.1, 0.3, norm),
+            ops.pgd_step(x, x0, grad, v, v, norm, out=torch.empty_like(x)),
+            *ops.cross_entropy(logits, labels),
+            *ops.dlr_loss(logits, labels),
+            *ops.kl_divergence(logits, logits),
+        ]
 
     want = outputs(*real, v, torch.randn(3, 5), labels)
     with FakeTensorMode() as mode:
@@ -201,12 +207,18 @@ def test_results_never_require_grad(norm) -> None:
     x, x0, grad = samples()
     v = torch.rand(3, requires_grad=True)
     results = [
-        ops.pgd_step(x, x0, grad, v, v, norm), ops.pgd_step(x, x0, grad, 0.1, 0.3, norm), ops.project(x, x0, 0.3, norm),
-        ops.random_start(x0, v, norm, seed=1), ops.fosc(x, x0, grad, v, norm),
-        *ops.pgd_step_fosc(x, x0, grad, 0.1, 0.3, 0.5, norm), *ops.atas_step(x, x0, grad, v, 0.1, 0.3, norm),
-        ops.pgd_step(x.double(), x0.double(), grad.double(), 0.1, 0.3, norm), ops.project(x.double(), x0.double(), 0.3, norm),
-        ops.random_start(x0.double(), 0.3, norm, seed=1), ops.fosc(x.double(), x0.double(), grad.double(), 0.3, norm),
-    ]  # fmt: skip
+        ops.pgd_step(x, x0, grad, v, v, norm),
+        ops.pgd_step(x, x0, grad, 0.1, 0.3, norm),
+        ops.project(x, x0, 0.3, norm),
+        ops.random_start(x0, v, norm, seed=1),
+        ops.fosc(x, x0, grad, v, norm),
+        *ops.pgd_step_fosc(x, x0, grad, 0.1, 0.3, 0.5, norm),
+        *ops.atas_step(x, x0, grad, v, 0.1, 0.3, norm),
+        ops.pgd_step(x.double(), x0.double(), grad.double(), 0.1, 0.3, norm),
+        ops.project(x.double(), x0.double(), 0.3, norm),
+        ops.random_start(x0.double(), 0.3, norm, seed=1),
+        ops.fosc(x.double(), x0.double(), grad.double(), 0.3, norm),
+    ]
     for y in results:
         assert not y.requires_grad and y.grad_fn is None and y.is_leaf
 

@@ -285,7 +285,8 @@ def special_rows(classes: int, wide: int) -> torch.Tensor:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("classes", [4, 10, 16, 17, 100])
 def test_rows_with_logits_that_are_no_numbers(name, classes) -> None:
-    """A NaN makes its row's value and gradient NaN; infinities give what the definition gives; other rows know nothing."""
+    """A NaN makes its row's value and gradient NaN; infinities give what the definition gives; other rows know
+    nothing."""
     z = special_rows(classes, classes)
     _, *others = inputs(name, 8, 13, classes)
     loss = getattr(ops, name)(z, *others)

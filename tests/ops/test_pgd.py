@@ -166,7 +166,8 @@ def test_l1_projection_is_exact(clip, seed, n, eps) -> None:
 @pytest.mark.parametrize("clip", CLIPS)
 @given(seed=seeds, n=st.sampled_from([1, 2, 17, 40]), eps=st.floats(1e-2, 10.0))
 def test_l1_projection_satisfies_the_kkt_conditions(clip, seed, n, eps) -> None:
-    """No oracle: y is the projection exactly when <x - y, z - y> <= 0 for all z of the set; a multiplier certifies it."""
+    """No oracle: y is the projection exactly when <x - y, z - y> <= 0 for all z of the set; a multiplier certifies
+    it."""
     x, x0, _ = images(seed, 1, (n,), clip)
     lo, hi = clip or (-INF, INF)
     y = ops.project(x, x0, eps, 1, clip)

@@ -126,9 +126,9 @@ def as_tensor(value: Any, name: str, device: torch.device, expected: str) -> Ten
 
 
 def check_parameter(value: Any, name: str, x: Tensor, norm: float) -> Parameter:
-    """A number >= 0, one per example, or (for norm inf) one per element: whatever broadcasts to x's shape by numpy's rule,
-    except that (B,) is one per example. CPU values are checked; reading a CUDA tensor's values would stop the device, so
-    there a negative or NaN radius acts as an empty ball."""
+    """A number >= 0, one per example, or (for norm inf) one per element: whatever broadcasts to x's shape by numpy's
+    rule, except that (B,) is one per example. CPU values are checked; reading a CUDA tensor's values would stop the
+    device, so there a negative or NaN radius acts as an empty ball."""
     if isinstance(value, (numbers.Real, torch.SymFloat)) and not isinstance(value, bool):
         number = float(value)
         if not number >= 0:

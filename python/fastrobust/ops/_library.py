@@ -41,8 +41,8 @@ def define(
     """Define ``fastrobust::name``; returns what to call.
 
     ``kernel`` serves CPU and CUDA. Without ``autograd`` the op is not differentiable: its outputs never require grad.
-    Of an op that writes, the last argument is what it writes to; raw writes are invisible to autograd, so its version is
-    raised here, whichever way the call goes: else a tensor saved for backward would be used after it changed.
+    Of an op that writes, the last argument is what it writes to; raw writes are invisible to autograd, so its version
+    is raised here, whichever way the call goes: else a tensor saved for backward would be used after it changed.
     What is returned calls ``kernel`` itself, which saves the dispatcher's 5 us or more, when nothing intercepts and no
     gradient is wanted; otherwise the registered op.
     """
@@ -129,8 +129,8 @@ class _NoSecondDerivative(torch.autograd.Function):
 def first_order_only(backward: Callable[..., Any]) -> Callable[..., Any]:
     """For the backward of an autograd.Function without second derivatives: they raise.
 
-    torch's once_differentiable raises only where the incoming gradient requires grad: under create_graph with a constant
-    one, the second derivatives through the saved tensors would be missing without a word.
+    torch's once_differentiable raises only where the incoming gradient requires grad: under create_graph with a
+    constant one, the second derivatives through the saved tensors would be missing without a word.
     """
 
     @functools.wraps(backward)
@@ -159,8 +159,8 @@ def on_cpu(t: Tensor) -> bool:
 
 
 class full_precision:
-    """No TF32 inside: a bound in TF32 is no bound; and the vendor's convolutions give the same bits in every run. Nothing
-    where t is on the CPU, or while a graph is made."""
+    """No TF32 inside: a bound in TF32 is no bound; and the vendor's convolutions give the same bits in every run.
+    Nothing where t is on the CPU, or while a graph is made."""
 
     def __init__(self, t: Tensor):
         self.cuda = t.device.type == "cuda" and not _is_compiling()

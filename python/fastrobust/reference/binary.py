@@ -42,8 +42,8 @@ def encode_mask(mask: Sequence[bool]) -> bytes:
 
     An entry is kept with the probability kept / left of those still to come, so the code of a mask of k of n entries
     takes log2(n choose k) bits. The interval [low, low + width) starts as [0, 2^64 - 1) and is given the factor 2^8
-    whenever it is narrower than 2^56; kept is its lower part, (width div left) kept wide. The code is the least number of
-    the interval with 56 zeros at its end, without trailing zero bytes.
+    whenever it is narrower than 2^56; kept is its lower part, (width div left) kept wide. The code is the least number
+    of the interval with 56 zeros at its end, without trailing zero bytes.
     """
     left, kept = len(mask), sum(mask)
     low, width, size = 0, 2**64 - 1, 1

@@ -1,8 +1,8 @@
 """Interval and linear bound propagation in plain torch: the definition of every op of ``fastrobust.ops.bounds``.
 
-Notation: B examples, S rows per example, R = rows of all examples, n the flattened size of a layer. The input set of example i
-is {x_i + d : ||d||_p <= eps_i} for a scalar eps_i, {x_i + eps_i * v : ||v||_p <= 1} for a per-element eps_i (thesis, section
-3.2.1), intersected with the box ``clip``. q is the dual exponent, 1/p + 1/q = 1.
+Notation: B examples, S rows per example, R = rows of all examples, n the flattened size of a layer. The input set of
+example i is {x_i + d : ||d||_p <= eps_i} for a scalar eps_i, {x_i + eps_i * v : ||v||_p <= 1} for a per-element eps_i
+(thesis, section 3.2.1), intersected with the box ``clip``. q is the dual exponent, 1/p + 1/q = 1.
 """
 
 from __future__ import annotations
@@ -18,24 +18,60 @@ from fastrobust._input_sets import Clip, dual_exponent, dual_norm, eps_like, inp
 from fastrobust.reference.relaxations import interval_activation, relax
 
 __all__ = [
-    "Clip", "center_radius", "concretize", "concretize_rows", "dual_exponent", "dual_norm", "eps_like", "input_box", "interval_activation",
-    "interval_ball_conv2d", "interval_ball_linear", "interval_conv2d", "interval_linear", "linear_back_step", "region", "relax",
-    "room_of", "row_maps", "row_norm", "split_support",
-]  # fmt: skip
+    "Clip",
+    "center_radius",
+    "concretize",
+    "concretize_rows",
+    "dual_exponent",
+    "dual_norm",
+    "eps_like",
+    "input_box",
+    "interval_activation",
+    "interval_ball_conv2d",
+    "interval_ball_linear",
+    "interval_conv2d",
+    "interval_linear",
+    "linear_back_step",
+    "region",
+    "relax",
+    "room_of",
+    "row_maps",
+    "row_norm",
+    "split_support",
+]
 
 
 def center_radius(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
     return 0.5 * lower + 0.5 * upper, 0.5 * upper - 0.5 * lower  # sums of the ends may overflow
 
 
-def interval_linear(lower: Tensor, upper: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, params: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """W c + b -+ |W| r with c, r the centre and radius of [lower, upper]: (..., n) -> (..., m) (thesis, equation 3.8)."""
+def interval_linear(
+    lower: Tensor,
+    upper: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    params: tuple[float, ...] = (),
+) -> tuple[Tensor, Tensor]:
+    """W c + b -+ |W| r with c, r the centre and radius of [lower, upper]: (..., n) -> (..., m) (thesis, equation
+    3.8)."""
     c, r = center_radius(lower, upper)
     c, r = F.linear(c, weight, bias), F.linear(r, weight.abs())
     return _finish(c - r, c + r, activation, params)
 
 
-def interval_conv2d(lower: Tensor, upper: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1, activation: str | None = None, params: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:  # fmt: skip
+def interval_conv2d(
+    lower: Tensor,
+    upper: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    activation: str | None = None,
+    params: tuple[float, ...] = (),
+) -> tuple[Tensor, Tensor]:
     """The same for a convolution with zero padding: (B, C, H, W) -> (B, O, H', W')."""
     c, r = center_radius(lower, upper)
     c = F.conv2d(c, weight, bias, stride, padding, dilation, groups)
@@ -47,9 +83,18 @@ def _finish(lower: Tensor, upper: Tensor, activation: str | None, params: tuple[
     return (lower, upper) if activation is None else interval_activation(lower, upper, activation, params)
 
 
-def interval_ball_linear(x: Tensor, eps: float | Tensor, norm: float, clip: Clip, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, params: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Bounds of W x' + b over the input set: W x + b -+ eps ||W||_q row by row (Algorithm 3.1, line 2) and, with ``clip``, the
-    tighter of that and of the bounds over the clipped box. x: (B, n) or (B, *shape) with n elements."""
+def interval_ball_linear(
+    x: Tensor,
+    eps: float | Tensor,
+    norm: float,
+    clip: Clip,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    params: tuple[float, ...] = (),
+) -> tuple[Tensor, Tensor]:
+    """Bounds of W x' + b over the input set: W x + b -+ eps ||W||_q row by row (Algorithm 3.1, line 2) and, with
+    ``clip``, the tighter of that and of the bounds over the clipped box. x: (B, n) or (B, *shape) with n elements."""
     e = eps_like(eps, x).expand_as(x)
     box: Any = None
     if clip is not None or norm == math.inf:
@@ -63,7 +108,20 @@ def interval_ball_linear(x: Tensor, eps: float | Tensor, norm: float, clip: Clip
     return _finish(box[0], box[1], activation, params)
 
 
-def interval_ball_conv2d(x: Tensor, eps: float | Tensor, norm: float, clip: Clip, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1, activation: str | None = None, params: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:  # fmt: skip
+def interval_ball_conv2d(
+    x: Tensor,
+    eps: float | Tensor,
+    norm: float,
+    clip: Clip,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    activation: str | None = None,
+    params: tuple[float, ...] = (),
+) -> tuple[Tensor, Tensor]:
     """The same for a convolution of x: (B, C, H, W)."""
     conv = (stride, padding, dilation, groups)
     e = eps_like(eps, x).expand_as(x)
@@ -84,8 +142,8 @@ Window = tuple[int, int, int, int, int]  # height, width, channels, map height, 
 def row_maps(t: Tensor, example: Tensor | None, corner: tuple[Tensor, Tensor] | None, window: Window | None) -> Tensor:
     """What each row sees of per-example maps t (m, B, map): (m, R, length).
 
-    Without a window the row of its example. With one, map = map height * map width * channels (channels innermost) and each
-    row sees ``height`` x ``width`` positions from its ``corner`` (y, x), zeros outside the map.
+    Without a window the row of its example. With one, map = map height * map width * channels (channels innermost) and
+    each row sees ``height`` x ``width`` positions from its ``corner`` (y, x), zeros outside the map.
     """
     if window is None or corner is None:
         return t if example is None else t[:, example]
@@ -100,13 +158,24 @@ def row_maps(t: Tensor, example: Tensor | None, corner: tuple[Tensor, Tensor] | 
     return (seen * inside[..., None].to(t.dtype)).flatten(2)
 
 
-def linear_back_step(A: Tensor, b: Tensor, slopes: Tensor, intercepts: Tensor, example: Tensor | None = None, rows: Tensor | None = None, corner: tuple[Tensor, Tensor] | None = None, window: Window | None = None, minus: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+def linear_back_step(
+    A: Tensor,
+    b: Tensor,
+    slopes: Tensor,
+    intercepts: Tensor,
+    example: Tensor | None = None,
+    rows: Tensor | None = None,
+    corner: tuple[Tensor, Tensor] | None = None,
+    window: Window | None = None,
+    minus: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Moves linear bounds from the output of an elementwise function to its input (thesis, equation 3.7; CROWN).
 
-    A: (k, R, n), lower coefficients first; k = 1 means that one matrix serves every side. b: (m, R), m = 2 (lower, upper) or
-    m = 1 (lower only, k = 1). slopes (1 or 2, B, map) and intercepts (2, B, map): the lines of the function, lower first.
-    ``example``: (R,) int64, the row of slopes and intercepts that each row of A uses (default: its own, B = R). ``rows``: (R,)
-    int64, the rows of A to start from (default: all), less the rows ``minus``. ``corner`` and ``window``: see ``row_maps``.
+    A: (k, R, n), lower coefficients first; k = 1 means that one matrix serves every side. b: (m, R), m = 2 (lower,
+    upper) or m = 1 (lower only, k = 1). slopes (1 or 2, B, map) and intercepts (2, B, map): the lines of the function,
+    lower first. ``example``: (R,) int64, the row of slopes and intercepts that each row of A uses (default: its own, B
+    = R). ``rows``: (R,) int64, the rows of A to start from (default: all), less the rows ``minus``. ``corner`` and
+    ``window``: see ``row_maps``.
 
         lower: A' = A+ slopes[0] + A- slopes[-1],   b' = b + sum(A+ intercepts[0] + A- intercepts[1])
         upper: the same with the two lines exchanged.
@@ -130,11 +199,11 @@ def linear_back_step(A: Tensor, b: Tensor, slopes: Tensor, intercepts: Tensor, e
 def split_support(w: Tensor, room: Tensor, q: float) -> tuple[Tensor, Tensor, Tensor]:
     """max w.v over ||v||_p <= 1 and 0 <= v <= room, for w, room >= 0 (..., n), 1/p + 1/q = 1: (ball, v, full).
 
-    The support function of an intersection is the cheapest way to split w between the two sets (Rockafellar, Convex Analysis,
-    corollary 16.4.1): the maximum is min over 0 <= ball <= w of room.(w - ball) + ||ball||_q. EVERY split is an upper bound,
-    so rounding in the search costs tightness and never soundness. At the optimum v_i = min(t w_i^(q - 1), room_i) with the t that
-    makes ||v||_p = 1: coordinates are sorted by the t at which they meet the box (``full``); without such a t all do.
-    p = 1 fills the largest w first.
+    The support function of an intersection is the cheapest way to split w between the two sets (Rockafellar, Convex
+    Analysis, corollary 16.4.1): the maximum is min over 0 <= ball <= w of room.(w - ball) + ||ball||_q. EVERY split is
+    an upper bound, so rounding in the search costs tightness and never soundness. At the optimum v_i = min(t w_i^(q -
+    1), room_i) with the t that makes ||v||_p = 1: coordinates are sorted by the t at which they meet the box
+    (``full``); without such a t all do. p = 1 fills the largest w first.
     """
     if q == 1:
         full = (room < 1) & (w > 0)
@@ -173,12 +242,23 @@ def room_of(a: Tensor, side: int, center: Tensor, radius: Tensor, x: Tensor, eps
     return torch.where(eps > 0, room / torch.where(eps > 0, eps, 1.0), 0.0)
 
 
-def concretize_rows(A: Tensor, b: Tensor, example: Tensor | None, box: tuple[Tensor, Tensor] | None, ball: tuple[Tensor, Tensor] | None, q: float, rows: Tensor | None = None, corner: tuple[Tensor, Tensor] | None = None, window: Window | None = None, minus: Tensor | None = None) -> Tensor:  # fmt: skip
+def concretize_rows(
+    A: Tensor,
+    b: Tensor,
+    example: Tensor | None,
+    box: tuple[Tensor, Tensor] | None,
+    ball: tuple[Tensor, Tensor] | None,
+    q: float,
+    rows: Tensor | None = None,
+    corner: tuple[Tensor, Tensor] | None = None,
+    window: Window | None = None,
+    minus: Tensor | None = None,
+) -> Tensor:
     """Minimum (row 0) and maximum (row 1) of A x + b: (m, R).
 
     A, b, example, rows, corner, window, minus as in ``linear_back_step``. box = (center, radius), each (B, map):
-    A center -+ |A| radius; ball = (x, eps), each (B, map), with dual exponent q: A x -+ ||eps * A||_q. With both, the extreme
-    over their intersection: one part of A is bounded over the box, the rest over the ball (``split_support``).
+    A center -+ |A| radius; ball = (x, eps), each (B, map), with dual exponent q: A x -+ ||eps * A||_q. With both, the
+    extreme over their intersection: one part of A is bounded over the box, the rest over the ball (``split_support``).
     """
     if rows is not None:
         A = A[:, rows] if minus is None else A[:, rows] - A[:, minus]
@@ -210,7 +290,9 @@ def concretize_rows(A: Tensor, b: Tensor, example: Tensor | None, box: tuple[Ten
     return torch.stack(out)
 
 
-def region(x: Tensor, eps: float | Tensor, norm: float, clip: Clip) -> tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]:  # fmt: skip
+def region(
+    x: Tensor, eps: float | Tensor, norm: float, clip: Clip
+) -> tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]:
     """(box, ball) of ``concretize_rows`` for an input set; x flattened to (B, n)."""
     e = eps_like(eps, x).expand_as(x)
     box: Any = None
@@ -220,8 +302,11 @@ def region(x: Tensor, eps: float | Tensor, norm: float, clip: Clip) -> tuple[tup
     return box, (None if norm == math.inf else (x.flatten(1), e.flatten(1)))
 
 
-def concretize(A: Tensor, b: Tensor, x: Tensor, eps: float | Tensor, norm: float = math.inf, clip: Clip = None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Minimum and maximum of A x' + b over the input set: A (B, S, n), b (B, S), x (B, *shape) with n elements; two (B, S)."""
+def concretize(
+    A: Tensor, b: Tensor, x: Tensor, eps: float | Tensor, norm: float = math.inf, clip: Clip = None
+) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum of A x' + b over the input set: A (B, S, n), b (B, S), x (B, *shape) with n elements; two (B,
+    S)."""
     batch, per = A.shape[:2]
     example = torch.arange(batch, device=A.device).repeat_interleave(per)
     offset = b.reshape(1, -1).expand(2, -1)

@@ -189,7 +189,8 @@ def pgd_step_fosc(
     clip: Clip = (0.0, 1.0),
     active: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One iteration of Wang et al. 2019, algorithm 1: all move the first time, later the active with FOSC > threshold."""
+    """One iteration of Wang et al. 2019, algorithm 1: all move the first time, later the active with FOSC >
+    threshold."""
     value = fosc(x, x0, grad, eps, norm)
     moves = torch.ones_like(value, dtype=torch.bool) if active is None else active & (value > threshold)
     return pgd_step(x, x0, grad, step_size, eps, norm, clip, moves), value, moves
@@ -267,7 +268,8 @@ def ascent_note(
     last_value: Tensor, best_value: Tensor, best_score: Tensor, rises: Tensor, best_is_x: Tensor,
 ) -> None:  # fmt: skip
     """What Auto-PGD notes after the step from ``left``, in place: the value there, whether it rose, the best value with
-    its score. The best point is the current one where ``best_is_x``; one that was left for a worse is kept in ``best``."""
+    its score. The best point is the current one where ``best_is_x``; one that was left for a worse is kept in ``best``.
+    """
     value = sign * value
     rises += value > last_value
     last_value.copy_(value)
@@ -278,6 +280,24 @@ def ascent_note(
     for kept, point in ((best, left), (best_grad, left_grad)):
         kept.copy_(torch.where(as_rows(save, kept), point, kept))
     best_is_x.copy_(better)
+
+
+def ascent_check(
+    needed: float, x: Tensor, grad: Tensor, best: Tensor, best_grad: Tensor, last_value: Tensor, mark: Tensor,
+    best_value: Tensor, factor: Tensor, rises: Tensor, best_is_x: Tensor, halved: Tensor,
+) -> None:  # fmt: skip
+    """Auto-PGD at a checkpoint (Croce & Hein 2020, section 3), in place: ``factor``, of the step, is halved, and x goes
+    back to the best point, where fewer than ``needed`` steps raised the value, or where neither the step nor the best
+    value (``mark``) has changed since the last checkpoint."""
+    halve = (rises < needed) | (~halved & (best_value <= mark))
+    factor.copy_(torch.where(halve, factor / 2, factor))
+    back = halve & ~best_is_x
+    for point, kept in ((x, best), (grad, best_grad)):
+        point.copy_(torch.where(as_rows(back, point), kept, point))
+    last_value.copy_(torch.where(back, best_value, last_value))
+    halved.copy_(halve)
+    mark.copy_(best_value)
+    rises.zero_()
 
 
 def random_start(

@@ -129,7 +129,8 @@ def _reach(b: Tensor, w: Tensor, c: Tensor, p: float, up: bool) -> tuple[Tensor,
 def solve(
     a: Tensor, b: Tensor, lower: Tensor, upper: Tensor, norm: Norm, signed: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The distance (...), the multiplier d distance / d b (...) and the point (..., M) of :func:`polyhedral_distance`."""
+    """The distance (...), the multiplier d distance / d b (...) and the point (..., M) of
+    :func:`polyhedral_distance`."""
     p = norm_value(norm)
     lower, upper = torch.as_tensor(lower).to(a), torch.as_tensor(upper).to(a)
     shape, dtype = a.shape, a.dtype

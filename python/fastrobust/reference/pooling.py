@@ -13,8 +13,8 @@ from torch import Tensor
 def relax_max_pool(lower: Tensor, upper: Tensor, window: Any, kind: str) -> tuple[Tensor, Tensor, Tensor]:
     """(slopes, intercepts, source) of max over windows of x in [lower, upper], both (B, C, H, W); finite ends.
 
-    In a window let j be the input with the largest lower end, of several the one with the largest upper end, of those the first,
-    M the largest upper end of the others. x_j <= max x, and max x <= max(x_j, M), which is
+    In a window let j be the input with the largest lower end, of several the one with the largest upper end, of those
+    the first, M the largest upper end of the others. x_j <= max x, and max x <= max(x_j, M), which is
 
         x_j                                      where M <= l_j,
         at most x_j + (M - l_j)                  else ("parallel"),

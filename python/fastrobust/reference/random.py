@@ -24,7 +24,8 @@ def philox(seed: int, stream: int, example: Tensor, block: Tensor) -> list[Tenso
 def words(
     seed: int, batch: int, n: int, first_example: int | Tensor = 0, stream: int = 0, device: object = None
 ) -> Tensor:
-    """(batch, n) words: element i of an example is word ``i % 4`` of block ``i // 4``. first_example: or (B,) numbers."""
+    """(batch, n) words: element i of an example is word ``i % 4`` of block ``i // 4``. first_example: or (B,)
+    numbers."""
     if isinstance(first_example, Tensor):
         return words_of(seed, first_example, n, stream)
     example = torch.arange(first_example, first_example + batch, dtype=torch.int64, device=device)  # type: ignore[call-overload]

@@ -4,15 +4,17 @@ For an activation s and an interval [l, u], ``relax`` returns lines that bound s
 
     slopes[0] * x + intercepts[0] <= s(x) <= slopes[-1] * x + intercepts[1]        for l <= x <= u
 
-``kind="parallel"``: both lines share one slope (thesis, equations 3.3 to 3.5 and table 3.1), so ``slopes`` has a leading
-dimension of 1. ``kind="crown"``: adaptive lines in the manner of CROWN (Zhang et al. 2018), leading dimension 2: slope 0 or 1
-below a ReLU, for convex and for S-shaped functions the lines that leave the least area (CROWN itself takes the tangent through the
-far end of an interval around 0, wherever the tangent at the midpoint is tighter, too); for SiLU, GELU (and ELU with alpha > 1),
-which are neither, the better of the chord's slope and the derivative at the midpoint, side by side.
+``kind="parallel"``: both lines share one slope (thesis, equations 3.3 to 3.5 and table 3.1), so ``slopes`` has a
+leading dimension of 1. ``kind="crown"``: adaptive lines in the manner of CROWN (Zhang et al. 2018), leading dimension
+2: slope 0 or 1 below a ReLU, for convex and for S-shaped functions the lines that leave the least area (CROWN itself
+takes the tangent through the far end of an interval around 0, wherever the tangent at the midpoint is tighter, too);
+for SiLU, GELU (and ELU with alpha > 1), which are neither, the better of the chord's slope and the derivative at the
+midpoint, side by side.
 
-For ANY slope d the tightest valid intercepts are the minimum and maximum of s(x) - d x over the ends of the interval and
-the points inside it where s'(t) = d or where s has a kink. Every formula here is an instance of that, which is why they stay
-valid for degenerate intervals. Tangent points are detached: the derivative of s(t) - d t with respect to t is zero there.
+For ANY slope d the tightest valid intercepts are the minimum and maximum of s(x) - d x over the ends of the interval
+and the points inside it where s'(t) = d or where s has a kink. Every formula here is an instance of that, which is why
+they stay valid for degenerate intervals. Tangent points are detached: the derivative of s(t) - d t with respect to t is
+zero there.
 """
 
 from __future__ import annotations
@@ -24,8 +26,19 @@ import torch
 from torch import Tensor
 
 ACTIVATIONS = (
-    "relu", "leaky_relu", "hardtanh", "relu6", "sigmoid", "tanh", "arctan", "softplus", "elu", "silu", "gelu", "gelu_tanh",
-)  # fmt: skip
+    "relu",
+    "leaky_relu",
+    "hardtanh",
+    "relu6",
+    "sigmoid",
+    "tanh",
+    "arctan",
+    "softplus",
+    "elu",
+    "silu",
+    "gelu",
+    "gelu_tanh",
+)
 _DEFAULTS: dict[str, tuple[float, ...]] = {
     "leaky_relu": (0.01,),
     "hardtanh": (-1.0, 1.0),
@@ -247,8 +260,8 @@ def _intercepts(d: Tensor, l: Tensor, u: Tensor, activation: str, params: tuple[
 def support(
     d: Tensor, lower: Tensor, upper: Tensor, activation: str, params: tuple[float, ...] = (), above: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The tightest intercept of a line with any slope d below (``above``) an activation on [lower, upper], and the point where the
-    line touches: minus the intercept's derivative by d. Differentiable in d, lower and upper."""
+    """The tightest intercept of a line with any slope d below (``above``) an activation on [lower, upper], and the
+    point where the line touches: minus the intercept's derivative by d. Differentiable in d, lower and upper."""
     params = parameters_of(activation, params)
     values, points = _candidates(d, lower, upper, activation, params)
     extreme, which = values.max(0, keepdim=True) if above else values.min(0, keepdim=True)
@@ -260,7 +273,8 @@ def support(
 def derivative_range(
     lower: Tensor, upper: Tensor, activation: str, params: tuple[float, ...] = ()
 ) -> tuple[Tensor, Tensor]:
-    """The least and the largest derivative of an activation on [lower, upper]: beyond them no line of it is the best."""
+    """The least and the largest derivative of an activation on [lower, upper]: beyond them no line of it is the
+    best."""
     params = parameters_of(activation, params)
     if activation in ("relu", "leaky_relu", "hardtanh", "relu6", "elu"):
         least = params[0] if activation == "leaky_relu" else 0.0
@@ -285,7 +299,8 @@ def _chord(l: Tensor, u: Tensor, activation: str, params: tuple[float, ...]) -> 
 
 
 def _piecewise(activation: str, params: tuple[float, ...]) -> tuple[float, float, float, float] | None:
-    """(left slope, lower kink, upper kink, right slope) of the piecewise linear ones, the slope between the kinks being 1."""
+    """(left slope, lower kink, upper kink, right slope) of the piecewise linear ones, the slope between the kinks being
+    1."""
     match activation:
         case "relu":
             return 0.0, 0.0, math.inf, 1.0
@@ -299,7 +314,17 @@ def _piecewise(activation: str, params: tuple[float, ...]) -> tuple[float, float
             return None
 
 
-def _relax_piecewise(l: Tensor, u: Tensor, kind: str, left: float, lo: float, hi: float, right: float, activation: str, params: tuple[float, ...]) -> Lines:  # fmt: skip
+def _relax_piecewise(
+    l: Tensor,
+    u: Tensor,
+    kind: str,
+    left: float,
+    lo: float,
+    hi: float,
+    right: float,
+    activation: str,
+    params: tuple[float, ...],
+) -> Lines:
     """Lines of x -> left (x - lo) + s(lo) | x + const | right (x - hi) + s(hi), with kinks at lo and hi."""
     below, above = u <= lo, l >= hi
     linear = (l >= lo) & (u <= hi)
@@ -353,8 +378,8 @@ def _second_derivative(x: Tensor, activation: str) -> Tensor:
 
 
 def _tangent_from(end: Tensor, far: Tensor, activation: str) -> Tensor:
-    """t between 0 and ``far`` (the other side of 0 than ``end``) whose tangent passes through (end, s(end)); s is odd up to a
-    constant. Differentiable in ``end`` by one implicit step."""
+    """t between 0 and ``far`` (the other side of 0 than ``end``) whose tangent passes through (end, s(end)); s is odd
+    up to a constant. Differentiable in ``end`` by one implicit step."""
     with torch.no_grad():
         # the tangent at 0 does not cross s before end, those at far and at -end do
         a, b = torch.zeros_like(far), torch.where(far.abs() < end.abs(), far, -end)
@@ -376,9 +401,9 @@ def _tangent_from(end: Tensor, far: Tensor, activation: str) -> Tensor:
 def _relax_s_shaped(l: Tensor, u: Tensor, activation: str) -> Lines:
     """Lines of sigmoid, tanh and arctan (convex below 0, concave above) that leave the least area.
 
-    The area below a line is its value at the midpoint m times the width, and no upper line lies below the concave envelope of s.
-    That envelope is the chord, or the tangent through (l, s(l)) up to its point of contact and s from there; the line that
-    touches it at m is the chord, that tangent (CROWN's), or the tangent at m. Below likewise.
+    The area below a line is its value at the midpoint m times the width, and no upper line lies below the concave
+    envelope of s. That envelope is the chord, or the tangent through (l, s(l)) up to its point of contact and s from
+    there; the line that touches it at m is the chord, that tangent (CROWN's), or the tangent at m. Below likewise.
     """
     chord = _chord(l, u, activation, ())
     mid = l + 0.5 * (u - l)
@@ -399,8 +424,9 @@ def _relax_s_shaped(l: Tensor, u: Tensor, activation: str) -> Lines:
 
 
 def _relax_by_midpoint(l: Tensor, u: Tensor, activation: str, params: tuple[float, ...]) -> Lines:
-    """Adaptive lines of any activation: on each side the chord's slope or the derivative at the midpoint, whichever line is
-    the tighter at the midpoint (it leaves the smaller area, too). Never looser there than the parallel lines."""
+    """Adaptive lines of any activation: on each side the chord's slope or the derivative at the midpoint, whichever
+    line is the tighter at the midpoint (it leaves the smaller area, too). Never looser there than the parallel lines.
+    """
     mid = l + 0.5 * (u - l)
     slopes = torch.stack([_chord(l, u, activation, params), derivative(mid, activation, params)])
     ends = [_intercepts(d, l, u, activation, params) for d in slopes.unbind(0)]

@@ -1,7 +1,8 @@
 """The store of perturbations in plain torch: the definition of its ops and the oracle of their tests.
 
-An image is flipped where ``flips`` says so, then shifted by ``offsets`` (down, right), zeros coming in. A row of the store
-is the frame of its image, ``padding`` pixels more on every side, down-sampled by a whole number in height and width.
+An image is flipped where ``flips`` says so, then shifted by ``offsets`` (down, right), zeros coming in. A row of the
+store is the frame of its image, ``padding`` pixels more on every side, down-sampled by a whole number in height and
+width.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Elementwise activations behind a sum of a masked layer: what the kernels apply in the same write, defined in torch."""
+"""Elementwise activations behind a sum of a masked layer: what the kernels apply in the same write, defined in
+torch."""
 
 from __future__ import annotations
 

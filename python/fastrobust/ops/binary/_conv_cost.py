@@ -1,8 +1,8 @@
 """Which path a masked convolution takes: a cost model of the sparse kernel and of torch's dense one.
 
-Each estimate is a sum of terms times constants in microseconds, fitted by `python -m benchmarks.binary_costs` on two cores
-of an AVX-512 server processor. Only ratios matter to the choice, and both sides scale with the vector width and the clock.
-The estimate is fixed, so the same call takes the same path. FASTROBUST_BINARY=sparse|dense overrides it.
+Each estimate is a sum of terms times constants in microseconds, fitted by `python -m benchmarks.binary_costs` on two
+cores of an AVX-512 server processor. Only ratios matter to the choice, and both sides scale with the vector width and
+the clock. The estimate is fixed, so the same call takes the same path. FASTROBUST_BINARY=sparse|dense overrides it.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ SPARSE = {
     "row": 2.2e-3,
     "store": 0.33e-3,
 }
-# Into and out of the fast layout: `copy` a float in groups of images, `copy far` the same where a group is larger than what
-# is done at a time (not fitted: 16 images against 8 of 64 channels on 32x32); without groups `copy single` a float, `copy row` a row,
-# `copy phases` a float that goes to the phases of a stride.
+# Into and out of the fast layout: `copy` a float in groups of images, `copy far` the same where a group is larger than
+# what is done at a time (not fitted: 16 images against 8 of 64 channels on 32x32); without groups `copy single` a
+# float, `copy row` a row, `copy phases` a float that goes to the phases of a stride.
 COPY = {"copy": 0.12e-3, "copy far": 0.1e-3, "copy single": 0.0, "copy row": 5.4e-3, "copy phases": 1.0e-3}
 _COPY_CHANNELS_LAST = 0.25e-3  # a float, which lies in as many lines of cache as there are images
-# torch: `mac` a multiplication of a dense convolution (of a kernel of one pixel), `weight` a float of the weight, which is
-# reordered in every call, `map` a float read or written, `map reordered` what it costs more where channels are outermost. Input
-# gradients, and groups of channels, are computed for multiples of sixteen channels.
+# torch: `mac` a multiplication of a dense convolution (of a kernel of one pixel), `weight` a float of the weight, which
+# is reordered in every call, `map` a float read or written, `map reordered` what it costs more where channels are
+# outermost. Input gradients, and groups of channels, are computed for multiples of sixteen channels.
 DENSE = {"start": 20.0, "mac": 4.7e-6, "mac 1x1": 4.9e-6, "weight": 0.175e-3, "map": 0.06e-3, "map reordered": 0.2e-3}
-# From plain maps to plain maps: as SPARSE, `add masked` where borders are masks, `add lines` where only those of the first
-# and the last line of a tile differ from the others, `phase` a float of the phases of a stride.
+# From plain maps to plain maps: as SPARSE, `add masked` where borders are masks, `add lines` where only those of the
+# first and the last line of a tile differ from the others, `phase` a float of the phases of a stride.
 DIRECT = {
     "start": 1.5,
     "add": 0.15e-3,
@@ -56,8 +56,8 @@ DIRECT = {
     "store": 0.1e-3,
     "phase": 0.13e-3,
 }
-# By which a multiplication lengthens an addition (not fitted: where sixteen images lie side by side the loads are aligned
-# and cheaper, so that it shows more).
+# By which a multiplication lengthens an addition (not fitted: where sixteen images lie side by side the loads are
+# aligned and cheaper, so that it shows more).
 _VALUED = {
     "add": 1.45,
     "add segmented": 1.45,
@@ -74,8 +74,8 @@ _PASS = 0.02e-3  # one float of an elementwise pass of torch
 _LANES_PASS = 0.03e-3  # the same of a copy or pooling in the fast layout
 _TORCH = 3.0  # a call of a small operation of torch from a schedule
 GROUP = 8.0  # a group of images by itself
-# The sparse path is taken where it is expected to win by more than the estimates err: copies of maps that are not in cache
-# and a memory shared with others take half as long again.
+# The sparse path is taken where it is expected to win by more than the estimates err: copies of maps that are not in
+# cache and a memory shared with others take half as long again.
 _MARGIN = 0.65
 
 
@@ -155,8 +155,8 @@ def estimate(
 ) -> Choice:  # fmt: skip
     """Both paths inside a network that keeps maps in the form the path reads; the path named is the cheaper one.
 
-    Of a forward and an input gradient together, so that both take the same path and the outputs do not depend on whether
-    a gradient is wanted. conv: torch runs it as a convolution, and not as passes over the maps.
+    Of a forward and an input gradient together, so that both take the same path and the outputs do not depend on
+    whether a gradient is wanted. conv: torch runs it as a convolution, and not as passes over the maps.
     """
     sparse = dense = 0.0
     for transposed in (False, True):

@@ -16,7 +16,8 @@ from ._feature_maps import ConvGeometry
 
 
 class Recipe(NamedTuple):
-    """How a convolution of one batch size and map size is done. On the dense path there is neither `direct` nor `parts`."""
+    """How a convolution of one batch size and map size is done. On the dense path there is neither `direct` nor
+    `parts`."""
 
     choice: cost.Choice
     out_size: tuple[int, int]
@@ -43,7 +44,8 @@ def path_of(
 def recipe_for(
     x: Tensor, packed: PackedWeight, batch: int, height: int, width: int, g: ConvGeometry, transposed: bool
 ) -> Recipe:
-    """The recipe for reading x: the convolution's input of map size (height, width) or, transposed, its output gradient."""
+    """The recipe for reading x: the convolution's input of map size (height, width) or, transposed, its output
+    gradient."""
     recipes = fm.kept_with(packed, "recipes")
     plain = x.is_contiguous() and fm.device_of(x)[0] < 0
     key = (batch, height, width, g, transposed, len(packed.shape), cost.forced_path(), plain)

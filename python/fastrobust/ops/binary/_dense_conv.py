@@ -53,8 +53,8 @@ def dense_conv(x: Tensor, packed: PackedWeight, g: ConvGeometry) -> Tensor:
 class Prepacked:
     """A weight in the order that oneDNN wants for one size of input, which torch otherwise makes anew in every call.
 
-    For channels_last float32 on the CPU, where nothing is recorded. The operators are those that torch's compiler calls;
-    `Prepacked.of` returns None where they are not to be had.
+    For channels_last float32 on the CPU, where nothing is recorded. The operators are those that torch's compiler
+    calls; `Prepacked.of` returns None where they are not to be had.
     """
 
     def __init__(self, weight: Tensor, size: tuple[int, ...], g: ConvGeometry) -> None:

@@ -382,10 +382,22 @@ def build_lists(
     given = None if host.values is None else host.values.detach().resolve_neg().to(torch.float32)
     values = None if given is None else torch.empty_like(given)
     _C.binary_plan(
-        host.ptr.data_ptr(), host.index.data_ptr(), packed.kept, (k, c * geometry.groups, kh, kw, geometry.groups),
-        (*geometry.stride, *geometry.padding, *geometry.dilation), transposed,
-        lanes, plane, pitch, segment, ptr.data_ptr(), offsets.data_ptr(), address(taps), address(given), address(values),
-    )  # fmt: skip
+        host.ptr.data_ptr(),
+        host.index.data_ptr(),
+        packed.kept,
+        (k, c * geometry.groups, kh, kw, geometry.groups),
+        (*geometry.stride, *geometry.padding, *geometry.dilation),
+        transposed,
+        lanes,
+        plane,
+        pitch,
+        segment,
+        ptr.data_ptr(),
+        offsets.data_ptr(),
+        address(taps),
+        address(given),
+        address(values),
+    )
     device = packed.index.device
     values = None if values is None else values.to(device)
     return Plan(ptr.to(device), offsets.to(device), rows, segments, segment or read, values=values)
@@ -445,9 +457,9 @@ def gather(
 ) -> Tensor:
     """Run a plan: x laid out as `source` to a tensor laid out as `target`.
 
-    v = sum * scale + shift + residual; slopes = act'(v); v = act(v); v = v * (what gate tells); pre = v; result v * post,
-    with residual, gate, pre and slopes laid out as `target` and scale, shift and post per channel. gate holds such
-    derivatives of `gate_act`, or its results or arguments where `gate_act.by_value`.
+    v = sum * scale + shift + residual; slopes = act'(v); v = act(v); v = v * (what gate tells); pre = v; result v *
+    post, with residual, gate, pre and slopes laid out as `target` and scale, shift and post per channel. gate holds
+    such derivatives of `gate_act`, or its results or arguments where `gate_act.by_value`.
     """
     out = target.empty(x) if out is None else out
     device, stream = device_of(x)

@@ -1,7 +1,7 @@
 """Calls of `masked_conv2d` that came before, without an epilogue: the checks are done, and what runs is known.
 
-Around a convolution of a few microseconds the checks themselves would show. A call is known by the identity of its integers
-and by the size and strides of x; the rest is looked at again.
+Around a convolution of a few microseconds the checks themselves would show. A call is known by the identity of its
+integers and by the size and strides of x; the rest is looked at again.
 """
 
 from __future__ import annotations

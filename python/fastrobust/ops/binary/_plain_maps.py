@@ -1,8 +1,9 @@
 """Masked convolutions straight from one plain tensor to another: plans of the kernel in csrc/binary/direct_cpu.cpp.
 
-Where the outputs of a convolution are as wide as the phases of its inputs, output p of a map reads input p + shift, whatever
-the row, unless that lies beside the map: a mask per tap and sixteen outputs says where. The lists and the order of their sums
-are those of the fast layout (`_feature_maps`), and so are the results, bit for bit. For the CPU, contiguous NCHW and float32.
+Where the outputs of a convolution are as wide as the phases of its inputs, output p of a map reads input p + shift,
+whatever the row, unless that lies beside the map: a mask per tap and sixteen outputs says where. The lists and the
+order of their sums are those of the fast layout (`_feature_maps`), and so are the results, bit for bit. For the CPU,
+contiguous NCHW and float32.
 """
 
 from __future__ import annotations

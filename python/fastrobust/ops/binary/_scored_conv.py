@@ -87,8 +87,8 @@ class KeptLists:
 
     A change is seen for certain when torch counts it (versions), when the memory is another, after any step of a
     torch.optim.Optimizer, and always with `whole`, which compares every entry. Otherwise a write past torch's counting
-    is seen when it changes one of the entries that are compared (see COMPARED_BYTES); on CUDA, where comparing would stop
-    the device, only `whole` and optimiser steps compare.
+    is seen when it changes one of the entries that are compared (see COMPARED_BYTES); on CUDA, where comparing would
+    stop the device, only `whole` and optimiser steps compare.
     """
 
     def __init__(self) -> None:
@@ -248,7 +248,8 @@ def scored_conv2d(x: Tensor, scores: Tensor, signs: Tensor, keep: int, absolute:
     """conv2d(x, signs * topk_mask(scores, keep)), of |scores| with `absolute`; as one op that graphs can hold.
 
     x: (N, C, H, W) float32. scores, signs: (K, C / groups, kh, kw), or (K, C) for 1x1 maps; signs are the fixed weights
-    and may be any finite numbers. Differentiable any number of times in x and, straight through the mask, in the scores.
+    and may be any finite numbers. Differentiable any number of times in x and, straight through the mask, in the
+    scores.
     """
     out: Tensor = _conv_op(x, scores, signs, keep, absolute, g.stride, g.padding, g.dilation, g.groups)
     return out

@@ -89,10 +89,11 @@ def _check_scores(name: str, scores: Tensor, keep: int) -> None:
 def pack(weight: Tensor) -> PackedWeight:
     """Index lists of the entries of a weight that are not zero, for `masked_conv2d` and `masked_linear`.
 
-    weight: (K, C / groups, kh, kw) or (K, C), any real dtype, finite. Where all entries are in {-1, 0, +1} the lists are
-    all there is; else they have `values`, which cost a multiplication a term: float32, or float64 of a float64 weight
-    (the kernels, which are float32, then take them rounded). The length of the lists is data, so on CUDA this waits for
-    the device. Not differentiable. Raises ValueError for entries that are not finite in float32, and for other ranks.
+    weight: (K, C / groups, kh, kw) or (K, C), any real dtype, finite. Where all entries are in {-1, 0, +1} the lists
+    are all there is; else they have `values`, which cost a multiplication a term: float32, or float64 of a float64
+    weight (the kernels, which are float32, then take them rounded). The length of the lists is data, so on CUDA this
+    waits for the device. Not differentiable. Raises ValueError for entries that are not finite in float32, and for
+    other ranks.
     """
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight: expected a tensor, got {type(weight).__name__}")

@@ -3,7 +3,7 @@
 from ...reference.bounds import Clip, Window
 from ._chain import ConvStep, concretize_through
 from ._graph import MOST_ROWS, GraphLink, GraphStage, Unit, concretize_graph, graph_maps
-from ._lines import interval_activation, relax, relax_behind
+from ._lines import interval_activation, relax, relax_behind, support
 from ._live import LiveStep, concretize_live, leaving_out_pays
 from ._pool import PoolLines, PoolWindow, above_level, relax_max_pool
 from ._product import product, product_with_transpose
@@ -83,5 +83,6 @@ __all__ = [
     "relu_center",
     "spread",
     "spread_lanes",
+    "support",
     "to_center",
 ]

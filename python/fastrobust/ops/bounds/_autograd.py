@@ -1,4 +1,5 @@
-"""Gradients of the bounds ops, by hand. Only inputs are kept; each ``backward`` returns one gradient per argument of its op."""
+"""Gradients of the bounds ops, by hand. Only inputs are kept; each ``backward`` returns one gradient per argument of
+its op."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ Grads = tuple[Tensor | None, ...]
 
 
 def differentiable(op: Callable[[], Any], gradient: Callable[..., Grads]) -> Callable[..., Any]:
-    """The autograd form of an op: ``gradient(args, need, *grads)``; ``op`` gives the op itself, which is defined later."""
+    """The autograd form of an op: ``gradient(args, need, *grads)``; ``op`` gives the op itself, which is defined
+    later."""
 
     class Function(torch.autograd.Function):
         @staticmethod
@@ -140,8 +142,11 @@ def _back_step_kernel(args: list[Any], g_out: Tensor, g_b: Tensor) -> Grads:
     return _to_rows(g_a, args[0], *args[5:7]), g_b, g_s, g_i, None, None, None, None, None, None
 
 
-def back_rows_kernel(args: list[Any], g_out: Tensor, g_b: Tensor, groups: Groups | None = None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of the rows before ``rows`` and ``minus`` pick, of slopes and of intercepts. groups: ``by_example``, where known."""
+def back_rows_kernel(
+    args: list[Any], g_out: Tensor, g_b: Tensor, groups: Groups | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the rows before ``rows`` and ``minus`` pick, of slopes and of intercepts. groups: ``by_example``,
+    where known."""
     A, b, slopes, intercepts, example, rows, minus, y, x, window = args
     A, slopes, intercepts, g_out, g_b = (dense(t) for t in (A, slopes, intercepts, g_out, g_b))
     example, rows, minus = (None if t is None else t.contiguous() for t in (example, rows, minus))
@@ -150,10 +155,21 @@ def back_rows_kernel(args: list[Any], g_out: Tensor, g_b: Tensor, groups: Groups
     g_s, g_i = torch.zeros_like(slopes), torch.zeros_like(intercepts)
     require_cuda_build(A.device)
     _C.bounds_back_grad(
-        *stream_of(A.device), rows_args(A, b, example, rows, minus, y, x, window), slopes.data_ptr(), slopes.shape[0], intercepts.data_ptr(),
-        slopes.shape[1], g_out.data_ptr(), g_out.shape[0], g_b.data_ptr(), starts.data_ptr(), address(order), g_a.data_ptr(),
-        g_s.data_ptr(), g_i.data_ptr(),
-    )  # fmt: skip
+        *stream_of(A.device),
+        rows_args(A, b, example, rows, minus, y, x, window),
+        slopes.data_ptr(),
+        slopes.shape[0],
+        intercepts.data_ptr(),
+        slopes.shape[1],
+        g_out.data_ptr(),
+        g_out.shape[0],
+        g_b.data_ptr(),
+        starts.data_ptr(),
+        address(order),
+        g_a.data_ptr(),
+        g_s.data_ptr(),
+        g_i.data_ptr(),
+    )
     return g_a, g_s, g_i
 
 
@@ -162,7 +178,9 @@ def _concretize_kernel(args: list[Any], need: Any, g: Tensor) -> Grads:
     return _to_rows(g_a, args[0], *args[3:5]), g, None, None, None, g_c, g_r, None, None, None, None, None, None
 
 
-def concretize_rows_kernel(args: list[Any], need: Any, g: Tensor, groups: Groups | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+def concretize_rows_kernel(
+    args: list[Any], need: Any, g: Tensor, groups: Groups | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of the rows before ``rows`` and ``minus`` pick, of centre and of radius."""
     A, b, example, rows, minus, center, radius, _, _, _, y, x, window = args
     A, center, radius, g = (dense(t) for t in (A, center, radius, g))
@@ -172,9 +190,18 @@ def concretize_rows_kernel(args: list[Any], need: Any, g: Tensor, groups: Groups
     g_c, g_r = torch.zeros_like(center) if need[5] else None, torch.zeros_like(radius) if need[6] else None
     require_cuda_build(A.device)
     _C.bounds_concretize_grad(
-        *stream_of(A.device), rows_args(A, b, example, rows, minus, y, x, window), center.data_ptr(), radius.data_ptr(), center.shape[0],
-        g.data_ptr(), starts.data_ptr(), address(order), g_a.data_ptr(), address(g_c), address(g_r),
-    )  # fmt: skip
+        *stream_of(A.device),
+        rows_args(A, b, example, rows, minus, y, x, window),
+        center.data_ptr(),
+        radius.data_ptr(),
+        center.shape[0],
+        g.data_ptr(),
+        starts.data_ptr(),
+        address(order),
+        g_a.data_ptr(),
+        address(g_c),
+        address(g_r),
+    )
     return g_a, g_c, g_r
 
 

@@ -1,8 +1,9 @@
-"""Rows of linear bounds through a chain of activations and convolutions down to the input, in blocks that stay in the cache.
+"""Rows of linear bounds through a chain of activations and convolutions down to the input, in blocks that stay in the
+cache.
 
-The way down is that of any graph of stages (``bounds_stage_rows``). Where gradients are recorded over a box, one kernel takes a few
-rows of an example back up at a time; it reads the coefficients below each convolution as the way down kept them, or goes down again
-where they are too many. Over balls, and with groups or dilation, nothing is kept.
+The way down is that of any graph of stages (``bounds_stage_rows``). Where gradients are recorded over a box, one kernel
+takes a few rows of an example back up at a time; it reads the coefficients below each convolution as the way down kept
+them, or goes down again where they are too many. Over balls, and with groups or dilation, nothing is kept.
 """
 
 from __future__ import annotations
@@ -60,9 +61,22 @@ class ConvStep(NamedTuple):
         return self.weight.is_cpu and native(self.weight) and spread_lanes(self.weight, width) > 0
 
 
-def concretize_through(A: Tensor, b: Tensor, example: Tensor, steps: list[ConvStep], box: Pair | None, ball: Pair | None, q: float, rows: Tensor | None = None, corner: Pair | None = None, window: Window | None = None, minus: Tensor | None = None) -> Tensor:  # fmt: skip
-    """``concretize_rows`` of rows that first pass through ``steps`` (``linear_back_step`` and the adjoint of a convolution each):
-    the coefficients between the layers never leave a core's cache. float32 on the CPU; recorded only without windows.
+def concretize_through(
+    A: Tensor,
+    b: Tensor,
+    example: Tensor,
+    steps: list[ConvStep],
+    box: Pair | None,
+    ball: Pair | None,
+    q: float,
+    rows: Tensor | None = None,
+    corner: Pair | None = None,
+    window: Window | None = None,
+    minus: Tensor | None = None,
+) -> Tensor:
+    """``concretize_rows`` of rows that first pass through ``steps`` (``linear_back_step`` and the adjoint of a
+    convolution each): the coefficients between the layers never leave a core's cache. float32 on the CPU; recorded only
+    without windows.
 
     Windows grow from step to step until they would be as large as the image.
     """
@@ -77,7 +91,20 @@ def concretize_through(A: Tensor, b: Tensor, example: Tensor, steps: list[ConvSt
     return out
 
 
-def through(A: Tensor, b: Tensor, example: Tensor, steps: list[ConvStep], box: Pair | None, ball: Pair | None, q: float, rows: Tensor | None, corner: Pair | None, window: Any, minus: Tensor | None, between: Any = None) -> Tensor:  # fmt: skip
+def through(
+    A: Tensor,
+    b: Tensor,
+    example: Tensor,
+    steps: list[ConvStep],
+    box: Pair | None,
+    ball: Pair | None,
+    q: float,
+    rows: Tensor | None,
+    corner: Pair | None,
+    window: Any,
+    minus: Tensor | None,
+    between: Any = None,
+) -> Tensor:
     """The kernel; ``between``: room for what the gradients take up again (``between_of``)."""
     if not b.numel():
         return torch.empty_like(b)
@@ -96,9 +123,16 @@ def through(A: Tensor, b: Tensor, example: Tensor, steps: list[ConvStep], box: P
 
 
 def _graph(
-    steps: list[ConvStep], A: Tensor, b: Tensor, rows: Any, minus: Any, maps: list[Any], dual: int, size: tuple[int, int] | None,
+    steps: list[ConvStep],
+    A: Tensor,
+    b: Tensor,
+    rows: Any,
+    minus: Any,
+    maps: list[Any],
+    dual: int,
+    size: tuple[int, int] | None,
     between: Any,
-) -> tuple[_C.Graph, list[Any]]:  # fmt: skip
+) -> tuple[_C.Graph, list[Any]]:
     """The steps as the kernel is told of them, and the tensors that must stay alive meanwhile."""
     entry = _C.GraphEntry(
         A.data_ptr(), A.shape[1] * A.shape[2] if A.shape[0] == 2 else 0, address(rows), address(minus)
@@ -144,8 +178,26 @@ def _told(steps: list[ConvStep], between: Any) -> tuple[list[tuple[int, ...]], l
         kept += [slopes, intercepts, taps]
         (c, mh, mw), (oc, oh, ow) = step.shape, step.shape_in
         told.append(
-            (slopes.data_ptr(), slopes.shape[0], intercepts.data_ptr(), mh, mw, c, taps.data_ptr(), oh, ow, oc, kh, kw, *step.stride, *step.padding, lanes, 0, address(between and between[i]))
-        )  # fmt: skip
+            (
+                slopes.data_ptr(),
+                slopes.shape[0],
+                intercepts.data_ptr(),
+                mh,
+                mw,
+                c,
+                taps.data_ptr(),
+                oh,
+                ow,
+                oc,
+                kh,
+                kw,
+                *step.stride,
+                *step.padding,
+                lanes,
+                0,
+                address(between and between[i]),
+            )
+        )
     return told, kept
 
 
@@ -158,7 +210,21 @@ def _filled(steps: list[ConvStep], tensors: Any) -> list[ConvStep]:
 
 class _Through(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, steps: list[ConvStep], q: float, example: Tensor, rows: Any, minus: Any, A: Tensor, b: Tensor, c: Any, r: Any, x: Any, e: Any, *tensors: Tensor) -> Tensor:  # fmt: skip
+    def forward(
+        ctx: Any,
+        steps: list[ConvStep],
+        q: float,
+        example: Tensor,
+        rows: Any,
+        minus: Any,
+        A: Tensor,
+        b: Tensor,
+        c: Any,
+        r: Any,
+        x: Any,
+        e: Any,
+        *tensors: Tensor,
+    ) -> Tensor:
         ctx.save_for_backward(example, rows, minus, A, c, r, x, e, *tensors)
         ctx.steps, ctx.q = steps, q
         box, ball = None if c is None else (c, r), None if x is None else (x, e)
@@ -212,10 +278,24 @@ class _Through(torch.autograd.Function):
         return (None, None, None, None, None, g_a, g_b, *maps, *found)
 
 
-def chain_gradient(A: Tensor, example: Tensor, rows: Any, minus: Any, c: Tensor, r: Tensor, steps: list[ConvStep], g: Tensor, need: Any, between: Any, groups: Groups | None = None, living: bool = False) -> tuple[Tensor, Any, Any, list[tuple[Any, ...]]]:  # fmt: skip
-    """All gradients over a box in one call, a few rows of one example at a time: of the rows before ``rows`` and ``minus`` pick, of
-    c and r, and of slopes, intercepts and weight of each step. ``need``: whether those of c, r and each weight are wanted. living: lines
-    that are zero have no gradients (any numbers may be returned), so that their neurons are left out."""
+def chain_gradient(
+    A: Tensor,
+    example: Tensor,
+    rows: Any,
+    minus: Any,
+    c: Tensor,
+    r: Tensor,
+    steps: list[ConvStep],
+    g: Tensor,
+    need: Any,
+    between: Any,
+    groups: Groups | None = None,
+    living: bool = False,
+) -> tuple[Tensor, Any, Any, list[tuple[Any, ...]]]:
+    """All gradients over a box in one call, a few rows of one example at a time: of the rows before ``rows`` and
+    ``minus`` pick, of c and r, and of slopes, intercepts and weight of each step. ``need``: whether those of c, r and
+    each weight are wanted. living: lines that are zero have no gradients (any numbers may be returned), so that their
+    neurons are left out."""
     A, g, c, r, example = (dense(t) for t in (A, g, c, r, example))
     rows, minus = (None if t is None else t.contiguous() for t in (rows, minus))
     batch, count = steps[0].slopes.shape[1], g.shape[1]
@@ -227,10 +307,20 @@ def chain_gradient(A: Tensor, example: Tensor, rows: Any, minus: Any, c: Tensor,
     lines = [(fresh(s), fresh(i)) for s, i, _ in zip(*[iter(kept)] * 3, strict=True)]
     taps = [fresh(t) if n else None for t, n in zip(kept[2::3], need[2], strict=True)]
     _C.bounds_chain_grad(
-        rows_args(A, g, example, rows, minus, None, None, None), told,
-        [(s.data_ptr(), i.data_ptr(), address(t)) for (s, i), t in zip(lines, taps, strict=True)], batch, c.data_ptr(), r.data_ptr(),
-        g.data_ptr(), starts.data_ptr(), address(order), to_a.data_ptr(), address(to_c), address(to_r), living,
-    )  # fmt: skip
+        rows_args(A, g, example, rows, minus, None, None, None),
+        told,
+        [(s.data_ptr(), i.data_ptr(), address(t)) for (s, i), t in zip(lines, taps, strict=True)],
+        batch,
+        c.data_ptr(),
+        r.data_ptr(),
+        g.data_ptr(),
+        starts.data_ptr(),
+        address(order),
+        to_a.data_ptr(),
+        address(to_c),
+        address(to_r),
+        living,
+    )
     found: list[tuple[Any, ...]] = []
     for step, pair, t in zip(steps, lines, taps, strict=True):
         o, channels, kh, kw = step.weight.shape
@@ -239,7 +329,18 @@ def chain_gradient(A: Tensor, example: Tensor, rows: Any, minus: Any, c: Tensor,
     return to_a, to_c, to_r, found
 
 
-def _chunk(A: Tensor, g: Tensor, example: Tensor, rows: Any, minus: Any, steps: list[ConvStep], maps: list[Any], q: float, need: Any, weights: list[Any]) -> tuple[Tensor, list[Any], list[Any]]:  # fmt: skip
+def _chunk(
+    A: Tensor,
+    g: Tensor,
+    example: Tensor,
+    rows: Any,
+    minus: Any,
+    steps: list[ConvStep],
+    maps: list[Any],
+    q: float,
+    need: Any,
+    weights: list[Any],
+) -> tuple[Tensor, list[Any], list[Any]]:
     """Gradients of A, of the maps of the input set and of each step's lines; adds those of the weights."""
     sides, count = g.shape
     b = A.new_zeros(sides, count)

@@ -34,9 +34,16 @@ def _sizes(x: Tensor, weight_shape: Any, stride: Any, padding: Any, dilation: An
 
 
 def interval_convolution(
-    center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int], finish: int,
-    dilation: Any = (1, 1), groups: int = 1,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    center: Tensor,
+    radius: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    finish: int,
+    dilation: Any = (1, 1),
+    groups: int = 1,
+) -> tuple[Tensor, Tensor]:
     """w * c + b and |w| * r finished as ``center_conv2d`` says, channels last."""
     center, radius, weight = center.resolve_neg(), radius.resolve_neg(), dense(weight)
     bias = None if bias is None else dense(bias)
@@ -97,8 +104,11 @@ def adjoint(
     w = taps_of(weight, lanes)
     out = torch.empty((a.shape[0], c, *size), dtype=a.dtype, memory_format=torch.channels_last)
     _C.bounds_spread(
-        a.data_ptr(), w.data_ptr(), out.data_ptr(), (a.shape[0], *a.shape[2:], o, *size, c, kh, kw, *stride, *padding, lanes),
-    )  # fmt: skip
+        a.data_ptr(),
+        w.data_ptr(),
+        out.data_ptr(),
+        (a.shape[0], *a.shape[2:], o, *size, c, kh, kw, *stride, *padding, lanes),
+    )
     return out
 
 
@@ -113,12 +123,30 @@ def weight_gradient(
     return out
 
 
-def interval_weight_gradient(center: Tensor, radius: Tensor, weight: Tensor, g_c: Tensor, g_r: Tensor, stride: Any, padding: Any, dilation: Any = (1, 1), groups: int = 1) -> Tensor:  # fmt: skip
-    """The gradient of the weight of ``interval_convolution`` before anything finishes it: channels-last centre (B, C, H, W), radius
-    (B or 1, C, H, W), dense weight, and the gradients of the results, those of one radius for all summed over the examples."""
+def interval_weight_gradient(
+    center: Tensor,
+    radius: Tensor,
+    weight: Tensor,
+    g_c: Tensor,
+    g_r: Tensor,
+    stride: Any,
+    padding: Any,
+    dilation: Any = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """The gradient of the weight of ``interval_convolution`` before anything finishes it: channels-last centre (B, C,
+    H, W), radius (B or 1, C, H, W), dense weight, and the gradients of the results, those of one radius for all summed
+    over the examples."""
     out = torch.empty(weight.shape, dtype=weight.dtype)
     _C.bounds_conv_grad(
-        _sizes(center, weight.shape, stride, padding, dilation), center.data_ptr(), g_c.data_ptr(), out.data_ptr(), weight.data_ptr(),
-        radius.data_ptr(), g_r.data_ptr(), radius.shape[0], (*dilation, groups),
-    )  # fmt: skip
+        _sizes(center, weight.shape, stride, padding, dilation),
+        center.data_ptr(),
+        g_c.data_ptr(),
+        out.data_ptr(),
+        weight.data_ptr(),
+        radius.data_ptr(),
+        g_r.data_ptr(),
+        radius.shape[0],
+        (*dilation, groups),
+    )
     return out

@@ -1,7 +1,8 @@
-"""Rows of linear bounds through a graph of activations and convolutions down to the input, leaving out neurons without lines.
+"""Rows of linear bounds through a graph of activations and convolutions down to the input, leaving out neurons without
+lines.
 
-Rows that need the same windows of every map are a group: those of the channels at one position of an image, or all rows of an
-example. They share every read of a weight and of a line.
+Rows that need the same windows of every map are a group: those of the channels at one position of an image, or all rows
+of an example. They share every read of a weight and of a line.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ MOST_ROWS = 48  # of a block: its workspace has so many numbers a neuron
 
 
 class GraphLink(NamedTuple):
-    """What a stage gets from another one, or from the unit vectors at the start (source -1): sign * its coefficients, or with
-    ``weight`` (channels of the source, channels / groups, kernel height, kernel width) the adjoint of the convolution to the source.
-    With ``follows`` (B, map of the source) int32 those of a pooling over windows of ``kernel``: each of its neurons follows the neuron
-    of that channels-last number."""
+    """What a stage gets from another one, or from the unit vectors at the start (source -1): sign * its coefficients,
+    or with ``weight`` (channels of the source, channels / groups, kernel height, kernel width) the adjoint of the
+    convolution to the source. With ``follows`` (B, map of the source) int32 those of a pooling over windows of
+    ``kernel``: each of its neurons follows the neuron of that channels-last number."""
 
     source: int
     weight: Tensor | None = None
@@ -60,9 +61,9 @@ def concretize_graph(
     b: Tensor, example: Tensor, examples: int, stages: list[GraphStage], box: Pair | None, ball: Pair | None, q: float,
     unit: Unit | None = None,
 ) -> Tensor:  # fmt: skip
-    """Extremes (sides, R) of rows over a box or a ball, from b (sides, R) and their example (R,). ``unit``: the neurons (R,) whose
-    unit vectors the rows are, each once for an example, and the shape of their image; else rows start at stages. float32 on the CPU,
-    not recorded."""
+    """Extremes (sides, R) of rows over a box or a ball, from b (sides, R) and their example (R,). ``unit``: the neurons
+    (R,) whose unit vectors the rows are, each once for an example, and the shape of their image; else rows start at
+    stages. float32 on the CPU, not recorded."""
     b = dense(b)
     maps = [None if t is None else dense(t) for t in (*(box or (None, None)), *(ball or (None, None)))]
     told = _tell(b, example, examples, stages, unit, (*map(address, maps), 0 if ball is None else linear._DUAL[q]))
@@ -74,8 +75,8 @@ def concretize_graph(
 def graph_maps(
     b: Tensor, example: Tensor, examples: int, stages: list[GraphStage], unit: Unit | None = None, windows: bool = False
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None, Window | None]:
-    """The linear bounds at the input of the rows of ``concretize_graph``: A (1 or 2, R, n) and b (sides, R). With ``windows`` A holds
-    windows, and their corners and ``window`` as ``concretize_rows`` takes them come with them."""
+    """The linear bounds at the input of the rows of ``concretize_graph``: A (1 or 2, R, n) and b (sides, R). With
+    ``windows`` A holds windows, and their corners and ``window`` as ``concretize_rows`` takes them come with them."""
     b = dense(b)
     told = _tell(b, example, examples, stages, unit, ())
     c, h, w = stages[-1].shape

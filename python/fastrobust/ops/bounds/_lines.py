@@ -1,4 +1,5 @@
-"""Lines around activations: the kernels, their registration and gradients. Definition: :mod:`fastrobust.reference.relaxations`."""
+"""Lines around activations: the kernels, their registration and gradients. Definition:
+:mod:`fastrobust.reference.relaxations`."""
 
 from __future__ import annotations
 
@@ -51,15 +52,34 @@ def _kernel(
     lower, upper = ck.lay_out(lower, form), ck.lay_out(upper, form)
     slopes, intercepts = _empty(lower, 2 if adaptive else 1), _empty(lower, 2)
     _C.bounds_lines(
-        device, stream, lower.dtype == torch.float64, lower.data_ptr(), upper.data_ptr(), slopes.data_ptr(), intercepts.data_ptr(),
-        lower.numel(), activation, p0, p1, adaptive, address(bias), 1 if bias is None else bias.numel(),
-    )  # fmt: skip
+        device,
+        stream,
+        lower.dtype == torch.float64,
+        lower.data_ptr(),
+        upper.data_ptr(),
+        slopes.data_ptr(),
+        intercepts.data_ptr(),
+        lower.numel(),
+        activation,
+        p0,
+        p1,
+        adaptive,
+        address(bias),
+        1 if bias is None else bias.numel(),
+    )
     return slopes, intercepts
 
 
 def _grad_kernel(
-    lower: Tensor, upper: Tensor, to_slopes: Tensor, to_intercepts: Tensor, activation: int, p0: float, p1: float, adaptive: bool
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    lower: Tensor,
+    upper: Tensor,
+    to_slopes: Tensor,
+    to_intercepts: Tensor,
+    activation: int,
+    p0: float,
+    p1: float,
+    adaptive: bool,
+) -> tuple[Tensor, Tensor]:
     require_cuda_build(lower.device)
     device, stream = stream_of(lower.device)
     form = ck.dense_format(lower) or torch.contiguous_format
@@ -104,15 +124,18 @@ _lines = register(
 def relax(
     lower: Tensor, upper: Tensor, activation: str, kind: str = "parallel", params: tuple[float, ...] = ()
 ) -> relaxations.Lines:
-    """Lines around an activation s on [lower, upper], elementwise: slopes (1 or 2, *shape), intercepts (2, *shape), lower first,
+    """Lines around an activation s on [lower, upper], elementwise: slopes (1 or 2, *shape), intercepts (2, *shape),
+    lower first,
 
         slopes[0] x + intercepts[0] <= s(x) <= slopes[-1] x + intercepts[1]        for lower <= x <= upper
 
-    lower, upper: float32 or float64 of one shape, lower <= upper. activation: one of ``reference.relaxations.ACTIVATIONS``,
-    params: its parameters (torch's defaults where empty). kind: "parallel" (one slope: Liu 2022, equations 3.3 to 3.5 and table
-    3.1) or "crown" (adaptive: Zhang et al. 2018; the lines that leave the least area, see ``reference.relaxations``). Intercepts
-    of smooth activations are padded by the rounding errors of the value and of the line, so that the lines hold for s in real
-    arithmetic. Ends that are not finite give horizontal lines at the range of s, NaN gives NaN. Differentiable once.
+    lower, upper: float32 or float64 of one shape, lower <= upper. activation: one of
+    ``reference.relaxations.ACTIVATIONS``,
+    params: its parameters (torch's defaults where empty). kind: "parallel" (one slope: Liu 2022, equations 3.3 to 3.5
+    and table 3.1) or "crown" (adaptive: Zhang et al. 2018; the lines that leave the least area, see
+    ``reference.relaxations``). Intercepts of smooth activations are padded by the rounding errors of the value and of
+    the line, so that the lines hold for s in real arithmetic. Ends that are not finite give horizontal lines at the
+    range of s, NaN gives NaN. Differentiable once.
 
     ValueError or TypeError: shapes, dtypes or devices differ; an unknown activation or kind; parameters out of range.
     """
@@ -125,14 +148,80 @@ def relax(
     return relaxations.Lines(*f(lower, upper, *plain, kind == "crown"))
 
 
-# where one pass over both ends beats torch's function of each; elsewhere that one is as fast, and rounds as the network does
+def _support_kernel(
+    slopes: Tensor, lower: Tensor, upper: Tensor, activation: int, p0: float, p1: float, above: bool
+) -> tuple[Tensor, Tensor]:
+    require_cuda_build(lower.device)
+    device, stream = stream_of(lower.device)
+    slopes, lower, upper = dense(slopes), dense(lower), dense(upper)
+    out, points = torch.empty_like(lower), torch.empty_like(lower)
+    tensors = [t.data_ptr() for t in (slopes, lower, upper, out, points)]
+    _C.bounds_support(device, stream, lower.dtype == torch.float64, tensors, lower.numel(), activation, p0, p1, above)
+    return out, points
+
+
+def _support_gradient(args: list[Any], need: Any, to_intercepts: Tensor, to_points: Tensor) -> gradients.Grads:
+    """The intercept is s(t) - d t, least or greatest in t: only an end that it touches moves it."""
+    slopes, lower, upper, activation, p0, p1, above = args
+    points = _support(*args)[1]
+    name = _NUMBERS[activation]
+    told_of = {
+        "relu": ("leaky_relu", (p0,)),
+        "hardtanh": (name, (p0, p1)),
+        "softplus": (name, (p0, p1)),
+        "elu": (name, (p0,)),
+    }
+    name, params = told_of.get(name, (name, ()))
+    first = points == lower
+    by_end = [
+        torch.where(touched, (relaxations.derivative(end, name, params) - slopes) * to_intercepts, 0.0)
+        for end, touched in ((lower, first), (upper, (points == upper) & ~first))
+    ]
+    return -points * to_intercepts, by_end[0], by_end[1], None, None, None, None
+
+
+_support = register(
+    "bounds_support",
+    "(Tensor slopes, Tensor lower, Tensor upper, int activation, float p0, float p1, bool above) -> (Tensor, Tensor)",
+    _support_kernel,
+    lambda d, l, *_: (l.new_empty(l.shape), l.new_empty(l.shape)),
+    _support_gradient,
+)
+
+
+def support(
+    slopes: Tensor, lower: Tensor, upper: Tensor, activation: str, params: tuple[float, ...] = (), above: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The tightest intercept of a line of any slope d below (``above``) an activation s on [lower, upper], and where it
+    touches:
+
+        intercept = min (max) over lower <= t <= upper of s(t) - d t,        point = the t that attains it
+
+    elementwise, padded outwards as in ``relax``; minus the point is the intercept's derivative by d. slopes, lower,
+    upper: float32 or float64 of one shape, finite, lower <= upper; activation, params: as in ``relax``. Differentiable
+    once (alpha-CROWN, Xu et al. 2021, moves slopes by it).
+
+    ValueError or TypeError: shapes, dtypes or devices differ; an unknown activation; parameters out of range.
+    """
+    lower = ck.check_state(lower, "lower")
+    ck.check_like(upper, "upper", lower, "lower")
+    ck.check_like(slopes, "slopes", lower, "lower")
+    plain = told(activation, params)
+    f = _support_kernel if direct(slopes, lower, upper) else _support
+    intercepts, points = f(slopes, lower, upper, *plain, above)
+    return intercepts, points.detach()
+
+
+# where one pass over both ends beats torch's function of each; elsewhere that one is as fast, and rounds as the network
+# does
 _FUSED = ("tanh", "arctan", "silu", "gelu", "gelu_tanh")
 
 
 def interval_activation(
     lower: Tensor, upper: Tensor, activation: str, params: tuple[float, ...] = ()
 ) -> tuple[Tensor, Tensor]:
-    """The range [min s, max s] of an activation over [lower, upper], elementwise, to float32 rounding (Liu 2022, Algorithm 3.2).
+    """The range [min s, max s] of an activation over [lower, upper], elementwise, to float32 rounding (Liu 2022,
+    Algorithm 3.2).
 
     lower, upper: float32 or float64 of one shape; activation, params: as in ``relax``. Differentiable.
     """
@@ -157,9 +246,11 @@ def interval_activation(
     return low, up
 
 
-def relax_behind(lower: Tensor, upper: Tensor, activation: str, kind: str, params: tuple[float, ...], bias: Tensor) -> relaxations.Lines:  # fmt: skip
-    """``relax`` in terms of the input less ``bias``, the bias of the layer before (of the first dimension after the batch, or
-    broadcast): slope * bias joins the intercepts, in the same pass where nothing is recorded."""
+def relax_behind(
+    lower: Tensor, upper: Tensor, activation: str, kind: str, params: tuple[float, ...], bias: Tensor
+) -> relaxations.Lines:
+    """``relax`` in terms of the input less ``bias``, the bias of the layer before (of the first dimension after the
+    batch, or broadcast): slope * bias joins the intercepts, in the same pass where nothing is recorded."""
     flat = bias.reshape(-1)
     innermost = lower.dim() == 2 or (lower.dim() == 4 and lower.is_contiguous(memory_format=torch.channels_last))
     fits = innermost and len(flat) == lower.shape[1] and upper.shape == lower.shape

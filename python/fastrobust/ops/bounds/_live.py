@@ -19,8 +19,8 @@ Pair = tuple[Tensor, Tensor]
 
 
 class LiveStep(NamedTuple):
-    """An activation and the linear layer before it, whose bias is in the intercepts. A dense layer is the convolution of a map of
-    one position whose kernel is the whole image."""
+    """An activation and the linear layer before it, whose bias is in the intercepts. A dense layer is the convolution
+    of a map of one position whose kernel is the whole image."""
 
     slopes: Tensor  # (1 or 2, B, map) of ``linear_back_step``, channels last
     intercepts: Tensor  # (2, B, map)
@@ -32,9 +32,9 @@ class LiveStep(NamedTuple):
 
 
 def leaving_out_pays(steps: list[LiveStep], rows: float, shares: list[float] | None = None) -> bool:
-    """Whether ``concretize_live`` is the faster way for so many rows an example: products with all neurons take less time each, and
-    rows that do not fill a vector cost as if they did. shares: of living neurons by step, where they are known. The constants were
-    fitted on the certification papers' networks."""
+    """Whether ``concretize_live`` is the faster way for so many rows an example: products with all neurons take less
+    time each, and rows that do not fill a vector cost as if they did. shares: of living neurons by step, where they are
+    known. The constants were fitted on the certification papers' networks."""
     if any(min(s.weight.shape[2], s.shape[1]) > _MOST_LINES for s in steps):
         return False
     if shares is None:
@@ -68,14 +68,44 @@ def _told(step: LiveStep, turn: bool, below: Tensor | None) -> tuple[tuple[int, 
     )
     if turn:
         taps = turned(taps, 1, *taps.shape)[0]
-    told = (slopes.data_ptr(), slopes.shape[0], intercepts.data_ptr(), h, w, c, taps.data_ptr(), oh, ow, oc, *step.weight.shape[2:], *step.stride, *step.padding, taps.shape[1], int(turn), address(below))  # fmt: skip
+    told = (
+        slopes.data_ptr(),
+        slopes.shape[0],
+        intercepts.data_ptr(),
+        h,
+        w,
+        c,
+        taps.data_ptr(),
+        oh,
+        ow,
+        oc,
+        *step.weight.shape[2:],
+        *step.stride,
+        *step.padding,
+        taps.shape[1],
+        int(turn),
+        address(below),
+    )
     return told, [slopes, intercepts, taps]
 
 
-def concretize_live(A: Tensor, b: Tensor, example: Tensor, steps: list[LiveStep], box: Pair | None, ball: Pair | None, q: float, rows: Tensor | None = None, minus: Tensor | None = None, below: Sequence[Tensor | None] | None = None, groups: Groups | None = None) -> Tensor:  # fmt: skip
-    """``concretize_through`` over whole maps and a box or a ball, leaving out neurons whose lines are zero: what a product takes from
-    them or gives to them changes nothing. float32 on the CPU, not recorded. below: for each step, room for the rows
-    below its layer, (1 or 2, R, n), which the gradients take up (``between_of``); zero where neurons have no lines."""
+def concretize_live(
+    A: Tensor,
+    b: Tensor,
+    example: Tensor,
+    steps: list[LiveStep],
+    box: Pair | None,
+    ball: Pair | None,
+    q: float,
+    rows: Tensor | None = None,
+    minus: Tensor | None = None,
+    below: Sequence[Tensor | None] | None = None,
+    groups: Groups | None = None,
+) -> Tensor:
+    """``concretize_through`` over whole maps and a box or a ball, leaving out neurons whose lines are zero: what a
+    product takes from them or gives to them changes nothing. float32 on the CPU, not recorded. below: for each step,
+    room for the rows below its layer, (1 or 2, R, n), which the gradients take up (``between_of``); zero where neurons
+    have no lines."""
     A, b, example = dense(A), dense(b), dense(example)
     rows, minus = (None if t is None else t.contiguous() for t in (rows, minus))
     told, kept = [], []
@@ -97,12 +127,19 @@ def concretize_live(A: Tensor, b: Tensor, example: Tensor, steps: list[LiveStep]
 
 
 def live_gradient(
-    A: Tensor, rows: Tensor | None, minus: Tensor | None, example: Tensor, step: LiveStep, from_rows: Tensor, g: Tensor, groups: Groups
-) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:  # fmt: skip
-    """Gradients of rows that go through the lines and the dense layer of one step: of A (of the whole matrix where ``rows`` pick from
-    one, else (k, R, channels)), of slopes and intercepts, and of the weight (channels, n), its columns channels last; of lines and
-    weight only where a neuron has lines. From those of the rows at the input (k, R, n) and of the bounds, g (sides, R). groups:
-    ``by_example`` of the rows."""
+    A: Tensor,
+    rows: Tensor | None,
+    minus: Tensor | None,
+    example: Tensor,
+    step: LiveStep,
+    from_rows: Tensor,
+    g: Tensor,
+    groups: Groups,
+) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+    """Gradients of rows that go through the lines and the dense layer of one step: of A (of the whole matrix where
+    ``rows`` pick from one, else (k, R, channels)), of slopes and intercepts, and of the weight (channels, n), its
+    columns channels last; of lines and weight only where a neuron has lines. From those of the rows at the input (k, R,
+    n) and of the bounds, g (sides, R). groups: ``by_example`` of the rows."""
     A, from_rows, g = dense(A), dense(from_rows), dense(g)
     rows, minus = (None if t is None else t.contiguous() for t in (rows, minus))
     told, kept = _told(step, False, None)

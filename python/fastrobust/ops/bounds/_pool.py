@@ -52,8 +52,8 @@ def _output_size(window: PoolWindow, height: int, width: int) -> tuple[int, int]
 
 
 def _positions(height: int, width: int, window: PoolWindow, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Flat positions (windows, taps) that each window reads, and where they lie outside the image (the position there is
-    another)."""
+    """Flat positions (windows, taps) that each window reads, and where they lie outside the image (the position there
+    is another)."""
     axes, lost = [], []
     for axis, (size, count) in enumerate(zip((height, width), window.output_size(height, width), strict=True)):
         start = torch.arange(count, device=device) * window.stride[axis] - window.padding[axis]
@@ -82,15 +82,16 @@ def relax_max_pool(lower: Tensor, upper: Tensor, window: PoolWindow, kind: str =
 
         slopes[0] x_j + intercepts[0] <= max over the window <= slopes[-1] x_j + intercepts[1].
 
-    j has the largest lower end of its window, of equal ones the largest upper end. Below lies x_j itself. With M the largest
-    upper end of the others, where M > l_j, above lie x_j + M - l_j ("parallel") and the chord of max(x_j, M) over [l_j, u_j]
-    ("crown": two slopes), which is nowhere above the constant max(M, u_j); where M <= l_j both are x_j.
+    j has the largest lower end of its window, of equal ones the largest upper end. Below lies x_j itself. With M the
+    largest upper end of the others, where M > l_j, above lie x_j + M - l_j ("parallel") and the chord of max(x_j, M)
+    over [l_j, u_j] ("crown": two slopes), which is nowhere above the constant max(M, u_j); where M <= l_j both are x_j.
 
     lower, upper: (B, C, H, W) float32 or float64, lower <= upper. Returns slopes (1 or 2, B, C, ho, wo), intercepts
-    (2, B, C, ho, wo), source (B, C, ho * wo) int64, flat positions in H * W. Where the interval of x_j is not finite the chord
-    is horizontal; NaN in x_j or M gives NaN. Differentiable; no host synchronisation.
+    (2, B, C, ho, wo), source (B, C, ho * wo) int64, flat positions in H * W. Where the interval of x_j is not finite
+    the chord is horizontal; NaN in x_j or M gives NaN. Differentiable; no host synchronisation.
 
-    ValueError or TypeError: shapes, dtypes or devices differ; not four dimensions; a window outside the image; an unknown kind.
+    ValueError or TypeError: shapes, dtypes or devices differ; not four dimensions; a window outside the image; an
+    unknown kind.
     """
     lower = ck.check_state(lower, "lower")
     ck.check_like(upper, "upper", lower, "lower")

@@ -38,9 +38,10 @@ def product_with_transpose(a: Tensor, weight: Tensor, bias: Tensor | None = None
 
 
 def matrix_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b for a (R, K) and b (K, N), not recorded. With AVX-512, large ones outside our kernel run as the adjoint of a 1 x 1
-    convolution: oneDNN uses AVX-512 on every processor that has it, the matrix library behind ``@`` only on some (twice as fast
-    there). Without it, ``@`` is the faster one."""
+    """a @ b for a (R, K) and b (K, N), not recorded. With AVX-512, large ones outside our kernel run as the adjoint of
+    a 1 x 1
+    convolution: oneDNN uses AVX-512 on every processor that has it, the matrix library behind ``@`` only on some (twice
+    as fast there). Without it, ``@`` is the faster one."""
     (count, k), n = a.shape, b.shape[1]
     if _ours(a, b):
         own = a.new_empty(count, n)
@@ -53,27 +54,50 @@ def matrix_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def sign_product(
-    x: Tensor, b: Tensor, scale: Tensor, out: Tensor, b_scale: Tensor | None = None, base: tuple[Tensor, Tensor, Tensor] | None = None
-) -> bool:  # fmt: skip
-    """out = scale * (x.sign() @ (b_scale * b)) for x (R, K), b (K, N) and out (R, N), one stride of each 1, scale (R,) and b_scale (K,).
-    base: (matrix, factor, row), to which factor[i] * matrix[row[i]] is added in out[i]. float32 on the CPU. False, and nothing is
-    written, where x has a NaN or more single zeros than pay."""
+    x: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    out: Tensor,
+    b_scale: Tensor | None = None,
+    base: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> bool:
+    """out = scale * (x.sign() @ (b_scale * b)) for x (R, K), b (K, N) and out (R, N), one stride of each 1, scale (R,)
+    and b_scale (K,).
+    base: (matrix, factor, row), to which factor[i] * matrix[row[i]] is added in out[i]. float32 on the CPU. False, and
+    nothing is written, where x has a NaN or more single zeros than pay."""
     (count, k), n = x.shape, b.shape[1]
     bases = (0, 0, 0) if base is None else tuple(t.data_ptr() for t in base)
     done: bool = _C.bounds_sign_product(
-        x.data_ptr(), b.data_ptr(), address(b_scale), scale.data_ptr(), bases, out.data_ptr(), count, k, n,
+        x.data_ptr(),
+        b.data_ptr(),
+        address(b_scale),
+        scale.data_ptr(),
+        bases,
+        out.data_ptr(),
+        count,
+        k,
+        n,
         (*x.stride(), *b.stride(), *out.stride()),
-    )  # fmt: skip
+    )
     return done
 
 
 def _ours(a: Tensor, b: Tensor) -> bool:
-    """Whether the kernel is the fastest: packing b pays from some rows on; with AVX2, ``@`` is better at rows that lie apart."""
+    """Whether the kernel is the fastest: packing b pays from some rows on; with AVX2, ``@`` is better at rows that lie
+    apart."""
     return (
-        (_WIDE or (_VARIANT == "v3" and a.stride(1) == 1)) and a.is_cpu and native(a) and 0 < a.shape[1] <= _MOST_COUNT and a.shape[0] >= 8 and a.shape[0] * b.shape[1] >= 4096
-        and 1 in b.stride() and not a.is_neg() and not b.is_neg() and nothing_intercepts()
+        (_WIDE or (_VARIANT == "v3" and a.stride(1) == 1))
+        and a.is_cpu
+        and native(a)
+        and 0 < a.shape[1] <= _MOST_COUNT
+        and a.shape[0] >= 8
+        and a.shape[0] * b.shape[1] >= 4096
+        and 1 in b.stride()
+        and not a.is_neg()
+        and not b.is_neg()
+        and nothing_intercepts()
         and not (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad))
-    )  # fmt: skip
+    )
 
 
 class _Product(torch.autograd.Function):
@@ -93,7 +117,8 @@ class _Product(torch.autograd.Function):
 
 
 def _large(a: Tensor) -> bool:
-    """Whether a convolution serves. torch takes smaller inputs of a transposed one by a way of its own, which is slower than ``@``."""
+    """Whether a convolution serves. torch takes smaller inputs of a transposed one by a way of its own, which is slower
+    than ``@``."""
     large = a.shape[0] >= 64 and a.shape[1] >= 32 and a.numel() > 20480
     return bool(_WIDE and large and a.is_cpu and native(a) and _mkldnn())
 

@@ -38,8 +38,8 @@ def finite(t: Tensor) -> bool:
 
 
 def margin_rows(labels: Tensor, classes: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """(example, label, other) of each row of margins z_y - z_j, j ascending without y; None where a label is out of range. labels:
-    (B,) int64."""
+    """(example, label, other) of each row of margins z_y - z_j, j ascending without y; None where a label is out of
+    range. labels: (B,) int64."""
     batch = len(labels)
     if _small(labels):
         out = torch.empty(3, batch * (classes - 1), dtype=torch.int64)
@@ -75,12 +75,21 @@ def rows_args(
     placed = None if corner_y is None or corner_x is None else (corner_y.data_ptr(), corner_x.data_ptr(), *window)
     stride = A.shape[1] * A.shape[2] if A.shape[0] == 2 else 0
     return (
-        A.data_ptr(), stride, address(rows), address(example), b.shape[1], A.shape[2], b.shape[0], placed, address(minus)
-    )  # fmt: skip
+        A.data_ptr(),
+        stride,
+        address(rows),
+        address(example),
+        b.shape[1],
+        A.shape[2],
+        b.shape[0],
+        placed,
+        address(minus),
+    )
 
 
 def by_example(example: Tensor | None, count: int, batch: int, device: torch.device) -> Groups:
-    """(starts, order): the rows of example i are order[starts[i] : starts[i + 1]], or this range itself without order."""
+    """(starts, order): the rows of example i are order[starts[i] : starts[i + 1]], or this range itself without
+    order."""
     if example is None:
         return torch.arange(count + 1, device=device), None
     order = None

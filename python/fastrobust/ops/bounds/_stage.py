@@ -15,8 +15,8 @@ _LINEAR = ("input", "linear", "scale")
 
 
 class Link(NamedTuple):
-    """What a stage reads: ``sign`` times a product with, or (``at`` None) the very numbers of, an earlier stage; with a window, of
-    each window the largest."""
+    """What a stage reads: ``sign`` times a product with, or (``at`` None) the very numbers of, an earlier stage; with a
+    window, of each window the largest."""
 
     source: int
     at: int | None = None  # of the weights
@@ -30,8 +30,8 @@ class Link(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """The sum of its links and of signed biases, then an activation, nothing, or factor * . + shift by channels; or the maximum over
-    the windows of its one link."""
+    """The sum of its links and of signed biases, then an activation, nothing, or factor * . + shift by channels; or the
+    maximum over the windows of its one link."""
 
     shape: Image  # channels, height, width; a vector has one position
     kind: str  # "input", "linear", "scale", "max", or an activation of ``reference.relaxations``
@@ -53,7 +53,8 @@ class Stage(NamedTuple):
 
 
 class Parameters(NamedTuple):
-    """weights: (O, C, kh, kw) or (m, n), columns of a dense layer behind an image channels first; biases (O,); scales (C,) or (1,);
+    """weights: (O, C, kh, kw) or (m, n), columns of a dense layer behind an image channels first; biases (O,); scales
+    (C,) or (1,);
     boxes: centre and radius (B, n) of one stage after the other whose intervals are given, biases and all."""
 
     weights: list[Tensor]
@@ -63,7 +64,8 @@ class Parameters(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """The outputs are offset + the sum over stages of matrix * stage: numbers of the stages, matrices (K, n), offset (K,)."""
+    """The outputs are offset + the sum over stages of matrix * stage: numbers of the stages, matrices (K, n), offset
+    (K,)."""
 
     stages: list[int]
     matrices: list[Tensor]
@@ -93,7 +95,8 @@ def flat_of(t: Tensor) -> Tensor:
 
 
 def channels_first(t: Tensor, shape: Image) -> Tensor:
-    """(R, n) in the order of a dense layer's columns: moving maps costs less than moving the weight of a layer behind an image."""
+    """(R, n) in the order of a dense layer's columns: moving maps costs less than moving the weight of a layer behind
+    an image."""
     if shape[0] == 1 or shape[1] * shape[2] == 1:
         return t
     return image_of(dense(t), shape).reshape(t.shape[0], -1)

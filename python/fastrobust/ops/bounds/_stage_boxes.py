@@ -23,7 +23,15 @@ from .margins import Image
 _CENTER = 0
 
 
-def boxes_of(stages: list[Stage], given: Parameters, center: Tensor, radius: Tensor, shared: bool, kind: str | None, recorded: bool) -> list[Held]:  # fmt: skip
+def boxes_of(
+    stages: list[Stage],
+    given: Parameters,
+    center: Tensor,
+    radius: Tensor,
+    shared: bool,
+    kind: str | None,
+    recorded: bool,
+) -> list[Held]:
     """Intervals of every stage, and lines of the ReLUs where ``kind`` ("crown", "parallel") is given."""
     held = [Held(center, radius, None, (center, radius[:1] if shared else radius))]
     for stage in stages[1:]:
@@ -31,7 +39,9 @@ def boxes_of(stages: list[Stage], given: Parameters, center: Tensor, radius: Ten
     return held
 
 
-def _box(stage: Stage, stages: list[Stage], given: Parameters, held: list[Held], kind: str | None, recorded: bool) -> Held:  # fmt: skip
+def _box(
+    stage: Stage, stages: list[Stage], given: Parameters, held: list[Held], kind: str | None, recorded: bool
+) -> Held:
     if stage.kind == "max":
         return _pooled(stage, stages, held, kind)
     bias = None
@@ -91,7 +101,9 @@ def max_pool(t: Tensor, window: PoolWindow) -> Tensor:
     return F.max_pool2d(t, *window[:4], ceil_mode=window.ceil_mode)
 
 
-def _affine(stage: Stage, stages: list[Stage], given: Parameters, held: list[Held], bias: Tensor | None, joined: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _affine(
+    stage: Stage, stages: list[Stage], given: Parameters, held: list[Held], bias: Tensor | None, joined: bool
+) -> tuple[Tensor, Tensor]:
     """Centre and radius of the sum of the links; of the ReLU of a single product where that is ``joined``."""
     c: Any = None
     r: Any = None
@@ -123,7 +135,9 @@ def _affine(stage: Stage, stages: list[Stage], given: Parameters, held: list[Hel
     return c, r
 
 
-def _interval_conv(x: Tensor, y: Tensor, before: Image, shape: Image, w: Tensor, b: Tensor | None, link: Link, finish: int) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _interval_conv(
+    x: Tensor, y: Tensor, before: Image, shape: Image, w: Tensor, b: Tensor | None, link: Link, finish: int
+) -> tuple[Tensor, Tensor]:
     """``conv.interval_convolution`` of flat maps."""
     x, w = dense(x), dense(w)
     bias = None if b is None else dense(b)

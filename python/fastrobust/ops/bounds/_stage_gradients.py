@@ -40,7 +40,17 @@ Pair = tuple[Any, Any]
 
 class Margins(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, stages: list[Stage], at: list[int], shared: bool, rows: Rows, kind: str | None, keep: bool, counts: list[int], *tensors: Tensor) -> tuple[Tensor, ...]:  # fmt: skip
+    def forward(
+        ctx: Any,
+        stages: list[Stage],
+        at: list[int],
+        shared: bool,
+        rows: Rows,
+        kind: str | None,
+        keep: bool,
+        counts: list[int],
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
         ctx.kept = {}
         ctx.told = stages, at, shared, rows, kind, counts
         heads, given = _parts(at, counts, tensors)
@@ -70,7 +80,18 @@ def _parts(at: list[int], counts: list[int], tensors: Any) -> tuple[Heads, Param
 
 
 class _Backward:
-    def __init__(self, stages: list[Stage], heads: Heads, given: Parameters, shared: bool, rows: Rows, kind: str | None, kept: dict[str, Any], grads: tuple[Tensor, ...], input_too: bool):  # fmt: skip
+    def __init__(
+        self,
+        stages: list[Stage],
+        heads: Heads,
+        given: Parameters,
+        shared: bool,
+        rows: Rows,
+        kind: str | None,
+        kept: dict[str, Any],
+        grads: tuple[Tensor, ...],
+        input_too: bool,
+    ):
         self.stages, self.heads, self.given, self.shared, self.rows, self.kind = (
             stages,
             heads,

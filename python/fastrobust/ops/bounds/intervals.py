@@ -1,4 +1,5 @@
-"""Interval propagation, relaxations and the adjoint of convolutions; the formulas are those of :mod:`fastrobust.reference.bounds`.
+"""Interval propagation, relaxations and the adjoint of convolutions; the formulas are those of
+:mod:`fastrobust.reference.bounds`.
 
 The ops on rows of linear bounds are in :mod:`fastrobust.ops.linear_bounds` and named here too.
 """
@@ -127,9 +128,20 @@ def _interval_kernel(
         return _interval_by_products(center, radius, weight, bias, finish)
     out_a, out_b = center.new_empty(batch, m), center.new_empty(batch, m)
     _C.bounds_interval(
-        device, stream, center.data_ptr(), radius.data_ptr(), weight.data_ptr(), address(bias), out_a.data_ptr(), out_b.data_ptr(),
-        batch, n, m, finish, radius.shape[0] != batch,
-    )  # fmt: skip
+        device,
+        stream,
+        center.data_ptr(),
+        radius.data_ptr(),
+        weight.data_ptr(),
+        address(bias),
+        out_a.data_ptr(),
+        out_b.data_ptr(),
+        batch,
+        n,
+        m,
+        finish,
+        radius.shape[0] != batch,
+    )
     return out_a, out_b
 
 
@@ -145,7 +157,8 @@ _interval = register(
 def center_linear(
     center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, finish: int = ENDS
 ) -> tuple[Tensor, Tensor]:
-    """The interval of a linear layer from centre (B, n) and radius (B, n), or (1, n) for all; finish CENTER: centre and radius,
+    """The interval of a linear layer from centre (B, n) and radius (B, n), or (1, n) for all; finish CENTER: centre and
+    radius,
     ENDS: its ends, RELU: centre and radius of the ReLU."""
     f = _interval_kernel if direct(center, radius, weight, bias) else _interval
     return f(center, radius, weight, bias, finish)
@@ -173,8 +186,16 @@ def _finish(low: Tensor, up: Tensor, activation: str | None, params: tuple[float
     return (low, up) if activation is None else interval_activation(low, up, activation, params)
 
 
-def interval_linear(lower: Tensor, upper: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, params: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """W c + b -+ |W| r with c, r the centre and radius of [lower, upper], and the range of ``activation`` on it (thesis, eq. 3.8).
+def interval_linear(
+    lower: Tensor,
+    upper: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    params: tuple[float, ...] = (),
+) -> tuple[Tensor, Tensor]:
+    """W c + b -+ |W| r with c, r the centre and radius of [lower, upper], and the range of ``activation`` on it
+    (thesis, eq. 3.8).
 
     lower, upper: (..., n); weight: (m, n); bias: (m,); two tensors (..., m). W is read once and |W| is never stored.
     """
@@ -187,7 +208,18 @@ def interval_linear(lower: Tensor, upper: Tensor, weight: Tensor, bias: Tensor |
     return _finish(low.view(shape), up.view(shape), activation, params)
 
 
-def interval_conv2d(lower: Tensor, upper: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1, activation: str | None = None, params: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:  # fmt: skip
+def interval_conv2d(
+    lower: Tensor,
+    upper: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    activation: str | None = None,
+    params: tuple[float, ...] = (),
+) -> tuple[Tensor, Tensor]:
     """The same for a convolution with zero padding: (B, C, H, W) -> (B, O, H', W')."""
     if isinstance(lower, Tensor) and lower.dim() != 4:
         raise ValueError(f"lower: got shape {tuple(lower.shape)}, expected (B, C, H, W)")
@@ -200,8 +232,16 @@ def interval_conv2d(lower: Tensor, upper: Tensor, weight: Tensor, bias: Tensor |
 
 
 def _interval_conv_kernel(
-    center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, finish: int, dilation: Any, groups: int
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    center: Tensor,
+    radius: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    finish: int,
+    dilation: Any,
+    groups: int,
+) -> tuple[Tensor, Tensor]:
     if on_cpu(center) and native(center):
         return interval_convolution(center, radius, weight, bias, stride, padding, finish, dilation, groups)
     conv = (stride, padding, dilation, groups)
@@ -213,8 +253,16 @@ def _interval_conv_kernel(
 
 
 def _interval_conv_fake(
-    center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, finish: int, dilation: Any, groups: int
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    center: Tensor,
+    radius: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    finish: int,
+    dilation: Any,
+    groups: int,
+) -> tuple[Tensor, Tensor]:
     c = F.conv2d(center, weight, bias, stride, padding, dilation, groups)
     if center.device.type == "cpu" and native(center):
         c = c.contiguous(memory_format=torch.channels_last)
@@ -232,9 +280,16 @@ _interval_conv = register(
 
 
 def center_conv2d(
-    center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
-    groups: int = 1, finish: int = CENTER,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    center: Tensor,
+    radius: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    finish: int = CENTER,
+) -> tuple[Tensor, Tensor]:
     """The same for a convolution: centre (B, C, H, W), radius of this shape or (1, C, H, W)."""
     if not isinstance(padding, str):
         f = _interval_conv_kernel if direct(center, radius, weight, bias) else _interval_conv
@@ -258,9 +313,19 @@ def _unit(e: Tensor) -> Tensor:
     return torch.where(top > 0, top, 1.0)
 
 
-def interval_ball_linear(x: Tensor, eps: float | Tensor, norm: Any, clip: Clip, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, params: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Bounds of W x' + b over the l_p ball around x: W x + b -+ eps ||W||_q by rows (Algorithm 3.1, line 2), with ``clip`` the
-    tighter of that and of the clipped box. x: (B, n) or (B, *shape) with n elements; eps: a number, (B,) or x's shape."""
+def interval_ball_linear(
+    x: Tensor,
+    eps: float | Tensor,
+    norm: Any,
+    clip: Clip,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    params: tuple[float, ...] = (),
+) -> tuple[Tensor, Tensor]:
+    """Bounds of W x' + b over the l_p ball around x: W x + b -+ eps ||W||_q by rows (Algorithm 3.1, line 2), with
+    ``clip`` the tighter of that and of the clipped box. x: (B, n) or (B, *shape) with n elements; eps: a number, (B,)
+    or x's shape."""
     x = ck.check_state(x, "x")
     p = check_norm(norm)
     eps = check_eps(eps, x)
@@ -283,7 +348,20 @@ def interval_ball_linear(x: Tensor, eps: float | Tensor, norm: Any, clip: Clip, 
     return _finish(*(ball if box is None else _tighter(box, ball)), activation, params)
 
 
-def interval_ball_conv2d(x: Tensor, eps: float | Tensor, norm: Any, clip: Clip, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1, activation: str | None = None, params: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:  # fmt: skip
+def interval_ball_conv2d(
+    x: Tensor,
+    eps: float | Tensor,
+    norm: Any,
+    clip: Clip,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    activation: str | None = None,
+    params: tuple[float, ...] = (),
+) -> tuple[Tensor, Tensor]:
     """The same for a convolution of x: (B, C, H, W)."""
     x = ck.check_state(x, "x")
     if x.dim() != 4:

@@ -69,9 +69,17 @@ def _sides_out(A: Tensor, b: Tensor, slopes: Tensor) -> int:
 
 
 def _back_kernel(
-    A: Tensor, b: Tensor, slopes: Tensor, intercepts: Tensor, example: Tensor | None, rows: Tensor | None, minus: Tensor | None,
-    corner_y: Tensor | None, corner_x: Tensor | None, window: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    A: Tensor,
+    b: Tensor,
+    slopes: Tensor,
+    intercepts: Tensor,
+    example: Tensor | None,
+    rows: Tensor | None,
+    minus: Tensor | None,
+    corner_y: Tensor | None,
+    corner_x: Tensor | None,
+    window: Any,
+) -> tuple[Tensor, Tensor]:
     if not native(A):
         return _back_definition(A, b, slopes, intercepts, example, rows, minus, corner_y, corner_x, window)
     require_cuda_build(A.device)
@@ -105,7 +113,16 @@ def _check_index(t: Tensor | None, name: str, count: int, like: Tensor) -> None:
         raise ValueError(f"{name}: got {ck.describe(t)}, expected ({count},) int64 on {like.device}")
 
 
-def _check_rows(A: Tensor, b: Tensor, example: Tensor | None, rows: Tensor | None, corner: Any, maps: dict[str, Tensor], window: Any, minus: Tensor | None) -> None:  # fmt: skip
+def _check_rows(
+    A: Tensor,
+    b: Tensor,
+    example: Tensor | None,
+    rows: Tensor | None,
+    corner: Any,
+    maps: dict[str, Tensor],
+    window: Any,
+    minus: Tensor | None,
+) -> None:
     for name, t, dim in (("A", A, 3), ("b", b, 2), *((k, v, 0) for k, v in maps.items())):
         if not isinstance(t, Tensor) or t.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"{name}: got {ck.describe(t)}, expected a float32 tensor")
@@ -139,8 +156,19 @@ def _check_rows(A: Tensor, b: Tensor, example: Tensor | None, rows: Tensor | Non
             raise ValueError(f"{name}: got shape {tuple(t.shape)}, expected {count} rows without `example`")
 
 
-def linear_back_step(A: Tensor, b: Tensor, slopes: Tensor, intercepts: Tensor, example: Tensor | None = None, rows: Tensor | None = None, corner: tuple[Tensor, Tensor] | None = None, window: Window | None = None, minus: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Moves linear bounds through an elementwise function in one pass over A; see ``reference.bounds.linear_back_step``.
+def linear_back_step(
+    A: Tensor,
+    b: Tensor,
+    slopes: Tensor,
+    intercepts: Tensor,
+    example: Tensor | None = None,
+    rows: Tensor | None = None,
+    corner: tuple[Tensor, Tensor] | None = None,
+    window: Window | None = None,
+    minus: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Moves linear bounds through an elementwise function in one pass over A; see
+    ``reference.bounds.linear_back_step``.
 
     ``example``, ``rows`` and ``minus`` must hold valid indices: they are not read here.
     """
@@ -150,15 +178,40 @@ def linear_back_step(A: Tensor, b: Tensor, slopes: Tensor, intercepts: Tensor, e
     return f(A, b, slopes, intercepts, example, rows, minus, y, x, list(window or ()))
 
 
-def _concretize_definition(A: Any, b: Any, example: Any, rows: Any, minus: Any, center: Any, radius: Any, x: Any, eps: Any, q: float, corner_y: Any, corner_x: Any, window: Any) -> Any:  # fmt: skip
+def _concretize_definition(
+    A: Any,
+    b: Any,
+    example: Any,
+    rows: Any,
+    minus: Any,
+    center: Any,
+    radius: Any,
+    x: Any,
+    eps: Any,
+    q: float,
+    corner_y: Any,
+    corner_x: Any,
+    window: Any,
+) -> Any:
     box, ball = (None if center is None else (center, radius)), (None if x is None else (x, eps))
     return reference.concretize_rows(A, b, example, box, ball, q, rows, *_corner(corner_y, corner_x, window), minus)
 
 
 def _concretize_kernel(
-    A: Tensor, b: Tensor, example: Tensor | None, rows: Tensor | None, minus: Tensor | None, center: Tensor | None, radius: Tensor | None,
-    x: Tensor | None, eps: Tensor | None, q: float, corner_y: Tensor | None, corner_x: Tensor | None, window: Any,
-) -> Tensor:  # fmt: skip
+    A: Tensor,
+    b: Tensor,
+    example: Tensor | None,
+    rows: Tensor | None,
+    minus: Tensor | None,
+    center: Tensor | None,
+    radius: Tensor | None,
+    x: Tensor | None,
+    eps: Tensor | None,
+    q: float,
+    corner_y: Tensor | None,
+    corner_x: Tensor | None,
+    window: Any,
+) -> Tensor:
     if not native(A) or (x is not None and q not in _DUAL):
         return _concretize_definition(A, b, example, rows, minus, center, radius, x, eps, q, corner_y, corner_x, window)
     require_cuda_build(A.device)
@@ -183,7 +236,18 @@ _concretize = register(
 )
 
 
-def concretize_rows(A: Tensor, b: Tensor, example: Tensor | None, box: tuple[Tensor, Tensor] | None, ball: tuple[Tensor, Tensor] | None, q: float, rows: Tensor | None = None, corner: tuple[Tensor, Tensor] | None = None, window: Window | None = None, minus: Tensor | None = None) -> Tensor:  # fmt: skip
+def concretize_rows(
+    A: Tensor,
+    b: Tensor,
+    example: Tensor | None,
+    box: tuple[Tensor, Tensor] | None,
+    ball: tuple[Tensor, Tensor] | None,
+    q: float,
+    rows: Tensor | None = None,
+    corner: tuple[Tensor, Tensor] | None = None,
+    window: Window | None = None,
+    minus: Tensor | None = None,
+) -> Tensor:
     """Extremes of linear bounds over boxes and balls; see ``reference.bounds.concretize_rows``."""
     maps: dict[str, Tensor] = {}
     if box is not None:
@@ -198,11 +262,13 @@ def concretize_rows(A: Tensor, b: Tensor, example: Tensor | None, box: tuple[Ten
     return f(A, b, example, rows, minus, *(box or (None, None)), *(ball or (None, None)), q, y, x, list(window or ()))
 
 
-def concretize(A: Tensor, b: Tensor, x: Tensor, eps: float | Tensor, norm: Any = INF, clip: tuple[float, float] | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+def concretize(
+    A: Tensor, b: Tensor, x: Tensor, eps: float | Tensor, norm: Any = INF, clip: tuple[float, float] | None = None
+) -> tuple[Tensor, Tensor]:
     """Minimum and maximum of A x' + b over {x + d: ||d||_p <= eps} cut at ``clip``: two tensors (B, S).
 
-    A: (B, S, n), or (B, S, *x.shape[1:]); b: (B, S); x: (B, *shape) with n elements; eps a number, (B,) or x's shape (then
-    d = eps * v with ||v||_p <= 1). For p < inf with ``clip`` the extreme over the ball cut by the box, exactly.
+    A: (B, S, n), or (B, S, *x.shape[1:]); b: (B, S); x: (B, *shape) with n elements; eps a number, (B,) or x's shape
+    (then d = eps * v with ||v||_p <= 1). For p < inf with ``clip`` the extreme over the ball cut by the box, exactly.
     """
     p = check_norm(norm)
     x = ck.check_state(x, "x")

@@ -1,8 +1,10 @@
-"""Linear bounds over a box with lines from intervals (CROWN-IBP, IBP-inspired) for plain ReLU networks: all layers in one op.
+"""Linear bounds over a box with lines from intervals (CROWN-IBP, IBP-inspired) for plain ReLU networks: all layers in
+one op.
 
-Kernels in a row, nothing between them: every map is flat with its channels innermost, the ReLU after an interval product, its lines
-and the intercepts with the product's bias come from one pass, and the gradients of all of it are written by hand. The definition is the
-engine of :mod:`fastrobust.bounds`, which takes everything else. float32 on the CPU.
+Kernels in a row, nothing between them: every map is flat with its channels innermost, the ReLU after an interval
+product, its lines and the intercepts with the product's bias come from one pass, and the gradients of all of it are
+written by hand. The definition is the engine of :mod:`fastrobust.bounds`, which takes everything else. float32 on the
+CPU.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ Image = tuple[int, int, int]
 
 
 class Layer(NamedTuple):
-    """A product that a ReLU follows; channels, height and width of its input and of its result. A vector has one position."""
+    """A product that a ReLU follows; channels, height and width of its input and of its result. A vector has one
+    position."""
 
     dense: bool
     shape_in: Image
@@ -40,8 +43,8 @@ class Layer(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The rows: outputs ``plus`` (less ``minus``) of each row's ``example``, as many of each and one after the other; lower bounds, or
-    both."""
+    """The rows: outputs ``plus`` (less ``minus``) of each row's ``example``, as many of each and one after the other;
+    lower bounds, or both."""
 
     example: Tensor
     plus: Tensor
@@ -61,12 +64,20 @@ class _Lines(NamedTuple):
 
 
 def relu_margins(
-    layers: list[Layer], weights: list[Tensor], biases: list[Tensor | None], center: Tensor, radius: Tensor, shared: bool, rows: Rows, adaptive: bool
-) -> Tensor:  # fmt: skip
+    layers: list[Layer],
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    center: Tensor,
+    radius: Tensor,
+    shared: bool,
+    rows: Rows,
+    adaptive: bool,
+) -> Tensor:
     """Bounds (sides, R) of rows of outputs over [center - radius, center + radius].
 
-    center, radius: (B, n), channels innermost; shared: radius is the same for every example and needs no gradient. weights, biases:
-    those of ``layers`` from the input on, then of the last dense layer. adaptive: CROWN's lines, else those of one slope.
+    center, radius: (B, n), channels innermost; shared: radius is the same for every example and needs no gradient.
+    weights, biases: those of ``layers`` from the input on, then of the last dense layer. adaptive: CROWN's lines, else
+    those of one slope.
     """
     if not linear.needs_grad(center, radius, *weights, *biases):
         return _forward(layers, weights, biases, center, radius, shared, rows, adaptive, None)
@@ -109,9 +120,16 @@ def _lines(layer: Layer, w: Tensor, bias: Tensor | None, c: Tensor, r: Tensor, a
 
 
 def _forward(
-    layers: list[Layer], weights: list[Tensor], biases: list[Tensor | None], center: Tensor, radius: Tensor, shared: bool, rows: Rows, adaptive: bool,
+    layers: list[Layer],
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    center: Tensor,
+    radius: Tensor,
+    shared: bool,
+    rows: Rows,
+    adaptive: bool,
     kept: dict[str, Any] | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The bounds; what the gradients need is put into ``kept``."""
     ws = [
         _channels_last(w, layer.shape_in) if layer.dense else dense(w)
@@ -191,7 +209,16 @@ def _live_steps(layers: list[Layer], ws: list[Tensor], lines: list[_Lines]) -> l
 
 class _Margins(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, layers: list[Layer], shared: bool, rows: Rows, adaptive: bool, center: Tensor, radius: Tensor, *parameters: Any) -> Tensor:  # fmt: skip
+    def forward(
+        ctx: Any,
+        layers: list[Layer],
+        shared: bool,
+        rows: Rows,
+        adaptive: bool,
+        center: Tensor,
+        radius: Tensor,
+        *parameters: Any,
+    ) -> Tensor:
         half = len(layers) + 1
         weights, biases = list(parameters[:half]), list(parameters[half:])
         ctx.kept = {}
@@ -213,9 +240,17 @@ class _Margins(torch.autograd.Function):
 
 
 def _gradients(
-    layers: list[Layer], shared: bool, rows: Rows, adaptive: bool, center: Tensor, radius: Tensor, parameters: list[Any], kept: dict[str, Any],
-    g: Tensor, input_too: bool,
-) -> tuple[Any, ...]:  # fmt: skip
+    layers: list[Layer],
+    shared: bool,
+    rows: Rows,
+    adaptive: bool,
+    center: Tensor,
+    radius: Tensor,
+    parameters: list[Any],
+    kept: dict[str, Any],
+    g: Tensor,
+    input_too: bool,
+) -> tuple[Any, ...]:
     """Of centre, radius, weights and biases, from those of the bounds."""
     count = len(layers)
     ws, lines, given = kept["ws"], kept["lines"], list(kept["given"])
@@ -278,15 +313,27 @@ def _gradients(
     for i in range(count - 1, -1, -1):
         inputs = (center, radius[:1] if shared else radius) if i == 0 else lines[i - 1].next
         through = i > 0 or input_too
-        to_b[i], to_w[i], from_next = _layer_gradients(layers[i], ws[i], kept["bs"][i], inputs, lines[i], to_lines[i], from_next, adaptive, to_w[i], through, None if i else through_center)  # fmt: skip
+        to_b[i], to_w[i], from_next = _layer_gradients(
+            layers[i],
+            ws[i],
+            kept["bs"][i],
+            inputs,
+            lines[i],
+            to_lines[i],
+            from_next,
+            adaptive,
+            to_w[i],
+            through,
+            None if i else through_center,
+        )
     if input_too:
         to_c, to_r = to_c + from_next[0], to_r + from_next[1]
     return to_c, to_r, to_w, to_b
 
 
 def _factors(g: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The derivative of the bounds of rows a with respect to a is f c + h sign(a) r: f and h (k R,) from g (sides, R), where k matrices
-    serve the sides."""
+    """The derivative of the bounds of rows a with respect to a is f c + h sign(a) r: f and h (k R,) from g (sides, R),
+    where k matrices serve the sides."""
     if len(g) == 1:
         return g[0], -g[0]
     if k == 2:
@@ -304,9 +351,10 @@ def _product_gradient(scaled: Tensor, w: Tensor, g: Tensor) -> tuple[Tensor, Ten
 def _from_signs(
     A: Tensor, scaled: Tensor, w: Tensor, bias: Tensor | None, lines: _Lines, radius: Tensor, g: Tensor, example: Tensor
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """For rows A (k, R, n) = scaled W, scaled (k, R, m), that meet one radius (n,) in every example: gradients of ``scaled``, of W as
-    far as the radius goes and of W c (B, m), c the centres. With respect to a the derivative of a bound is f c + h sign(a) r: what c
-    multiplies is known from the intervals, and products with signs are cheap. None where this is not the way."""
+    """For rows A (k, R, n) = scaled W, scaled (k, R, m), that meet one radius (n,) in every example: gradients of
+    ``scaled``, of W as far as the radius goes and of W c (B, m), c the centres. With respect to a the derivative of a
+    bound is f c + h sign(a) r: what c multiplies is known from the intervals, and products with signs are cheap. None
+    where this is not the way."""
     k, rows, n = A.shape
     m, batch = len(w), len(lines.center)
     if min(rows, n) < _MANY or m < 16:
@@ -324,11 +372,20 @@ def _from_signs(
 
 
 def _layer_gradients(
-    layer: Layer, w: Tensor, bias: Tensor | None, inputs: tuple[Tensor, Tensor], lines: _Lines, to_lines: Any, from_next: Any, adaptive: bool, to_w: Tensor,
-    through: bool, more: Tensor | None,
-) -> tuple[Tensor, Tensor, tuple[Any, Any]]:  # fmt: skip
-    """Of the bias and the weight (plus ``to_w``, of the rows), and of centre and radius of the input where they go ``through``. more:
-    what else the product with the centre has."""
+    layer: Layer,
+    w: Tensor,
+    bias: Tensor | None,
+    inputs: tuple[Tensor, Tensor],
+    lines: _Lines,
+    to_lines: Any,
+    from_next: Any,
+    adaptive: bool,
+    to_w: Tensor,
+    through: bool,
+    more: Tensor | None,
+) -> tuple[Tensor, Tensor, tuple[Any, Any]]:
+    """Of the bias and the weight (plus ``to_w``, of the rows), and of centre and radius of the input where they go
+    ``through``. more: what else the product with the centre has."""
     c, r = inputs
     batch, n = lines.center.shape
     one = len(r) != batch or lines.radius.stride(0) == 0
@@ -341,9 +398,19 @@ def _layer_gradients(
     if layer.dense:
         to_c, to_r = (torch.empty_like(t) if through else None for t in (c, r))
         _C.bounds_interval_grad(
-            c.data_ptr(), r.data_ptr(), w.data_ptr(), g_c.data_ptr(), g_r.data_ptr(), to_w.data_ptr(), address(to_c), address(to_r), batch, len(r),
-            c.shape[1], n,
-        )  # fmt: skip
+            c.data_ptr(),
+            r.data_ptr(),
+            w.data_ptr(),
+            g_c.data_ptr(),
+            g_r.data_ptr(),
+            to_w.data_ptr(),
+            address(to_c),
+            address(to_r),
+            batch,
+            len(r),
+            c.shape[1],
+            n,
+        )
         return to_bias, _channels_first(to_w, layer.shape_in), (to_c, to_r)
     grads = _image(g_c, layer.shape), _image(g_r, layer.shape)
     to_w = to_w + conv.interval_weight_gradient(

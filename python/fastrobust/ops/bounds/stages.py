@@ -1,10 +1,11 @@
 """Bounds of margins of networks whose layers form any acyclic graph, over a box: all stages in one op.
 
-A stage is an activation, a linear node that several nodes read, or a scaling, together with the products and sums that feed it; stage 0
-is the input. Intervals go up the stages and, where lines are wanted (CROWN-IBP, IBP-inspired linear bounds), rows of coefficients come
-down again; the gradients of both are written by hand. As in :mod:`fastrobust.ops.bounds.margins`, which is faster for chains of ReLUs,
-kernels follow one another with nothing between them and maps are flat with their channels innermost. The definition is the engine of
-:mod:`fastrobust.bounds`. float32.
+A stage is an activation, a linear node that several nodes read, or a scaling, together with the products and sums that
+feed it; stage 0 is the input. Intervals go up the stages and, where lines are wanted (CROWN-IBP, IBP-inspired linear
+bounds), rows of coefficients come down again; the gradients of both are written by hand. As in
+:mod:`fastrobust.ops.bounds.margins`, which is faster for chains of ReLUs, kernels follow one another with nothing
+between them and maps are flat with their channels innermost. The definition is the engine of :mod:`fastrobust.bounds`.
+float32.
 """
 
 from __future__ import annotations
@@ -61,10 +62,17 @@ class Kept(NamedTuple):
 
 
 def rows_down(
-    stages: list[Stage], given: Parameters, heads: Heads, held: list[Held], b: Tensor, rows: Rows, kept: dict[Any, Any] | None, keep: bool
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """The bounds (sides, R) from b: rows of the heads' matrices down to the box of the input. keep: instead the rows (1 or 2, R, n)
-    and offsets (sides, R) that arrive there."""
+    stages: list[Stage],
+    given: Parameters,
+    heads: Heads,
+    held: list[Held],
+    b: Tensor,
+    rows: Rows,
+    kept: dict[Any, Any] | None,
+    keep: bool,
+) -> tuple[Tensor, ...]:
+    """The bounds (sides, R) from b: rows of the heads' matrices down to the box of the input. keep: instead the rows (1
+    or 2, R, n) and offsets (sides, R) that arrive there."""
     entry = dict(zip(heads.stages, heads.matrices, strict=True))
     reached: dict[int, Tensor] = {}
     picks = (rows.plus, rows.minus)
@@ -106,9 +114,15 @@ class Told(NamedTuple):
 
 
 def _rows_of_images(
-    stages: list[Stage], given: Parameters, held: list[Held], b: Tensor, example: Tensor, entry: dict[int, tuple[Tensor, Any]],
-    kept: dict[Any, Any] | None, keep: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    stages: list[Stage],
+    given: Parameters,
+    held: list[Held],
+    b: Tensor,
+    example: Tensor,
+    entry: dict[int, tuple[Tensor, Any]],
+    kept: dict[Any, Any] | None,
+    keep: bool,
+) -> tuple[Tensor, ...]:
     """Rows (k, R, n), or such as are picked, down stages without dense layers: one kernel."""
     box = held[0].center, held[0].radius
     if set(entry) == {0}:
@@ -142,7 +156,15 @@ def graph_of(told: Told, box: tuple[Tensor, Tensor] | None, b: Tensor) -> _C.Gra
     return _C.Graph(told.stages, told.links, told.entries, told.examples, b.shape[1], b.shape[0], *ends)
 
 
-def _told(stages: list[Stage], given: Parameters, held: list[Held], b: Tensor, entry: dict[int, tuple[Tensor, Any]], recorded: bool, keep: bool) -> Told:  # fmt: skip
+def _told(
+    stages: list[Stage],
+    given: Parameters,
+    held: list[Held],
+    b: Tensor,
+    entry: dict[int, tuple[Tensor, Any]],
+    recorded: bool,
+    keep: bool,
+) -> Told:
     order = [i for i in _below(stages, set(entry)) if i > 0] + [0]
     number = {i: k for k, i in enumerate(order)}
     into: dict[int, list[tuple[int, Link]]] = {i: [] for i in order}
@@ -249,7 +271,9 @@ def _through_linear(
     return A, b if bias is None else b + sums @ bias
 
 
-def _link_down(link: Link, stage: Stage, source: Stage, given: Parameters, scaled: Tensor, example: Tensor, index: Tensor | None) -> Tensor:  # fmt: skip
+def _link_down(
+    link: Link, stage: Stage, source: Stage, given: Parameters, scaled: Tensor, example: Tensor, index: Tensor | None
+) -> Tensor:
     """The rows (k, R, n) of the source that a link brings. index: of max pooling."""
     if index is not None:
         follows = index.long()[example].expand_as(scaled)
@@ -265,34 +289,21 @@ def _link_down(link: Link, stage: Stage, source: Stage, given: Parameters, scale
     return out.unflatten(0, scaled.shape[:2])
 
 
-# ---- the op ----
-
-
-def stage_margins(
-    stages: list[Stage], given: Parameters, heads: Heads, center: Tensor, radius: Tensor, shared: bool, rows: Rows, kind: str | None,
-    keep: bool = False,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Bounds (sides, R) of rows of outputs over [center - radius, center + radius].
-
-    center, radius: (B, n), channels innermost; shared: radius is the same for every example and needs no gradient. kind: "crown" or
-    "parallel" lines, None: intervals alone, from the stages at which the outputs' matrices stand. keep (with lines): instead the linear
-    bounds at the input that they come from, coefficients (1 or 2, R, n) and offsets (sides, R).
-    """
-    tensors = (center, radius, heads.offset, *heads.matrices, *(t for part in given for t in part))
-    if linear.needs_grad(*tensors):
-        from ._stage_gradients import Margins
-
-        found: tuple[Tensor, ...] = Margins.apply(
-            stages, heads.stages, shared, rows, kind, keep, [len(p) for p in given], *tensors
-        )
-        return found
-    return forward(stages, given, heads, center, radius, shared, rows, kind, keep, None)
+# ---- forward ----
 
 
 def forward(
-    stages: list[Stage], given: Parameters, heads: Heads, center: Tensor, radius: Tensor, shared: bool, rows: Rows, kind: str | None,
-    keep: bool, kept: dict[str, Any] | None,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    stages: list[Stage],
+    given: Parameters,
+    heads: Heads,
+    center: Tensor,
+    radius: Tensor,
+    shared: bool,
+    rows: Rows,
+    kind: str | None,
+    keep: bool,
+    kept: dict[str, Any] | None,
+) -> tuple[Tensor, ...]:
     """The bounds; what the gradients need is put into ``kept``."""
     held = boxes_of(stages, given, center, radius, shared, kind, kept is not None)
     own = heads.offset[rows.plus]

@@ -1,8 +1,8 @@
 """Boxes with faces of their own per channel or per pixel.
 
 The kernels know boxes of two numbers. Clipping comes last in every step but the L1 one, and moves a point of the ball
-towards x0, which lies in the box: a kernel without a box and a clip behind it are the step, bit for bit. The L1 step and
-projection depend on the box as a whole; they run as their definition in plain torch.
+towards x0, which lies in the box: a kernel without a box and a clip behind it are the step, bit for bit. The L1 step
+and projection depend on the box as a whole; they run as their definition in plain torch.
 """
 
 from __future__ import annotations

@@ -168,14 +168,33 @@ _APGD_ARGS = (
 
 
 def apgd_kernel(
-    x: Tensor, previous: Tensor, x0: Tensor, grad: Tensor, step_t: Tensor | None, step: float, eps_t: Tensor | None,
-    eps: float, norm: int, lo: float, hi: float, momentum: float, keep: Tensor | None,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    previous: Tensor,
+    x0: Tensor,
+    grad: Tensor,
+    step_t: Tensor | None,
+    step: float,
+    eps_t: Tensor | None,
+    eps: float,
+    norm: int,
+    lo: float,
+    hi: float,
+    momentum: float,
+    keep: Tensor | None,
+) -> Tensor:
     if x.dtype == torch.float64:
         y = reference.apgd_step(
-            x, previous, x0, grad, _per_value(step_t, step), _per_value(eps_t, eps), _CODE_NORM[norm], _clip(lo, hi),
-            momentum, keep,
-        )  # fmt: skip
+            x,
+            previous,
+            x0,
+            grad,
+            _per_value(step_t, step),
+            _per_value(eps_t, eps),
+            _CODE_NORM[norm],
+            _clip(lo, hi),
+            momentum,
+            keep,
+        )
         return y.contiguous(memory_format=_format(x))
     fmt = _format(x)
     x_, x0_, grad_, previous_ = (ck.lay_out(t, fmt) for t in (x, x0, grad, previous))
@@ -195,8 +214,10 @@ def ascent_note(value: Tensor, score: Tensor, sign: float, left: Tensor, left_gr
         reference.ascent_note(value, score, sign, left, left_grad, *state)
         return
     device, stream = stream_of(left.device)
-    fmt = _format(state[0])  # rows are copied as they lie
-    left_, left_grad_ = ck.lay_out(left, fmt), ck.lay_out(left_grad, fmt)
+    left_, left_grad_ = left, left_grad
+    if not (left.is_contiguous() and left_grad.is_contiguous() and state[0].is_contiguous()):
+        fmt = _format(state[0])  # rows are copied as they lie
+        left_, left_grad_ = ck.lay_out(left, fmt), ck.lay_out(left_grad, fmt)
     value_, score_ = value.contiguous(), score.contiguous()
     workspace = None if device < 0 else torch.empty(len(left), dtype=torch.uint8, device=left.device)
     _C.pgd_ascent(
@@ -205,6 +226,32 @@ def ascent_note(value: Tensor, score: Tensor, sign: float, left: Tensor, left_gr
         0 if workspace is None else workspace.data_ptr(),
     )  # fmt: skip
     del workspace
+
+
+def ascent_check(needed: float, *state: Tensor) -> None:
+    """``reference.ascent_check`` in place, of dense x and gradient in one format."""
+    x = state[0]
+    if x.dtype == torch.float64:
+        reference.ascent_check(needed, *state)
+        return
+    device, stream = stream_of(x.device)
+    workspace = None if device < 0 else torch.empty(len(x), dtype=torch.uint8, device=x.device)
+    _C.pgd_ascent_check(
+        device, stream, tuple([t.data_ptr() for t in state]), needed, len(x), _examples(x),
+        0 if workspace is None else workspace.data_ptr(),
+    )  # fmt: skip
+    del workspace
+
+
+def quick_apgd_step(
+    x: Tensor, previous: Tensor, x0: Tensor, grad: Tensor, length: Tensor, eps: float, norm: float,
+    box: tuple[float, float], momentum: float,
+) -> Tensor | None:  # fmt: skip
+    """``apgd_step`` of contiguous float32 tensors on the CPU, norms inf and 2, a length for each example; None for
+    others."""
+    out = torch.empty_like(x)
+    done = _C.pgd_quick_apgd(x, previous, x0, grad, length, out, NORM_CODE[norm], eps, *box, momentum)
+    return out if done else None
 
 
 def _fosc_kernel(x: Tensor, x0: Tensor, grad: Tensor, eps_t: Tensor | None, eps: float, norm: int) -> Tensor:
@@ -289,15 +336,41 @@ _ATAS_ARGS = (
 
 
 def _atas_kernel(
-    x: Tensor, x0: Tensor, grad: Tensor, v: Tensor, step_t: Tensor | None, step: float, eps_t: Tensor | None, eps: float,
-    norm: int, lo: float, hi: float, beta: float, c: float, authors: bool, min_step: float, max_step: float,
-    active: Tensor | None, out: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    x0: Tensor,
+    grad: Tensor,
+    v: Tensor,
+    step_t: Tensor | None,
+    step: float,
+    eps_t: Tensor | None,
+    eps: float,
+    norm: int,
+    lo: float,
+    hi: float,
+    beta: float,
+    c: float,
+    authors: bool,
+    min_step: float,
+    max_step: float,
+    active: Tensor | None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     if x.dtype == torch.float64:
         y, v_out, step_out = reference.atas_step(
-            x, x0, grad, v, _per_value(step_t, step), _per_value(eps_t, eps), _CODE_NORM[norm], _clip(lo, hi),
-            beta, c, "authors" if authors else "paper", (min_step, max_step), active,
-        )  # fmt: skip
+            x,
+            x0,
+            grad,
+            v,
+            _per_value(step_t, step),
+            _per_value(eps_t, eps),
+            _CODE_NORM[norm],
+            _clip(lo, hi),
+            beta,
+            c,
+            "authors" if authors else "paper",
+            (min_step, max_step),
+            active,
+        )
         return _deliver(y, out, x), v_out, step_out
     fmt = _working_format(x, norm)
     v_, v_out, step_out = v.contiguous(), torch.empty_like(v), torch.empty_like(v)

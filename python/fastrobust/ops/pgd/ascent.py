@@ -31,13 +31,14 @@ def apgd_step(
     keep: Tensor | None = None,
     targeted: bool = False,
 ) -> Tensor:
-    r"""The step of Auto-PGD in one kernel (Croce & Hein 2020, algorithm 1, lines 7 and 8): a PGD step, averaged with the last move.
+    r"""The step of Auto-PGD in one kernel (Croce & Hein 2020, algorithm 1, lines 7 and 8): a PGD step, averaged with
+    the last move.
 
     .. math:: z = P(x + step\_size \cdot s(g)), \qquad x' = P(x + m (z - x) + (1 - m) (x - previous))
 
     with m the ``momentum``, P the projection on ball and box and s(g) the direction of :func:`pgd_step`; m = 1 gives z.
-    For norm 1 (Croce & Hein 2021) s(g) is the sign of the ``keep`` coordinates of largest ``|g|``, ties with the last one
-    included, over their number, and P the exact projection on ball and box together.
+    For norm 1 (Croce & Hein 2021) s(g) is the sign of the ``keep`` coordinates of largest ``|g|``, ties with the last
+    one included, over their number, and P the exact projection on ball and box together.
 
     Args:
         x, previous: (B, ...) the current point and the one before it, float32 (float64 for checking).

@@ -15,8 +15,8 @@ from .._library import below_autograd, define, is_transformed, nothing_intercept
 
 
 class LossValue(NamedTuple):
-    """``value`` (B,), differentiable with respect to the logits, as often as wanted; ``grad`` (B, K) its gradient, one row
-    per example, a constant to autograd."""
+    """``value`` (B,), differentiable with respect to the logits, as often as wanted; ``grad`` (B, K) its gradient, one
+    row per example, a constant to autograd."""
 
     value: Tensor
     grad: Tensor
@@ -48,8 +48,8 @@ def _launch(name: str, logits: Tensor, first: Tensor, second: Tensor | None) -> 
 
 
 class _Loss(torch.autograd.Function):
-    """Backward is one product with the gradient that the forward computed; where it is recorded itself (create_graph), that
-    gradient comes from its formula, which can be differentiated again."""
+    """Backward is one product with the gradient that the forward computed; where it is recorded itself (create_graph),
+    that gradient comes from its formula, which can be differentiated again."""
 
     @staticmethod
     def forward(ctx: Any, name: str, logits: Tensor, first: Tensor, second: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -153,6 +153,25 @@ def _evaluate(name: str, least: int, few: str, logits: Any, labels: Any, targets
     return _value_and_grad(name, z, *others)
 
 
+def agrees(logits: Tensor, labels: Tensor, wanted: bool = True) -> Tensor:
+    """``(logits.argmax(1) == labels) == wanted``, (B,) bool, in one kernel: what an attack asks after every pass. A
+    label that is no class is never the largest."""
+    device = logits.device
+    if (
+        logits.dtype is not torch.float32 or labels.dtype is not torch.int64 or labels.device != device
+        or not logits.is_contiguous() or not labels.is_contiguous() or not nothing_intercepts()
+        or type(logits) is not Tensor or logits.is_neg() or not (logits.is_cpu or logits.is_cuda)
+    ):  # fmt: skip
+        right = logits.argmax(1) == labels
+        return right if wanted else ~right
+    require_cuda_build(device)
+    out = torch.empty(labels.shape, dtype=torch.bool, device=device)
+    _C.pgd_agrees(
+        *stream_of(device), logits.data_ptr(), labels.data_ptr(), wanted, out.data_ptr(), *logits.shape
+    )  # fmt: skip
+    return out
+
+
 def _is_plain(t: Any, dtype: torch.dtype) -> bool:
     return type(t) is Tensor and t.dtype is dtype and t.is_cpu and t.is_contiguous() and not t.is_neg()
 
@@ -166,9 +185,9 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, check: bool = True) -> Loss
             that would stop the device.
 
     Returns:
-        :class:`LossValue`: ``value`` (B,) is differentiable with respect to the logits, twice and more too (input-gradient
-        penalties), by autograd and by ``torch.func``; ``grad`` (B, K) is constant. A row with a NaN logit has a NaN value
-        and gradient, which the steps take for zero.
+        :class:`LossValue`: ``value`` (B,) is differentiable with respect to the logits, twice and more too
+        (input-gradient penalties), by autograd and by ``torch.func``; ``grad`` (B, K) is constant. A row with a NaN
+        logit has a NaN value and gradient, which the steps take for zero.
     """
     return _evaluate("cross_entropy", 1, "cross_entropy", logits, labels, None, check)
 
@@ -201,8 +220,8 @@ def dlr_targeted_loss(logits: Tensor, labels: Tensor, targets: Tensor, *, check:
 def kl_divergence(logits: Tensor, reference: Tensor) -> LossValue:
     r"""``KL(p || q) = sum_j p_j (log p_j - log q_j)`` with p = softmax(reference), q = softmax(logits).
 
-    The inner objective of TRADES (thesis section 4.1.2): ``reference`` are the logits of the clean examples. ``grad`` is
-    ``q - p``, the gradient with respect to ``logits``; ``value`` is differentiable with respect to both.
+    The inner objective of TRADES (thesis section 4.1.2): ``reference`` are the logits of the clean examples. ``grad``
+    is ``q - p``, the gradient with respect to ``logits``; ``value`` is differentiable with respect to both.
     """
     z = _logits(logits, 1, "kl_divergence")
     r = ck.need_dense(reference, "reference")

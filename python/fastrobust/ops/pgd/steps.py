@@ -76,8 +76,8 @@ def pgd_step(
 
     where s(g) is the direction of steepest ascent: ``sign(g)`` for norm inf (thesis eq. 2.2), ``g / ||g||_2`` for norm
     2 (``g`` itself with ``normalize=False``, the projected gradient ascent of Deng et al. 2020). For norm 1 the step is
-    the exact maximum of ``<g, p>`` over ``||p||_1 <= step_size`` inside the box: coordinates move in order of ``|g|`` up
-    to the face of the box until the length is spent; the projection is the exact one on ball and box together.
+    the exact maximum of ``<g, p>`` over ``||p||_1 <= step_size`` inside the box: coordinates move in order of ``|g|``
+    up to the face of the box until the length is spent; the projection is the exact one on ball and box together.
 
     Guarantees, in exact arithmetic on the float32 result: ``||x' - x0|| <= eps`` for x0 in the box and
     ``lo <= x' <= hi``. A zero or NaN gradient coordinate does not move; ``eps = 0`` returns x0.
@@ -103,7 +103,8 @@ def pgd_step(
     Raises:
         TypeError, ValueError: naming the argument; nothing is written before.
     """
-    # The inner loop of an attack takes the short way: one number each, dense float32 on the CPU, nothing that intercepts.
+    # The inner loop of an attack takes the short way: one number each, dense float32 on the CPU, nothing that
+    # intercepts.
     if (
         (norm == INF or (norm == 2 and normalize is True))
         and active is None
@@ -206,8 +207,8 @@ def project(
 
     For norm inf and 1 it is the exact projection on the intersection; for norm 2 the ball comes first, then the box
     (the usual choice; the result lies in both). A point already inside is returned bit for bit, on the sphere too; one
-    outside goes to ``(1 - 2**-21) eps`` for norms 2 and 1, so that no rounding leaves the ball. Projecting twice changes nothing. Arguments, guarantees and errors are those of
-    :func:`pgd_step`.
+    outside goes to ``(1 - 2**-21) eps`` for norms 2 and 1, so that no rounding leaves the ball. Projecting twice
+    changes nothing. Arguments, guarantees and errors are those of :func:`pgd_step`.
     """
     x, x0, _, p, box = _checked(x, x0, x, norm, clip)
     eps_p = ck.check_parameter(eps, "eps", x, p)
@@ -227,8 +228,8 @@ def random_start(
     r"""A random point of the ball around x0 inside the box.
 
     Norm inf: uniform on the intersection of ball and box. Norms 2 and 1: uniform in the ball (Barthe et al. 2005); a
-    coordinate that leaves the box is reflected about x0 where that lies inside and clipped otherwise, which is uniform on
-    the intersection when every face is at distance 0 or at least eps. The ball and the box hold exactly.
+    coordinate that leaves the box is reflected about x0 where that lies inside and clipped otherwise, which is uniform
+    on the intersection when every face is at distance 0 or at least eps. The ball and the box hold exactly.
 
     Counter-based (Philox4x32-10): element i of example b depends on (seed, first_example + b, i) alone, so the numbers
     are the same on CPU and CUDA and for every batch size, memory format and number of threads.
@@ -238,8 +239,8 @@ def random_start(
         eps: radius, finite unless norm inf meets a box; of the kinds that :func:`pgd_step` takes. For norms 2 and 1 a
             radius below 2^-96, whose points float32 cannot tell from the centre in most images, gives x0.
         norm, clip: as in :func:`pgd_step`.
-        seed: 64-bit key, any integral number. None draws one from torch's default CPU generator (so ``torch.manual_seed``
-            governs it); in a compiled, exported or traced graph it is drawn anew in each run.
+        seed: 64-bit key, any integral number. None draws one from torch's default CPU generator (so
+            ``torch.manual_seed`` governs it); in a compiled, exported or traced graph it is drawn anew in each run.
         first_example: number of the first example, to draw a batch in parts, or (B,) int64, the numbers of all, which
             stand for first_example + b above; below 2^32.
     """
@@ -314,10 +315,10 @@ def pgd_step_fosc(
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""Update, criterion and mask of dynamic adversarial training (Wang et al. 2019, algorithm 1) in one pass.
 
-    Computes the criterion :func:`fosc` at the incoming x, and moves by :func:`pgd_step` the examples that are ``active``
-    and whose criterion is above ``threshold`` (the paper's c_t): an example stops where its criterion has fallen to it.
-    Without ``active``, in the first call, all move: the algorithm starts with V = 1, whatever the criterion of the start.
-    Feed the mask back::
+    Computes the criterion :func:`fosc` at the incoming x, and moves by :func:`pgd_step` the examples that are
+    ``active`` and whose criterion is above ``threshold`` (the paper's c_t): an example stops where its criterion has
+    fallen to it. Without ``active``, in the first call, all move: the algorithm starts with V = 1, whatever the
+    criterion of the start. Feed the mask back::
 
         x, active = start, None
         for _ in range(steps):

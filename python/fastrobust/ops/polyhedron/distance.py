@@ -70,7 +70,8 @@ def _fake(
 
 
 class _Distance(torch.autograd.Function):
-    """The derivatives at the optimum d with multiplier m: m for b, m d for a, and what an active face of the box costs."""
+    """The derivatives at the optimum d with multiplier m: m for b, m d for a, and what an active face of the box
+    costs."""
 
     generate_vmap_rule = True
 
@@ -184,23 +185,23 @@ def polyhedral_distance(
     Args:
         a: (..., M) coefficients, float32 (float64 runs the plain-torch reference). Any strides.
         b: (...) offsets; a row with b <= 0 has distance 0.
-        lower, upper: broadcast to a's shape and never materialised, or numbers; ``lower <= 0 <= upper``, infinite allowed.
-            The box is relative to the point: for pixels in [0, 1], ``-x`` and ``1 - x``.
+        lower, upper: broadcast to a's shape and never materialised, or numbers; ``lower <= 0 <= upper``, infinite
+            allowed. The box is relative to the point: for pixels in [0, 1], ``-x`` and ``1 - x``.
         norm: 1, 2, inf (or "L1", "L2", "Linf") or any p > 1.
         signed: rows with b < 0 get minus the distance to ``a.d + b >= 0`` in place of 0.
         return_point: also return an optimal d.
 
     Returns:
         The distance (...): never above the exact value (signed: rounded towards minus infinity), within 1e-6 of it
-        relatively; inf where the box does not reach the hyperplane (signed: -inf). With ``return_point`` also d (..., M),
-        inside the box exactly and on the hyperplane up to rounding; the corner that goes furthest where unreachable.
-        The distance is differentiable in a, b, lower and upper, once (closed form at the optimum, zero where unreachable),
-        also by ``torch.func.grad`` and ``vmap``; a second derivative raises.
+        relatively; inf where the box does not reach the hyperplane (signed: -inf). With ``return_point`` also d (...,
+        M), inside the box exactly and on the hyperplane up to rounding; the corner that goes furthest where
+        unreachable. The distance is differentiable in a, b, lower and upper, once (closed form at the optimum, zero
+        where unreachable), also by ``torch.func.grad`` and ``vmap``; a second derivative raises.
         A row with NaN or infinite a or b, or a NaN in its box, gives NaN, for that row alone.
 
     Raises:
-        TypeError, ValueError: naming the argument. ``lower > 0`` or ``upper < 0`` is an error on the CPU; on a GPU, where
-        reading values would stop the device, those rows give NaN.
+        TypeError, ValueError: naming the argument. ``lower > 0`` or ``upper < 0`` is an error on the CPU; on a GPU,
+        where reading values would stop the device, those rows give NaN.
     """
     p = reference.norm_value(norm)
     a = ck.need_dense(a, "a")

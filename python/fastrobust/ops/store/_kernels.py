@@ -101,9 +101,15 @@ gather = define(
 
 
 def _scatter_kernel(
-    index: Tensor, adv: Tensor, x: Tensor, offsets: Tensor | None, flips: Tensor | None, padding: int,
-    augment_first: bool, store: Tensor,
-) -> None:  # fmt: skip
+    index: Tensor,
+    adv: Tensor,
+    x: Tensor,
+    offsets: Tensor | None,
+    flips: Tensor | None,
+    padding: int,
+    augment_first: bool,
+    store: Tensor,
+) -> None:
     if x.dtype == torch.float64:
         reference.scatter(store, index, adv, x, offsets, flips, padding, augment_first)
         return

@@ -81,7 +81,8 @@ def _check_store(
 def shift_flip(x: Tensor, offsets: Tensor | None, flips: Tensor | None = None, inverse: bool = False) -> Tensor:
     r"""Mirror images and shift them: cropping with padding and flipping of a batch, in one pass.
 
-    Image b is mirrored left to right where ``flips[b]``, then moved by ``offsets[b]`` = (down, right) pixels, zeros coming
+    Image b is mirrored left to right where ``flips[b]``, then moved by ``offsets[b]`` = (down, right) pixels, zeros
+    coming
     in: ``out[i, j] = x[i - down, j - right]``. A crop of the image padded by p at (top, left) is the offset
     ``(p - top, p - left)``. ``inverse`` takes the same move back; what had left the image comes back as zero.
 
@@ -124,9 +125,10 @@ def store_gather(
 
     Args:
         store: (N, C, H', W') float32 or float16, any strides. Its rows are images padded by ``padding`` on every side,
-            ``H' = (H + 2 padding) / f`` with a whole number f, in both directions: what a crop leaves out is kept there.
-        index: (B,) integers, rows of the store. CPU values are checked; a CUDA tensor's are not read, and a number out of
-            range stands for a zero perturbation.
+            ``H' = (H + 2 padding) / f`` with a whole number f, in both directions: what a crop leaves out is kept
+            there.
+        index: (B,) integers, rows of the store. CPU values are checked; a CUDA tensor's are not read, and a number out
+            of range stands for a zero perturbation.
         x: (B, C, H, W) float32, the images after augmentation (float64 runs the plain-torch reference).
         eps, norm, clip: as in :func:`pgd_step`.
         offsets, flips: the move that made x, as in :func:`shift_flip`.
@@ -163,9 +165,9 @@ def store_scatter(
 ) -> Tensor:
     r"""Write the perturbations ``adv - x`` of a batch into the store: the way back of :func:`store_gather`.
 
-    Each pixel of the store that the moved image shows becomes the mean of the perturbation over the image pixels that it
-    stands for (itself, at full resolution); one that the image does not show keeps its value. float16 rounds to nearest.
-    Where ``index`` names a row twice, the last example alone writes it.
+    Each pixel of the store that the moved image shows becomes the mean of the perturbation over the image pixels that
+    it stands for (itself, at full resolution); one that the image does not show keeps its value. float16 rounds to
+    nearest. Where ``index`` names a row twice, the last example alone writes it.
 
     Args:
         store: as in :func:`store_gather`; written in place.
