@@ -156,11 +156,17 @@ def test_checkpoints_are_the_papers() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {}, {"early_stop": False}, {"loss": "dlr", "targets": 2}, {"restarts": 2, "random_start": False}, {"loss": "kl"},
-        {"eps": "each"}, {"loss": "margin", "targets": "all"}, {"clip": None},
+        {},
+        {"early_stop": False},
+        {"loss": "dlr", "targets": 2},
+        {"restarts": 2, "random_start": False},
+        {"loss": "kl"},
+        {"eps": "each"},
+        {"loss": "margin", "targets": "all"},
+        {"clip": None},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_ball_box_and_verdicts(norm: float, options: dict[str, Any]) -> None:
     x, y = h.digits_batch(16)
     options = dict(options)

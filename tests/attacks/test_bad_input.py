@@ -19,12 +19,20 @@ def _bad() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
     nan[1, 0, 0, 0] = math.nan
     return {
         "x not a tensor": ({"x": x.numpy()}, TypeError, r"(?s)x: got .*ndarray.*expected a tensor"),
-        "integer images": ({"x": (x * 255).byte()}, TypeError, r"x: got .*uint8.*expected float32.*scale integer images"),
+        "integer images": (
+            {"x": (x * 255).byte()},
+            TypeError,
+            r"x: got .*uint8.*expected float32.*scale integer images",
+        ),
         "complex images": ({"x": x.to(torch.complex64)}, TypeError, r"x: got .*complex64.*expected float32"),
         "no batch dimension": ({"x": x[0, 0, 0]}, ValueError, r"x: got shape \(5,\), expected a batch"),
         "scalar x": ({"x": x[0, 0, 0, 0]}, ValueError, r"x: got a 0-dimensional"),
         "sparse x": ({"x": x.to_sparse()}, TypeError, r"x: got .*sparse.*expected a strided"),
-        "x above the box": ({"x": x * 255}, ValueError, r"x: got values from 0 to 255, expected values in clip = \(0, 1\)"),
+        "x above the box": (
+            {"x": x * 255},
+            ValueError,
+            r"x: got values from 0 to 255, expected values in clip = \(0, 1\)",
+        ),
         "x below the box": ({"x": x - 0.5}, ValueError, r"x: got values from -0.5 .*clip = \(0, 1\)"),
         "NaN in x": ({"x": nan}, ValueError, r"x: got values from nan"),
         "half x outside": ({"x": (x * 2).half()}, ValueError, r"x: got values from 0 to 2"),
@@ -41,10 +49,18 @@ def _bad() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
         "eps a string": ({"eps": "8/255"}, TypeError, r"eps: got str '8/255', expected a number"),
         "eps a flag": ({"eps": True}, TypeError, r"eps: got bool True, expected a number"),
         "eps None": ({"eps": None}, TypeError, r"eps: got NoneType None, expected a number"),
-        "integer eps tensor": ({"eps": torch.ones(4, dtype=torch.int64)}, TypeError, r"eps: got .*int64.*floating-point"),
+        "integer eps tensor": (
+            {"eps": torch.ones(4, dtype=torch.int64)},
+            TypeError,
+            r"eps: got .*int64.*floating-point",
+        ),
         "eps for 3 of 4": ({"eps": torch.ones(3)}, ValueError, r"eps: got shape \(3,\), expected a number, .*\(4,\)"),
         "a negative eps of 4": ({"eps": torch.tensor([0.1, -0.1, 0.1, 0.1])}, ValueError, r"eps: got negative or NaN"),
-        "eps per element for L2": ({"eps": torch.ones_like(x), "norm": 2}, ValueError, r"eps: got one value per element.*norm 2"),
+        "eps per element for L2": (
+            {"eps": torch.ones_like(x), "norm": 2},
+            ValueError,
+            r"eps: got one value per element.*norm 2",
+        ),
         "negative step": ({"step_size": -0.1}, ValueError, r"step_size: got -0.1, expected a number >= 0"),
         "step a string": ({"step_size": "a"}, TypeError, r"step_size: got str 'a', expected a number"),
         "step for 3 of 4": ({"step_size": torch.ones(3)}, ValueError, r"step_size: got shape \(3,\), expected"),
@@ -60,11 +76,23 @@ def _bad() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
         "unknown loss": ({"loss": "mse"}, ValueError, r"loss: got 'mse', expected one of ce, margin"),
         "loss a number": ({"loss": 3}, TypeError, r"loss: got int, expected a name or a callable"),
         "targeted kl": ({"loss": "kl", "targeted": True}, ValueError, r"loss: got 'kl'"),
-        "targeted dlr without truth": ({"loss": "dlr", "targeted": True}, ValueError, r"targeted: got True with loss 'dlr'"),
-        "targeted and targets": ({"targeted": True, "targets": "all"}, ValueError, r"targets: got a multi-targeted attack"),
+        "targeted dlr without truth": (
+            {"loss": "dlr", "targeted": True},
+            ValueError,
+            r"targeted: got True with loss 'dlr'",
+        ),
+        "targeted and targets": (
+            {"targeted": True, "targets": "all"},
+            ValueError,
+            r"targets: got a multi-targeted attack",
+        ),
         "targets a word": ({"targets": "some"}, ValueError, r"targets: got 'some', expected 'all'"),
         "no targets": ({"targets": 0}, ValueError, r"targets: got 0, expected 'all'"),
-        "targets of another shape": ({"targets": y}, ValueError, r"targets: got \(4,\).*expected integer classes of shape \(4, T\)"),
+        "targets of another shape": (
+            {"targets": y},
+            ValueError,
+            r"targets: got \(4,\).*expected integer classes of shape \(4, T\)",
+        ),
         "no column of targets": ({"targets": y[:, None][:, :0]}, ValueError, r"targets: got \(4, 0\)"),
         "float targets": ({"targets": y[:, None].float()}, ValueError, r"targets: got .*float32.*expected integer"),
         "unknown mode": ({"model_mode": "train"}, ValueError, r"model_mode: got 'train', expected 'eval' or 'keep'"),
@@ -72,9 +100,13 @@ def _bad() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
         "seed a word": ({"seed": "1", "y": None}, TypeError, r"seed: got str '1', expected an integer or None"),
         "normalize with one value": ({"normalize": (0.5,)}, TypeError, r"normalize: got tuple.*expected \(mean, std\)"),
         "normalize by zero": ({"normalize": (0.5, 0.0)}, ValueError, r"normalize: got std 0.0, expected values > 0"),
-        "normalize other channels": ({"normalize": ([0.5] * 3, [0.5] * 3)}, ValueError, r"normalize: got 3 values of mean.*\(2\)"),
+        "normalize other channels": (
+            {"normalize": ([0.5] * 3, [0.5] * 3)},
+            ValueError,
+            r"normalize: got 3 values of mean.*\(2\)",
+        ),
         "autocast a word": ({"autocast": "bf16"}, TypeError, r"autocast: got str 'bf16', expected torch.float16"),
-    }  # fmt: skip
+    }
 
 
 def _arguments(bad: dict[str, Any]) -> tuple[Tensor, Any, dict[str, Any]]:

@@ -30,8 +30,8 @@ def _model() -> nn.Module:
 
 
 def _mild() -> nn.Module:
-    """Logits a tenth as large: where p_y rounds to 1, torch's cross-entropy gives half of a gradient's signs at random, and
-    ours, whose p_y - 1 is the sum of the others, does not."""
+    """Logits a tenth as large: where p_y rounds to 1, torch's cross-entropy gives half of a gradient's signs at random,
+    and ours, whose p_y - 1 is the sum of the others, does not."""
     model = _model()
     model[-1].weight.data *= 0.1  # type: ignore[union-attr]
     model[-1].bias.data *= 0.1  # type: ignore[union-attr]
@@ -47,9 +47,13 @@ def _make(name: str, model: Any, module: Any = ours) -> Any:
     if name == "MultiAttack":
         return module.MultiAttack([module.FGSM(model, eps=0.05), module.PGD(model, eps=0.1, steps=3)])
     options: dict[str, Any] = {
-        "FAB": {"eps": 0.1, "n_classes": 4}, "Square": {"n_queries": 30, "eps": 0.1}, "APGDT": {"n_classes": 4, "steps": 5},
-        "AutoAttack": {"version": "fast", "eps": 0.1}, "TPGD": {"eps": 0.15, "alpha": 0.04}, "PGD": {"eps": 0.15, "alpha": 0.04},
-    }.get(name, {})  # fmt: skip
+        "FAB": {"eps": 0.1, "n_classes": 4},
+        "Square": {"n_queries": 30, "eps": 0.1},
+        "APGDT": {"n_classes": 4, "steps": 5},
+        "AutoAttack": {"version": "fast", "eps": 0.1},
+        "TPGD": {"eps": 0.15, "alpha": 0.04},
+        "PGD": {"eps": 0.15, "alpha": 0.04},
+    }.get(name, {})
     return getattr(module, name)(model, **options)
 
 
@@ -92,8 +96,8 @@ def test_what_is_not_covered_says_so(ta: Any) -> None:
     assert not hasattr(ours, "__path__")
     with pytest.raises(ValueError, match="version: got 'best'"):
         ours.AutoAttack(_model(), version="best")
-    with pytest.raises(ValueError, match="Square: targeted mode is not supported"):
-        ours.Square(_model()).set_mode_targeted_by_label()
+    with pytest.raises(ValueError, match="DeepFool: targeted mode is not supported"):
+        ours.DeepFool(_model()).set_mode_targeted_by_label()
 
 
 # ---- the same points ----

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import attack_helpers as h
 import fastrobust as fr
-from fastrobust.attacks._windows import Dice, Shape, bump, indices, share_at
+from fastrobust.attacks._windows import bump, share_at
+from fastrobust.ops.pgd.square import NO_WINDOW, Window, square_propose
 
 
 class _RowByRow(nn.Module):
@@ -69,6 +70,35 @@ def test_square_ball_box_and_verdicts(norm: float, clip: Any) -> None:
         assert bool((margins >= fr.ops.margin_loss(model(x), y).value - 1e-5)[eps > 0].all())
 
 
+@pytest.mark.parametrize("norm", h.NORMS)
+def test_square_towards_classes(norm: float) -> None:
+    """Targeted: y is what the model shall say. With targets success is leaving y, and the margin of y is compared."""
+    x, y = h.digits_batch(24)
+    model, goal = h.digits_model(), (y + 3) % 10
+    options = {"eps": 3 * h.RADIUS[norm], "norm": norm, "queries": 80, "seed": 2, "return_details": True}
+    found = fr.attacks.square(model, x, goal, targeted=True, **options)
+    h.assert_inside(found.adv, x, options["eps"], norm, (0.0, 1.0))
+    outputs = model(found.adv)
+    assert torch.equal(found.fooled, outputs.argmax(1) == goal) and bool(found.fooled.any())
+    margins = -fr.ops.margin_loss(outputs, goal).value
+    assert torch.allclose(found.loss, margins, atol=1e-5)
+    assert bool((margins >= -fr.ops.margin_loss(model(x), goal).value - 1e-5).all())
+
+    options["eps"] = h.RADIUS[norm]
+    several = fr.attacks.square(model, x, y, targets=2, **options)
+    h.assert_inside(several.adv, x, options["eps"], norm, (0.0, 1.0))
+    outputs = model(several.adv)
+    assert torch.equal(several.fooled, outputs.argmax(1) != y)
+    assert torch.allclose(several.loss, fr.ops.margin_loss(outputs, y).value, atol=1e-5)
+    first = model(x).scatter(1, y[:, None], -math.inf).argmax(1, keepdim=True)
+    one = fr.attacks.square(model, x, y, targets=first, **options)
+    assert bool((one.fooled <= several.fooled).all())  # the second target comes on top
+    with pytest.raises(ValueError, match="targets: got a multi-targeted attack together with targeted=True"):
+        fr.attacks.square(model, x, y, targets=2, targeted=True, **options)
+    with pytest.raises(ValueError, match="y: got None, expected the classes to reach"):
+        fr.attacks.square(model, x, targeted=True, **options)
+
+
 def test_square_schedule_is_the_papers() -> None:
     wanted = [(0, 1), (10, 1), (11, 2), (50, 2), (51, 4), (201, 8), (501, 16), (1001, 32), (2001, 64), (4001, 128)]
     for query, divisor in [*wanted, (6001, 256), (8001, 512), (9999, 512)]:
@@ -77,15 +107,15 @@ def test_square_schedule_is_the_papers() -> None:
 
 
 def test_square_windows_are_everywhere_and_fair() -> None:
-    shape = Shape(2, 6, 5)
-    dice, numbers = Dice(4, shape), torch.arange(4000)
-    dice.places(0, numbers)
-    top, left = dice.corner(0, 0, 2, 2)
-    counts = torch.bincount(top * 4 + left, minlength=20)
+    x, numbers = torch.zeros(4000, 2, 6, 5), torch.arange(4000)
+    new = x.clone()
+    square_propose(x, new, x - 1, x + 1, numbers, 4, NO_WINDOW, Window(0, 2, 2), None)
+    written = new[:, 0] != 0
+    assert bool((written.flatten(1).sum(1) == 4).all())
+    corner = written.flatten(1).int().argmax(1)  # the first of a window's pixels
+    counts = torch.bincount(corner // 5 * 4 + corner % 5, minlength=20)
     assert counts.shape == (20,) and counts.min().item() > 140  # 200 expected, the last row and column too
-    assert abs(dice.channel_signs(0).mean().item()) < 0.05
-    place = indices(top[:1], left[:1], 2, 2, shape)[0, 0]
-    assert place.tolist() == [int(top[0] + r) * 5 + int(left[0] + c) for r in range(2) for c in range(2)]
+    assert abs(new[written[:, None].expand_as(new)].mean().item()) < 0.05
 
 
 @pytest.mark.parametrize("norm", [1, 2])
@@ -208,11 +238,14 @@ def test_fab_early_stop_leaves_with_a_point_that_fools() -> None:
 @pytest.mark.parametrize(
     ("bad", "error", "text"),
     [
-        ({"eta": -1}, ValueError, "eta: got"), ({"alpha_max": 2}, ValueError, "alpha_max: got"), ({"beta": "x"}, TypeError, "beta: got"),
-        ({"steps": 0}, ValueError, "steps: got 0"), ({"eps": torch.zeros(3, 1, 8, 8)}, ValueError, "eps: got one value per element"),
+        ({"eta": -1}, ValueError, "eta: got"),
+        ({"alpha_max": 2}, ValueError, "alpha_max: got"),
+        ({"beta": "x"}, TypeError, "beta: got"),
+        ({"steps": 0}, ValueError, "steps: got 0"),
+        ({"eps": torch.zeros(3, 1, 8, 8)}, ValueError, "eps: got one value per element"),
     ],
     ids=lambda v: h.label(v)[:30],
-)  # fmt: skip
+)
 def test_fab_bad_input(bad: dict[str, Any], error: type[Exception], text: str) -> None:
     x, y = h.digits_batch(3)
     with pytest.raises(error, match=text):
@@ -221,9 +254,13 @@ def test_fab_bad_input(bad: dict[str, Any], error: type[Exception], text: str) -
 
 @pytest.mark.parametrize(
     ("bad", "error", "text"),
-    [({"queries": 0}, ValueError, "queries: got 0"), ({"share": 2}, ValueError, "share: got"), ({"loss": "dlr"}, ValueError, "loss: got 'dlr'")],
+    [
+        ({"queries": 0}, ValueError, "queries: got 0"),
+        ({"share": 2}, ValueError, "share: got"),
+        ({"loss": "dlr"}, ValueError, "loss: got 'dlr'"),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_square_bad_input(bad: dict[str, Any], error: type[Exception], text: str) -> None:
     x, y = h.digits_batch(3)
     with pytest.raises(error, match=text):

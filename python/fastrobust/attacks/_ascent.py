@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..ops import _checks as ck
 from ..ops.pgd import _kernels as kernels
 from ._graph import Seen
 from ._run import Best, Rows, Run
@@ -68,8 +69,9 @@ class State:
 
     def note(self, seen: Seen, sign: float, score: Tensor, left: Tensor, left_grad: Tensor) -> None:
         """What was seen at x, to which a step led from ``left``."""
+        value = seen.value if seen.value.dim() else seen.value.expand(len(left))
         kernels.ascent_note(
-            seen.value.to(left.dtype).expand(len(left)), score.to(left.dtype), sign, left, left_grad, self.best, self.best_grad, self.value,
+            value.to(left.dtype), score.to(left.dtype), sign, left, left_grad, self.best, self.best_grad, self.value,
             self.best_value, self.best_score, self.rises, self.best_is_x,
         )  # fmt: skip
 
@@ -86,8 +88,8 @@ def as_rows(value: Tensor, x: Tensor) -> Tensor:
 
 
 def climb(run: Run, setting: Ascent, x: Tensor, rows: Rows, index: Tensor, best: Best | None) -> Tensor:
-    """One run of ``run.steps`` steps from x, which offers points to ``best``; ``index`` says which examples the rows are.
-    Returns the points of largest value: without ``best`` nothing leaves, so they are one for each row."""
+    """One run of ``run.steps`` steps from x, which offers points to ``best``; ``index`` says which examples the rows
+    are. Returns the points of largest value: without ``best`` nothing leaves, so they are one for each row."""
     norm, sign = run.norm, -1.0 if run.objective.targeted else 1.0
     seen = run.gradient(x, rows)
     value = _per_example(run, sign * seen.value, len(x)).to(x.dtype)
@@ -138,8 +140,14 @@ def _step(state: State, rows: Rows, norm: float, sign: float, momentum: float) -
             state.x, state.previous, rows.x0, state.grad, sign * state.length, eps, norm, rows.clip, momentum=momentum,
             keep=state.keep, targeted=sign < 0,
         )  # fmt: skip
-    radius: tuple[Tensor | None, float] = (eps, 0.0) if isinstance(eps, Tensor) else (None, eps)
     box: tuple[float, float] = (-math.inf, math.inf) if rows.lo is None or rows.hi is None else (rows.lo, rows.hi)
+    if not isinstance(eps, Tensor) and norm != 1 and state.x.is_cpu:
+        moved = kernels.quick_apgd_step(
+            state.x, state.previous, rows.x0, state.grad, state.length, eps, norm, box, momentum
+        )
+        if moved is not None:
+            return moved
+    radius: tuple[Tensor | None, float] = (eps, 0.0) if isinstance(eps, Tensor) else (None, eps)
     return kernels.apgd_kernel(
         state.x, state.previous, rows.x0, state.grad, state.length, 0.0, *radius, kernels.NORM_CODE[norm], *box,
         momentum, state.keep,
@@ -204,10 +212,13 @@ def _check_steps(state: State, needed: float) -> None:
     """Halves the step, and goes back to the best point, where too few steps raised the loss, or where neither the step
     nor the best loss has changed since the last checkpoint."""
     state.length = None
-    halve = (state.rises < needed) | (~state.halved & (state.best_value <= state.mark))
-    state.factor = torch.where(halve, state.factor / 2, state.factor)
-    _back_to_best(state, halve)
-    state.halved, state.mark, state.rises = halve, state.best_value.clone(), torch.zeros_like(state.rises)
+    # written to: the point that a step made is the run's own, a gradient may lie anywhere
+    fmt = ck.dense_format(state.x) or torch.contiguous_format
+    state.x, state.grad = ck.lay_out(state.x, fmt), ck.lay_out(state.grad, fmt)
+    kernels.ascent_check(
+        needed, state.x, state.grad, state.best, state.best_grad, state.value, state.mark, state.best_value,
+        state.factor, state.rises, state.best_is_x, state.halved,
+    )  # fmt: skip
 
 
 def _check_sparsity(state: State, rows: Rows) -> None:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .. import _C
+
 _PLAIN = (bool, int, float, str, type(None))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -30,8 +32,9 @@ class _Place(NamedTuple):
 
 
 class Marks:
-    """``moved`` reads addresses and version counters, in microseconds: what torch writes is seen. ``differs`` also reads
-    numbers and attributes: what is written past the counters (``p.data``, numpy) is seen too. No module is kept alive."""
+    """``moved`` reads addresses and version counters, in microseconds: what torch writes is seen. ``differs`` also
+    reads numbers and attributes: what is written past the counters (``p.data``, numpy) is seen too. No module is kept
+    alive."""
 
     def __init__(self, model: nn.Module) -> None:
         self.places = [_Place(s, name, t, t._version, t.data_ptr(), known) for s, name, t, known in _tensors(model)]
@@ -84,9 +87,14 @@ def words(model: nn.Module) -> dict[tuple[str, str], Any]:
     found: dict[tuple[str, str], Any] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         found[path, ""] = (
-            id(type(module)), id(module), tuple(len(vars(module).get(h) or ()) for h in _HOOKS), "forward" in vars(module),
-            tuple(name for space in (module._parameters, module._buffers) for name, t in space.items() if t is not None),
-        )  # fmt: skip
+            id(type(module)),
+            id(module),
+            tuple(len(vars(module).get(h) or ()) for h in _HOOKS),
+            "forward" in vars(module),
+            tuple(
+                name for space in (module._parameters, module._buffers) for name, t in space.items() if t is not None
+            ),
+        )
         for name, value in vars(module).items():
             if name != "training" and _plain(value):
                 found[path, name] = value
@@ -98,7 +106,9 @@ def _plain(value: Any) -> bool:
 
 
 def _digest(t: Tensor) -> tuple[Any, ...]:
-    """Sums over the bits, weighted by rows and by columns: what is changed or exchanged changes them."""
+    """What is changed or exchanged changes it; elsewhere than on the CPU, sums over the bits by rows and by columns."""
+    if t.is_cpu and t.is_contiguous():
+        return t.shape, t.dtype, _C.digest(t.data_ptr(), t.numel() * t.element_size())
     with torch.no_grad():
         flat = t.detach().contiguous()
         flat = torch.view_as_real(flat) if flat.is_complex() else flat

@@ -230,8 +230,8 @@ class Attack:
         nearest 8-bit pixels.
 
         Returns:
-            With ``return_verbose`` robust accuracy in percent, the mean L2 distance of examples that are fooled, and the
-            seconds of the last batch.
+            With ``return_verbose`` robust accuracy in percent, the mean L2 distance of examples that are fooled, and
+            the seconds of the last batch.
         """
         if save_type not in ("float", "int"):
             raise ValueError(f"save_type: got {save_type!r}, expected 'float' or 'int'")
@@ -276,7 +276,8 @@ class Attack:
 
     @staticmethod
     def to_type(inputs: Tensor, type: str) -> Tensor:
-        """Images in [0, 1] and the nearest 8-bit pixels; torchattacks cuts off, which takes a level from most of them."""
+        """Images in [0, 1] and the nearest 8-bit pixels; torchattacks cuts off, which takes a level from most of
+        them."""
         if type == "int":
             return (inputs * 255).round().to(torch.uint8) if inputs.is_floating_point() else inputs
         if type == "float":

@@ -72,7 +72,8 @@ class Victim:
         return self.differentiable(x)
 
     def prepared(self, x: Tensor) -> tuple[Victim, str]:
-        """The same with the model prepared for the images, and why it is not, where that has another reason than speed."""
+        """The same with the model prepared for the images, and why it is not, where that has another reason than
+        speed."""
         if self.autocast is not None:
             return self, "under autocast nothing is prepared"
         if any(m.training for m in modules_of(self.model)):

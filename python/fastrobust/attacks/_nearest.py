@@ -23,19 +23,21 @@ def begin_near(run: Run, rows: Rows, clean: Tensor) -> Best:
 
 
 def offer_near(best: Best, index: Tensor, x: Tensor, fooled: Tensor, rows: Rows, norm: float) -> None:
-    """Notes the points that fool, lie in the ball, and are nearer than what is known. Nothing is read from the device."""
+    """Notes the points that fool, lie in the ball, and are nearer than what is known. Nothing is read from the
+    device."""
     inside, distance = measure(x, rows, norm)
     counts = fooled & inside
     best.offer(index, x, counts, torch.where(counts, -distance, -INF))
 
 
 def settle(task: Task, run: Run, best: Best, rows: Rows, details: bool) -> Tensor | AttackResult:
-    """``best``, judged once more as it is handed back: the last bit of a network's outputs may differ with the batch, and
-    half images were rounded. What does not fool then is x again."""
+    """``best``, judged once more as it is handed back, and by the model itself: what is searched on may be one prepared
+    for it, the last bit of a network's outputs may differ with the batch, and half images were rounded. What does not
+    fool then is x again."""
     out = task.hand_back(best.x)
     points = out.to(best.x.dtype)
     with torch.no_grad():
-        outputs = run.model(run.victim, points)
+        outputs = run.model(task.victim, points)
     fooled = run.objective.success(outputs, rows.labels, rows.truth)
     assert fooled is not None
     fooled = fooled & best.fooled

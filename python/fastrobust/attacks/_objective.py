@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops import _checks as ck
+from ..ops.pgd.losses import agrees
 
 LOSSES = ("ce", "margin", "dlr", "kl")
 _ALIASES = {
@@ -115,8 +116,7 @@ class Objective:
             if not isinstance(found, Tensor) or found.dtype != torch.bool or tuple(found.shape) != (len(outputs),):
                 raise ValueError(f"fooled: returned {ck.describe(found)}, expected a bool tensor ({len(outputs)},)")
             return found
-        says = _agrees(outputs, aim)
-        return says if says is None or self.reach else ~says
+        return _agrees(outputs, aim, self.reach)
 
 
 def predictions(outputs: Tensor) -> Tensor:
@@ -126,13 +126,13 @@ def predictions(outputs: Tensor) -> Tensor:
     return outputs.argmax(1)
 
 
-def _agrees(outputs: Tensor, y: Tensor) -> Tensor | None:
-    """Whether outputs say y: the largest logit for class indices; the signs of the logits for labels 0 and 1 of their
-    shape (or one logit an example). None for float targets and other shapes."""
+def _agrees(outputs: Tensor, y: Tensor, wanted: bool) -> Tensor | None:
+    """Whether outputs say y (``wanted`` False: do not): the largest logit for class indices; the signs of the logits
+    for labels 0 and 1 of their shape (or one logit an example). None for float targets and other shapes."""
     if y.is_floating_point() or y.is_complex() or not outputs.is_floating_point():
         return None
     if outputs.dim() == 2 and outputs.shape[1] > 1 and y.dim() == 1:
-        return outputs.argmax(1) == y
+        return agrees(outputs, y, wanted)
     if outputs.numel() == y.numel() and (outputs.shape == y.shape or y.dim() == 1 or outputs.dim() == 1):
-        return ((outputs.reshape(y.shape) > 0) == (y > 0)).reshape(len(y), -1).all(1)
+        return ((outputs.reshape(y.shape) > 0) == (y > 0)).reshape(len(y), -1).all(1) == wanted
     return None

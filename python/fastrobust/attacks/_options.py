@@ -131,6 +131,8 @@ class Suite(TypedDict, total=False):
 class BlackBox(Shared, total=False):
     """Options of :func:`square`."""
 
+    targeted: bool
+    targets: Tensor | Integer | Literal["all"] | None
     queries: Integer
     restarts: Integer
     loss: Literal["margin", "ce"]
@@ -150,6 +152,7 @@ class Nearest(TypedDict, total=False):
     tolerance: float
     progress: bool
     check: bool
+    prepare: bool
     steps: Integer
 
 

@@ -22,9 +22,9 @@ def likeliest(z: Tensor, y: Tensor, count: int) -> Tensor:
 
 
 def differences(leaf: Tensor, z: Tensor, y: Tensor, classes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each column of ``classes`` (B, C): z_c - z_y (B,) and its gradient (B, n), from one graph. A backward pass gives
-    a column of all examples, each with a class of its own, and the difference at once: C passes for C classes, where
-    a Jacobian takes C + 1 and a subtraction."""
+    """For each column of ``classes`` (B, C): z_c - z_y (B,) and its gradient (B, n), from one graph. A backward pass
+    gives a column of all examples, each with a class of its own, and the difference at once: C passes for C classes,
+    where a Jacobian takes C + 1 and a subtraction."""
     if not z.requires_grad:
         raise ValueError(NO_GRADIENT)
     gaps = z.gather(1, classes) - z.gather(1, y[:, None])
@@ -39,9 +39,9 @@ def differences(leaf: Tensor, z: Tensor, y: Tensor, classes: Tensor) -> Iterator
 def malt_order(
     leaf: Tensor, z: Tensor, y: Tensor, count: int, norm: float, candidates: int = _MOST, fixed: Tensor | None = None
 ) -> tuple[Tensor, int]:
-    """(B, count) classes in the order of MALT (arXiv 2407.02240): the gap z_y - z_c over the dual norm of the gradient of
-    z_c - z_y, smallest first, among the likeliest wrong classes; and the number of backward passes. ``fixed``: pixels
-    that may not change, whose gradient does not count."""
+    """(B, count) classes in the order of MALT (arXiv 2407.02240): the gap z_y - z_c over the dual norm of the gradient
+    of z_c - z_y, smallest first, among the likeliest wrong classes; and the number of backward passes. ``fixed``:
+    pixels that may not change, whose gradient does not count."""
     classes = likeliest(z, y, candidates)
     far = []
     for gap, slope in differences(leaf, z, y, classes):

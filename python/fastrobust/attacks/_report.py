@@ -10,8 +10,9 @@ from typing import Any
 
 @dataclasses.dataclass
 class AttackReport:
-    """One attack of an evaluation: ``forwards`` and ``backwards`` count images, ``robust_accuracy`` is what is left after
-    it. ``curve``: (seconds since the attack began, examples broken until then), a pair where examples left a batch."""
+    """One attack of an evaluation: ``forwards`` and ``backwards`` count images, ``robust_accuracy`` is what is left
+    after it. ``curve``: (seconds since the attack began, examples broken until then), a pair where examples left a
+    batch."""
 
     name: str
     seconds: float = 0.0
@@ -32,7 +33,8 @@ class AttackReport:
 
 @dataclasses.dataclass
 class EvaluationReport:
-    """Accuracies are shares of all examples. ``certified``: the number proven robust by bounds (None: nobody asked); the true robust accuracy lies between ``certified / examples`` and ``robust_accuracy``."""
+    """Accuracies are shares of all examples. ``certified``: the number proven robust by bounds (None: nobody asked);
+    the true robust accuracy lies between ``certified / examples`` and ``robust_accuracy``."""
 
     version: str
     norm: str
@@ -61,18 +63,24 @@ class EvaluationReport:
 
     @classmethod
     def of_parts(cls, parts: Sequence[EvaluationReport]) -> EvaluationReport:
-        """One report of a data set evaluated in parts (by several processes): counts and seconds are sums, so the seconds
-        are those of one process that does all parts, attack by attack."""
+        """One report of a data set evaluated in parts (by several processes): counts and seconds are sums, so the
+        seconds are those of one process that does all parts, attack by attack."""
         if not parts:
             raise ValueError("parts: got none, expected at least one report")
         first, examples = parts[0], sum(p.examples for p in parts)
         share = lambda name: sum(getattr(p, name) * p.examples for p in parts) / max(examples, 1)
         asked = all(p.certified is not None for p in parts)
         whole = cls(
-            first.version, first.norm, first.eps if all(p.eps == first.eps for p in parts) else None, examples,
-            first.seed, share("clean_accuracy"), sum(p.certified or 0 for p in parts) if asked else None,
-            share("robust_accuracy"), *(sum(getattr(p, n) for p in parts) for n in ("seconds", "forwards", "backwards")),
-        )  # fmt: skip
+            first.version,
+            first.norm,
+            first.eps if all(p.eps == first.eps for p in parts) else None,
+            examples,
+            first.seed,
+            share("clean_accuracy"),
+            sum(p.certified or 0 for p in parts) if asked else None,
+            share("robust_accuracy"),
+            *(sum(getattr(p, n) for p in parts) for n in ("seconds", "forwards", "backwards")),
+        )
         left = round(whole.clean_accuracy * examples)
         for k, entry in enumerate(first.attacks):
             total = AttackReport(entry.name)

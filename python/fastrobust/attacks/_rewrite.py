@@ -1,4 +1,5 @@
-"""A network's graph for input gradients only: batch normalisation folded, activations in place, layers fused (torch.fx)."""
+"""A network's graph for input gradients only: batch normalisation folded, activations in place, layers fused
+(torch.fx)."""
 
 from __future__ import annotations
 
@@ -296,8 +297,8 @@ def _adds(node: fx.Node) -> bool:
 
 
 def fuse(found: Rewritten, batch: int, names: list[dict[str, str]] | None = None) -> list[FusedConv]:
-    """Convolutions of maps with the addition and the clamp behind them; their kernels are chosen for a batch of that size,
-    or are those of ``names``, one for each layer."""
+    """Convolutions of maps with the addition and the clamp behind them; their kernels are chosen for a batch of that
+    size, or are those of ``names``, one for each layer."""
     graph, shapes = found.graph, found.shapes
     made: list[tuple[fx.Node, FusedConv]] = []
     for node in reversed(list(graph.graph.nodes)):  # of two summands that are layers the later one takes the other

@@ -206,7 +206,8 @@ class Run:
                 "loss: returned one number, expected one value per example (reduction='none'): keep='best', restarts "
                 "and targets compare examples"
             )
-        return fooled, (-value if self.objective.targeted else value).expand(len(outputs))
+        value = -value if self.objective.targeted else value
+        return fooled, value if value.dim() else value.expand(len(outputs))
 
     def look(self, x: Tensor, rows: Rows) -> Seen:
         """As :meth:`gradient`, without one: x stands in its place."""

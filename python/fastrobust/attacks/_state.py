@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import tempfile
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ from ._report import EvaluationReport
 
 @dataclasses.dataclass
 class Progress:
-    """Where an evaluation stands: ``robust`` (B,) as known now, ``adv`` where broken; ``attack`` and ``batch`` are next,
-    over the examples of ``alive``, those that were robust when the attack began."""
+    """Where an evaluation stands: ``robust`` (B,) as known now, ``adv`` where broken; ``attack`` and ``batch`` are
+    next, over the examples of ``alive``, those that were robust when the attack began."""
 
     adv: Tensor
     robust: Tensor
@@ -85,10 +84,10 @@ def load(path: Path, marks: dict[str, str], x: Tensor) -> Progress | None:
         return None
     try:
         with np.load(path) as file:
-            arrays = {name: file[name] for name in file.files}
+            arrays = {name: file[name] for name in ("words", "robust", "proven", "alive", "adv")}
         words = json.loads(arrays["words"].tobytes())
         there = words["marks"]
-    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+    except Exception as error:  # whatever numpy, zipfile and json make of a damaged file
         raise ValueError(f"state: got {path}, which is no state of an evaluation, expected one or no file") from error
     other = sorted(name for name in {*there, *marks} if there.get(name) != marks.get(name))
     if other:

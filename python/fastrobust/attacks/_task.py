@@ -19,8 +19,8 @@ from ._run import Best, Rows, Run
 
 
 class AttackResult(NamedTuple):
-    """``adv`` (B, ...); ``fooled`` (B,) bool and ``loss`` (B,) at ``adv``, the score that is ascended (targeted: minus the
-    loss; multi-targeted: the margin of y); ``queries``: forward passes of the batch."""
+    """``adv`` (B, ...); ``fooled`` (B,) bool and ``loss`` (B,) at ``adv``, the score that is ascended (targeted: minus
+    the loss; multi-targeted: the margin of y); ``queries``: forward passes of the batch."""
 
     adv: Tensor
     fooled: Tensor
@@ -51,9 +51,18 @@ class Task:
         tick = options.pop("tick", no_tick)
         defaults = {"track_best": False, "compares": True, "early_stop": False, "need_fooled": False}
         return Run(
-            self.searched(), self.objective, self.norm, steps, samples, self.grid, **(defaults | options), check=self.check,
-            check_labels=self.check and self.labels is not None and self.victim.logits, tick=tick, name=name,
-        )  # fmt: skip
+            self.searched(),
+            self.objective,
+            self.norm,
+            steps,
+            samples,
+            self.grid,
+            **(defaults | options),
+            check=self.check,
+            check_labels=self.check and self.labels is not None and self.victim.logits,
+            tick=tick,
+            name=name,
+        )
 
     def searched(self) -> Victim:
         """What the search runs on: the model, or on request one prepared for it."""

@@ -73,8 +73,8 @@ def _position(generator: Any) -> Any:
 
 
 class Weights:
-    """Parameters and buffers of a model, to be compared after a pass: an operation in place counts in ``_version``, one on
-    ``.data`` changes the sums alone, and what is replaced is another tensor."""
+    """Parameters and buffers of a model, to be compared after a pass: an operation in place counts in ``_version``, one
+    on ``.data`` changes the sums alone, and what is replaced is another tensor."""
 
     def __init__(self, model: Any) -> None:
         self.model = owner(model)
@@ -101,8 +101,8 @@ def _content(t: Tensor) -> tuple[Any, ...]:
 
 
 def watched(model: Any, call: Callable[[], Tensor]) -> tuple[Tensor, bool]:
-    """The outputs of a pass made without gradients, and whether a backward pass was run in it: one would ask for tensors
-    that the forward pass saved, though nobody outside asked for a graph."""
+    """The outputs of a pass made without gradients, and whether a backward pass was run in it: one would ask for
+    tensors that the forward pass saved, though nobody outside asked for a graph."""
     module, asked = owner(model), []
     if isinstance(module, torch.jit.ScriptModule) or type(module).__name__ == "OptimizedModule":
         return call(), False  # their graphs are fixed, or are compiled anew under hooks
@@ -149,8 +149,9 @@ def nothing_to_report(outputs: Tensor, value: Tensor, grad: Tensor) -> bool:
 
 
 def report(outputs: Tensor, value: Tensor, stuck: Tensor, named: str | None, attack: str = "pgd") -> None:
-    """Warnings about the last step of an attack. ``stuck`` (B,): not fooled, and every gradient coordinate that may move is zero or
-    NaN. Such a step does not move, so zero in the last step means that every step after the gradient vanished was lost.
+    """Warnings about the last step of an attack. ``stuck`` (B,): not fooled, and every gradient coordinate that may
+    move is zero or NaN. Such a step does not move, so zero in the last step means that every step after the gradient
+    vanished was lost.
     """
     rows = outputs.flatten(1) if outputs.dim() > 1 else outputs[:, None]
     bad = int((~torch.isfinite(value)).sum())

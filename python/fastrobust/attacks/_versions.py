@@ -83,14 +83,20 @@ def _of_version(version: str, norm: float) -> list[tuple[str, dict[str, Any]]]:
     large: dict[str, Any] = {"large_radii": True} if sparse else {}
     if version == "standard":
         return [
-            ("apgd-ce", {"restarts": 5 if sparse else 1, **large}), ("apgd-t", {"targets": 5 if sparse else 9, **large}),
-            ("fab-t", {}), ("square", {}),
-        ]  # fmt: skip
+            ("apgd-ce", {"restarts": 5 if sparse else 1, **large}),
+            ("apgd-t", {"targets": 5 if sparse else 9, **large}),
+            ("fab-t", {}),
+            ("square", {}),
+        ]
     if version == "plus":
         return [
-            ("apgd-ce", {"restarts": 5, **large}), ("apgd-dlr", {"restarts": 5, **large}), ("fab", {"restarts": 5}),
-            ("square", {}), ("apgd-t", large), ("fab-t", {}),
-        ]  # fmt: skip
+            ("apgd-ce", {"restarts": 5, **large}),
+            ("apgd-dlr", {"restarts": 5, **large}),
+            ("fab", {"restarts": 5}),
+            ("square", {}),
+            ("apgd-t", large),
+            ("fab-t", {}),
+        ]
     if version == "rand":
         return [("apgd-ce", {"eot_samples": 20, **large}), ("apgd-dlr", {"eot_samples": 20, **large})]
     return [("apgd-ce", {"steps": 50, **large}), ("apgd-malt", large)]

@@ -1,4 +1,4 @@
-"""Windows of the Square attack: where they lie, what is written into them, and the random numbers that decide."""
+"""Windows of the Square attack: how large they are, and what is written into them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..reference import random as rnd
 
-_START, _STEPS = 2, 3  # streams; the first two are random_start's
+_START = 2  # stream; the first two are random_start's, the next the proposals'
 _UNTIL = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries after which the windows' share is halved
 
 
@@ -25,9 +25,12 @@ class Shape(NamedTuple):
     def of(cls, x: Tensor) -> Shape:
         return cls(*x.shape[1:]) if x.dim() == 4 else cls(1, 1, math.prod(x.shape[1:]))
 
+    def images(self, x: Tensor) -> Tensor:
+        return x.view(-1, *self)
+
     def side(self, share: float, least: int) -> tuple[int, int]:
-        """Height and width of a square (in a row: a stretch) that covers a share of the pixels; odd from ``least`` 3 on,
-        so that it has a middle."""
+        """Height and width of a square (in a row: a stretch) that covers a share of the pixels; odd from ``least`` 3
+        on, so that it has a middle."""
         if self.height == 1:
             return 1, min(max(round(share * self.width), least), self.width)
         side = max(round(math.sqrt(share * self.height * self.width)), least)
@@ -42,59 +45,15 @@ def share_at(query: int, queries: int, first: float, rescale: bool) -> float:
     return first / 2.0 ** sum(at > limit for limit in _UNTIL)
 
 
-class Dice:
-    """Random numbers of the examples by their numbers in the data set: neither the batch nor who left it matters."""
-
-    _AHEAD = 64  # queries drawn at once
-
-    def __init__(self, seed: int, shape: Shape) -> None:
-        self.seed, self.shape = seed, shape
-        self.each = 4 * (2 + math.ceil(shape.channels / 128))  # words a query: four places, then signs
-        self.drawn: Tensor | None = None
-        self.first = 0
-
-    def signs(self, numbers: Tensor, n: int) -> Tensor:
-        """(B, n) of -1 and 1, for the start."""
-        return 1 - 2 * (rnd.words_of(self.seed, numbers, n, _START) >> 31).float()
-
-    def places(self, query: int, numbers: Tensor) -> None:
-        """Draws ahead where needed; ``numbers`` are those of the rows that :meth:`take` left."""
-        if self.drawn is None or query >= self.first + self._AHEAD:
-            self.first = query
-            block = query * self.each // 4
-            self.drawn = rnd.words_of(self.seed, numbers, self._AHEAD * self.each, _STEPS, block)
-
-    def take(self, left: Tensor) -> None:
-        if self.drawn is not None:
-            self.drawn = self.drawn[left]
-
-    def _words(self, query: int, begin: int, count: int) -> Tensor:
-        assert self.drawn is not None
-        at = (query - self.first) * self.each + begin
-        return self.drawn[:, at : at + count]
-
-    def corner(self, query: int, which: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """(B,) top row and left column of the first or second window of that size."""
-        u = rnd.uniform(self._words(query, 2 * which, 2))
-        top = (u[:, 0] * (self.shape.height - height + 1)).long()
-        return top, (u[:, 1] * (self.shape.width - width + 1)).long()
-
-    def turned(self, query: int) -> Tensor:
-        """(B,) bool; the low bits of a word are not part of its place."""
-        return (self._words(query, 3, 1)[:, 0] & 1) != 0
-
-    def channel_signs(self, query: int) -> Tensor:
-        """(B, channels) of -1 and 1."""
-        words = self._words(query, 4, math.ceil(self.shape.channels / 32))
-        bits = (words[:, :, None] >> torch.arange(32, device=words.device)) & 1
-        return 1 - 2 * bits.flatten(1)[:, : self.shape.channels].float()
+def start_signs(seed: int, numbers: Tensor, n: int) -> Tensor:
+    """(B, n) of -1 and 1, by the examples' numbers: neither the batch nor who left it matters."""
+    return 1 - 2 * (rnd.words_of(seed, numbers, n, _START) >> 31).float()
 
 
-def indices(top: Tensor, left: Tensor, height: int, width: int, shape: Shape) -> Tensor:
-    """(B, 1, height * width) places of a window in an image's rows."""
-    rows = top[:, None, None] + torch.arange(height, device=top.device)[:, None]
-    columns = left[:, None, None] + torch.arange(width, device=top.device)
-    return (rows * shape.width + columns).flatten(1)[:, None]
+def patterns(height: int, width: int, norm: float) -> Tensor:
+    """(2, height, width): a window's bump, and the same turned by a quarter where the window is a square."""
+    flat = bump(height, width, norm)
+    return torch.stack([flat, flat.T if height == width else flat])
 
 
 def bump(height: int, width: int, norm: float) -> Tensor:

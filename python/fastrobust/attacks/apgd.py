@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import ops
+from .._eager import left_to_python
 from .._heap import keep_pages
 from ..ops import _checks as ck
 from . import _inputs
@@ -46,6 +47,7 @@ def apgd(
     model: Model, x: Tensor, y: Tensor | None = None, *, eps: Values,
     return_details: bool, **options: Unpack[Auto],
 ) -> Tensor | AttackResult: ...  # fmt: skip
+@left_to_python
 def apgd(
     model: Model,
     x: Tensor,
@@ -89,16 +91,16 @@ def apgd(
 
     Args:
         model, x, y, eps, norm, clip, loss, fooled, targeted, targets, normalize, autocast, output, model_mode, mask,
-            tolerance, seed, first_example, check, prepare: as in :func:`pgd`. ``targets=9, loss="dlr"`` is the attack that
-            AutoAttack calls APGD-T. A callable loss gives one value per example.
+            tolerance, seed, first_example, check, prepare: as in :func:`pgd`. ``targets=9, loss="dlr"`` is the attack
+            that AutoAttack calls APGD-T. A callable loss gives one value per example.
         steps: of a run; it makes one more pass through the model, at its start.
         restarts: runs from new random starts (for each target), points of the ball cut by the box; examples fooled
             already sit out.
         random_start: False starts at x, or within ``eps / 32`` of it for loss "kl", whose gradient is zero there.
         rho, momentum: of the paper; momentum 1 is none. Norm 1 has none.
         large_radii: norm 1 only: begin in balls of 3 and 2 eps, for 30 % of the steps each.
-        early_stop: an example leaves as soon as it is fooled, one that is wrong already at once and as it is; this reads
-            one number per step from the device. False goes on for the largest loss; nothing is then read.
+        early_stop: an example leaves as soon as it is fooled, one that is wrong already at once and as it is; this
+            reads one number per step from the device. False goes on for the largest loss; nothing is then read.
         eot_samples: passes whose gradients, losses and outputs are averaged, for a randomised model.
         return_details: return :class:`AttackResult` instead.
 
@@ -111,9 +113,24 @@ def apgd(
     targets_given = targets is not None
     objective = Objective(loss, targeted, targets_given, fooled)
     task = read(
-        model, x, y, objective, eps=eps, norm=norm, clip=clip, normalize=normalize, autocast=autocast, output=output,
-        mask=mask, tolerance=tolerance, seed=seed, first_example=first_example, check=check, multi=targets_given, prepare=prepare,
-    )  # fmt: skip
+        model,
+        x,
+        y,
+        objective,
+        eps=eps,
+        norm=norm,
+        clip=clip,
+        normalize=normalize,
+        autocast=autocast,
+        output=output,
+        mask=mask,
+        tolerance=tolerance,
+        seed=seed,
+        first_example=first_example,
+        check=check,
+        multi=targets_given,
+        prepare=prepare,
+    )
     steps, restarts = _inputs.integer(steps, "steps", 0), _inputs.integer(restarts, "restarts", 1)
     samples = _inputs.integer(eot_samples, "eot_samples", 1)
     setting = Ascent(ck.check_number(rho, "rho", 0, 1), ck.check_number(momentum, "momentum", 0, 1))

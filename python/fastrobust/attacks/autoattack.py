@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .._eager import left_to_python
 from ..bounds import SlopeSearch, compute_bounds
 from ..ops import _checks as ck
 from . import _inputs, _state, _trust
@@ -60,6 +61,7 @@ def autoattack(
 def autoattack(
     model: Model, x: Tensor, y: Tensor, *, eps: Values, return_details: bool, **options: Unpack[Suite]
 ) -> Tensor | EvaluationResult: ...
+@left_to_python
 def autoattack(
     model: Model,
     x: Tensor,
@@ -87,25 +89,26 @@ def autoattack(
 ) -> Tensor | EvaluationResult:
     """The robust accuracy that is left after several attacks, as papers report it.
 
-    Each attack gets the examples that are still classified rightly; an example leaves an attack as soon as it is fooled,
-    and the verdict on it is the model's on the point that is handed back (for version "rand" on the mean of its outputs).
+    Each attack gets the examples that are still classified rightly; an example leaves an attack as soon as it is
+    fooled, and the verdict on it is the model's on the point that is handed back (for version "rand" on the mean of its
+    outputs).
 
     Args:
         model, x, y, eps, norm, clip, normalize, autocast, output, model_mode, mask, tolerance: as in :func:`pgd`.
         version: "standard": APGD on cross-entropy, targeted APGD on the DLR loss, targeted FAB (nine targets each) and
-            Square (5000 queries); norm 1 has 5 restarts, 5 targets and larger radii first. "plus": untargeted APGD-DLR and
-            FAB too, with 5 restarts. "rand": APGD on both losses, 20 samples a step, for randomised models. "fast": 50
-            steps of APGD on cross-entropy, then targeted APGD on the 3 classes that are nearest by MALT's order (logit gap
-            over the dual norm of the gradient difference): about a fifth of the backward passes, without FAB and Square.
-            Or a list of "apgd-ce", "apgd-dlr", "apgd-t", "apgd-malt", "fab", "fab-t", "square", each a name or
-            (name, options of the attack).
-        certify_first: examples that bounds prove robust skip every attack (a method of ``compute_bounds``; True: "crown-ibp",
-            and what the first attack leaves is tried with tighter bounds before the long ones). A model that bounds cannot
-            read is attacked as usual, with a warning.
+            Square (5000 queries); norm 1 has 5 restarts, 5 targets and larger radii first. "plus": untargeted APGD-DLR
+            and FAB too, with 5 restarts. "rand": APGD on both losses, 20 samples a step, for randomised models. "fast":
+            50 steps of APGD on cross-entropy, then targeted APGD on the 3 classes that are nearest by MALT's order
+            (logit gap over the dual norm of the gradient difference): about a fifth of the backward passes, without FAB
+            and Square. Or a list of "apgd-ce", "apgd-dlr", "apgd-t", "apgd-malt", "fab", "fab-t", "square", each a name
+            or (name, options of the attack).
+        certify_first: examples that bounds prove robust skip every attack (a method of ``compute_bounds``; True:
+            "crown-ibp", and what the first attack leaves is tried with tighter bounds before the long ones). A model
+            that bounds cannot read is attacked as usual, with a warning.
         batch_size: examples attacked at once. Random numbers go by an example's number in x, not by its batch.
         seed: of all random numbers.
-        first_example: the number of x[0] in the data set, or (B,) numbers: a part of a set, evaluated by itself, then gets
-            the random numbers that it has in the whole. :meth:`EvaluationReport.of_parts` joins the reports.
+        first_example: the number of x[0] in the data set, or (B,) numbers: a part of a set, evaluated by itself, then
+            gets the random numbers that it has in the whole. :meth:`EvaluationReport.of_parts` joins the reports.
         state: path of a file that is written after every batch. Where it exists the evaluation is taken up from it, and
             ends with the same bits; a file of another model, other data or settings is refused.
         progress: a bar over the examples of each attack.
@@ -161,9 +164,17 @@ class Evaluation:
     """The attacks of an evaluation over a data set, in batches."""
 
     def __init__(
-        self, model: Model, images: Tensor, task: Task, attacks: list[Planned], options: dict[str, Any], batch_size: int,
-        seed: int, bar: bool, check: bool,
-    ) -> None:  # fmt: skip
+        self,
+        model: Model,
+        images: Tensor,
+        task: Task,
+        attacks: list[Planned],
+        options: dict[str, Any],
+        batch_size: int,
+        seed: int,
+        bar: bool,
+        check: bool,
+    ) -> None:
         self.model, self.images, self.task, self.attacks, self.options = model, images, task, attacks, options
         self.attacked = model
         self.batch_size, self.seed, self.bar, self.check = batch_size, seed, bar, check
@@ -235,8 +246,11 @@ class Evaluation:
         report.clean_accuracy = report.robust_accuracy = _share(right)
         report.seconds = time.perf_counter() - start
         if self.check and batch >= 20 and report.clean_accuracy <= 1.5 / max(classes, 1):
-            self._warn(report, f"the model is right on {report.clean_accuracy:.1%} of the images, near the 1 in {classes} "
-                       "of chance: are they scaled, normalised and labelled as it expects?")  # fmt: skip
+            self._warn(
+                report,
+                f"the model is right on {report.clean_accuracy:.1%} of the images, near the 1 in {classes} "
+                "of chance: are they scaled, normalised and labelled as it expects?",
+            )
         none = torch.zeros_like(right)
         return Progress(self.images.clone(), right, none, right, report)
 
@@ -246,17 +260,26 @@ class Evaluation:
 
     def _doubts(self, outputs: Tensor, index: Tensor, report: EvaluationReport, changed: list[str]) -> None:
         if changed:
-            self._warn(report, f"the model changes as it answers ({', '.join(changed[:3])}{', ...' * (len(changed) > 3)}): what it "
-                       "says depends on what it was asked before, and another run may find another accuracy")  # fmt: skip
+            self._warn(
+                report,
+                f"the model changes as it answers ({', '.join(changed[:3])}{', ...' * (len(changed) > 3)}): what it "
+                "says depends on what it was asked before, and another run may find another accuracy",
+            )
         means = outputs / self.samples
         if outputs.shape[1] > 1 and bool((means >= 0).all() & ((means.sum(1) - 1).abs() < 5e-3).all()):
-            self._warn(report, "the model's outputs are >= 0 and sum to 1, as after softmax; attack it without its last "
-                       "softmax, which flattens the losses")  # fmt: skip
+            self._warn(
+                report,
+                "the model's outputs are >= 0 and sum to 1, as after softmax; attack it without its last "
+                "softmax, which flattens the losses",
+            )
         if not bool(outputs.isfinite().all()):
             self._warn(report, "the model's outputs are NaN or inf for some clean images")
         if self.samples == 1 and not torch.equal(outputs, self._outputs(self.images[index])):
-            self._warn(report, "the model gives other outputs for the same images: it is randomised, and one pass judges it "
-                       'by chance; version="rand" averages over 20')  # fmt: skip
+            self._warn(
+                report,
+                "the model gives other outputs for the same images: it is randomised, and one pass judges it "
+                'by chance; version="rand" averages over 20',
+            )
         elif self.samples == 1:
             self._dynamics(outputs, index, report)
         report.forwards += len(index) if self.samples == 1 else 0
@@ -267,12 +290,18 @@ class Evaluation:
         apart, optimises = _trust.watched(self.model, lambda: self._outputs(some))
         report.forwards += len(some)
         if optimises:
-            self._warn(report, "the model computes gradients in its forward pass, as defences that optimise or purify at test "
-                       "time do: gradients through it may mislead, and attacks made for it be stronger")  # fmt: skip
+            self._warn(
+                report,
+                "the model computes gradients in its forward pass, as defences that optimise or purify at test "
+                "time do: gradients through it may mislead, and attacks made for it be stronger",
+            )
         size = outputs.abs().amax().clamp_min(1e-6)
         if len(index) > 2 and bool(((outputs[:2] - apart).abs() > 0.01 * size).any()):
-            self._warn(report, "the model's outputs for an image depend on the others in its batch: which examples are "
-                       "attacked together changes the result (is a normalisation in training mode?)")  # fmt: skip
+            self._warn(
+                report,
+                "the model's outputs for an image depend on the others in its batch: which examples are "
+                "attacked together changes the result (is a normalisation in training mode?)",
+            )
 
     def _part(self, value: Any, index: Tensor) -> Any:
         each = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == len(self.images)
@@ -354,8 +383,11 @@ class Evaluation:
                 if path is not None and here.batch < len(batches):
                     _state.save(path, marks, here)
         if self.check and entry.still:
-            self._warn(report, f"{one.name}: the gradient of {entry.still} examples that were not fooled was zero or NaN in the "
-                       "last step: gradient attacks have no strength there")  # fmt: skip
+            self._warn(
+                report,
+                f"{one.name}: the gradient of {entry.still} examples that were not fooled was zero or NaN in the "
+                "last step: gradient attacks have no strength there",
+            )
         here.attack, here.batch = here.attack + 1, 0
 
     def _run(self, attack: int, index: Tensor) -> tuple[Tensor, list[Run], int]:

@@ -1,12 +1,13 @@
 """torchattacks' classes on this package's attacks: ``import fastrobust.attacks.classes as torchattacks``.
 
-Constructors, defaults and methods are those of torchattacks 3.5.1. Covered: APGD, APGDT, AutoAttack, BIM (IFGSM), CW, DeepFool,
-EOTPGD, FAB, FFGSM, FGSM, MultiAttack, PGD, PGDL2, Square, TPGD, VANILA; any other name says that it is not. What differs, on
-purpose: AutoAttack makes 100 steps, not 10; CW moves pixels that are exactly 0 or 1, gives each example up by its own cost, and
-judges what it hands back; DeepFool's steps keep to the box; an exception leaves the model's modes and the attack's settings as
-they were; the model's buffers come back also after an attack in training mode; ``save`` writes once; 8-bit pixels are rounded, not cut
-off; Square has no targeted mode; random numbers are this package's own, and leave torch's global generator alone where there
-is a ``seed``.
+Constructors, defaults and methods are those of torchattacks 3.5.1. Covered: APGD, APGDT, AutoAttack, BIM (IFGSM), CW,
+DeepFool, EOTPGD, FAB, FFGSM, FGSM, MultiAttack, PGD, PGDL2, Square, TPGD, VANILA; any other name says that it is not.
+What differs, on
+purpose: AutoAttack makes 100 steps, not 10; CW moves pixels that are exactly 0 or 1, gives each example up by its own
+cost, and judges what it hands back; DeepFool's steps keep to the box; an exception leaves the model's modes and the
+attack's settings as they were; the model's buffers come back also after an attack in training mode; ``save`` writes
+once; 8-bit pixels are rounded, not cut off; random numbers are this package's own, and leave torch's global generator
+alone where there is a ``seed``.
 """
 
 from __future__ import annotations
@@ -180,28 +181,53 @@ class DeepFool(Attack):
 
 class APGD(Attack):
     def __init__(
-        self, model: Any, norm: str = "Linf", eps: float = _EPS, steps: int = 10, n_restarts: int = 1, seed: int | None = 0,
-        loss: str = "ce", eot_iter: int = 1, rho: float = 0.75, verbose: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        model: Any,
+        norm: str = "Linf",
+        eps: float = _EPS,
+        steps: int = 10,
+        n_restarts: int = 1,
+        seed: int | None = 0,
+        loss: str = "ce",
+        eot_iter: int = 1,
+        rho: float = 0.75,
+        verbose: bool = False,
+    ) -> None:
         super().__init__("APGD", model)
         self.norm, self.eps, self.steps, self.n_restarts, self.seed = norm, eps, steps, n_restarts, seed
         self.loss, self.eot_iter, self.thr_decr, self.verbose = loss, eot_iter, rho, verbose
 
     def _attack(self, images: Tensor, goal: Tensor | None) -> Tensor:
         options: dict[str, Any] = {
-            "norm": self.norm, "steps": self.steps, "restarts": self.n_restarts, "seed": self.seed, "loss": self.loss,
-            "eot_samples": self.eot_iter, "rho": self.thr_decr, "progress": self.verbose,
-        }  # fmt: skip
+            "norm": self.norm,
+            "steps": self.steps,
+            "restarts": self.n_restarts,
+            "seed": self.seed,
+            "loss": self.loss,
+            "eot_samples": self.eot_iter,
+            "rho": self.thr_decr,
+            "progress": self.verbose,
+        }
         return apgd(self.model, images, goal, eps=self.eps, **options, **self._common())
 
 
 class APGDT(Attack):
-    """Targeted DLR on the ``n_classes - 1`` likeliest wrong classes; the margin where there are fewer than four classes."""
+    """Targeted DLR on the ``n_classes - 1`` likeliest wrong classes; the margin where there are fewer than four
+    classes."""
 
     def __init__(
-        self, model: Any, norm: str = "Linf", eps: float = _EPS, steps: int = 10, n_restarts: int = 1, seed: int | None = 0,
-        eot_iter: int = 1, rho: float = 0.75, verbose: bool = False, n_classes: int = 10,
-    ) -> None:  # fmt: skip
+        self,
+        model: Any,
+        norm: str = "Linf",
+        eps: float = _EPS,
+        steps: int = 10,
+        n_restarts: int = 1,
+        seed: int | None = 0,
+        eot_iter: int = 1,
+        rho: float = 0.75,
+        verbose: bool = False,
+        n_classes: int = 10,
+    ) -> None:
         super().__init__("APGDT", model)
         self.norm, self.eps, self.steps, self.n_restarts, self.seed = norm, eps, steps, n_restarts, seed
         self.eot_iter, self.thr_decr, self.verbose = eot_iter, rho, verbose
@@ -209,10 +235,16 @@ class APGDT(Attack):
 
     def _attack(self, images: Tensor, goal: Tensor | None) -> Tensor:
         options: dict[str, Any] = {
-            "norm": self.norm, "steps": self.steps, "restarts": self.n_restarts, "seed": self.seed, "loss": self._loss,
-            "targets": self.n_target_classes, "eot_samples": self.eot_iter, "rho": self.thr_decr,
+            "norm": self.norm,
+            "steps": self.steps,
+            "restarts": self.n_restarts,
+            "seed": self.seed,
+            "loss": self._loss,
+            "targets": self.n_target_classes,
+            "eot_samples": self.eot_iter,
+            "rho": self.thr_decr,
             "progress": self.verbose,
-        }  # fmt: skip
+        }
         return apgd(self.model, images, goal, eps=self.eps, **options, **self._common())
 
 
@@ -242,21 +274,35 @@ class FAB(Attack):
 
 
 class Square(Attack):
-    """Not covered: targeted modes."""
-
     def __init__(
-        self, model: Any, norm: str = "Linf", eps: float = _EPS, n_queries: int = 5000, n_restarts: int = 1,
-        p_init: float = 0.8, loss: str = "margin", resc_schedule: bool = True, seed: int | None = 0, verbose: bool = False,
-    ) -> None:  # fmt: skip
-        super().__init__("Square", model)
+        self,
+        model: Any,
+        norm: str = "Linf",
+        eps: float = _EPS,
+        n_queries: int = 5000,
+        n_restarts: int = 1,
+        p_init: float = 0.8,
+        loss: str = "margin",
+        resc_schedule: bool = True,
+        seed: int | None = 0,
+        verbose: bool = False,
+    ) -> None:
+        super().__init__("Square", model, targeted=True)
         self.norm, self.eps, self.n_queries, self.n_restarts, self.seed = norm, eps, n_queries, n_restarts, seed
         self.p_init, self.loss, self.rescale_schedule, self.verbose = p_init, loss, resc_schedule, verbose
 
     def _attack(self, images: Tensor, goal: Tensor | None) -> Tensor:
         options: dict[str, Any] = {
-            "norm": self.norm, "queries": self.n_queries, "restarts": self.n_restarts, "loss": self.loss,
-            "share": self.p_init, "rescale": self.rescale_schedule, "seed": self.seed, "progress": self.verbose,
-        }  # fmt: skip
+            "norm": self.norm,
+            "queries": self.n_queries,
+            "restarts": self.n_restarts,
+            "loss": self.loss,
+            "share": self.p_init,
+            "rescale": self.rescale_schedule,
+            "seed": self.seed,
+            "progress": self.verbose,
+            "targeted": self.targeted,
+        }
         return square(self.model, images, goal, eps=self.eps, **options, **self._common())
 
 
@@ -264,9 +310,15 @@ class AutoAttack(Attack):
     """:func:`autoattack` with ``n_classes - 1`` targets: steps and queries are AutoAttack's own (100 and 5000)."""
 
     def __init__(
-        self, model: Any, norm: str = "Linf", eps: float = _EPS, version: str = "standard", n_classes: int = 10,
-        seed: int | None = None, verbose: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        model: Any,
+        norm: str = "Linf",
+        eps: float = _EPS,
+        version: str = "standard",
+        n_classes: int = 10,
+        seed: int | None = None,
+        verbose: bool = False,
+    ) -> None:
         super().__init__("AutoAttack", model)
         if version not in ("standard", "plus", "rand", "fast"):
             raise ValueError(f"version: got {version!r}, expected 'standard', 'plus', 'rand' or 'fast'")

@@ -4,8 +4,8 @@ Covered: the constructor, ``attacks_to_run``, ``version`` and ``set_version``, `
 ``state_path``, which here does resume), ``run_standard_evaluation_individual``, ``clean_accuracy``, and the settings
 that people change: ``apgd`` (n_restarts, n_iter, eot_iter, rho, use_largereps), ``apgd_targeted`` (also
 n_target_classes), ``fab`` (n_restarts, n_iter, n_target_classes, alpha_max, eta, beta) and ``square`` (n_queries,
-n_restarts, p_init, resc_schedule). Not covered: TensorFlow models, and the attack objects' own ``perturb``. Random numbers
-are this package's own.
+n_restarts, p_init, resc_schedule). Not covered: TensorFlow models, and the attack objects' own ``perturb``. Random
+numbers are this package's own.
 """
 
 from __future__ import annotations
@@ -179,9 +179,17 @@ class AutoAttack:
         place = self._place(x)
         seed = int(time.time()) if self.seed is None else self.seed
         found = autoattack(
-            self.model, x.to(place), y.to(place), eps=self.epsilon, norm=self.norm, batch_size=bs, seed=seed, state=state,
-            version=[(name, self._options(name)) for name in names], return_details=True,
-        )  # fmt: skip
+            self.model,
+            x.to(place),
+            y.to(place),
+            eps=self.epsilon,
+            norm=self.norm,
+            batch_size=bs,
+            seed=seed,
+            state=state,
+            version=[(name, self._options(name)) for name in names],
+            return_details=True,
+        )
         self.report = found.report
         if self.verbose:
             print(found.report)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .._eager import left_to_python
 from .._heap import keep_pages
 from . import _inputs
 from ._graph import Seen
@@ -42,6 +43,7 @@ def cw_inf(
     model: Model, x: Tensor, y: Tensor | None = None, *, eps: Values,
     return_details: bool, **options: Unpack[CarliniInf],
 ) -> Tensor | AttackResult: ...  # fmt: skip
+@left_to_python
 def cw_inf(model: Model, x: Tensor, y: Tensor | None = None, *, eps: Values, **options: Any) -> Tensor | AttackResult:
     r"""C&W-inf of the tables of robust accuracy: :func:`pgd` for 30 steps on the margin loss
     ``max_{c != y} z_c - z_y`` in the ball (Wang et al. 2019, section 5.1; the loss is f_6 of Carlini & Wagner 2017,
@@ -73,6 +75,7 @@ def cw_l2(
     model: Model, x: Tensor, y: Tensor | None = None, *, eps: Values | None = None,
     return_details: bool, **options: Unpack[Carlini],
 ) -> Tensor | AttackResult: ...  # fmt: skip
+@left_to_python
 def cw_l2(
     model: Model,
     x: Tensor,
@@ -95,19 +98,20 @@ def cw_l2(
     tolerance: float = 0.0,
     progress: bool = False,
     check: bool = True,
+    prepare: bool = False,
     return_details: bool = False,
 ) -> Tensor | AttackResult:
     r"""The L2 attack of Carlini & Wagner (2017, sections 5 and 6): the smallest perturbation that fools.
 
-    Adam minimises, for each example, ``|x' - x|_2^2 + c max(z_y - max_{k != y} z_k, -confidence)`` (targeted: the largest
-    other logit minus that of y). Between the ``searches`` c is searched for each example: ten times as large until a
-    search finds a point that fools, then by halving the interval. The box is held by projection (section 5.1.1, "projected
-    gradient descent"): a change of variables by tanh has no gradient at pixels that are exactly 0 or 1, which most of
-    MNIST's are.
+    Adam minimises, for each example, ``|x' - x|_2^2 + c max(z_y - max_{k != y} z_k, -confidence)`` (targeted: the
+    largest other logit minus that of y). Between the ``searches`` c is searched for each example: ten times as large
+    until a search finds a point that fools, then by halving the interval. The box is held by projection (section 5.1.1,
+    "projected gradient descent"): a change of variables by tanh has no gradient at pixels that are exactly 0 or 1,
+    which most of MNIST's are.
 
     Args:
-        model, x, y, clip, normalize, autocast, output, model_mode, mask, tolerance, check: as in :func:`pgd`. Nothing is
-            drawn at random.
+        model, x, y, clip, normalize, autocast, output, model_mode, mask, tolerance, check, prepare: as in :func:`pgd`.
+            Nothing is drawn at random.
         eps: points further away than this in the L2 norm do not count; None: every point does.
         steps: of Adam in each search; one more pass judges the last point.
         searches: values of c tried for each example.
@@ -121,8 +125,8 @@ def cw_l2(
         return_details: return :class:`AttackResult` instead; ``loss`` is minus the L2 distance, -inf where not fooled.
 
     Returns:
-        Of each example the nearest point found that fools the model (by ``confidence``) and lies in ball and box exactly,
-        and x where there is none. The model has judged each point as it is handed back.
+        Of each example the nearest point found that fools the model (by ``confidence``) and lies in ball and box
+        exactly, and x where there is none. The model has judged each point as it is handed back.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is expected.
@@ -130,7 +134,7 @@ def cw_l2(
     objective = Objective("margin", targeted)
     task = read(
         model, x, y, objective, eps=0.0 if eps is None else eps, norm=2, clip=clip, normalize=normalize,
-        autocast=autocast, output=output, mask=mask, tolerance=tolerance, check=check,
+        autocast=autocast, output=output, mask=mask, tolerance=tolerance, check=check, prepare=prepare,
     )  # fmt: skip
     if y is None and targeted:
         raise ValueError("y: got None, expected the classes to reach (targeted)")
@@ -199,7 +203,8 @@ def _search(run: Run, setting: Setting, searches: int, rows: Rows, index: Tensor
 
 
 def _minimise(run: Run, setting: Setting, c: Tensor, rows: Rows, index: Tensor, best: Best) -> Tensor:
-    """One run of Adam from x. Which examples it found a point for: one that fools, near or far, counts for the search."""
+    """One run of Adam from x. Which examples it found a point for: one that fools, near or far, counts for the
+    search."""
     found = torch.zeros(len(index), dtype=torch.bool, device=index.device)
     here = torch.arange(len(index), device=index.device)  # rows of this run among those of the search
     state = Adam(torch.zeros_like(rows.x0), torch.zeros_like(rows.x0))
@@ -232,8 +237,16 @@ def _minimise(run: Run, setting: Setting, c: Tensor, rows: Rows, index: Tensor, 
 
 
 def _note(
-    run: Run, setting: Setting, x: Tensor, seen: Seen, rows: Rows, index: Tensor, here: Tensor, best: Best, found: Tensor
-) -> None:  # fmt: skip
+    run: Run,
+    setting: Setting,
+    x: Tensor,
+    seen: Seen,
+    rows: Rows,
+    index: Tensor,
+    here: Tensor,
+    best: Best,
+    found: Tensor,
+) -> None:
     fooled = _leads(run.objective, seen.outputs, rows, setting.confidence)
     found[here] = found[here] | fooled
     offer_near(best, index, x, fooled, rows, run.norm)

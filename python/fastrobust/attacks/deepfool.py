@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import ops
+from .._eager import left_to_python
 from .._heap import keep_pages
 from . import _inputs
 from ._graph import Seen
@@ -41,6 +42,7 @@ def deepfool(
 def deepfool(
     model: Model, x: Tensor, y: Tensor | None = None, *, return_details: bool, **options: Unpack[Fool]
 ) -> Tensor | AttackResult: ...
+@left_to_python
 def deepfool(
     model: Model,
     x: Tensor,
@@ -59,23 +61,24 @@ def deepfool(
     tolerance: float = 0.0,
     progress: bool = False,
     check: bool = True,
+    prepare: bool = False,
     return_details: bool = False,
 ) -> Tensor | AttackResult:
     r"""DeepFool (Moosavi-Dezfooli et al. 2016, algorithm 2; section 3.3 for the other norms).
 
     A step linearises z_k - z_y for every class k at the current point, takes the class whose hyperplane is nearest, and
     goes there and beyond it by ``overshoot``. Where there is a box, nearest is meant inside it
-    (:func:`fastrobust.ops.polyhedral_distance`), so that on a linear model the first step is the answer; without one this
-    is the paper's ``|f_k| / |w_k|_q``. An example leaves with the first point that fools.
+    (:func:`fastrobust.ops.polyhedral_distance`), so that on a linear model the first step is the answer; without one
+    this is the paper's ``|f_k| / |w_k|_q``. An example leaves with the first point that fools.
 
     Args:
-        model, x, y, clip, normalize, autocast, output, model_mode, mask, tolerance, check: as in :func:`pgd`. Nothing is
-            drawn at random.
+        model, x, y, clip, normalize, autocast, output, model_mode, mask, tolerance, check, prepare: as in :func:`pgd`.
+            Nothing is drawn at random.
         norm: 2 (the paper's), inf or 1.
         steps: at most; one more pass judges the last point.
         overshoot: share of a step by which it goes beyond the hyperplane (eta).
-        candidates: only so many classes, the likeliest wrong ones on x, are looked at (the authors' code: 9); None: all.
-            Each costs a backward pass a step.
+        candidates: only so many classes, the likeliest wrong ones on x, are looked at (the authors' code: 9); None:
+            all. Each costs a backward pass a step.
         progress: a bar over the steps.
         return_details: return :class:`AttackResult` instead; ``loss`` is minus the distance, -inf where not fooled.
 
@@ -89,7 +92,7 @@ def deepfool(
     objective = Objective("margin", False)
     task = read(
         model, x, y, objective, eps=0.0, norm=norm, clip=clip, normalize=normalize, autocast=autocast, output=output,
-        mask=mask, tolerance=tolerance, check=check,
+        mask=mask, tolerance=tolerance, check=check, prepare=prepare,
     )  # fmt: skip
     steps, beyond = _inputs.integer(steps, "steps", 1), _inputs.number(overshoot, "overshoot")
     count = None if candidates is None else _inputs.integer(candidates, "candidates", 1)

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import ops
+from .._eager import left_to_python
 from .._heap import keep_pages
 from ..ops import _checks as ck
 from ..reference import pgd as reference
@@ -44,6 +45,7 @@ def fab(
     model: Model, x: Tensor, y: Tensor | None = None, *, eps: Values | None = None,
     return_details: bool, **options: Unpack[Boundary],
 ) -> Tensor | AttackResult: ...  # fmt: skip
+@left_to_python
 def fab(
     model: Model,
     x: Tensor,
@@ -115,9 +117,11 @@ def fab(
             "eps: got one value per element, expected a number or one per example: distances have one norm"
         )
     setting = Setting(
-        ck.check_number(alpha_max, "alpha_max", 0, 1), ck.check_number(eta, "eta", 0), ck.check_number(beta, "beta", 0, 1),
+        ck.check_number(alpha_max, "alpha_max", 0, 1),
+        ck.check_number(eta, "eta", 0),
+        ck.check_number(beta, "beta", 0, 1),
         eps is not None if early_stop is None else bool(early_stop),
-    )  # fmt: skip
+    )
     if eps is None:
         task.radius = INF
     if task.x0.is_cpu:
@@ -232,8 +236,8 @@ def _forward(run: Run, x: Tensor, rows: Rows) -> Seen:
 
 
 def _boundary(run: Run, seen: Seen, rows: Rows) -> tuple[Tensor, Tensor]:
-    """The linearised boundary: z_c - z_y (B,) and its gradient (B, n), for the target, or for the class whose boundary is
-    nearest in the first order."""
+    """The linearised boundary: z_c - z_y (B,) and its gradient (B, n), for the target, or for the class whose boundary
+    is nearest in the first order."""
     z = seen.outputs if seen.rows is None else seen.outputs[seen.rows]
     true = z.gather(1, rows.labels[:, None])
     if rows.extra is not None:

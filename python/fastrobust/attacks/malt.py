@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
+from .._eager import left_to_python
 from . import _inputs, _trust
 from ._model import Output, undisturbed, usable
 from ._objective import Objective
@@ -40,6 +41,7 @@ def malt(
 def malt(
     model: Model, x: Tensor, y: Tensor, *, eps: Values, return_details: bool, **options: Unpack[Ranked]
 ) -> Tensor | AttackResult: ...
+@left_to_python
 def malt(
     model: Model,
     x: Tensor,
@@ -60,6 +62,7 @@ def malt(
     mask: Any = None,
     tolerance: float = 0.0,
     check: bool = True,
+    prepare: bool = False,
     return_details: bool = False,
     **options: Any,
 ) -> Tensor | AttackResult:
@@ -69,17 +72,17 @@ def malt(
 
     .. math:: \frac{z_y - z_c}{\| \nabla_x (z_y - z_c) \|_q}, \qquad 1/p + 1/q = 1
 
-    at x, smallest first, and the first ``targets`` of them are attacked one after the other. The order costs one forward
-    and ``candidates`` backward passes (all of one graph); on models of 100 or 1000 classes its few targets do what all the
-    likeliest ones do.
+    at x, smallest first, and the first ``targets`` of them are attacked one after the other. The order costs one
+    forward and ``candidates`` backward passes (all of one graph); on models of 100 or 1000 classes its few targets do
+    what all the likeliest ones do.
 
     Args:
-        model, x, y, eps, norm, clip, normalize, autocast, output, model_mode, mask, tolerance, check: as in :func:`pgd`; y
-            must be given.
+        model, x, y, eps, norm, clip, normalize, autocast, output, model_mode, mask, tolerance, check, prepare: as in
+            :func:`pgd`; y must be given. The order is the model's own in any case.
         candidates: classes that are put in order.
         targets: classes that are attacked.
-        steps, restarts, loss: of :func:`apgd`, for each target; "dlr" is its targeted DLR loss, which needs four classes:
-            with fewer the margin takes its place, and a warning says so.
+        steps, restarts, loss: of :func:`apgd`, for each target; "dlr" is its targeted DLR loss, which needs four
+            classes: with fewer the margin takes its place, and a warning says so.
         **options: ``random_start``, ``rho``, ``momentum``, ``large_radii``, ``early_stop``, ``seed``, ``first_example``
             and ``progress``, as in :func:`apgd`.
         return_details: return :class:`AttackResult` instead; ``queries`` counts the pass of the order.
@@ -103,7 +106,10 @@ def malt(
     }  # fmt: skip
     task = read(model, x, y, Objective("margin", False), **shared, seed=options.get("seed"), multi=True)
     among, count = _inputs.integer(candidates, "candidates", 1), _inputs.integer(targets, "targets", 1)
-    shared |= {"model_mode": model_mode, "steps": steps, "restarts": restarts, "return_details": True, **options}
+    shared |= {
+        "model_mode": model_mode, "steps": steps, "restarts": restarts, "prepare": prepare, "return_details": True,
+        **options,
+    }  # fmt: skip
     if task.x0.numel() == 0:
         found: AttackResult = apgd(model, x, y, loss="margin", targets=1, **shared)
         return found if return_details else found.adv

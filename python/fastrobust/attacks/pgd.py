@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .._eager import left_to_python
 from .._heap import keep_pages
 from . import _inputs, _trust
 from ._model import Output, undisturbed, usable
@@ -38,6 +39,7 @@ def pgd(
     model: Model, x: Tensor, y: Tensor | None = None, *, eps: Values,
     return_details: bool, **options: Unpack[ManySteps],
 ) -> Tensor | AttackResult: ...  # fmt: skip
+@left_to_python
 def pgd(
     model: Model,
     x: Tensor,
@@ -125,8 +127,8 @@ def pgd(
         check: read the values of x and y once to check them, and warn (:class:`AttackWarning`) where the attack may be
             weaker than it looks: a zero gradient, NaN, outputs after softmax, a randomised model; on a GPU this
             synchronises.
-        prepare: search on the model as :func:`prepare` makes it ready; what that is is measured in the first attack on a
-            model, in seconds, and kept with it. What is fooled in the details is the model's own verdict.
+        prepare: search on the model as :func:`prepare` makes it ready; what that is is measured in the first attack on
+            a model, in seconds, and kept with it. What is fooled in the details is the model's own verdict.
         return_details: return :class:`AttackResult` instead (one more forward pass).
 
     Returns:
@@ -248,9 +250,10 @@ def ifgsm(
     model: Model, x: Tensor, y: Tensor | None = None, *, eps: Values,
     return_details: bool, **options: Unpack[ManySteps],
 ) -> Tensor | AttackResult: ...  # fmt: skip
+@left_to_python
 def ifgsm(model: Model, x: Tensor, y: Tensor | None = None, *, eps: Values, **options: Any) -> Tensor | AttackResult:
-    """Iterative FGSM (Kurakin et al. 2017; thesis eq. 2.2): :func:`pgd` from x itself, with steps of ``eps / steps`` unless
-    ``step_size`` is given. Options as in :func:`pgd`."""
+    """Iterative FGSM (Kurakin et al. 2017; thesis eq. 2.2): :func:`pgd` from x itself, with steps of ``eps / steps``
+    unless ``step_size`` is given. Options as in :func:`pgd`."""
     return _from_x(model, x, y, {"eps": eps, **options})
 
 
@@ -269,6 +272,7 @@ def fgsm(
     model: Model, x: Tensor, y: Tensor | None = None, *, eps: Values,
     return_details: bool, **options: Unpack[OneStep],
 ) -> Tensor | AttackResult: ...  # fmt: skip
+@left_to_python
 def fgsm(model: Model, x: Tensor, y: Tensor | None = None, *, eps: Values, **options: Any) -> Tensor | AttackResult:
     r"""Fast gradient sign method (Goodfellow et al. 2015; thesis eq. 2.1): one step of length eps from x.
 

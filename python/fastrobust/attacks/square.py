@@ -11,16 +11,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import ops
+from .._eager import left_to_python
 from .._heap import keep_pages
 from ..ops import _checks as ck
-from ..ops.pgd.square import NO_WINDOW, Settle, Window, square_propose
+from ..ops.pgd.square import NO_WINDOW, Settle, Window, square_move, square_propose
 from . import _inputs
 from ._model import Output, undisturbed, usable
 from ._objective import Objective
 from ._options import BlackBox, Clip, Integer, Model, Norm, Values
 from ._run import Best, Rows, Run
-from ._task import AttackResult, no_tick, read
-from ._windows import Dice, Shape, bump, indices, share_at
+from ._task import AttackResult, no_tick, plan, read
+from ._windows import Shape, bump, patterns, share_at, start_signs
 from .apgd import begin
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def square(
     model: Model, x: Tensor, y: Tensor | None = None, *, eps: Values,
     return_details: bool, **options: Unpack[BlackBox],
 ) -> Tensor | AttackResult: ...  # fmt: skip
+@left_to_python
 def square(
     model: Model,
     x: Tensor,
@@ -53,6 +55,8 @@ def square(
     norm: Norm = INF,
     queries: Integer = 5000,
     restarts: Integer = 1,
+    targeted: bool = False,
+    targets: Tensor | Integer | Literal["all"] | None = None,
     loss: Literal["margin", "ce"] = "margin",
     share: float = 0.8,
     rescale: bool = False,
@@ -72,16 +76,19 @@ def square(
 ) -> Tensor | AttackResult:
     """Random search over square windows that asks the model for outputs alone, never for a gradient.
 
-    Norm inf writes a corner of the ball into a window of each example; norms 2 and 1 move the perturbation of two windows
-    into one. A proposal is kept where the loss grew. Every example has windows of its own, drawn from (seed, its number,
-    query): results depend neither on the batch nor on which examples have left it. An example leaves once it is fooled;
-    one that is wrong already leaves at once, as it is. x that is not (B, C, H, W) is searched over stretches of its
-    flattened features.
+    Norm inf writes a corner of the ball into a window of each example; norms 2 and 1 move the perturbation of two
+    windows into one. A proposal is kept where the loss grew. Every example has windows of its own, drawn from (seed,
+    its number, query): results depend neither on the batch nor on which examples have left it. An example leaves once
+    it is fooled; one that is wrong already leaves at once, as it is. x that is not (B, C, H, W) is searched over
+    stretches of its flattened features.
 
     Args:
         model, x, y, eps, norm, clip, normalize, autocast, output, model_mode, mask, tolerance, seed, first_example,
             check, prepare: as in :func:`pgd`. The model needs no gradient.
-        queries: forward passes of an example, for each restart.
+        queries: forward passes of an example, for each restart (and each target).
+        targeted: make the model predict y: the loss falls.
+        targets: "all", a number of classes (the likeliest wrong ones on x) or a (B, T) tensor: a search towards each,
+            one after the other. Success is leaving the class y by whatever road.
         loss: "margin" or "ce".
         share: of the pixels, in the first windows; it falls with the queries as in the paper.
         rescale: stretch that schedule, which is for 10 000 queries, over ``queries``.
@@ -95,11 +102,32 @@ def square(
     """
     if loss not in ("margin", "ce"):
         raise ValueError(f"loss: got {loss!r}, expected 'margin' or 'ce'")
-    objective = Objective(loss, False)
+    targets_given = targets is not None
+    objective = Objective(loss, targeted, targets_given)
     task = read(
-        model, x, y, objective, eps=eps, norm=norm, clip=clip, normalize=normalize, autocast=autocast, output=output,
-        mask=mask, tolerance=tolerance, seed=seed, first_example=first_example, check=check, prepare=prepare,
-    )  # fmt: skip
+        model,
+        x,
+        y,
+        objective,
+        eps=eps,
+        norm=norm,
+        clip=clip,
+        normalize=normalize,
+        autocast=autocast,
+        output=output,
+        mask=mask,
+        tolerance=tolerance,
+        seed=seed,
+        first_example=first_example,
+        check=check,
+        multi=targets_given,
+        prepare=prepare,
+    )
+    targets = _inputs.check_targets(targets, task.x0.shape[0], task.x0.device)
+    if y is None and (targeted or targets_given):
+        raise ValueError("y: got None, expected the classes to reach (targeted) or the true labels (targets)")
+    if targeted and targets_given:
+        raise ValueError("targets: got a multi-targeted attack together with targeted=True; give the true labels in y")
     queries, restarts = _inputs.integer(queries, "queries", 1), _inputs.integer(restarts, "restarts", 1)
     first = ck.check_number(share, "share", 0, 1)
     if task.x0.is_cpu:
@@ -116,20 +144,23 @@ def square(
         clean = task.clean_outputs(run)
         rows = task.rows(task.labels_or(clean), None, 0.0)
         best = begin(run, rows, clean)
-        bar.reset(total=restarts * queries)
+        runs = [
+            run for run in (plan(targets, rows, clean, False) if targets_given else [rows]) for _ in range(restarts)
+        ]
+        bar.reset(total=len(runs) * queries)
         key = task.seed
         if key is None:
             key = int(torch.randint(0, 2**62, (), dtype=torch.int64).item())
-        for k in range(restarts):
+        for k, goal in enumerate(runs):
             index = (~best.fooled).nonzero()[:, 0]
             if not len(index):
                 break
             shape = Shape.of(task.x0)
-            hunt = Search(run, shape, Dice((key + k) % 2**64, shape), first, bool(rescale), queries)
-            hunt.run_from(rows.take(index), index, best, task.examples()[index])
+            hunt = Search(run, shape, (key + k) % 2**64, first, bool(rescale), queries)
+            hunt.run_from(goal.take(index), index, best, task.examples()[index])
         if check and run.random:
             run.report(best.x)
-        return task.result(run, best, rows, return_details)
+        return task.result(run, best, runs[0], return_details)
 
 
 @dataclasses.dataclass
@@ -138,84 +169,62 @@ class Search:
 
     run: Run
     shape: Shape
-    dice: Dice
+    seed: int
     first: float
     rescale: bool
     queries: int
 
     def run_from(self, rows: Rows, index: Tensor, best: Best, numbers: Tensor) -> None:
         every = 1 if rows.x0.is_cpu else 16  # on a device: how often it is asked who is done
-        if self.run.norm == INF:
-            self._run_corners(rows, index, best, numbers, every)
-            return
-        x = self._start(rows, None, numbers)
-        seen = self.run.look(x, rows)
-        fooled, score = self.run.judge(seen, rows)
-        value = score
-        for query in range(self.queries):
-            if query % every == 0 and bool(fooled.any()):
-                done, left = fooled.nonzero()[:, 0], (~fooled).nonzero()[:, 0]
-                best.offer(index[done], x[done], fooled[done], value[done])
-                self.run.leave(len(done))
-                x, value, index, rows, numbers = x[left], value[left], index[left], rows.take(left), numbers[left]
-                fooled = fooled[left]
-                self.dice.take(left)
-            if not len(index):
-                self.run.tick(self.queries - query)
-                return
-            self.dice.places(query, numbers)
-            share = share_at(query, self.queries, self.first, self.rescale)
-            new = self._moved(x, rows, query, share)
-            if rows.fixed is not None:
-                new = torch.where(rows.fixed, rows.x0, new)
-            hit, score = self.run.judge(self.run.look(new, rows), rows)
-            better = ((score > value) | hit) & ~fooled
-            x = torch.where(better.view(-1, *[1] * (x.dim() - 1)), new, x)
-            value, fooled = torch.where(better, score, value), fooled | (hit & better)
-            self.run.tick(1)
-        best.offer(index, x, fooled, value)
-
-    def _run_corners(self, rows: Rows, index: Tensor, best: Best, numbers: Tensor, every: int) -> None:
-        """Norm inf: a window goes to one end of ball and box, a sign for each channel. x and new differ in the last
-        window alone, and that is all that is copied and written a query."""
-        faces = self._faces(rows)
+        faces = self._faces(rows) if self.run.norm == INF else None
         x = self._start(rows, faces, numbers)
-        fooled, score = self.run.judge(self.run.look(x, rows), rows)
-        fooled, value, new, numbers = fooled.clone(), score.clone(), x.clone(), numbers.contiguous()
-        last, settled = NO_WINDOW, None
-        image = lambda t: t.view(-1, *self.shape)
-        views = lambda: (image(x), image(new), image(faces[0]), image(faces[1]))
-        images = views()
-
-        def propose(window: Window) -> None:
-            square_propose(*images, numbers, self.dice.seed, last, window, settled)
-
+        fooled, score = self._judged(x, rows)
+        value, fooled, numbers = score.clone(), fooled.clone(), numbers.contiguous()
+        propose: Corners | Moves = (
+            Moves(self, x, rows, numbers) if faces is None else Corners(self, x, rows, numbers, faces)
+        )
+        settled = None
         for query in range(self.queries):
             if query % every == 0:
                 if settled is not None and (every > 1 or bool(settled.hit.any())):
-                    propose(NO_WINDOW)
+                    propose(NO_WINDOW, settled)
                     settled = None
                 if bool(fooled.any()):
                     done, left = fooled.nonzero()[:, 0], (~fooled).nonzero()[:, 0]
-                    best.offer(index[done], x[done], fooled[done], value[done])
+                    self._offer(best, index[done], propose.x[done], fooled[done], value[done], propose.rows, done)
                     self.run.leave(len(done))
-                    x, value, index, rows, numbers = x[left], value[left], index[left], rows.take(left), numbers[left]
-                    fooled, new, faces = fooled[left], new[left], (faces[0][left], faces[1][left])
-                    images = views()
+                    value, index, fooled = value[left], index[left], fooled[left]
+                    propose = propose.take(left)
             if not len(index):
                 self.run.tick(self.queries - query)
                 return
-            window = Window(query, *self.shape.side(share_at(query, self.queries, self.first, self.rescale), 1))
-            propose(window)
-            hit, score = self.run.judge(self.run.look(new, rows), rows)
-            last, settled = window, Settle(score, hit, value, fooled)
+            share = share_at(query, self.queries, self.first, self.rescale)
+            propose(Window(query, *self.shape.side(share, propose.least)), settled)
+            hit, score = self._judged(propose.new, propose.rows)
+            settled = Settle(score, hit, value, fooled)
             self.run.tick(1)
-        propose(NO_WINDOW)
-        best.offer(index, x, fooled, value)
+        propose(NO_WINDOW, settled)
+        self._offer(best, index, propose.x, fooled, value, propose.rows)
 
-    def _image(self, x: Tensor) -> Tensor:
-        """(B, channels, height * width)"""
-        return x.reshape(len(x), self.shape.channels, -1)
+    def _judged(self, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """fooled, and what the search raises: of several targets the loss of this one."""
+        seen = self.run.look(x, rows)
+        fooled, score = self.run.judge(seen, rows)
+        return fooled, score if rows.truth is None else -seen.value
+
+    def _offer(
+        self,
+        best: Best,
+        index: Tensor,
+        x: Tensor,
+        fooled: Tensor,
+        value: Tensor,
+        rows: Rows,
+        some: Tensor | None = None,
+    ) -> None:
+        if rows.truth is not None:  # another pass: what is compared over the targets is not what was searched by
+            value = self.run.evaluate(x, rows if some is None else rows.take(some))[1]
+        best.offer(index, x, fooled, value)
 
     def _faces(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """The ends of ball and box in every coordinate."""
@@ -230,13 +239,13 @@ class Search:
     def _start(self, rows: Rows, faces: tuple[Tensor, Tensor] | None, numbers: Tensor) -> Tensor:
         x0, (channels, height, width) = rows.x0, self.shape
         if faces is not None:  # stripes
-            signs = self.dice.signs(numbers, channels * width).view(-1, channels, 1, width)
+            signs = start_signs(self.seed, numbers, channels * width).view(-1, channels, 1, width)
             up = (signs > 0).expand(-1, -1, height, -1).reshape(x0.shape)
             x = torch.where(up, faces[1], faces[0])
         else:  # tiles, five in a row and in a column
             tall, wide = max(height // 5, 1), max(width // 5, 1)
             down, across = height // tall, width // wide
-            signs = self.dice.signs(numbers, channels * down * across).view(-1, channels, down, 1, across, 1)
+            signs = start_signs(self.seed, numbers, channels * down * across).view(-1, channels, down, 1, across, 1)
             tile = bump(tall, wide, self.run.norm).to(x0)
             delta = x0.new_zeros(len(x0), channels, height, width)
             top, left = (height - down * tall) // 2, (width - across * wide) // 2
@@ -252,36 +261,51 @@ class Search:
             delta = delta * (rows.eps / length).view(-1, *[1] * (delta.dim() - 1))
         return ops.project(rows.x0 + delta, rows.x0, rows.eps, self.run.norm, rows.clip)
 
-    def _moved(self, x: Tensor, rows: Rows, query: int, share: float) -> Tensor:
-        """Norms 2 and 1: the perturbation of a second window, and what is left of the radius, go into a first one."""
-        norm, shape = self.run.norm, self.shape
-        height, width = shape.side(share, 3)
-        first, second = (
-            indices(*self.dice.corner(query, k, height, width), height, width, shape).expand(-1, shape.channels, -1)
-            for k in range(2)
-        )
-        delta = self._image(x - rows.x0)
-        size = lambda t: torch.linalg.vector_norm(t, norm, 2, keepdim=True)
-        used = torch.linalg.vector_norm(delta.flatten(1), norm, 1).view(-1, 1, 1)
-        old = delta.gather(2, first)
-        rest = delta.scatter(2, first, 0.0)
-        windows = torch.linalg.vector_norm(
-            torch.cat([size(old), size(rest.gather(2, second))], 2), norm, 2, keepdim=True
-        )
-        pattern = self._pattern(query, height, width).to(x.dtype)
-        fresh = pattern * self.dice.channel_signs(query)[:, :, None].to(x.dtype) + old / size(old).clamp_min(1e-12)
-        eps = rows.eps.view(-1, 1, 1) if isinstance(rows.eps, Tensor) else rows.eps
-        if norm == 2:
-            room = ((eps**2 - used**2).clamp_min(0) / shape.channels + windows**2).sqrt()
-        else:  # more than the ball holds: the projection takes from all coordinates
-            room = (eps - used).clamp_min(0) + shape.channels * windows
-        fresh = fresh / size(fresh).clamp_min(1e-12) * room
-        moved = rest.scatter(2, second, 0.0).scatter(2, first, fresh)
-        return self._on_sphere(moved.reshape(x.shape), rows)
 
-    def _pattern(self, query: int, height: int, width: int) -> Tensor:
-        """(B, 1, height * width), turned by a quarter for some."""
-        flat = bump(height, width, self.run.norm).to(self.dice.turned(query).device)
-        if height == 1 or height != width:
-            return flat.reshape(1, 1, -1)
-        return torch.where(self.dice.turned(query)[:, None, None], flat.T.reshape(1, 1, -1), flat.reshape(1, 1, -1))
+class Corners:
+    """Norm inf: a window goes to one end of ball and box, a sign for each channel. x and new differ in the last window
+    alone, and that is all that is copied and written a query."""
+
+    least = 1  # side of a window
+
+    def __init__(self, search: Search, x: Tensor, rows: Rows, numbers: Tensor, faces: tuple[Tensor, Tensor]) -> None:
+        self.search, self.x, self.rows, self.numbers, self.faces = search, x, rows, numbers, faces
+        self.new, self.last = x.clone(), NO_WINDOW
+        image = search.shape.images
+        self.images = image(x), image(self.new), image(faces[0]), image(faces[1])
+
+    def __call__(self, window: Window, settled: Settle | None) -> None:
+        square_propose(*self.images, self.numbers, self.search.seed, self.last, window, settled)
+        self.last = window
+
+    def take(self, left: Tensor) -> Corners:
+        """Of settled ones."""
+        faces = self.faces[0][left], self.faces[1][left]
+        return Corners(self.search, self.x[left], self.rows.take(left), self.numbers[left], faces)
+
+
+class Moves:
+    """Norms 2 and 1: the perturbation of two windows, and what is left of the radius, go into one."""
+
+    least = 3  # a window has a middle
+
+    def __init__(self, search: Search, x: Tensor, rows: Rows, numbers: Tensor) -> None:
+        self.search, self.x, self.rows, self.numbers = search, x, rows, numbers
+        self.new = torch.empty_like(x)
+        image = search.shape.images
+        self.images = image(x), image(self.new), image(rows.x0)
+        self.pattern: Tensor | None = None
+
+    def __call__(self, window: Window, settled: Settle | None) -> None:
+        norm, rows = self.search.run.norm, self.rows
+        if self.pattern is None or (window.height and self.pattern.shape[1:] != window[1:]):
+            self.pattern = patterns(window.height, window.width, norm).to(self.x)
+        square_move(*self.images, self.numbers, self.search.seed, window, norm, rows.eps, self.pattern, settled)
+        if window.height:
+            ops.project(self.new, rows.x0, rows.eps, norm, rows.clip, out=self.new)
+            if rows.fixed is not None:
+                torch.where(rows.fixed, rows.x0, self.new, out=self.new)
+
+    def take(self, left: Tensor) -> Moves:
+        """Of settled ones."""
+        return Moves(self.search, self.x[left], self.rows.take(left), self.numbers[left])
