@@ -34,7 +34,8 @@ class Residual(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Reflected "same" padding, transposed convolution, pooling of any stride, concatenation, slices, a shared layer."""
+    """Reflected "same" padding, transposed convolution, pooling of any stride, concatenation, slices, a shared
+    layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,32 +59,66 @@ def mlp(act: nn.Module) -> nn.Module:
 
 def cnn() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(3, 4, 4, 2, 1), nn.ReLU(), nn.Conv2d(4, 6, 4, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(24, 8), nn.ReLU(), nn.Linear(8, 5)
-    )  # fmt: skip
+        nn.Conv2d(3, 4, 4, 2, 1),
+        nn.ReLU(),
+        nn.Conv2d(4, 6, 4, 2, 1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(24, 8),
+        nn.ReLU(),
+        nn.Linear(8, 5),
+    )
 
 
 def grouped() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(4, 8, 3, 1, 1, groups=2), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1, dilation=2), nn.BatchNorm2d(8), nn.ReLU(),
-        nn.Conv2d(8, 8, 3, 1, 1, groups=8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5),
-    )  # fmt: skip
+        nn.Conv2d(4, 8, 3, 1, 1, groups=2),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, 2, 1, dilation=2),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, 1, 1, groups=8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 5),
+    )
 
 
 def one_dimensional() -> nn.Module:
     return nn.Sequential(
-        nn.Conv1d(3, 5, 4, 2, 1), nn.ReLU(), nn.MaxPool1d(3, 2), nn.Conv1d(5, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(8, 5)
-    )  # fmt: skip
+        nn.Conv1d(3, 5, 4, 2, 1),
+        nn.ReLU(),
+        nn.MaxPool1d(3, 2),
+        nn.Conv1d(5, 4, 3),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(8, 5),
+    )
 
 
 ACTIVATIONS = {
-    "relu": nn.ReLU(), "leaky_relu": nn.LeakyReLU(0.2), "hardtanh": nn.Hardtanh(), "relu6": nn.ReLU6(), "sigmoid": nn.Sigmoid(),
-    "tanh": nn.Tanh(), "softplus": nn.Softplus(), "elu": nn.ELU(), "silu": nn.SiLU(), "gelu": nn.GELU(), "gelu_tanh": nn.GELU("tanh"),
-}  # fmt: skip
+    "relu": nn.ReLU(),
+    "leaky_relu": nn.LeakyReLU(0.2),
+    "hardtanh": nn.Hardtanh(),
+    "relu6": nn.ReLU6(),
+    "sigmoid": nn.Sigmoid(),
+    "tanh": nn.Tanh(),
+    "softplus": nn.Softplus(),
+    "elu": nn.ELU(),
+    "silu": nn.SiLU(),
+    "gelu": nn.GELU(),
+    "gelu_tanh": nn.GELU("tanh"),
+}
 NETS: dict[str, tuple[tuple[int, ...], object]] = {
     **{f"mlp-{k}": ((7,), lambda a=v: mlp(a)) for k, v in ACTIVATIONS.items()},
-    "cnn": ((3, 8, 8), cnn), "grouped": ((4, 8, 8), grouped), "conv1d": ((3, 20), one_dimensional),
-    "residual": ((3, 8, 8), Residual), "residual-sigmoid": ((3, 8, 8), lambda: Residual(nn.Sigmoid)), "mixed": ((3, 8, 8), Mixed),
-}  # fmt: skip
+    "cnn": ((3, 8, 8), cnn),
+    "grouped": ((4, 8, 8), grouped),
+    "conv1d": ((3, 20), one_dimensional),
+    "residual": ((3, 8, 8), Residual),
+    "residual-sigmoid": ((3, 8, 8), lambda: Residual(nn.Sigmoid)),
+    "mixed": ((3, 8, 8), Mixed),
+}
 
 
 def random_statistics(net: nn.Module) -> None:

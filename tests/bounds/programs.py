@@ -1,4 +1,5 @@
-"""Random models of ordinary PyTorch: names that share memory, in-place operations, views written through, flags, hooks, wrappers."""
+"""Random models of ordinary PyTorch: names that share memory, in-place operations, views written through, flags, hooks,
+wrappers."""
 
 from __future__ import annotations
 

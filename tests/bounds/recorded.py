@@ -1,8 +1,9 @@
 """auto_LiRPA's bounds: computed where it is installed, read from auto_lirpa_bounds.txt elsewhere.
 
-pip cannot install a release of it beside this torch. The file holds what release 0.7.1 returned, one line each: a digest of
-all that was asked (weights and points bit for bit), the shape, and the lower and upper bounds. To write it anew, put a
-checkout on PYTHONPATH, remove the file and run the tests that import this with FASTROBUST_RECORD_AUTO_LIRPA=1.
+pip cannot install a release of it beside this torch. The file holds what release 0.7.1 returned, one line each: a
+digest of all that was asked (weights and points bit for bit), the shape, and the lower and upper bounds. To write it
+anew, put a checkout on PYTHONPATH, remove the file and run the tests that import this with
+FASTROBUST_RECORD_AUTO_LIRPA=1.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def auto_lirpa_bounds(
     spec: Tensor | None = None,
     lines: str = "adaptive",
 ) -> Iterator[tuple[str, Bounds]]:
-    """(method, (lower, upper)) for each of ``methods``, of the network called ``name``; skips the test where there is neither auto_LiRPA nor a record."""
+    """(method, (lower, upper)) for each of ``methods``, of the network called ``name``; skips the test where there is
+    neither auto_LiRPA nor a record."""
     peer, model = installed(), None
     for method in methods:
         key = _digest(net, x, spec, f"{name} {p} {eps} {method} {lines}")

@@ -13,12 +13,22 @@ from fastrobust.ops import bounds as ops
 from fastrobust.reference import relaxations
 
 PARAMETERS: list[tuple[str, tuple[float, ...]]] = [
-    ("relu", ()), ("relu6", ()), ("sigmoid", ()), ("tanh", ()), ("arctan", ()), ("silu", ()), ("gelu", ()), ("gelu_tanh", ()),
+    ("relu", ()),
+    ("relu6", ()),
+    ("sigmoid", ()),
+    ("tanh", ()),
+    ("arctan", ()),
+    ("silu", ()),
+    ("gelu", ()),
+    ("gelu_tanh", ()),
     *(("leaky_relu", (a,)) for a in (0.0, 1e-7, 0.4, 1.0)),
     *(("hardtanh", p) for p in ((-2.0, 3.0), (0.25, 0.75), (-5.0, -4.5), (-1e-5, 1e-5), (-1e5, 1e5))),
-    *(("softplus", p) for p in ((1.0, 20.0), (2.0, 4.0), (0.5, 1.0), (1.0, 0.0), (30.0, 0.3), (1e-2, 20.0), (1e4, 20.0))),
+    *(
+        ("softplus", p)
+        for p in ((1.0, 20.0), (2.0, 4.0), (0.5, 1.0), (1.0, 0.0), (30.0, 0.3), (1e-2, 20.0), (1e4, 20.0))
+    ),
     *(("elu", (a,)) for a in (0.0, 0.3, 1.0, 4.0, 60.0)),
-]  # fmt: skip
+]
 PIECEWISE = ("relu", "leaky_relu", "hardtanh", "relu6")
 
 
@@ -63,9 +73,17 @@ def test_lines_and_ranges_hold(activation: str, params: tuple[float, ...], dtype
 
 @pytest.mark.parametrize(
     "layer",
-    [nn.Softplus(3.0, 1.0), nn.Softplus(1.0, 0.0), nn.Softplus(40.0), nn.ELU(5.0), nn.LeakyReLU(1.0), nn.Hardtanh(0.2, 0.3), nn.GELU("tanh")],
+    [
+        nn.Softplus(3.0, 1.0),
+        nn.Softplus(1.0, 0.0),
+        nn.Softplus(40.0),
+        nn.ELU(5.0),
+        nn.LeakyReLU(1.0),
+        nn.Hardtanh(0.2, 0.3),
+        nn.GELU("tanh"),
+    ],
     ids=str,
-)  # fmt: skip
+)
 @pytest.mark.parametrize("rounding", ["nearest", "outward"])
 def test_networks_with_them(layer: nn.Module, rounding: str) -> None:
     torch.manual_seed(0)
@@ -84,12 +102,19 @@ def test_networks_with_them(layer: nn.Module, rounding: str) -> None:
 @pytest.mark.parametrize(
     "layer,said",
     [
-        (nn.LeakyReLU(-0.2), "negative slope of -0.2"), (nn.LeakyReLU(1.5), "negative slope of 1.5"), (nn.LeakyReLU(math.nan), "finite"),
-        (nn.ELU(-1.0), "alpha of -1.0"), (nn.ELU(math.inf), "finite"), (nn.Softplus(-2.0), "beta -2.0"), (nn.Softplus(0.0), "beta 0.0"),
-        (nn.Softplus(1.0, -3.0), "threshold -3.0"), (nn.Softplus(1.0, math.nan), "finite"), (nn.Hardtanh(-math.inf, 1.0), "finite min < max"),
+        (nn.LeakyReLU(-0.2), "negative slope of -0.2"),
+        (nn.LeakyReLU(1.5), "negative slope of 1.5"),
+        (nn.LeakyReLU(math.nan), "finite"),
+        (nn.ELU(-1.0), "alpha of -1.0"),
+        (nn.ELU(math.inf), "finite"),
+        (nn.Softplus(-2.0), "beta -2.0"),
+        (nn.Softplus(0.0), "beta 0.0"),
+        (nn.Softplus(1.0, -3.0), "threshold -3.0"),
+        (nn.Softplus(1.0, math.nan), "finite"),
+        (nn.Hardtanh(-math.inf, 1.0), "finite min < max"),
     ],
     ids=lambda v: str(v),
-)  # fmt: skip
+)
 def test_what_the_formulas_do_not_cover_is_refused(layer: nn.Module, said: str) -> None:
     net = nn.Sequential(nn.Linear(2, 3), layer, nn.Linear(3, 2)).eval()
     with pytest.raises(ValueError, match=said):

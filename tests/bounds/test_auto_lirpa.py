@@ -110,10 +110,16 @@ def pair() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
 
 
 COPIES = {
-    "clone": lambda t: t.clone(), "detach": lambda t: t.detach(), "to": lambda t: t.to("cpu"), "float": lambda t: t.float(),
-    "contiguous": lambda t: t.contiguous(), "requires_grad_": lambda t: t.requires_grad_(), "chained": lambda t: t.cpu().clone().detach(),
-    "torch.clone": torch.clone, "itself": lambda t: t,
-}  # fmt: skip
+    "clone": lambda t: t.clone(),
+    "detach": lambda t: t.detach(),
+    "to": lambda t: t.to("cpu"),
+    "float": lambda t: t.float(),
+    "contiguous": lambda t: t.contiguous(),
+    "requires_grad_": lambda t: t.requires_grad_(),
+    "chained": lambda t: t.cpu().clone().detach(),
+    "torch.clone": torch.clone,
+    "itself": lambda t: t,
+}
 
 
 @pytest.mark.parametrize("copy", list(COPIES))
@@ -192,11 +198,16 @@ def test_other_methods_are_refused_by_name(method: str) -> None:
 @pytest.mark.parametrize(
     "options,named",
     [
-        ({"interm_bounds": {"/1": 0}}, "interm_bounds"), ({"aux": 1}, "aux"), ({"final_node_name": "/3"}, "final_node_name"),
-        ({"forward": True}, "forward"), ({"needed_A_dict": {"/3": {"/input"}}}, "needed_A_dict"), ({"bound_lower": False, "bound_upper": False}, "bound_lower"),
-        ({"return_A": True, "method": "IBP"}, "return_A"), ({"need_A_only": True}, "need_A_only"),
+        ({"interm_bounds": {"/1": 0}}, "interm_bounds"),
+        ({"aux": 1}, "aux"),
+        ({"final_node_name": "/3"}, "final_node_name"),
+        ({"forward": True}, "forward"),
+        ({"needed_A_dict": {"/3": {"/input"}}}, "needed_A_dict"),
+        ({"bound_lower": False, "bound_upper": False}, "bound_lower"),
+        ({"return_A": True, "method": "IBP"}, "return_A"),
+        ({"need_A_only": True}, "need_A_only"),
     ],
-)  # fmt: skip
+)
 def test_other_arguments_are_refused_by_name(options: dict[str, Any], named: str) -> None:
     net, x, _ = pair()
     bounded = ours.BoundedTensor(x, ours.PerturbationLpNorm(eps=0.1))

@@ -15,11 +15,16 @@ from fastrobust.reference import bounds as reference
 
 from .test_stage_rows import grads, near
 
-CHAINS = [  # of each convolution from the rows on: groups, channels of one before and behind it, kernel, stride, padding, dilation
+# of each convolution from the rows on: groups, channels of one before and behind it, kernel, stride, padding, dilation
+CHAINS = [
     [((1, 3, 8), (3, 3), (1, 1), (1, 1), (1, 1)), ((1, 2, 3), (4, 4), (2, 2), (1, 1), (1, 1))],
     [((8, 1, 1), (3, 3), (1, 1), (1, 1), (1, 1)), ((2, 3, 4), (3, 2), (1, 2), (1, 0), (2, 1))],
-    [((2, 2, 4), (2, 3), (2, 1), (0, 2), (1, 2)), ((4, 1, 1), (3, 3), (1, 1), (2, 2), (2, 2)), ((1, 1, 4), (3, 3), (1, 1), (1, 1), (1, 1))],
-]  # fmt: skip
+    [
+        ((2, 2, 4), (2, 3), (2, 1), (0, 2), (1, 2)),
+        ((4, 1, 1), (3, 3), (1, 1), (2, 2), (2, 2)),
+        ((1, 1, 4), (3, 3), (1, 1), (1, 1), (1, 1)),
+    ],
+]
 
 
 def steps_of(chain: list[Any], batch: int, two: int) -> list[ops.ConvStep]:

@@ -35,7 +35,8 @@ def problem(seed: int, n: int, dtype: torch.dtype = torch.float64) -> tuple[Tens
 
 
 def by_sorting(w: np.ndarray, room: np.ndarray, p: float) -> float:
-    """max w.v, ||v||_p <= 1, 0 <= v <= room, through the sorted places where v = min(t w^(1/(p-1)), room) meets room."""
+    """max w.v, ||v||_p <= 1, 0 <= v <= room, through the sorted places where v = min(t w^(1/(p-1)), room) meets
+    room."""
     w, room = w[w > 0], room[w > 0]
     if p == math.inf:
         return float((w * np.minimum(room, 1)).sum())

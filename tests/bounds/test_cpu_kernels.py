@@ -1,4 +1,5 @@
-"""Kernels of the CPU alone: gradients of row ops, interval convolutions, the adjoint of convolutions; against float64."""
+"""Kernels of the CPU alone: gradients of row ops, interval convolutions, the adjoint of convolutions; against
+float64."""
 
 from __future__ import annotations
 
@@ -124,14 +125,27 @@ def test_a_bias_joins_the_intercepts(channels: int, act: str, params: tuple[floa
 
 
 @given(
-    st.sampled_from([0, 1, 3, 7, 16]), st.sampled_from([1, 3, 16, 21]), st.sampled_from([1, 3, 15, 16, 17, 40]),
-    st.tuples(st.integers(1, 4), st.integers(1, 4)), st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    st.tuples(st.integers(0, 3), st.integers(0, 3)), st.sampled_from([ops.CENTER, ops.ENDS, ops.RELU]), st.booleans(), st.booleans(),
-)  # fmt: skip
+    st.sampled_from([0, 1, 3, 7, 16]),
+    st.sampled_from([1, 3, 16, 21]),
+    st.sampled_from([1, 3, 15, 16, 17, 40]),
+    st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    st.sampled_from([ops.CENTER, ops.ENDS, ops.RELU]),
+    st.booleans(),
+    st.booleans(),
+)
 def test_interval_convolution(
-    batch: int, channels: int, out: int, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int], finish: int,
-    shared: bool, last: bool,
-) -> None:  # fmt: skip
+    batch: int,
+    channels: int,
+    out: int,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    finish: int,
+    shared: bool,
+    last: bool,
+) -> None:
     torch.manual_seed(0)
     c, r = torch.randn(batch, channels, 6, 5), torch.rand(1 if shared else batch, channels, 6, 5)
     if last:
@@ -197,9 +211,26 @@ def test_one_radius_for_every_example(batch: int, finish: int) -> None:
 
 # ---- the adjoint of a convolution ----
 
-ADJOINTS = [(16, 1, 4, 2, 1), (5, 3, 3, 1, 1), (8, 3, 4, 2, 1), (4, 1, 8, 3, 0), (7, 2, 3, 2, 0), (6, 16, 3, 1, 1),
-            (9, 16, 4, 2, 1), (3, 60, 3, 1, 0), (2, 300, 2, 1, 1), (5, 33, 3, 2, 1), (4, 16, 2, 3, 0), (3, 48, 5, 2, 2), (7, 14, 1, 2, 0),
-            (5, 4, 1, 1, 0), (8, 4, 1, 3, 0), (5, 2, 2, 1, 1), (5, 2, 2, 2, 0)]  # four numbers a line, of several channels  # fmt: skip
+ADJOINTS = [
+    (16, 1, 4, 2, 1),
+    (5, 3, 3, 1, 1),
+    (8, 3, 4, 2, 1),
+    (4, 1, 8, 3, 0),
+    (7, 2, 3, 2, 0),
+    (6, 16, 3, 1, 1),
+    (9, 16, 4, 2, 1),
+    (3, 60, 3, 1, 0),
+    (2, 300, 2, 1, 1),
+    (5, 33, 3, 2, 1),
+    (4, 16, 2, 3, 0),
+    (3, 48, 5, 2, 2),
+    (7, 14, 1, 2, 0),
+    # four numbers a line, of several channels
+    (5, 4, 1, 1, 0),
+    (8, 4, 1, 3, 0),
+    (5, 2, 2, 1, 1),
+    (5, 2, 2, 2, 0),
+]
 
 
 @pytest.mark.parametrize("count", [0, 1, 6])
@@ -223,17 +254,32 @@ def test_spread_is_the_adjoint_of_the_convolution(
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.integers(0, 3), st.integers(1, 20), st.tuples(st.integers(1, 6), st.integers(1, 19)), st.integers(1, 5), st.tuples(st.integers(1, 5), st.integers(1, 5)),
-    st.tuples(st.integers(0, 2), st.integers(0, 3)), st.tuples(st.integers(0, 2), st.integers(0, 2)), st.integers(0, 2**16),
-)  # fmt: skip
+    st.integers(0, 3),
+    st.integers(1, 20),
+    st.tuples(st.integers(1, 6), st.integers(1, 19)),
+    st.integers(1, 5),
+    st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    st.tuples(st.integers(0, 2), st.integers(0, 3)),
+    st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    st.integers(0, 2**16),
+)
 def test_spread_of_one_channel_four_wide(
-    count: int, o: int, positions: tuple[int, int], height: int, stride: tuple[int, int], padding: tuple[int, int], beyond: tuple[int, int], seed: int
-) -> None:  # fmt: skip
+    count: int,
+    o: int,
+    positions: tuple[int, int],
+    height: int,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    beyond: tuple[int, int],
+    seed: int,
+) -> None:
     """Positions side by side as lines: every overlap, border and remainder."""
     torch.manual_seed(seed)
     kernel = (height, 4)
     extra = [min(b, s - 1) for b, s in zip(beyond, stride, strict=True)]
-    size = [(n - 1) * s - 2 * p + k + b for n, s, p, k, b in zip(positions, stride, padding, kernel, extra, strict=True)]  # fmt: skip
+    size = [
+        (n - 1) * s - 2 * p + k + b for n, s, p, k, b in zip(positions, stride, padding, kernel, extra, strict=True)
+    ]
     assume(min(size) > 0 and all(p < k for p, k in zip(padding, kernel, strict=True)))
     w, a = torch.randn(o, 1, *kernel), torch.randn(count, o, *positions)
     got = ops.spread(a, w, stride, padding, size)
@@ -267,9 +313,17 @@ def test_convolutions_at_once_equal_one_by_one(
 ) -> None:
     torch.manual_seed(3)
     net = nn.Sequential(
-        nn.Conv2d(2, 5, 4, 2, 1), nn.ReLU(), nn.Conv2d(5, 18, (3, 2), 1, (1, 0)), nn.LeakyReLU(0.1), nn.Conv2d(18, 4, 3, (2, 1), 0),
-        nn.ReLU(), nn.Flatten(), nn.Linear(32, 9), nn.ReLU(), nn.Linear(9, 4),
-    )  # fmt: skip
+        nn.Conv2d(2, 5, 4, 2, 1),
+        nn.ReLU(),
+        nn.Conv2d(5, 18, (3, 2), 1, (1, 0)),
+        nn.LeakyReLU(0.1),
+        nn.Conv2d(18, 4, 3, (2, 1), 0),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32, 9),
+        nn.ReLU(),
+        nn.Linear(9, 4),
+    )
     x, y = torch.rand(3, 2, 12, 14), torch.tensor([1, 0, 3])
     net[7] = nn.Linear(net[:7](x).shape[1], 9)
     net.requires_grad_(False)
@@ -305,7 +359,8 @@ def test_gradients_through_convolutions_at_once(
     chunk: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Against float64, with and without a layer between the convolutions and the margins, in chunks of one example and at once."""
+    """Against float64, with and without a layer between the convolutions and the margins, in chunks of one example and
+    at once."""
     torch.manual_seed(5)
     convs = [
         nn.Conv2d(2, 5, 4, 2, 1),
@@ -348,9 +403,18 @@ def test_intervals_of_a_chain_equal_the_engine(
 ) -> None:
     torch.manual_seed(4)
     net = nn.Sequential(
-        nn.Conv2d(2, 5, 4, 2, 1), nn.ReLU(), nn.Conv2d(5, 18, 3, 1, 1, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(540, 260),
-        nn.ReLU(), nn.Linear(260, 40), nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 4),
-    ).requires_grad_(False)  # fmt: skip
+        nn.Conv2d(2, 5, 4, 2, 1),
+        nn.ReLU(),
+        nn.Conv2d(5, 18, 3, 1, 1, bias=False),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(540, 260),
+        nn.ReLU(),
+        nn.Linear(260, 40),
+        nn.Linear(40, 30),
+        nn.ReLU(),
+        nn.Linear(30, 4),
+    ).requires_grad_(False)
     x, y = torch.rand(batch, 2, 12, 10), torch.randint(0, 4, (batch,))
     radius = torch.rand(batch) * 0.1 if eps == "each" else eps
     taken = spied(monkeypatch, "margins_of_stages")
@@ -377,12 +441,31 @@ def test_small_batches_in_one_call(clip: tuple[float, float] | None, batch: int,
     shape, net = {
         "fc": ((1, 5, 7), nn.Sequential(nn.Flatten(), nn.Linear(35, 50), nn.ReLU(), nn.Linear(50, 4))),
         "one": ((6,), nn.Linear(6, 3)),
-        "conv": ((1, 9, 8), nn.Sequential(
-            nn.Conv2d(1, 17, 3, 2, 1, bias=False), nn.ReLU(), nn.Conv2d(17, 6, 2), nn.ReLU(), nn.Flatten(), nn.Linear(72, 4, bias=False))),
-        "rgb": ((3, 6, 6), nn.Sequential(
-            nn.Conv2d(3, 40, 3, 1, 1), nn.BatchNorm2d(40), nn.ReLU(), nn.Flatten(), nn.Linear(1440, 30), nn.Linear(30, 9), nn.ReLU(),
-            nn.Linear(9, 3))),
-    }[name]  # fmt: skip
+        "conv": (
+            (1, 9, 8),
+            nn.Sequential(
+                nn.Conv2d(1, 17, 3, 2, 1, bias=False),
+                nn.ReLU(),
+                nn.Conv2d(17, 6, 2),
+                nn.ReLU(),
+                nn.Flatten(),
+                nn.Linear(72, 4, bias=False),
+            ),
+        ),
+        "rgb": (
+            (3, 6, 6),
+            nn.Sequential(
+                nn.Conv2d(3, 40, 3, 1, 1),
+                nn.BatchNorm2d(40),
+                nn.ReLU(),
+                nn.Flatten(),
+                nn.Linear(1440, 30),
+                nn.Linear(30, 9),
+                nn.ReLU(),
+                nn.Linear(9, 3),
+            ),
+        ),
+    }[name]
     net = net.eval().requires_grad_(False)
     x, y = torch.rand(batch, *shape), torch.randint(0, 3, (batch,))
     found = intervals.small_margins(net, x, 0.03, clip, y, 2)

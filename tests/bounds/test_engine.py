@@ -42,7 +42,8 @@ def test_gradcheck_of_bounds_and_linear_bounds(method: str, norm: float, clip: t
 
 @pytest.mark.parametrize("method", ["ibp", "crown-ibp", "crown"])
 def test_training_lowers_the_certified_loss(method: str) -> None:
-    """Labels that can be learned (the brightest channel): random ones at this eps leave nothing that could be certified."""
+    """Labels that can be learned (the brightest channel): random ones at this eps leave nothing that could be
+    certified."""
     net, shape = make("cnn")
     torch.manual_seed(1)
     x = torch.rand(16, *shape)

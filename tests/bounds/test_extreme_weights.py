@@ -72,7 +72,8 @@ def vector_net(scale: float) -> nn.Module:
 
 
 def scaled(net: nn.Module, scale: float) -> nn.Module:
-    """A first layer of this size; the network stays piecewise linear, so its bounds scale with it where the biases do."""
+    """A first layer of this size; the network stays piecewise linear, so its bounds scale with it where the biases
+    do."""
     with torch.no_grad():
         net[0].weight.mul_(scale)
         for layer in net:
@@ -103,7 +104,8 @@ def test_networks(build: object, shape: tuple[int, ...], scale: float, p: float)
 @pytest.mark.parametrize("conv", [False, True])
 @pytest.mark.parametrize("p", [2.0, 1.5, 4.0])
 def test_intervals_of_rows_of_different_sizes(conv: bool, p: float) -> None:
-    """Each row of a layer by its own size, radii per element that undo the weights', and a radius that undoes a large weight."""
+    """Each row of a layer by its own size, radii per element that undo the weights', and a radius that undoes a large
+    weight."""
     torch.manual_seed(0)
     q = reference.dual_exponent(p)
     layer = nn.Conv2d(1, 6, (1, 20), bias=False) if conv else nn.Linear(20, 6, bias=False)

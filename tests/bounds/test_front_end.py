@@ -1,4 +1,5 @@
-"""What is bounded is what the model computes, whatever ordinary PyTorch it is written in; or it is refused with its line named."""
+"""What is bounded is what the model computes, whatever ordinary PyTorch it is written in; or it is refused with its
+line named."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastrobust.bounds import ModelMismatchError, UnreadableModelError, api, compute_bounds
+from fastrobust.bounds import ModelMismatchError, UnreadableModelError, UnsupportedLayerError, api, compute_bounds
 
 from .nets import ONE_PASS
 
@@ -132,9 +133,14 @@ def test_what_changes_after_the_first_call_is_seen(kind: str) -> None:
     torch.manual_seed(2)
     held = [1.0]
     net = Net(
-        lambda m, x: m.b(m.a(x)) * m.gains[0] * m.table["gain"] * m.config.gain * held[0] * SCALE[0] * (1 if m.flag else -1),
-        gains=[1.0], table={"gain": 1.0}, config=types.SimpleNamespace(gain=1.0), flag=True,
-    ).eval()  # fmt: skip
+        lambda m, x: (
+            m.b(m.a(x)) * m.gains[0] * m.table["gain"] * m.config.gain * held[0] * SCALE[0] * (1 if m.flag else -1)
+        ),
+        gains=[1.0],
+        table={"gain": 1.0},
+        config=types.SimpleNamespace(gain=1.0),
+        flag=True,
+    ).eval()
     x = torch.randn(3, 6)
     centre(net, x)
     if kind == "list":
@@ -233,8 +239,16 @@ def counted(m: Any, x: Tensor) -> Tensor:
 
 
 REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
-    "branch on a value": (lambda m, x: x if x.sum() > 0 else -x, UnreadableModelError, r"branches on values.*test_front_end.py"),
-    "number of a value": (lambda m, x: x * x.max().item(), UnreadableModelError, r"branches on values.*test_front_end.py"),
+    "branch on a value": (
+        lambda m, x: x if x.sum() > 0 else -x,
+        UnreadableModelError,
+        r"branches on values.*test_front_end.py",
+    ),
+    "number of a value": (
+        lambda m, x: x * x.max().item(),
+        UnreadableModelError,
+        r"branches on values.*test_front_end.py",
+    ),
     "mask of values": (lambda m, x: x[x > 0].view(1, -1), UnreadableModelError, "branches on values"),
     "random numbers": (lambda m, x: x + torch.randn_like(x), UnreadableModelError, "random numbers.*test_front_end.py"),
     "training": (lambda m, x: F.dropout(x, 0.5), UnreadableModelError, r"call model.eval\(\)"),
@@ -246,8 +260,12 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "one size alone": (lambda m, x: x if len(x) == 1 else 2 * x, ModelMismatchError, "differ"),
     "two outputs": (lambda m, x: (x, x), ValueError, "tuple"),
     "constant": (lambda m, x: m.b.weight, ValueError, "does not depend on the input"),
-    "unknown operation": (lambda m, x: torch.sin(x), ValueError, r"operation sin at 'sin' is not supported \(.*test_front_end.py"),
-}  # fmt: skip
+    "unknown operation": (
+        lambda m, x: torch.sin(x),
+        ValueError,
+        r"operation sin at 'sin' is not supported \(.*test_front_end.py",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -367,3 +385,35 @@ def test_check_on_request() -> None:
     for method in ONE_PASS:
         want = compute_bounds(plain, x, 0.1, method=method, check="none").lower
         assert torch.equal(compute_bounds(plain, x, 0.1, method=method, check="all").lower, want)
+
+
+class Plain(Net):
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Any:
+        return self.run(self, x)
+
+
+@pytest.mark.parametrize("written", ["module", "function", "method"])
+def test_margins_of_a_model_that_ends_in_log_softmax(written: str) -> None:
+    """They are those of the logits; nothing else of it is bounded."""
+    torch.manual_seed(0)
+    end: dict[str, Callable[[Any, Tensor], Tensor]] = {
+        "module": lambda m, x: nn.LogSoftmax(dim=1)(m.b(F.relu(m.a(x)))),
+        "function": lambda m, x: F.log_softmax(m.b(F.relu(m.a(x))), dim=-1),
+        "method": lambda m, x: m.b(F.relu(m.a(x))).log_softmax(1),
+    }
+    net, x, y = Plain(end[written]).eval(), torch.rand(3, 6), torch.tensor([0, 3, 1])
+    logits = nn.Sequential(net.a, nn.ReLU(), net.b)
+    spec = torch.tensor([[1.0, -1.0, 0.0, 0.0], [0.5, 0.5, 0.0, -1.0]])
+    for method in ONE_PASS:
+        for rows in ({"labels": y}, {"spec": spec}):
+            got, want = (compute_bounds(m, x, 0.1, method=method, **rows) for m in (net, logits))
+            assert torch.equal(got.lower, want.lower) and torch.equal(got.upper, want.upper)
+    plain = nn.Sequential(*logits, nn.LogSoftmax(dim=1)).eval()
+    got, want = (compute_bounds(m, x, 0.1, method="ibp", labels=y) for m in (plain, logits))
+    assert torch.equal(got.lower, want.lower)
+    for refused in ({}, {"spec": spec.abs()}, {"labels": y, "rounding": "outward"}):
+        with pytest.raises(UnsupportedLayerError, match="log_softmax"):
+            compute_bounds(net, x, 0.1, **refused)
+    over_places = Plain(lambda m, x: m.b(F.relu(m.a(x))).view(-1, 2, 2).log_softmax(1).flatten(1)).eval()
+    with pytest.raises(UnsupportedLayerError):
+        compute_bounds(over_places, x, 0.1, labels=y)

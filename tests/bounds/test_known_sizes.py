@@ -1,4 +1,5 @@
-"""The way of devices that must not be waited for: all neurons of a layer are bounded, nothing on the way reads a value."""
+"""The way of devices that must not be waited for: all neurons of a layer are bounded, nothing on the way reads a
+value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Lines around activations: the kernels against the definition in float64, soundness without slack, gradients, registration."""
+"""Lines around activations: the kernels against the definition in float64, soundness without slack, gradients,
+registration."""
 
 from __future__ import annotations
 
@@ -19,15 +20,37 @@ from variant_runs import outputs_by_variant
 
 CASES: list[tuple[str, tuple[float, ...]]] = [(a, ()) for a in relaxations.ACTIVATIONS]
 CASES += [
-    ("leaky_relu", (0.3,)), ("hardtanh", (-0.5, 2.5)), ("softplus", (3.0, 8.0)), ("softplus", (0.2, 20.0)), ("elu", (0.4,)), ("elu", (2.5,)),
+    ("leaky_relu", (0.3,)),
+    ("hardtanh", (-0.5, 2.5)),
+    ("softplus", (3.0, 8.0)),
+    ("softplus", (0.2, 20.0)),
+    ("elu", (0.4,)),
+    ("elu", (2.5,)),
     ("elu", (0.0,)),
-]  # fmt: skip
+]
 PIECEWISE = ("relu", "leaky_relu", "hardtanh", "relu6")
 case = pytest.mark.parametrize("act,params", CASES)
 both_kinds = pytest.mark.parametrize("kind", ["parallel", "crown"])
 SPECIAL = (
-    0.0, 1e-40, 1e-30, 1e-7, 0.5, 1.0, 6.0, 0.7517915, 1.2784646, 1.4142135, 2.3993573, 20.0, 20.1, 87.0, 88.1, 103.5, 1e4, 1e30,
-)  # fmt: skip
+    0.0,
+    1e-40,
+    1e-30,
+    1e-7,
+    0.5,
+    1.0,
+    6.0,
+    0.7517915,
+    1.2784646,
+    1.4142135,
+    2.3993573,
+    20.0,
+    20.1,
+    87.0,
+    88.1,
+    103.5,
+    1e4,
+    1e30,
+)
 
 
 def intervals(seed: int, dtype: torch.dtype, count: int = 16) -> tuple[Tensor, Tensor]:
@@ -84,8 +107,8 @@ def scale_of(l: Tensor, u: Tensor, act: str, params: tuple[float, ...]) -> Tenso
 @both_kinds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_lines_hold_in_real_arithmetic(act: str, params: tuple[float, ...], kind: str, dtype: torch.dtype) -> None:
-    """No slack: what the kernel rounds is in the intercepts. Piecewise linear ones round to nearest. In float64 the samples
-    themselves are rounded."""
+    """No slack: what the kernel rounds is in the intercepts. Piecewise linear ones round to nearest. In float64 the
+    samples themselves are rounded."""
     for seed in range(2):
         l, u = intervals(seed, dtype)
         slopes, intercepts = fr.ops.relax(l, u, act, kind, params)
@@ -124,10 +147,76 @@ def test_the_kernel_equals_the_definition(act: str, params: tuple[float, ...], k
         torch.testing.assert_close(got.slopes[:, wide].double(), want.slopes[:, wide], rtol=400 * eps, atol=400 * eps)
 
 
+def slopes_within(l: Tensor, u: Tensor, act: str, params: tuple[float, ...], seed: int) -> Tensor:
+    """Of lines that may touch inside, and a tenth of them beyond."""
+    low, high = relaxations.derivative_range(l, u, act, params)
+    share = torch.rand(l.shape, generator=torch.Generator().manual_seed(seed), dtype=l.dtype)
+    return low + (1.2 * share - 0.1) * (high - low)
+
+
+@case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_line_of_any_slope(act: str, params: tuple[float, ...], dtype: torch.dtype) -> None:
+    """It holds without slack, as ``relax`` does, and is as high as the definition's in float64."""
+    l, u = intervals(5, dtype, 6)
+    moderate = torch.maximum(l.abs(), u.abs()) < 1e3
+    l, u = l[moderate], u[moderate]
+    d = slopes_within(l, u, act, params, 3)
+    ends = [fr.ops.bounds.support(d, l, u, act, params, above) for above in (False, True)]
+    b = torch.stack([e[0] for e in ends])
+    wrong = violation(l, u, d[None], b, act, params)
+    size = b.abs().amax(0) + d.abs() * torch.maximum(l.abs(), u.abs())
+    slack = 4 * torch.finfo(dtype).eps * size.double() + 1e-22 if act in PIECEWISE or dtype == torch.float64 else 0.0
+    assert bool((wrong <= slack).all())
+    beta, threshold = relaxations.parameters_of(act, params) if act == "softplus" else (1.0, math.inf)
+    jump = math.exp(-threshold) / beta
+    for above, (got, point) in zip((False, True), ends, strict=True):
+        want, _ = relaxations.support(d.double(), l.double(), u.double(), act, params, above)
+        scale = scale_of(l.double(), u.double(), act, params) + size.double() + 1e-30
+        assert ((got.double() - want).abs() <= 40 * torch.finfo(dtype).eps * scale + jump + 1e-15).all()
+        assert bool(((l <= point) & (point <= u)).all())
+        height = exact(point.double(), act, params) - d.double() * point.double()  # there the line touches
+        assert ((got.double() - height).abs() <= 40 * torch.finfo(dtype).eps * scale + jump + 1e-15).all()
+
+
+@case
+@pytest.mark.parametrize("above", [False, True])
+def test_gradients_of_a_line_of_any_slope(act: str, params: tuple[float, ...], above: bool) -> None:
+    l = torch.tensor([-2.0, -0.7, 0.3, -3.1, -0.2], dtype=torch.float64)
+    u = l + torch.tensor([1.6, 2.1, 0.9, 4.4, 0.6], dtype=torch.float64)
+    d = slopes_within(l, u, act, params, 1)
+    args = [t.requires_grad_() for t in (d, l, u)]
+    torch.autograd.gradcheck(lambda *a: ops.support(*a, act, params, above)[0], args, eps=1e-6, atol=1e-4)
+    plain = lines.told(act, params)
+    torch.library.opcheck(lines._support.op, (*args, *plain, above))
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (1,), (3, 5, 7), (7, 16), (16, 33)])
+def test_a_line_of_any_slope_of_views(shape: tuple[int, ...]) -> None:
+    """Slopes, ends in any order in memory, broadcast slopes; mismatches are refused."""
+    g = torch.Generator().manual_seed(0)
+    l = torch.randn(*shape[::-1], generator=g).permute(*reversed(range(len(shape))))
+    u, d = l + torch.rand(shape, generator=g), torch.full((1,) * len(shape), 0.3).expand(shape)
+    for got, want in zip(
+        ops.support(d, l, u, "silu"), ops.support(d.contiguous(), l.contiguous(), u.contiguous(), "silu"), strict=True
+    ):
+        assert torch.equal(got, want)
+    with pytest.raises(ValueError, match="slopes: got"):
+        ops.support(d.new_zeros(2, *shape), l, u, "silu")
+    with pytest.raises((TypeError, ValueError), match="slopes: got"):
+        ops.support(d.double(), l, u, "silu")
+
+
 @given(
-    st.sampled_from(CASES), st.sampled_from(["parallel", "crown"]), st.sampled_from([0, 1, 3, 7, 16]), st.sampled_from([1, 5, 15, 16, 17, 33]),
-    st.floats(-50, 50, width=32), st.floats(0, 60, width=32), st.integers(0, 2**20), st.booleans(),
-)  # fmt: skip
+    st.sampled_from(CASES),
+    st.sampled_from(["parallel", "crown"]),
+    st.sampled_from([0, 1, 3, 7, 16]),
+    st.sampled_from([1, 5, 15, 16, 17, 33]),
+    st.floats(-50, 50, width=32),
+    st.floats(0, 60, width=32),
+    st.integers(0, 2**20),
+    st.booleans(),
+)
 def test_batches_and_orders_in_memory(
     of: tuple[str, tuple[float, ...]],
     kind: str,
@@ -179,7 +268,8 @@ def test_ends_that_are_not_finite(act: str, params: tuple[float, ...], kind: str
 
 @case
 def test_ranges(act: str, params: tuple[float, ...]) -> None:
-    """Of every activation, in one pass where that pays: to float32 rounding those in float64, with and without a graph."""
+    """Of every activation, in one pass where that pays: to float32 rounding those in float64, with and without a
+    graph."""
     l, u = intervals(4, torch.float32)
     want = relaxations.interval_activation(l.double(), u.double(), act, params)
     bottom = torch.tensor([relaxations._VALLEY[act][1] if act in relaxations._VALLEY else 0.0], dtype=torch.float64)
@@ -195,7 +285,11 @@ def test_ranges(act: str, params: tuple[float, ...]) -> None:
         l = torch.randn(shape)
         if len(shape) == 4:
             l = l.contiguous(memory_format=torch.channels_last)
-        for g, w in zip(fr.ops.interval_activation(l, l + 1, act, params), relaxations.interval_activation(l, l + 1, act, params), strict=True):  # fmt: skip
+        for g, w in zip(
+            fr.ops.interval_activation(l, l + 1, act, params),
+            relaxations.interval_activation(l, l + 1, act, params),
+            strict=True,
+        ):
             torch.testing.assert_close(g, w, rtol=2e-6, atol=1e-6)
             assert g.stride() == w.stride()
 

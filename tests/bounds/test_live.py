@@ -1,4 +1,5 @@
-"""Rows through layers without the neurons that have no lines: against the definition in float64, with every mixture of dead neurons."""
+"""Rows through layers without the neurons that have no lines: against the definition in float64, with every mixture of
+dead neurons."""
 
 from __future__ import annotations
 
@@ -56,7 +57,16 @@ def chain(name: str, batch: int, dead: str, sides: int) -> list[ops.LiveStep]:
     return steps[::-1]
 
 
-def definition(A: Tensor, b: Tensor, example: Tensor, steps: list[ops.LiveStep], maps: tuple[Tensor, Tensor], q: float | None, rows: Tensor | None, minus: Tensor | None) -> Tensor:  # fmt: skip
+def definition(
+    A: Tensor,
+    b: Tensor,
+    example: Tensor,
+    steps: list[ops.LiveStep],
+    maps: tuple[Tensor, Tensor],
+    q: float | None,
+    rows: Tensor | None,
+    minus: Tensor | None,
+) -> Tensor:
     A, b = A.double(), b.double()
     for s in steps:
         A, b = reference.linear_back_step(A, b, s.slopes.double(), s.intercepts.double(), example, rows, minus=minus)
@@ -75,13 +85,31 @@ def definition(A: Tensor, b: Tensor, example: Tensor, steps: list[ops.LiveStep],
 
 
 @given(
-    st.sampled_from(sorted(CHAINS)), st.sampled_from([0, 1, 3, 7, 16]), st.sampled_from(["none", "all", "one", "mixed"]),
-    st.sampled_from([1, 2]), st.sampled_from([1, 2]), st.booleans(), st.sampled_from([1, 9, 17, 50]), st.sampled_from(["own", "rows", "less"]),
-    st.sampled_from([None, 1.0, 2.0, math.inf]), st.booleans(), st.integers(0, 99),
-)  # fmt: skip
+    st.sampled_from(sorted(CHAINS)),
+    st.sampled_from([0, 1, 3, 7, 16]),
+    st.sampled_from(["none", "all", "one", "mixed"]),
+    st.sampled_from([1, 2]),
+    st.sampled_from([1, 2]),
+    st.booleans(),
+    st.sampled_from([1, 9, 17, 50]),
+    st.sampled_from(["own", "rows", "less"]),
+    st.sampled_from([None, 1.0, 2.0, math.inf]),
+    st.booleans(),
+    st.integers(0, 99),
+)
 def test_rows_through_live_neurons(
-    name: str, batch: int, dead: str, lines: int, sides: int, apart: bool, per: int, form: str, q: float | None, shuffled: bool, seed: int
-) -> None:  # fmt: skip
+    name: str,
+    batch: int,
+    dead: str,
+    lines: int,
+    sides: int,
+    apart: bool,
+    per: int,
+    form: str,
+    q: float | None,
+    shuffled: bool,
+    seed: int,
+) -> None:
     torch.manual_seed(seed)
     steps = chain(name, batch, dead, lines)
     count, n = batch * per, math.prod(steps[0].shape)

@@ -1,4 +1,5 @@
-"""Rows through a graph of activations and convolutions in one kernel, against the propagation layer by layer in float64."""
+"""Rows through a graph of activations and convolutions in one kernel, against the propagation layer by layer in
+float64."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ IMAGE = (3, 7, 6)
 
 
 class Block(nn.Module):
-    """A residual block: the activation after the sum, or (``before``) normalisation and activation before each convolution."""
+    """A residual block: the activation after the sum, or (``before``) normalisation and activation before each
+    convolution."""
 
     def __init__(self, i: int, o: int, stride: int, before: bool, act: type[nn.Module] = nn.ReLU) -> None:
         super().__init__()
@@ -45,7 +47,8 @@ class Block(nn.Module):
 
 
 class Forks(nn.Module):
-    """Two convolutions and a scaled copy of the input, a difference, an activation that two layers read, a value used twice."""
+    """Two convolutions and a scaled copy of the input, a difference, an activation that two layers read, a value used
+    twice."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -86,21 +89,73 @@ def residual(before: bool, width: int = 6, act: type[nn.Module] = nn.ReLU) -> nn
 
 
 NETS: dict[str, Any] = {
-    "after": lambda: residual(False), "before": lambda: residual(True), "wide": lambda: residual(False, 19),
-    "tanh": lambda: residual(False, 4, nn.Tanh), "hardtanh": lambda: residual(True, 4, nn.Hardtanh), "forks": lambda: Forks(4),
-    "pooled": lambda: nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 18, 3, 2, 1), nn.ReLU(), nn.AvgPool2d(2, 1), nn.Conv2d(18, 4, 1), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3)),
+    "after": lambda: residual(False),
+    "before": lambda: residual(True),
+    "wide": lambda: residual(False, 19),
+    "tanh": lambda: residual(False, 4, nn.Tanh),
+    "hardtanh": lambda: residual(True, 4, nn.Hardtanh),
+    "forks": lambda: Forks(4),
+    "pooled": lambda: nn.Sequential(
+        nn.Conv2d(3, 5, 3),
+        nn.ReLU(),
+        nn.Conv2d(5, 18, 3, 2, 1),
+        nn.ReLU(),
+        nn.AvgPool2d(2, 1),
+        nn.Conv2d(18, 4, 1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.LazyLinear(3),
+    ),
     "image": lambda: nn.Sequential(nn.Conv2d(3, 20, 3, 1, 1), nn.ReLU(), nn.Conv2d(20, 2, 3, 3, 1)),
-    "kernels": lambda: nn.Sequential(nn.Conv2d(3, 4, (1, 5), (1, 2), (0, 3)), nn.ReLU(), nn.Conv2d(4, 17, (3, 1), (3, 1), (1, 0)), nn.ReLU(), nn.Conv2d(17, 3, 2, 2), nn.LeakyReLU(0.2), nn.Flatten(), nn.LazyLinear(3)),
-    "depthwise": lambda: plain(nn.Conv2d(3, 9, 3, 1, 1, groups=3), nn.ReLU(), nn.Conv2d(9, 9, 3, 2, 1, groups=9), nn.ReLU(), nn.Conv2d(9, 20, 1), nn.ReLU(), nn.Conv2d(20, 20, 2, 2, groups=20, bias=False), nn.Conv2d(20, 8, 2, 1, 1, groups=4)),
-    "dilated": lambda: plain(nn.Conv2d(3, 5, 3, 1, 2, 2), nn.ReLU(), nn.Conv2d(5, 18, (2, 3), 2, (1, 3), (1, 3)), nn.ReLU(), nn.Conv2d(18, 6, 2, 3, 4, (3, 2), groups=2)),
+    "kernels": lambda: nn.Sequential(
+        nn.Conv2d(3, 4, (1, 5), (1, 2), (0, 3)),
+        nn.ReLU(),
+        nn.Conv2d(4, 17, (3, 1), (3, 1), (1, 0)),
+        nn.ReLU(),
+        nn.Conv2d(17, 3, 2, 2),
+        nn.LeakyReLU(0.2),
+        nn.Flatten(),
+        nn.LazyLinear(3),
+    ),
+    "depthwise": lambda: plain(
+        nn.Conv2d(3, 9, 3, 1, 1, groups=3),
+        nn.ReLU(),
+        nn.Conv2d(9, 9, 3, 2, 1, groups=9),
+        nn.ReLU(),
+        nn.Conv2d(9, 20, 1),
+        nn.ReLU(),
+        nn.Conv2d(20, 20, 2, 2, groups=20, bias=False),
+        nn.Conv2d(20, 8, 2, 1, 1, groups=4),
+    ),
+    "dilated": lambda: plain(
+        nn.Conv2d(3, 5, 3, 1, 2, 2),
+        nn.ReLU(),
+        nn.Conv2d(5, 18, (2, 3), 2, (1, 3), (1, 3)),
+        nn.ReLU(),
+        nn.Conv2d(18, 6, 2, 3, 4, (3, 2), groups=2),
+    ),
     "grouped image": lambda: nn.Sequential(nn.Conv2d(3, 6, 3, 1, 1), nn.ReLU(), nn.Conv2d(6, 40, 3, 2, 2, 2, groups=2)),
-    "pool": lambda: plain(nn.Conv2d(3, 5, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(5, 17, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2, 1)),
-    "overlap": lambda: plain(nn.Conv2d(3, 6, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.Conv2d(6, 8, 3, 1, 1), nn.MaxPool2d((2, 3), 1, (1, 1), 2)),
-    "ceil": lambda: plain(nn.Conv2d(3, 6, 2), nn.Tanh(), nn.MaxPool2d(3, 2, 1, ceil_mode=True), nn.Conv2d(6, 6, 2, 1, 1, groups=3), nn.MaxPool2d(2, 2, ceil_mode=True)),
+    "pool": lambda: plain(
+        nn.Conv2d(3, 5, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(5, 17, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2, 1)
+    ),
+    "overlap": lambda: plain(
+        nn.Conv2d(3, 6, 3, 1, 1),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2, 1),
+        nn.Conv2d(6, 8, 3, 1, 1),
+        nn.MaxPool2d((2, 3), 1, (1, 1), 2),
+    ),
+    "ceil": lambda: plain(
+        nn.Conv2d(3, 6, 2),
+        nn.Tanh(),
+        nn.MaxPool2d(3, 2, 1, ceil_mode=True),
+        nn.Conv2d(6, 6, 2, 1, 1, groups=3),
+        nn.MaxPool2d(2, 2, ceil_mode=True),
+    ),
     "pool first": lambda: plain(nn.MaxPool2d(2, 2, 1), nn.Conv2d(3, 6, 2), nn.ReLU(), nn.Conv2d(6, 20, 2)),
     "pool last": lambda: nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 20, 2), nn.MaxPool2d(2, 1)),
     "pooled sum": PooledBlock,
-}  # fmt: skip
+}
 
 
 def make(name: str, seed: int) -> nn.Module:
@@ -162,7 +217,8 @@ def test_equals_the_propagation_layer_by_layer_in_float64(name: str, monkeypatch
 
 
 def in_float64(engine: Engine, net: nn.Module, start: int, example: Tensor, neuron: Tensor, sides: int) -> Any:
-    """``bound_rows`` and the linear map at the input layer by layer, with the very same lines: which input a pooling follows where they tie is not the matter."""
+    """``bound_rows`` and the linear map at the input layer by layer, with the very same lines: which input a pooling
+    follows where they tie is not the matter."""
     lines = {i: Lines(t.slopes.double(), t.intercepts.double(), t.folded, t.source) for i, t in engine.lines.items()}
     r, shape = engine.region, engine.graph.nodes[start].shape
     try:
@@ -192,7 +248,12 @@ def lined(net: nn.Module, x: Tensor, p: float, eps: Any, clip: Any, method: str)
 def test_unit_vectors_of_every_image_with_the_same_lines(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "_MAP_BYTES", 1 << 15)  # several pieces
     net = make(name, 2)
-    for p, eps, clip, batch, method in ((math.inf, 0.05, None, 3, "crown"), (2.0, 0.3, None, 1, "fast-lin"), (2.0, 0.4, (0, 1), 2, "crown"), (1.0, 0.5, None, 7, "crown")):  # fmt: skip
+    for p, eps, clip, batch, method in (
+        (math.inf, 0.05, None, 3, "crown"),
+        (2.0, 0.3, None, 1, "fast-lin"),
+        (2.0, 0.4, (0, 1), 2, "crown"),
+        (1.0, 0.5, None, 7, "crown"),
+    ):
         x = torch.rand(batch, *IMAGE)
         with torch.no_grad():
             engine = lined(net, x, p, eps, clip, method)

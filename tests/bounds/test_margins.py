@@ -1,4 +1,5 @@
-"""Plain ReLU networks in one op: bounds and every gradient against the engine in float64, its kernels against their definitions."""
+"""Plain ReLU networks in one op: bounds and every gradient against the engine in float64, its kernels against their
+definitions."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from combinations import combinations
 from fastrobust import _C
 from fastrobust.bounds import compute_bounds
 from fastrobust.ops import bounds as ops
@@ -31,17 +33,32 @@ NETS: dict[str, tuple[tuple[int, ...], Any]] = {
     "one layer": ((7,), lambda: [nn.Linear(7, 12), nn.ReLU(), nn.Linear(12, 5)]),
     "dense": (
         (3, 5, 5),
-        lambda: [nn.Flatten(), nn.Linear(75, 33), nn.ReLU(), nn.Linear(33, 17, bias=False), nn.ReLU(), nn.Linear(17, 5)],
+        lambda: [
+            nn.Flatten(),
+            nn.Linear(75, 33),
+            nn.ReLU(),
+            nn.Linear(33, 17, bias=False),
+            nn.ReLU(),
+            nn.Linear(17, 5),
+        ],
     ),
     "convolution": ((2, 5, 5), lambda: [nn.Conv2d(2, 5, 3, 1, 1), nn.ReLU(), nn.Flatten(), nn.Linear(125, 3)]),
     "mixed": (
         (3, 8, 8),
         lambda: [
-            nn.Conv2d(3, 5, 3, 2, 1), nn.ReLU(), nn.Conv2d(5, 19, (2, 3), 1, 0, bias=False), nn.ReLU(), nn.Flatten(),
-            nn.Linear(114, 21, bias=False), nn.ReLU(), nn.Linear(21, 13), nn.ReLU(), nn.Linear(13, 4),
+            nn.Conv2d(3, 5, 3, 2, 1),
+            nn.ReLU(),
+            nn.Conv2d(5, 19, (2, 3), 1, 0, bias=False),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(114, 21, bias=False),
+            nn.ReLU(),
+            nn.Linear(21, 13),
+            nn.ReLU(),
+            nn.Linear(13, 4),
         ],
     ),
-}  # fmt: skip
+}
 
 
 def network(name: str) -> tuple[nn.Module, tuple[int, ...], int]:
@@ -84,11 +101,14 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 @pytest.mark.parametrize("sides", ["lower", "both", "upper"])
 @pytest.mark.parametrize("clip", [None, (0.0, 1.0)])
 def test_bounds_and_gradients_equal_the_engine(
-    name: str, method: str, sides: str, clip: tuple[float, float] | None, taken: list[bool], monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
-    for batch, eps_kind, input_too, kept in itertools.product(
-        (1, 3, 7, 16), ("all", "each"), (False, True), (0, 1 << 24)
-    ):
+    name: str,
+    method: str,
+    sides: str,
+    clip: tuple[float, float] | None,
+    taken: list[bool],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for batch, eps_kind, input_too, kept in combinations((1, 3, 7, 16), ("all", "each"), (False, True), (0, 1 << 24)):
         monkeypatch.setattr(_bounds_chain, "_MOST_KEPT", kept)
         torch.manual_seed(batch)
         net, shape, classes = network(name)
@@ -105,7 +125,9 @@ def test_bounds_and_gradients_equal_the_engine(
 
 @pytest.mark.parametrize("leave_out", [False, True])
 @pytest.mark.parametrize("name", NETS)
-def test_unrecorded_bounds_without_dead_neurons(name: str, leave_out: bool, taken: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_unrecorded_bounds_without_dead_neurons(
+    name: str, leave_out: bool, taken: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(margin_bounds, "leaving_out_pays", lambda *a: leave_out)
     torch.manual_seed(2)
     net, shape, classes = network(name)
@@ -155,15 +177,22 @@ def test_gradients_without_dead_neurons(
 def test_gradients_of_convolutions_without_dead_neurons(
     method: str, sides: str, dead: float, leave_out: bool, taken: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Windows of whole vectors: neurons are taken one by one where few have lines; one side's and two sides' rows, in several turns."""
+    """Windows of whole vectors: neurons are taken one by one where few have lines; one side's and two sides' rows, in
+    several turns."""
     monkeypatch.setattr(margin_bounds, "leaving_out_pays", lambda *a: leave_out)
     for batch, classes, kept in ((1, 2, 1 << 24), (3, 10, 0), (7, 10, 1 << 24), (2, 35, 1 << 24)):
         monkeypatch.setattr(_bounds_chain, "_MOST_KEPT", kept)
         torch.manual_seed(batch)
         net = nn.Sequential(
-            nn.Conv2d(1, 16, 4, 2, 1), nn.ReLU(), nn.Conv2d(16, 21, (3, 4), (1, 2), (1, 0)), nn.ReLU(), nn.Conv2d(21, 5, 2), nn.ReLU(),
-            nn.Flatten(), nn.Linear(20, classes),
-        )  # fmt: skip
+            nn.Conv2d(1, 16, 4, 2, 1),
+            nn.ReLU(),
+            nn.Conv2d(16, 21, (3, 4), (1, 2), (1, 0)),
+            nn.ReLU(),
+            nn.Conv2d(21, 5, 2),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(20, classes),
+        )
         with torch.no_grad():
             net[2].bias -= dead
             net[0].bias[:4] -= 10 * dead
@@ -185,8 +214,16 @@ def test_what_is_left_to_the_engine(taken: list[bool]) -> None:
         nn.Sequential(nn.Conv2d(1, 1, 3, 1, 2, dilation=2), nn.ReLU(), *tail),
         nn.Sequential(nn.MaxPool2d(3, 1, 1), nn.Conv2d(1, 1, 3, 1, 1), nn.ReLU(), *tail),
         nn.Sequential(*tail),
-        nn.Sequential(nn.Flatten(), nn.Linear(36, 36), nn.ReLU(), nn.Unflatten(1, (1, 6, 6)), nn.Conv2d(1, 1, 3, 1, 1), nn.ReLU(), *tail),
-    ]  # fmt: skip
+        nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(36, 36),
+            nn.ReLU(),
+            nn.Unflatten(1, (1, 6, 6)),
+            nn.Conv2d(1, 1, 3, 1, 1),
+            nn.ReLU(),
+            *tail,
+        ),
+    ]
     for net in nets:
         compute_bounds(net.eval(), x, 0.1, method="crown-ibp", labels=torch.tensor([0, 2]))
         assert not taken.pop()
@@ -259,9 +296,15 @@ def test_gradients_of_both_products(batch: int, n: int, m: int, one: bool, seed:
 
 
 @given(
-    st.integers(1, 9), st.integers(1, 6), st.integers(1, 18), st.tuples(st.integers(1, 4), st.integers(1, 4)), st.integers(1, 2), st.integers(0, 1),
-    st.booleans(), st.integers(0, 99),
-)  # fmt: skip
+    st.integers(1, 9),
+    st.integers(1, 6),
+    st.integers(1, 18),
+    st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    st.integers(1, 2),
+    st.integers(0, 1),
+    st.booleans(),
+    st.integers(0, 99),
+)
 def test_gradient_of_a_convolutions_weight(
     batch: int, channels: int, out: int, kernel: tuple[int, int], stride: int, padding: int, one: bool, seed: int
 ) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn as nn
 
+from combinations import THOROUGH, combinations
 from fastrobust.benchmarks.memory import peak_bytes
 from fastrobust.bounds import compute_bounds
 
@@ -19,10 +20,12 @@ NETS = {  # rows of the second layer take 340 MB a matrix without chunks
 }
 
 
+USUAL = [(4, False), (32, False), (1024, False), (4, True)]
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="counts pages of glibc's heap")
 @pytest.mark.parametrize("name", list(NETS))
-@pytest.mark.parametrize("wide", [False, True])
-@pytest.mark.parametrize("cap", [4, 32, 1024])
+@pytest.mark.parametrize(("cap", "wide"), combinations((4, 32, 1024), (False, True)) if THOROUGH else USUAL)
 def test_the_resident_set_grows_by_little_more_than_the_cap(name: str, wide: bool, cap: int) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(*NETS[name](), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 144, 5)).requires_grad_(False)

@@ -16,14 +16,21 @@ from .test_odd_networks import NETS
 
 # What auto_LiRPA 0.7.1 does not take, and what it says.
 NO_MODULE = {
-    "transposed": "no output padding, no groups", "transposed, dilated": "no dilation", "circular": "no padding mode",
-    "same, even kernel": "no unequal padding", "one dimension": "no transposed convolution of one dimension", "max pooling, dilated": "no dilation",
-    "separable": "no adaptive average pooling", "up and across": "no Upsample", "smooth, two branches": "no GELU", "permuted and cut": "no such slice",
-}  # fmt: skip
+    "transposed": "no output padding, no groups",
+    "transposed, dilated": "no dilation",
+    "circular": "no padding mode",
+    "same, even kernel": "no unequal padding",
+    "one dimension": "no transposed convolution of one dimension",
+    "max pooling, dilated": "no dilation",
+    "separable": "no adaptive average pooling",
+    "up and across": "no Upsample",
+    "smooth, two branches": "no GELU",
+    "permuted and cut": "no such slice",
+}
 NO_CROWN = {"max pooling"}  # a stride that is not the kernel's size, for linear bounds
 NO_CROWN_PASS = {"normalised input", "negated"}  # an assertion of its own, for CROWN alone
-# In l2 it forgets the radius where something other than a convolution or a linear layer reads the input (its interval of -x around x
-# is the point -x), or refuses: concatenation, one-dimensional convolutions.
+# In l2 it forgets the radius where something other than a convolution or a linear layer reads the input (its interval
+# of -x around x is the point -x), or refuses: concatenation, one-dimensional convolutions.
 NO_L2 = {
     "one dimension, residual",
     "concatenated",

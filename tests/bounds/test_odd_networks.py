@@ -1,5 +1,5 @@
-"""Networks as people write them: every padding, transposed and one-dimensional convolutions, pooling of any stride, normalisation in
-odd places, forks and scaled branches; against float64 and sampled points."""
+"""Networks as people write them: every padding, transposed and one-dimensional convolutions, pooling of any stride,
+normalisation in odd places, forks and scaled branches; against float64 and sampled points."""
 
 from __future__ import annotations
 
@@ -47,35 +47,162 @@ def normalised(s: Any, x: Tensor) -> Tensor:
 
 
 NETS: dict[str, tuple[tuple[int, ...], Callable[[], nn.Module]]] = {
-    "transposed": ((3, 5, 6), lambda: sequence(nn.ConvTranspose2d(3, 4, 3, 2, 1, 1), nn.ReLU(), nn.ConvTranspose2d(4, 2, 2, 3, groups=2), nn.ReLU())),
+    "transposed": (
+        (3, 5, 6),
+        lambda: sequence(
+            nn.ConvTranspose2d(3, 4, 3, 2, 1, 1), nn.ReLU(), nn.ConvTranspose2d(4, 2, 2, 3, groups=2), nn.ReLU()
+        ),
+    ),
     "transposed, dilated": ((3, 5, 6), lambda: sequence(nn.ConvTranspose2d(3, 4, 3, 1, 1, dilation=2), nn.ReLU())),
-    "circular": ((3, 6, 7), lambda: sequence(C(3, 4, (2, 3), padding="same", padding_mode="circular"), nn.ReLU(), C(4, 4, 3, padding="valid"), nn.ReLU())),
-    "same, even kernel": ((3, 6, 7), lambda: sequence(C(3, 4, 4, padding="same"), nn.ReLU(), C(4, 4, 2, padding="same", padding_mode="replicate"), nn.ReLU())),
-    "one dimension": ((3, 15), lambda: sequence(nn.Conv1d(3, 6, 3, 2, 1), nn.ReLU(), nn.Conv1d(6, 6, 3, 1, 2, dilation=2), nn.BatchNorm1d(6), nn.ReLU(), nn.AvgPool1d(2), nn.ConvTranspose1d(6, 4, 3, 2), nn.ReLU())),
-    "one dimension, residual": ((6, 15), lambda: Net(lambda s, x: s.o(F.relu(s.a(x) + x).flatten(1)), a=nn.Conv1d(6, 6, 3, 1, 1), o=nn.LazyLinear(3))),
-    "max pooling": ((3, 9, 9), lambda: sequence(C(3, 4, 3), nn.MaxPool2d(3, 2, ceil_mode=True), nn.ReLU(), C(4, 4, 2), nn.MaxPool2d(2, 1, 1), nn.Tanh())),
-    "max pooling, dilated": ((3, 9, 9), lambda: sequence(C(3, 4, 3), nn.ReLU(), nn.MaxPool2d((2, 3), (1, 2), (1, 1), dilation=(2, 1)))),
-    "normalised first": ((3, 6, 6), lambda: nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), C(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten(), nn.BatchNorm1d(80), nn.Linear(80, 3))),
-    "normalised vectors": ((9,), lambda: nn.Sequential(nn.Linear(9, 12), nn.BatchNorm1d(12, affine=False), nn.ReLU(), nn.Linear(12, 3))),
-    "separable": ((4, 8, 8), lambda: sequence(C(4, 4, 3, 1, 1, groups=4), nn.ReLU6(), C(4, 8, 1), nn.ReLU6(), C(8, 8, 3, 2, 1, groups=8), nn.Hardtanh(), nn.AdaptiveAvgPool2d((2, 3)))),
-    "concatenated": ((3, 6, 6), lambda: Net(lambda s, x: s.o(F.relu(s.b(torch.cat([x, F.relu(s.a(x))], 1))).mean((2, 3))), a=C(3, 4, 3, 1, 1), b=C(7, 5, 3, 1, 1), o=nn.Linear(5, 3))),
-    "shared, before activation": ((3, 6, 6), lambda: Net(before_activation, a=C(3, 4, 3, 1, 1), b=C(4, 4, 3, 1, 1), o=nn.LazyLinear(3))),
-    "convolutions in a row": ((3, 6, 6), lambda: sequence(C(3, 4, 3, bias=False), C(4, 5, 1), nn.ReLU(), C(5, 5, 2, 2, bias=False), nn.ReLU(), C(5, 3, 2))),
-    "up and across": ((3, 8, 8), lambda: Net(lambda s, x: s.o(F.relu(s.c(torch.cat([s.up(F.relu(s.d(x))), x], 1)))), d=C(3, 4, 3, 2, 1), up=nn.Upsample(scale_factor=2), c=C(7, 4, 3, 1, 1), o=C(4, 2, 1))),
+    "circular": (
+        (3, 6, 7),
+        lambda: sequence(
+            C(3, 4, (2, 3), padding="same", padding_mode="circular"), nn.ReLU(), C(4, 4, 3, padding="valid"), nn.ReLU()
+        ),
+    ),
+    "same, even kernel": (
+        (3, 6, 7),
+        lambda: sequence(
+            C(3, 4, 4, padding="same"), nn.ReLU(), C(4, 4, 2, padding="same", padding_mode="replicate"), nn.ReLU()
+        ),
+    ),
+    "one dimension": (
+        (3, 15),
+        lambda: sequence(
+            nn.Conv1d(3, 6, 3, 2, 1),
+            nn.ReLU(),
+            nn.Conv1d(6, 6, 3, 1, 2, dilation=2),
+            nn.BatchNorm1d(6),
+            nn.ReLU(),
+            nn.AvgPool1d(2),
+            nn.ConvTranspose1d(6, 4, 3, 2),
+            nn.ReLU(),
+        ),
+    ),
+    "one dimension, residual": (
+        (6, 15),
+        lambda: Net(lambda s, x: s.o(F.relu(s.a(x) + x).flatten(1)), a=nn.Conv1d(6, 6, 3, 1, 1), o=nn.LazyLinear(3)),
+    ),
+    "max pooling": (
+        (3, 9, 9),
+        lambda: sequence(
+            C(3, 4, 3), nn.MaxPool2d(3, 2, ceil_mode=True), nn.ReLU(), C(4, 4, 2), nn.MaxPool2d(2, 1, 1), nn.Tanh()
+        ),
+    ),
+    "max pooling, dilated": (
+        (3, 9, 9),
+        lambda: sequence(C(3, 4, 3), nn.ReLU(), nn.MaxPool2d((2, 3), (1, 2), (1, 1), dilation=(2, 1))),
+    ),
+    "normalised first": (
+        (3, 6, 6),
+        lambda: nn.Sequential(
+            nn.BatchNorm2d(3),
+            nn.ReLU(),
+            C(3, 5, 3),
+            nn.BatchNorm2d(5),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.BatchNorm1d(80),
+            nn.Linear(80, 3),
+        ),
+    ),
+    "normalised vectors": (
+        (9,),
+        lambda: nn.Sequential(nn.Linear(9, 12), nn.BatchNorm1d(12, affine=False), nn.ReLU(), nn.Linear(12, 3)),
+    ),
+    "separable": (
+        (4, 8, 8),
+        lambda: sequence(
+            C(4, 4, 3, 1, 1, groups=4),
+            nn.ReLU6(),
+            C(4, 8, 1),
+            nn.ReLU6(),
+            C(8, 8, 3, 2, 1, groups=8),
+            nn.Hardtanh(),
+            nn.AdaptiveAvgPool2d((2, 3)),
+        ),
+    ),
+    "concatenated": (
+        (3, 6, 6),
+        lambda: Net(
+            lambda s, x: s.o(F.relu(s.b(torch.cat([x, F.relu(s.a(x))], 1))).mean((2, 3))),
+            a=C(3, 4, 3, 1, 1),
+            b=C(7, 5, 3, 1, 1),
+            o=nn.Linear(5, 3),
+        ),
+    ),
+    "shared, before activation": (
+        (3, 6, 6),
+        lambda: Net(before_activation, a=C(3, 4, 3, 1, 1), b=C(4, 4, 3, 1, 1), o=nn.LazyLinear(3)),
+    ),
+    "convolutions in a row": (
+        (3, 6, 6),
+        lambda: sequence(
+            C(3, 4, 3, bias=False), C(4, 5, 1), nn.ReLU(), C(5, 5, 2, 2, bias=False), nn.ReLU(), C(5, 3, 2)
+        ),
+    ),
+    "up and across": (
+        (3, 8, 8),
+        lambda: Net(
+            lambda s, x: s.o(F.relu(s.c(torch.cat([s.up(F.relu(s.d(x))), x], 1)))),
+            d=C(3, 4, 3, 2, 1),
+            up=nn.Upsample(scale_factor=2),
+            c=C(7, 4, 3, 1, 1),
+            o=C(4, 2, 1),
+        ),
+    ),
     "normalised input": ((3, 6, 6), lambda: Net(normalised, a=C(3, 4, 3, 2, 1), o=nn.LazyLinear(3))),
-    "smooth, two branches": ((3, 6, 6), lambda: Net(lambda s, x: s.o(F.gelu(F.silu(s.a(x)) + s.b(x)).flatten(1)), a=C(3, 4, 3, 1, 1), b=C(3, 4, 1), o=nn.LazyLinear(3))),
-    "negated": ((3, 6, 6), lambda: Net(lambda s, x: s.o(torch.relu(x.neg() + s.a(F.leaky_relu(s.a(x), 0.3) * -1.5)).flatten(1)), a=C(3, 3, 3, 1, 1), o=nn.LazyLinear(3))),
+    "smooth, two branches": (
+        (3, 6, 6),
+        lambda: Net(
+            lambda s, x: s.o(F.gelu(F.silu(s.a(x)) + s.b(x)).flatten(1)),
+            a=C(3, 4, 3, 1, 1),
+            b=C(3, 4, 1),
+            o=nn.LazyLinear(3),
+        ),
+    ),
+    "negated": (
+        (3, 6, 6),
+        lambda: Net(
+            lambda s, x: s.o(torch.relu(x.neg() + s.a(F.leaky_relu(s.a(x), 0.3) * -1.5)).flatten(1)),
+            a=C(3, 3, 3, 1, 1),
+            o=nn.LazyLinear(3),
+        ),
+    ),
     "one pixel": ((8, 1, 1), lambda: sequence(C(8, 6, 1), nn.ReLU(), C(6, 6, 3, 1, 1), nn.ReLU())),
-    "permuted and cut": ((4, 5, 3), lambda: Net(lambda s, x: s.o(F.relu(s.a(x.permute(0, 3, 1, 2)))[:, :, 1:, ::2].flatten(1)), a=C(3, 5, 2), o=nn.LazyLinear(3))),
+    "permuted and cut": (
+        (4, 5, 3),
+        lambda: Net(
+            lambda s, x: s.o(F.relu(s.a(x.permute(0, 3, 1, 2)))[:, :, 1:, ::2].flatten(1)),
+            a=C(3, 5, 2),
+            o=nn.LazyLinear(3),
+        ),
+    ),
     "large kernels": ((1, 12, 12), lambda: sequence(C(1, 3, 11, 1, 5), nn.ReLU(), C(3, 20, 9, 3, 4), nn.ReLU())),
-    "pools added": ((3, 8, 8), lambda: Net(lambda s, x: s.o(F.relu(F.avg_pool2d(s.a(x), 2) + F.avg_pool2d(s.b(x), 2)).flatten(1)), a=C(3, 4, 3, 1, 1), b=C(3, 4, 1), o=nn.LazyLinear(3))),
+    "pools added": (
+        (3, 8, 8),
+        lambda: Net(
+            lambda s, x: s.o(F.relu(F.avg_pool2d(s.a(x), 2) + F.avg_pool2d(s.b(x), 2)).flatten(1)),
+            a=C(3, 4, 3, 1, 1),
+            b=C(3, 4, 1),
+            o=nn.LazyLinear(3),
+        ),
+    ),
     "last dimension": ((5, 6), lambda: sequence(nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 4), nn.ReLU())),
-    "constants of one example": ((6,), lambda: Net(lambda s, x: s.b(F.relu(s.a(x) * s.f - s.f) + s.a(x)) / s.f, a=nn.Linear(6, 4), b=nn.Linear(4, 4), f=nn.Parameter(torch.rand(1, 4) + 0.5))),
+    "constants of one example": (
+        (6,),
+        lambda: Net(
+            lambda s, x: s.b(F.relu(s.a(x) * s.f - s.f) + s.a(x)) / s.f,
+            a=nn.Linear(6, 4),
+            b=nn.Linear(4, 4),
+            f=nn.Parameter(torch.rand(1, 4) + 0.5),
+        ),
+    ),
     "rectified vector": ((6,), lambda: nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU())),
     "linear": ((3, 4, 4), lambda: sequence()),
     "activation last": ((3, 6, 6), lambda: nn.Sequential(C(3, 4, 3), nn.ReLU(), C(4, 5, 3, 2, 1), nn.ReLU())),
     "activation first": ((3, 6, 6), lambda: sequence(nn.ReLU(), C(3, 4, 3), nn.ReLU(), C(4, 5, 3, 2, 1), nn.ReLU())),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", list(NETS))
@@ -128,9 +255,17 @@ def test_a_linear_layer_on_the_last_dimension_over_a_ball(p: float, q: float, cl
 
 @pytest.mark.parametrize(
     "pool",
-    [nn.AvgPool2d(2), nn.AvgPool2d((2, 3), divisor_override=5), nn.AvgPool2d(2, 1), nn.AvgPool2d(3, 2, 1), nn.AvgPool2d(3, 2, 1, count_include_pad=False),
-     nn.AvgPool2d(2, 2, ceil_mode=True), nn.AdaptiveAvgPool2d((2, 3)), nn.AdaptiveAvgPool2d(1)],
-)  # fmt: skip
+    [
+        nn.AvgPool2d(2),
+        nn.AvgPool2d((2, 3), divisor_override=5),
+        nn.AvgPool2d(2, 1),
+        nn.AvgPool2d(3, 2, 1),
+        nn.AvgPool2d(3, 2, 1, count_include_pad=False),
+        nn.AvgPool2d(2, 2, ceil_mode=True),
+        nn.AdaptiveAvgPool2d((2, 3)),
+        nn.AdaptiveAvgPool2d(1),
+    ],
+)
 @pytest.mark.parametrize("size", [(6, 6), (7, 5)])
 def test_adjoints_of_pooling(pool: nn.Module, size: tuple[int, int]) -> None:
     """Linear bounds of a pooling alone are its adjoint: against torch.func.vjp."""

@@ -1,4 +1,5 @@
-"""Outward rounding to the last layer: linear models and linear tails against float32 sums in unfavourable orders, and exactly."""
+"""Outward rounding to the last layer: linear models and linear tails against float32 sums in unfavourable orders, and
+exactly."""
 
 from __future__ import annotations
 
@@ -76,7 +77,8 @@ def in_order(net: nn.Module, order: str) -> nn.Module:
 
 
 def rows_of(z: Tensor, y: Tensor) -> Tensor:
-    """Margins z_y - z_j of (B, K), in exact arithmetic: float64 holds the difference of two float32 numbers of like sizes."""
+    """Margins z_y - z_j of (B, K), in exact arithmetic: float64 holds the difference of two float32 numbers of like
+    sizes."""
     z = z.double()
     own = z.gather(1, y[:, None])
     return (own - z)[~F.one_hot(y, z.shape[1]).bool()].view(len(z), -1)
@@ -158,12 +160,27 @@ def two_layers() -> nn.Module:
 
 TAILS: dict[str, tuple[tuple[int, ...], Callable[[], nn.Module]]] = {
     "two layers": ((3,), two_layers),
-    "three linear layers": ((5,), lambda: nn.Sequential(nn.Linear(5, 40), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 40), nn.Linear(40, 4))),
-    "residual": ((6,), ResidualTail), "sums": ((6,), Sums),
-    "convolution": ((2, 5, 5), lambda: nn.Sequential(nn.Conv2d(2, 3, 3, 1, 1), nn.ReLU(), nn.Conv2d(3, 2, 3, 1, 1), nn.Flatten())),
-    "pooling": ((2, 6, 6), lambda: nn.Sequential(nn.Conv2d(2, 8, 3, 1, 1), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(72, 4))),
-    "normalised": ((2, 4, 4), lambda: nn.Sequential(nn.Conv2d(2, 4, 3, 1, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 4), nn.BatchNorm1d(4))),
-}  # fmt: skip
+    "three linear layers": (
+        (5,),
+        lambda: nn.Sequential(nn.Linear(5, 40), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 40), nn.Linear(40, 4)),
+    ),
+    "residual": ((6,), ResidualTail),
+    "sums": ((6,), Sums),
+    "convolution": (
+        (2, 5, 5),
+        lambda: nn.Sequential(nn.Conv2d(2, 3, 3, 1, 1), nn.ReLU(), nn.Conv2d(3, 2, 3, 1, 1), nn.Flatten()),
+    ),
+    "pooling": (
+        (2, 6, 6),
+        lambda: nn.Sequential(nn.Conv2d(2, 8, 3, 1, 1), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(72, 4)),
+    ),
+    "normalised": (
+        (2, 4, 4),
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 4, 3, 1, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 4), nn.BatchNorm1d(4)
+        ),
+    ),
+}
 
 
 @pytest.mark.parametrize("name", list(TAILS))

@@ -18,9 +18,30 @@ from fastrobust.bounds.trace import trace
 
 METHODS = ("ibp", "crown-ibp", "ibp-linear", "crown", "fast-lin")
 KINDS = (
-    "conv", "conv pad", "norm", "relu", "tanh", "leaky", "average", "average pad", "adaptive", "max", "cat", "cat norm", "add", "zero pad",
-    "scale", "shift", "turned", "depthwise", "permute", "flip", "drop", "line", "tokens",
-)  # fmt: skip
+    "conv",
+    "conv pad",
+    "norm",
+    "relu",
+    "tanh",
+    "leaky",
+    "average",
+    "average pad",
+    "adaptive",
+    "max",
+    "cat",
+    "cat norm",
+    "add",
+    "zero pad",
+    "scale",
+    "shift",
+    "turned",
+    "depthwise",
+    "permute",
+    "flip",
+    "drop",
+    "line",
+    "tokens",
+)
 
 
 class Stack(nn.Module):
@@ -45,11 +66,17 @@ class Stack(nn.Module):
 
     def _grow(self, k: str, kind: str, c: int) -> None:
         made: dict[str, Any] = {
-            "conv": lambda: nn.Conv2d(c, 3, 2, bias=False), "conv pad": lambda: nn.Conv2d(c, 4, 3, 1, 1), "norm": lambda: nn.BatchNorm2d(c),
-            "cat": lambda: nn.Conv2d(c, 2, 3, 1, 1), "cat norm": lambda: nn.BatchNorm2d(c), "add": lambda: nn.Conv2d(c, c, 1),
-            "turned": lambda: nn.ConvTranspose2d(c, 3, 3, 1, 1, groups=1), "depthwise": lambda: nn.Conv2d(c, c, 3, 1, 1, groups=c),
-            "line": lambda: nn.Conv1d(c, c, 3, 1, 1), "tokens": lambda: nn.Linear(c, c),
-        }  # fmt: skip
+            "conv": lambda: nn.Conv2d(c, 3, 2, bias=False),
+            "conv pad": lambda: nn.Conv2d(c, 4, 3, 1, 1),
+            "norm": lambda: nn.BatchNorm2d(c),
+            "cat": lambda: nn.Conv2d(c, 2, 3, 1, 1),
+            "cat norm": lambda: nn.BatchNorm2d(c),
+            "add": lambda: nn.Conv2d(c, c, 1),
+            "turned": lambda: nn.ConvTranspose2d(c, 3, 3, 1, 1, groups=1),
+            "depthwise": lambda: nn.Conv2d(c, c, 3, 1, 1, groups=c),
+            "line": lambda: nn.Conv1d(c, c, 3, 1, 1),
+            "tokens": lambda: nn.Linear(c, c),
+        }
         if kind in made:
             self.layers[k] = made[kind]()
         if kind == "cat norm":
@@ -189,14 +216,23 @@ class Of(nn.Module):
 HEAD = ["Reshape", "Dense", "Activation", "Dense"]
 FORMS: dict[str, tuple[Any, list[str]]] = {
     "norm behind": (lambda: maps(nn.Conv2d(2, 3, 2), nn.BatchNorm2d(3), nn.ReLU()), ["Conv", "Activation", *HEAD]),
-    "norm ahead": (lambda: maps(nn.BatchNorm2d(2), nn.Conv2d(2, 4, 2, groups=2), nn.ReLU()), ["Conv", "Activation", *HEAD]),
+    "norm ahead": (
+        lambda: maps(nn.BatchNorm2d(2), nn.Conv2d(2, 4, 2, groups=2), nn.ReLU()),
+        ["Conv", "Activation", *HEAD],
+    ),
     "norm ahead of padding": (lambda: maps(nn.BatchNorm2d(2), nn.Conv2d(2, 3, 3, 1, 1)), ["Scale", "Conv", *HEAD]),
     "norm of a turned one": (
         lambda: maps(nn.ConvTranspose2d(2, 4, 3, 2, groups=2), nn.BatchNorm2d(4), nn.ReLU()),
         ["ConvTranspose", "Activation", *HEAD],
     ),
-    "turned": (lambda: maps(nn.ConvTranspose2d(2, 4, 3, 1, 1, groups=2, dilation=2), nn.ReLU()), ["Conv", "Activation", *HEAD]),
-    "zeros around": (lambda: maps(nn.ZeroPad2d((0, 1, 2, 1)), nn.Conv2d(2, 3, 3, 2, 1), nn.ReLU()), ["Conv", "Activation", *HEAD]),
+    "turned": (
+        lambda: maps(nn.ConvTranspose2d(2, 4, 3, 1, 1, groups=2, dilation=2), nn.ReLU()),
+        ["Conv", "Activation", *HEAD],
+    ),
+    "zeros around": (
+        lambda: maps(nn.ZeroPad2d((0, 1, 2, 1)), nn.Conv2d(2, 3, 3, 2, 1), nn.ReLU()),
+        ["Conv", "Activation", *HEAD],
+    ),
     "same padding": (lambda: maps(nn.Conv2d(2, 3, (2, 4), padding="same"), nn.ReLU()), ["Conv", "Activation", *HEAD]),
     "average": (
         lambda: maps(nn.Conv2d(2, 3, 3, 1, 1), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(3, 3, 2)),
@@ -219,7 +255,14 @@ FORMS: dict[str, tuple[Any, list[str]]] = {
         ["Conv", "Activation", *HEAD],
     ),
     "parts": (
-        lambda: maps(Of(lambda x, a, b, c: c(torch.cat([a(x), b(x)], 1).relu()), nn.Conv2d(2, 3, 1), nn.Conv2d(2, 1, 1), nn.Conv2d(4, 2, 2))),
+        lambda: maps(
+            Of(
+                lambda x, a, b, c: c(torch.cat([a(x), b(x)], 1).relu()),
+                nn.Conv2d(2, 3, 1),
+                nn.Conv2d(2, 1, 1),
+                nn.Conv2d(4, 2, 2),
+            )
+        ),
         ["Conv", "Conv", "Activation", "Activation", "Conv", "Conv", "Sum", *HEAD],
     ),
     "sums": (
@@ -230,7 +273,7 @@ FORMS: dict[str, tuple[Any, list[str]]] = {
         lambda: maps(nn.Conv2d(2, 3, 2), Of(lambda x: x.flatten(2).relu().reshape(x.shape)), nn.Conv2d(3, 2, 2)),
         ["Conv", "Activation", "Conv", *HEAD],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -365,9 +408,17 @@ def test_what_is_done_to_the_input_first_is_done_to_its_set(name: str, each: str
 @pytest.mark.parametrize("rounding", ["nearest", "outward"])
 def test_nonlinear_layers_are_named_by_what_they_read(rounding: str) -> None:
     net = nn.Sequential(
-        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AvgPool2d(2), nn.Tanh(), nn.Flatten(), nn.Linear(36, 5), nn.BatchNorm1d(5),
-        nn.ReLU(), nn.Linear(5, 3),
-    ).eval()  # fmt: skip
+        nn.Conv2d(1, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.AvgPool2d(2),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(36, 5),
+        nn.BatchNorm1d(5),
+        nn.ReLU(),
+        nn.Linear(5, 3),
+    ).eval()
     found = compute_bounds(net, torch.rand(2, 1, 8, 8), 0.1, return_intermediate=True, rounding=rounding).intermediate
     assert {k: tuple(v[0].shape) for k, v in found.items()} == {"1": (2, 4, 6, 6), "3": (2, 4, 3, 3), "7": (2, 5)}
 

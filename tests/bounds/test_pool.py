@@ -1,4 +1,5 @@
-"""Max pooling: lines against the definition and brute force, the neurons that are bounded for it, bounds of networks."""
+"""Max pooling: lines against the definition and brute force, the neurons that are bounded for it, bounds of
+networks."""
 
 from __future__ import annotations
 
@@ -139,11 +140,32 @@ def test_a_window_of_one_input_is_that_input() -> None:
         (torch.rand(4, 4), torch.rand(4, 4), PoolWindow((2, 2), (2, 2)), "crown", ValueError, "lower: got shape"),
         (torch.rand(1, 1, 4, 4), torch.rand(1, 1, 4, 5), PoolWindow((2, 2), (2, 2)), "crown", ValueError, "upper"),
         (torch.rand(1, 1, 4, 4), torch.rand(1, 1, 4, 4), PoolWindow((2, 2), (2, 2)), "best", ValueError, "kind: got"),
-        (torch.rand(1, 1, 4, 4), torch.rand(1, 1, 4, 4), PoolWindow((5, 2), (2, 2)), "crown", ValueError, "window: got"),
-        (torch.rand(1, 1, 1, 4), torch.rand(1, 1, 1, 4), PoolWindow((2, 1), (1, 1), (1, 0), (2, 1)), "crown", ValueError, "window: got"),
-        (torch.zeros(1, 1, 4, 4).half(), torch.zeros(1, 1, 4, 4).half(), PoolWindow((2, 2), (2, 2)), "crown", TypeError, "lower"),
+        (
+            torch.rand(1, 1, 4, 4),
+            torch.rand(1, 1, 4, 4),
+            PoolWindow((5, 2), (2, 2)),
+            "crown",
+            ValueError,
+            "window: got",
+        ),
+        (
+            torch.rand(1, 1, 1, 4),
+            torch.rand(1, 1, 1, 4),
+            PoolWindow((2, 1), (1, 1), (1, 0), (2, 1)),
+            "crown",
+            ValueError,
+            "window: got",
+        ),
+        (
+            torch.zeros(1, 1, 4, 4).half(),
+            torch.zeros(1, 1, 4, 4).half(),
+            PoolWindow((2, 2), (2, 2)),
+            "crown",
+            TypeError,
+            "lower",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_input(lower: Tensor, upper: Tensor, window: PoolWindow, kind: str, error: type, match: str) -> None:
     with pytest.raises(error, match=match):
         relax_max_pool(lower, upper, window, kind)

@@ -23,12 +23,29 @@ def matrix(rows: int, columns: int, turned: bool) -> Tensor:
 
 
 @given(
-    st.integers(1, 70), st.integers(1, 110), st.integers(1, 80), st.booleans(), st.booleans(), st.booleans(), st.booleans(), st.booleans(),
-    st.sampled_from([0, 1, 2]), st.integers(0, 99),
-)  # fmt: skip
+    st.integers(1, 70),
+    st.integers(1, 110),
+    st.integers(1, 80),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([0, 1, 2]),
+    st.integers(0, 99),
+)
 def test_product_with_signs(
-    rows: int, count: int, columns: int, turn_x: bool, turn_b: bool, turn_out: bool, scaled: bool, based: bool, zeros: int, seed: int
-) -> None:  # fmt: skip
+    rows: int,
+    count: int,
+    columns: int,
+    turn_x: bool,
+    turn_b: bool,
+    turn_out: bool,
+    scaled: bool,
+    based: bool,
+    zeros: int,
+    seed: int,
+) -> None:
     """Any layout; zeros one by one, in whole rows and in whole columns."""
     torch.manual_seed(seed)
     x, b = matrix(rows, count, turn_x), matrix(count, columns, turn_b)

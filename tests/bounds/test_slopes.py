@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fastrobust as fr
-from fastrobust.bounds import SlopeSearch, compute_bounds, slopes
+from fastrobust.bounds import SlopeSearch, compute_bounds, slope_search
 from fastrobust.bounds.auto_lirpa import BoundedModule, BoundedTensor, PerturbationLpNorm
 
 
@@ -39,14 +39,20 @@ NETWORKS = {
     "softplus": lambda: dense(nn.Softplus),
     "hardtanh": lambda: dense(nn.Hardtanh),
     "convolutions": lambda: nn.Sequential(
-        nn.Conv2d(2, 3, 3, 1, 1), nn.ReLU(), nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 3, 2), nn.ReLU(), nn.Flatten(),
+        nn.Conv2d(2, 3, 3, 1, 1),
+        nn.ReLU(),
+        nn.Conv2d(3, 4, 3, 2, 1),
+        nn.ReLU(),
+        nn.Conv2d(4, 3, 2),
+        nn.ReLU(),
+        nn.Flatten(),
         nn.Linear(27, 4),
     ),
     "pooling": lambda: nn.Sequential(
         nn.Conv2d(2, 3, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(27, 8), nn.ReLU(), nn.Linear(8, 4)
     ),
     "residual": Residual,
-}  # fmt: skip
+}
 
 
 def network(name, seed=0, dtype=torch.float32):
@@ -107,7 +113,8 @@ def _in_ball(x, seed):
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize(("norm", "clip"), ((math.inf, None), (2.0, None), (2.0, (0.0, 1.0)), (1.0, (0.0, 1.0))))
 def test_the_gradient_by_a_pass_forward(name, norm, clip, monkeypatch):
-    """In float64 against differences of the bounds themselves, along a random direction of all slopes, from random slopes."""
+    """In float64 against differences of the bounds themselves, along a random direction of all slopes, from random
+    slopes."""
     model, x = network(name, 3, torch.float64), images(dtype=torch.float64)
     seen = []
 
@@ -116,12 +123,13 @@ def test_the_gradient_by_a_pass_forward(name, norm, clip, monkeypatch):
         moves = {}
         for i, s in problem.slopes.items():
             if s.sides:
-                s.at = torch.rand(s.at.shape, generator=generator, dtype=torch.float64) * 0.8 + 0.1
-                moves[i] = torch.randn(s.at.shape, generator=generator, dtype=torch.float64)
+                random = torch.rand(s.at.shape, generator=generator, dtype=torch.float64) * 0.8 + 0.1
+                s.at.copy_(torch.where(s.free, random, s.at))
+                moves[i] = torch.randn(s.at.shape, generator=generator, dtype=torch.float64) * s.free
         lines = {i: s.lines() for i, s in problem.slopes.items()}
         _, kept, walk = problem.bound(lines)
-        point = slopes._lowest(kept[0][0], problem.region)
-        values = slopes._followed(problem.graph, point, lines, walk.seen)
+        point = slope_search._lowest(kept[0][0], problem.region)
+        values = slope_search._followed(problem, point, lines, walk.seen)
         slope = 0.0
         for i, way in moves.items():
             s = problem.slopes[i]
@@ -136,7 +144,7 @@ def test_the_gradient_by_a_pass_forward(name, norm, clip, monkeypatch):
         seen.append((slope, (ends[0] - ends[1]) / 2e-6))
         return begin, {i: s.best for i, s in problem.slopes.items() if s.sides}
 
-    monkeypatch.setattr(slopes, "_search", search)
+    monkeypatch.setattr(slope_search, "_search", search)
     with torch.no_grad():
         compute_bounds(model, x, 0.3, norm=norm, clip=clip, method="alpha-crown", labels=LABELS, sides="lower")
     assert len(seen) >= 2  # of hidden neurons too
@@ -193,15 +201,15 @@ def test_windows_and_whole_images_agree(monkeypatch):
     options = {"method": "alpha-crown", "labels": LABELS, "clip": (0, 1), "return_intermediate": True}
     for norm, eps in ((math.inf, 0.04), (2, 0.4), (1, 1.5)):
         taken = []
-        true = slopes._cone
-        monkeypatch.setattr(slopes, "_cone", lambda *a: taken.append(true(*a)) or taken[-1])  # noqa: B023
+        true = slope_search._cone
+        monkeypatch.setattr(slope_search, "_cone", lambda *a: taken.append(true(*a)) or taken[-1])  # noqa: B023
         with torch.no_grad():
             ours = compute_bounds(model, x, eps, norm=norm, **options)
         assert any(c is not None for c in taken)
-        monkeypatch.setattr(slopes, "_cone", lambda *a: None)
+        monkeypatch.setattr(slope_search, "_cone", lambda *a: None)
         with torch.no_grad():
             dense_rows = compute_bounds(model, x, eps, norm=norm, **options)
-        monkeypatch.setattr(slopes, "_cone", true)
+        monkeypatch.setattr(slope_search, "_cone", true)
         torch.testing.assert_close(ours.lower, dense_rows.lower, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(ours.upper, dense_rows.upper, rtol=1e-4, atol=1e-4)
 
@@ -243,10 +251,12 @@ def test_proven_rows_leave_the_search():
     """With ``stop`` signs stay, rows that are not proven get the same bounds, and fewer rows are walked."""
     model, x = network("relu"), images()
     walked = []
-    true = slopes._Problem.bound
+    true = slope_search._Problem.bound
     options = {"labels": model(x).argmax(1), "sides": "lower", "method": "alpha-crown"}
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(slopes._Problem, "bound", lambda self, *a, **k: walked.append(self.count) or true(self, *a, **k))
+        patch.setattr(
+            slope_search._Problem, "bound", lambda self, *a, **k: walked.append(self.count) or true(self, *a, **k)
+        )
         for eps in (0.004, 0.008):
             counts, found = [], []
             for stop in (None, 0.0):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from combinations import combinations
 from fastrobust.bounds import compute_bounds
 
 from .nets import NETS, ONE_PASS, make, margins, points_of_set
@@ -89,21 +90,19 @@ def test_float32_equals_float64(name: str) -> None:
     net, shape = make(name)
     x, y = torch.rand(3, *shape), torch.tensor([0, 3, 4])
     with torch.no_grad():
-        for p, radius, clip in SETS.values():
+        for (p, radius, clip), method, sides in combinations(SETS.values(), ONE_PASS, ("both", "lower")):
             eps = radius(x)
             wide = eps.double() if isinstance(eps, Tensor) else eps
-            for method in ONE_PASS:
-                for sides in ("both", "lower"):
-                    got = compute_bounds(net.float(), x, eps, norm=p, clip=clip, method=method, labels=y, sides=sides)
-                    want = compute_bounds(
-                        net.double(), x.double(), wide, norm=p, clip=clip, method=method, labels=y, sides=sides
-                    )
-                    scale = want.lower.abs().max()
-                    assert (got.lower - want.lower).abs().max() <= 5e-5 * scale, (p, method)
-                    if sides == "both":
-                        assert (got.upper - want.upper).abs().max() <= 5e-5 * scale, (p, method)
-                    else:
-                        assert got.upper is None
+            got = compute_bounds(net.float(), x, eps, norm=p, clip=clip, method=method, labels=y, sides=sides)
+            want = compute_bounds(
+                net.double(), x.double(), wide, norm=p, clip=clip, method=method, labels=y, sides=sides
+            )
+            scale = want.lower.abs().max()
+            assert (got.lower - want.lower).abs().max() <= 5e-5 * scale, (p, method)
+            if sides == "both":
+                assert (got.upper - want.upper).abs().max() <= 5e-5 * scale, (p, method)
+            else:
+                assert got.upper is None
 
 
 @pytest.mark.parametrize("method", ONE_PASS)

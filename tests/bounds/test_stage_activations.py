@@ -18,10 +18,18 @@ from .test_margins import bounds_and_gradients, near
 
 IMAGE = (2, 6, 5)
 ACTIVATIONS: dict[str, Any] = {
-    "relu": nn.ReLU, "leaky_relu": lambda: nn.LeakyReLU(0.15), "hardtanh": lambda: nn.Hardtanh(-0.3, 0.4), "relu6": nn.ReLU6,
-    "sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "softplus": lambda: nn.Softplus(2.0), "elu": lambda: nn.ELU(0.7), "silu": nn.SiLU,
-    "gelu": nn.GELU, "gelu_tanh": lambda: nn.GELU("tanh"),
-}  # fmt: skip
+    "relu": nn.ReLU,
+    "leaky_relu": lambda: nn.LeakyReLU(0.15),
+    "hardtanh": lambda: nn.Hardtanh(-0.3, 0.4),
+    "relu6": nn.ReLU6,
+    "sigmoid": nn.Sigmoid,
+    "tanh": nn.Tanh,
+    "softplus": lambda: nn.Softplus(2.0),
+    "elu": lambda: nn.ELU(0.7),
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU("tanh"),
+}
 
 
 class Net(nn.Module):
@@ -72,9 +80,12 @@ def test_bounds_and_gradients_equal_the_engine(name: str, method: str, taken: li
 
 @settings(max_examples=25, deadline=None)
 @given(
-    st.lists(st.sampled_from(sorted(ACTIVATIONS)), min_size=3, max_size=3), st.sampled_from(["ibp", "crown-ibp", "ibp-linear"]),
-    st.sampled_from([0.0, 1e-6, 0.05, 3.0]), st.booleans(), st.integers(0, 1000),
-)  # fmt: skip
+    st.lists(st.sampled_from(sorted(ACTIVATIONS)), min_size=3, max_size=3),
+    st.sampled_from(["ibp", "crown-ibp", "ibp-linear"]),
+    st.sampled_from([0.0, 1e-6, 0.05, 3.0]),
+    st.booleans(),
+    st.integers(0, 1000),
+)
 def test_mixed_activations_hold_samples(names: list[str], method: str, eps: float, bias: bool, seed: int) -> None:
     torch.manual_seed(seed)
     net = Net(*(ACTIVATIONS[n]() for n in names), bias=bias).eval()

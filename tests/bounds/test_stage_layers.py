@@ -1,4 +1,5 @@
-"""Convolutions with groups and dilation, max pooling and one-dimensional layers in the op of stages, against the engine in float64."""
+"""Convolutions with groups and dilation, max pooling and one-dimensional layers in the op of stages, against the engine
+in float64."""
 
 from __future__ import annotations
 
@@ -24,17 +25,34 @@ IMAGE = (4, 9, 8)
 
 def grouped() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(4, 6, 3, 1, 1, groups=2), nn.ReLU(), nn.Conv2d(6, 6, 3, 2, 1, groups=6), nn.Tanh(), nn.Conv2d(6, 9, 1), nn.ReLU(),
-        nn.Conv2d(9, 9, 3, 1, 2, dilation=2, groups=3, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(180, 4),
-    )  # fmt: skip
+        nn.Conv2d(4, 6, 3, 1, 1, groups=2),
+        nn.ReLU(),
+        nn.Conv2d(6, 6, 3, 2, 1, groups=6),
+        nn.Tanh(),
+        nn.Conv2d(6, 9, 1),
+        nn.ReLU(),
+        nn.Conv2d(9, 9, 3, 1, 2, dilation=2, groups=3, bias=False),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(180, 4),
+    )
 
 
 def pooled() -> nn.Module:
     """Behind a ReLU and behind a product; overlapping windows, padding, ceil_mode; a dense layer behind an image."""
     return nn.Sequential(
-        nn.Conv2d(4, 5, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(5, 6, 3, 1, 1), nn.MaxPool2d(3, 2, 1, ceil_mode=True), nn.ELU(),
-        nn.Conv2d(6, 3, 2), nn.Flatten(), nn.Linear(12, 7), nn.ReLU(), nn.Linear(7, 4),
-    )  # fmt: skip
+        nn.Conv2d(4, 5, 3, 1, 1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(5, 6, 3, 1, 1),
+        nn.MaxPool2d(3, 2, 1, ceil_mode=True),
+        nn.ELU(),
+        nn.Conv2d(6, 3, 2),
+        nn.Flatten(),
+        nn.Linear(12, 7),
+        nn.ReLU(),
+        nn.Linear(7, 4),
+    )
 
 
 class Skips(nn.Module):
@@ -90,19 +108,41 @@ def test_linear_bounds_and_their_gradients(name: str, taken: list[bool]) -> None
 
 @settings(max_examples=30, deadline=None)
 @given(
-    st.sampled_from([1, 2, 4]), st.integers(1, 3), st.integers(1, 2), st.integers(0, 2), st.integers(1, 2), st.integers(2, 3),
-    st.integers(1, 3), st.booleans(), st.sampled_from(["ibp", "crown-ibp", "ibp-linear"]), st.sampled_from([0.0, 0.1, 2.0]),
+    st.sampled_from([1, 2, 4]),
+    st.integers(1, 3),
+    st.integers(1, 2),
+    st.integers(0, 2),
+    st.integers(1, 2),
+    st.integers(2, 3),
+    st.integers(1, 3),
+    st.booleans(),
+    st.sampled_from(["ibp", "crown-ibp", "ibp-linear"]),
+    st.sampled_from([0.0, 0.1, 2.0]),
     st.integers(0, 99),
-)  # fmt: skip
+)
 def test_any_geometry_holds_samples(
-    groups: int, kernel: int, stride: int, padding: int, dilation: int, window: int, step: int, ceil: bool, method: str, eps: float, seed: int
-) -> None:  # fmt: skip
+    groups: int,
+    kernel: int,
+    stride: int,
+    padding: int,
+    dilation: int,
+    window: int,
+    step: int,
+    ceil: bool,
+    method: str,
+    eps: float,
+    seed: int,
+) -> None:
     torch.manual_seed(seed)
     net = nn.Sequential(
-        nn.Conv2d(4, 8, kernel, stride, padding, dilation, groups), nn.ReLU(),
-        nn.MaxPool2d(window, step, min(padding, window // 2), ceil_mode=ceil), nn.Conv2d(8, 4, 1, groups=groups), nn.LeakyReLU(0.1),
-        nn.Flatten(), nn.LazyLinear(3),
-    ).eval()  # fmt: skip
+        nn.Conv2d(4, 8, kernel, stride, padding, dilation, groups),
+        nn.ReLU(),
+        nn.MaxPool2d(window, step, min(padding, window // 2), ceil_mode=ceil),
+        nn.Conv2d(8, 4, 1, groups=groups),
+        nn.LeakyReLU(0.1),
+        nn.Flatten(),
+        nn.LazyLinear(3),
+    ).eval()
     x, y = torch.randn(2, *IMAGE), torch.randint(3, (2,))
     net(x)
     found = compute_bounds(net, x, eps, method=method, labels=y)
@@ -117,7 +157,15 @@ def test_any_geometry_holds_samples(
 
 def test_layers_of_one_dimension(taken: list[bool]) -> None:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv1d(4, 5, 4, 2, 1), nn.ReLU(), nn.MaxPool1d(3, 2, 1), nn.Conv1d(5, 4, 3, dilation=2), nn.Sigmoid(), nn.Flatten(), nn.Linear(20, 4))  # fmt: skip
+    net = nn.Sequential(
+        nn.Conv1d(4, 5, 4, 2, 1),
+        nn.ReLU(),
+        nn.MaxPool1d(3, 2, 1),
+        nn.Conv1d(5, 4, 3, dilation=2),
+        nn.Sigmoid(),
+        nn.Flatten(),
+        nn.Linear(20, 4),
+    )
     x, y = torch.rand(3, 4, 36), torch.tensor([0, 3, 1])
     for method in ("ibp", "crown-ibp"):
         got = bounds_and_gradients(net, x, 0.1, y, torch.float32, True, method=method)

@@ -1,4 +1,5 @@
-"""Linear bounds at the input, specifications, outputs and intersections from the op of stages, against the engine in float64."""
+"""Linear bounds at the input, specifications, outputs and intersections from the op of stages, against the engine in
+float64."""
 
 from __future__ import annotations
 
@@ -26,7 +27,13 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 def everything(found: Any) -> list[Tensor]:
-    linear = [] if found.linear is None else [getattr(found.linear, k) for k in ("lower_A", "lower_b", "upper_A", "upper_b", "input_lower", "input_upper")]  # fmt: skip
+    linear = (
+        []
+        if found.linear is None
+        else [
+            getattr(found.linear, k) for k in ("lower_A", "lower_b", "upper_A", "upper_b", "input_lower", "input_upper")
+        ]
+    )
     return [t for t in (found.lower, found.upper, *linear) if t is not None]
 
 
@@ -58,7 +65,13 @@ def test_what_is_asked_for_equals_the_engine(name: str, method: str, sides: str,
             "labels": {"labels": torch.randint(classes, (batch,))}, "shared": {"spec": torch.randn(3, classes)},
             "each": {"spec": torch.randn(batch, 2, classes)}, "outputs": {},
         }[kind]  # fmt: skip
-        asked |= {"method": method, "sides": sides, "clip": None if batch == 1 else (0.0, 1.0), "return_linear": kind != "each", "intersect": kind != "labels"}  # fmt: skip
+        asked |= {
+            "method": method,
+            "sides": sides,
+            "clip": None if batch == 1 else (0.0, 1.0),
+            "return_linear": kind != "each",
+            "intersect": kind != "labels",
+        }
         taken.clear()
         got = run(net, x, 0.05, torch.float32, recorded, **asked)
         assert taken and all(taken)
@@ -123,11 +136,20 @@ def test_balls_equal_the_engine(name: str, norm: float, taken: list[bool]) -> No
         net = nn.Sequential(nn.Flatten(), nn.Linear(126, 30), nn.ReLU(), nn.Linear(30, 5))
     net = network(name) if net is None else net
     for method, clip, recorded, each in (
-        ("crown-ibp", None, True, False), ("crown-ibp", (0.0, 1.0), True, True), ("ibp-linear", (0.0, 1.0), False, False),
-        ("ibp", None, True, False), ("ibp", (0.0, 1.0), False, True),
-    ):  # fmt: skip
+        ("crown-ibp", None, True, False),
+        ("crown-ibp", (0.0, 1.0), True, True),
+        ("ibp-linear", (0.0, 1.0), False, False),
+        ("ibp", None, True, False),
+        ("ibp", (0.0, 1.0), False, True),
+    ):
         x = torch.rand(3, *shape)
-        asked = {"method": method, "clip": clip, "norm": norm, "labels": torch.tensor([0, 3, 1]), "return_linear": method != "ibp" and not each}  # fmt: skip
+        asked = {
+            "method": method,
+            "clip": clip,
+            "norm": norm,
+            "labels": torch.tensor([0, 3, 1]),
+            "return_linear": method != "ibp" and not each,
+        }
         eps: Any = torch.tensor([0.1, 0.3, 0.0]) if each else 0.2
         taken.clear()
         got = run(net, x, eps, torch.float32, recorded, **asked)

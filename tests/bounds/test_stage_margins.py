@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from combinations import combinations
 from fastrobust.bounds import compute_bounds
 from variant_runs import outputs_by_variant
 
@@ -20,7 +20,8 @@ from .test_margins import bounds_and_gradients, near
 
 
 class Dense(nn.Module):
-    """Skips between dense layers, one of them from the input to the output, a layer used twice and negated, a normalised vector."""
+    """Skips between dense layers, one of them from the input to the output, a layer used twice and negated, a
+    normalised vector."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +36,8 @@ class Dense(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Convolutions in a row, a linear value that several nodes read, a dense layer behind an image, two ways to the output."""
+    """Convolutions in a row, a linear value that several nodes read, a dense layer behind an image, two ways to the
+    output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,8 +61,12 @@ class Mixed(nn.Module):
 
 
 NETS: dict[str, Any] = {
-    "residual": lambda: residual(False), "before activation": lambda: residual(True), "forks": lambda: Forks(5), "dense": Dense, "mixed": Mixed,
-}  # fmt: skip
+    "residual": lambda: residual(False),
+    "before activation": lambda: residual(True),
+    "forks": lambda: Forks(5),
+    "dense": Dense,
+    "mixed": Mixed,
+}
 
 
 def network(name: str) -> nn.Module:
@@ -84,8 +90,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 @pytest.mark.parametrize("method", ["ibp", "crown-ibp", "ibp-linear"])
 @pytest.mark.parametrize("sides", ["lower", "both", "upper"])
 def test_bounds_and_gradients_equal_the_engine(name: str, method: str, sides: str, taken: list[bool]) -> None:
-    cases = itertools.product((1, 3, 7, 16), ("all", "each"), (False, True))
-    for batch, eps_kind, input_too in cases:
+    for batch, eps_kind, input_too in combinations((1, 3, 7, 16), ("all", "each"), (False, True)):
         net = network(name)
         x, y = torch.rand(batch, *IMAGE), torch.randint(net(torch.zeros(1, *IMAGE)).shape[1], (batch,))
         eps = 0.05 if eps_kind == "all" else torch.rand_like(x) / 10
@@ -117,7 +122,16 @@ def test_parameters_may_be_stored_in_any_order(name: str, method: str) -> None:
 
 def test_intervals_of_chains_are_taken_here(taken: list[bool]) -> None:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 5, 3, 2, 1), nn.ReLU(), nn.Conv2d(5, 4, 2), nn.ReLU(), nn.Flatten(), nn.Linear(24, 7), nn.ReLU(), nn.Linear(7, 4))  # fmt: skip
+    net = nn.Sequential(
+        nn.Conv2d(3, 5, 3, 2, 1),
+        nn.ReLU(),
+        nn.Conv2d(5, 4, 2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(24, 7),
+        nn.ReLU(),
+        nn.Linear(7, 4),
+    )
     x, y = torch.rand(7, *IMAGE), torch.randint(4, (7,))
     got = bounds_and_gradients(net, x, 0.05, y, torch.float32, False, method="ibp")
     assert taken == [True]  # without gradients small batches are one call
@@ -142,7 +156,13 @@ def test_dead_neurons_have_no_gradient_and_constant_ones_no_nan(taken: list[bool
 def test_what_is_left_to_the_engine(taken: list[bool]) -> None:
     net = network("residual")
     x, y = torch.rand(2, *IMAGE), torch.tensor([0, 3])
-    for change in ({"max_memory": 1}, {"method": "ibp", "labels": None}, {"method": "crown"}, {"rounding": "outward"}, {"return_intermediate": True}):  # fmt: skip
+    for change in (
+        {"max_memory": 1},
+        {"method": "ibp", "labels": None},
+        {"method": "crown"},
+        {"rounding": "outward"},
+        {"return_intermediate": True},
+    ):
         taken.clear()
         compute_bounds(net, x, 0.05, **{"method": "crown-ibp", "labels": y, **change})
         assert not any(taken)

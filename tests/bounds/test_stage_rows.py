@@ -143,10 +143,19 @@ def test_registration() -> None:
 
 
 class Net:
-    """Stages from the rows on, the input last: (channels, height, width) of each, and links (stage, source, kind, weight, how)."""
+    """Stages from the rows on, the input last: (channels, height, width) of each, and links (stage, source, kind,
+    weight, how)."""
 
-    def __init__(self, images: list[tuple[int, int, int]], slope_sides: list[int], links: list[tuple[Any, ...]], batch: int, rows: int,
-                 sides: int, entries: dict[int, int]) -> None:  # fmt: skip
+    def __init__(
+        self,
+        images: list[tuple[int, int, int]],
+        slope_sides: list[int],
+        links: list[tuple[Any, ...]],
+        batch: int,
+        rows: int,
+        sides: int,
+        entries: dict[int, int],
+    ) -> None:
         self.images, self.links, self.batch, self.rows, self.sides = images, links, batch, rows, sides
         self.sizes = [math.prod(i) for i in images]
         self.example = torch.arange(batch).repeat_interleave(rows)
@@ -231,8 +240,19 @@ class Net:
                     None if last else torch.empty(leaving[-1], self.count, c * h * w))  # fmt: skip
             self.kept.append((k, kept, entry >= 0))
             sides = 1 if slopes is None else len(slopes)
-            stages.append(_C.GraphStage((h, w, c), first, len(links) - first, address(slopes), sides, address(intercepts), False, entry,
-                                        *map(address, kept)))  # fmt: skip
+            stages.append(
+                _C.GraphStage(
+                    (h, w, c),
+                    first,
+                    len(links) - first,
+                    address(slopes),
+                    sides,
+                    address(intercepts),
+                    False,
+                    entry,
+                    *map(address, kept),
+                )
+            )
         ends = [*map(address, self.box if box else (None, None)), *map(address, x)]
         self.lanes = [link.lanes for link in links]
         self.kinds = [link.kind for link in links]
@@ -241,7 +261,16 @@ class Net:
         )
 
 
-def conv_link(stage: int, source: int, images: list[Any], g: tuple[int, ...], kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Any:  # fmt: skip
+def conv_link(
+    stage: int,
+    source: int,
+    images: list[Any],
+    g: tuple[int, ...],
+    kernel: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+) -> Any:
     """From a convolution's result (source) to its input (stage)."""
     groups = g[0]
     w = torch.randn(images[source][0], images[stage][0] // groups, *kernel) * 0.3
@@ -307,8 +336,16 @@ def up(net: Net, graph: Any, from_: Tensor, **more: Any) -> list[Tensor]:
         for link, n in zip(net.links, net.lanes, strict=True)
     ]
     box = [torch.empty_like(t) for t in net.box]
-    _C.bounds_stage_grad(graph, net.example.data_ptr(), starts.data_ptr(), from_.data_ptr(), to_stages, list(map(address, taps)),
-                         *map(address, box), **more)  # fmt: skip
+    _C.bounds_stage_grad(
+        graph,
+        net.example.data_ptr(),
+        starts.data_ptr(),
+        from_.data_ptr(),
+        to_stages,
+        list(map(address, taps)),
+        *map(address, box),
+        **more,
+    )
     weights = []
     for t, link in zip(taps, net.links, strict=True):
         if t is not None:

@@ -13,6 +13,7 @@ from fastrobust._heap import keep_pages
 from fastrobust._input_sets import Clip, input_box
 from fastrobust.bounds import graph as G
 from fastrobust.bounds import outward as O
+from fastrobust.bounds.builder import UnsupportedLayerError
 from fastrobust.bounds.checks import check_inputs, check_method, check_options, check_spec, explain_not_finite
 from fastrobust.bounds.decisions import declined, took
 from fastrobust.bounds.engine import METHODS, Engine
@@ -21,12 +22,15 @@ from fastrobust.bounds.margins import margins_of_plan
 from fastrobust.bounds.region import Region
 from fastrobust.bounds.results import Bounds, LinearBounds, Options
 from fastrobust.bounds.self_check import check_contained
-from fastrobust.bounds.slopes import SlopeSearch, Wanted, best_rows
+from fastrobust.bounds.slope_search import Wanted, best_rows
+from fastrobust.bounds.slopes import SlopeSearch
 from fastrobust.bounds.stage_margins import Asked, margins_of_stages
 from fastrobust.bounds.trace import first_parameter, trace
 from fastrobust.ops._library import full_precision
 from fastrobust.ops.bounds import check_norm, finite
 from fastrobust.ops.bounds.margins import Rows
+
+from .._eager import left_to_python
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -52,6 +56,7 @@ def compute_bounds(
     model: Model, x: Tensor, eps: Eps, *, sides: str, **options: Unpack[Options]
 ) -> Bounds[Any, Any]: ...
 @G.values_once
+@left_to_python
 def compute_bounds(
     model: Model,
     x: Tensor,
@@ -76,24 +81,27 @@ def compute_bounds(
     """Bounds of model(x + d) over ||d||_p <= eps (and x + d in ``clip``).
 
     x: (B, *shape) float32 or float64. eps: a float, (B,), or x's shape (then the set is {x + eps * v : ||v||_p <= 1}).
-    norm: 1, 2, inf or any p >= 1. method: "ibp" (Algorithm 3.2), "ibp-linear" (IBP-inspired linear bounds, section 3.3.1),
-    "crown-ibp", "fast-lin" (same-slope lines, Algorithm 3.1), "crown" (adaptive lines); thesis chapter 3, CROWN (Zhang et al. 2018); "alpha-crown" (Xu et al. 2021): CROWN, then lines
-    chosen for each output row by ``slopes`` (:class:`SlopeSearch`: iterations, lr, decay, stop); never looser than CROWN.
+    norm: 1, 2, inf or any p >= 1. method: "ibp" (Algorithm 3.2), "ibp-linear" (IBP-inspired linear bounds, section
+    3.3.1), "crown-ibp", "fast-lin" (same-slope lines, Algorithm 3.1), "crown" (adaptive lines); thesis chapter 3, CROWN
+    (Zhang et al. 2018); "alpha-crown" (Xu et al. 2021): CROWN, then lines chosen for each output row by ``slopes``
+    (:class:`SlopeSearch`: iterations, lr, decay, stop); never looser than CROWN.
     labels: (B,) int64: bounds of the margins z_y - z_j, (B, K - 1), j ascending without y, with the last layer elided.
     spec: (S, K) or (B, S, K): bounds of spec @ z. Neither: bounds of the outputs.
-    sides: "both", or "lower" or "upper" alone, which halves the work of adaptive lines. intersect=True also takes the interval bounds wherever they are tighter.
-    Over a ball cut by ``clip`` (p < inf) linear bounds take the exact extreme; the first layer's intervals take the tighter of ball
-    and box, as the thesis' tables do, and with exact_input=True "fast-lin" and "crown" bound its unstable neurons exactly too.
-    refine: which hidden neurons "fast-lin" and "crown" bound linearly: "unstable" (the rest keep their intervals, which is faster and
-    can be tighter) or "all" (Algorithm 3.1 as it is written, and the figures of the thesis).
+    sides: "both", or "lower" or "upper" alone, which halves the work of adaptive lines. intersect=True also takes the
+    interval bounds wherever they are tighter. Over a ball cut by ``clip`` (p < inf) linear bounds take the exact
+    extreme; the first layer's intervals take the tighter of ball and box, as the thesis' tables do, and with
+    exact_input=True "fast-lin" and "crown" bound its unstable neurons exactly too.
+    refine: which hidden neurons "fast-lin" and "crown" bound linearly: "unstable" (the rest keep their intervals, which
+    is faster and can be tighter) or "all" (Algorithm 3.1 as it is written, and the figures of the thesis).
     max_memory: bytes that the coefficients of one chunk of rows may use. Differentiable in x, eps and the parameters.
-    check: what is compared with the model itself before bounds are returned: "one" example a call, "all" of them, or "none". What is
-    read of a model that is new, or does something new, is compared on several points whatever ``check`` says.
+    check: what is compared with the model itself before bounds are returned: "one" example a call, "all" of them, or
+    "none". What is read of a model that is new, or does something new, is compared on several points whatever ``check``
+    says.
 
-    Raises ValueError or TypeError, naming the argument, for inputs that are not finite, shapes that do not fit, layers that are
-    not supported (UnsupportedLayerError), models that no reading can stand for (UnreadableModelError: branches on values, random
-    numbers, training mode), models that do not compute what was read (ModelMismatchError), and parameters or bounds that are not
-    finite.
+    Raises ValueError or TypeError, naming the argument, for inputs that are not finite, shapes that do not fit, layers
+    that are not supported (UnsupportedLayerError), models that no reading can stand for (UnreadableModelError: branches
+    on values, random numbers, training mode), models that do not compute what was read (ModelMismatchError), and
+    parameters or bounds that are not finite.
     """
     method = check_method(method, METHODS)
     if slopes is not None and method != "alpha-crown":
@@ -131,6 +139,7 @@ def compute_bounds(
         )
     traced = trace(model, x, outward, check == "all")
     graph = traced.graph
+    _check_log_softmax(graph, labels, spec, outward)
     inner, radius, cut = (x, eps, clip) if graph.entry is None else graph.entry.region(x, eps, clip)
     if method == "ibp" and labels is not None and usual and traced.output is not None:  # a model that had to be read
         quick = small_margins(model, x, eps, clip, labels, 1 if sides == "lower" else 2, graph)
@@ -228,6 +237,22 @@ def compute_bounds(
     return Bounds(low, up, rows, engine.intermediate() if return_intermediate else {})
 
 
+def _check_log_softmax(graph: G.Graph, labels: Any, spec: Tensor | None, outward: bool) -> None:
+    """A model that ends in log_softmax is bounded before it, which leaves differences of outputs as they are."""
+    if not graph.log_softmax:
+        return
+    if outward:
+        raise UnsupportedLayerError(
+            "rounding: got 'outward' for a model that ends in log_softmax, expected a model without it: how that rounds "
+            "is not accounted for"
+        )
+    if labels is None and (spec is None or bool((spec.sum(-1) != 0).any())):
+        raise UnsupportedLayerError(
+            "model: it ends in log_softmax, whose own values have no bounds here, but margins are those of what it "
+            "reads; give labels, or a spec whose rows sum to 0"
+        )
+
+
 def _no_op(rounding: str, intermediate: bool, rows: int) -> str:
     """Why no op alone gives the bounds that are asked for; empty where one may."""
     if rounding != "nearest":
@@ -238,8 +263,15 @@ def _no_op(rounding: str, intermediate: bool, rows: int) -> str:
 
 
 def _compare(
-    check: str, model: Any, x: Tensor, output: Tensor | None, labels: Tensor | None, spec: Tensor | None, low: Tensor | None, up: Tensor | None
-) -> None:  # fmt: skip
+    check: str,
+    model: Any,
+    x: Tensor,
+    output: Tensor | None,
+    labels: Tensor | None,
+    spec: Tensor | None,
+    low: Tensor | None,
+    up: Tensor | None,
+) -> None:
     """The bounds with the outputs of the first example (already known as ``output``, or not), or of all."""
     if check == "none" or not len(x):
         return
@@ -270,9 +302,15 @@ def _sides(out: Tensor, negative: bool) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _kept_bounds(
-    kept: tuple[Tensor, Tensor], asked: tuple[Tensor | None, Tensor | None], x: Tensor, box: tuple[Tensor, Tensor], outward: bool, negative: bool
-) -> LinearBounds:  # fmt: skip
-    """From coefficients (1 or 2, rows of all examples, ...) and offsets (sides, rows) of the bounds that were ``asked`` for."""
+    kept: tuple[Tensor, Tensor],
+    asked: tuple[Tensor | None, Tensor | None],
+    x: Tensor,
+    box: tuple[Tensor, Tensor],
+    outward: bool,
+    negative: bool,
+) -> LinearBounds:
+    """From coefficients (1 or 2, rows of all examples, ...) and offsets (sides, rows) of the bounds that were ``asked``
+    for."""
     A, b = kept
     count = len(b)
     lead = next(t for t in asked if t is not None).flatten(1).shape

@@ -1,10 +1,12 @@
-"""The names of auto_LiRPA on top of ``compute_bounds``: change ``from auto_LiRPA import`` to ``from fastrobust.bounds.auto_lirpa import``.
+"""The names of auto_LiRPA on top of ``compute_bounds``: change ``from auto_LiRPA import`` to ``from
+fastrobust.bounds.auto_lirpa import``.
 
-Covered: BoundedModule(model, dummy_input, bound_opts={"relu" | "activation_bound_option": "adaptive" | "same-slope"}) and options
-that change speed alone; BoundedTensor(x, PerturbationLpNorm(norm, eps | x_L, x_U)), whose perturbation stays with its copies; and
-compute_bounds(x=(bounded,), C=..., method="IBP" | "CROWN-IBP" | "IBP+backward" | "CROWN" | "backward" | "CROWN-Optimized" |
-"alpha-CROWN", IBP=..., bound_lower, bound_upper, return_A), without x for the tensor that the model was last called with. Of
-optimize_bound_args iteration, lr_alpha and lr_decay count. Not covered, with an error that says so: forward mode, several inputs, perturbed weights, other perturbations, intermediate bounds given from
+Covered: BoundedModule(model, dummy_input, bound_opts={"relu" | "activation_bound_option": "adaptive" | "same-slope"})
+and options that change speed alone; BoundedTensor(x, PerturbationLpNorm(norm, eps | x_L, x_U)), whose perturbation
+stays with its copies; and compute_bounds(x=(bounded,), C=..., method="IBP" | "CROWN-IBP" | "IBP+backward" | "CROWN" |
+"backward" | "CROWN-Optimized" | "alpha-CROWN", IBP=..., bound_lower, bound_upper, return_A), without x for the tensor
+that the model was last called with. Of optimize_bound_args iteration, lr_alpha and lr_decay count. Not covered, with an
+error that says so: forward mode, several inputs, perturbed weights, other perturbations, intermediate bounds given from
 outside, bounds of inner nodes.
 """
 
@@ -29,18 +31,31 @@ _METHODS = {
 }  # fmt: skip
 _COVERED = "IBP, CROWN-IBP (IBP+backward), CROWN (backward), CROWN-Optimized (alpha-CROWN)"
 _LINES = ("adaptive", "same-slope")
-# options that change how fast or with how many words the bounds come, or only what optimised bounds are, not what these are
+# options that change how fast or with how many words the bounds come, or only what optimised bounds are, not what these
+# are
 _HARMLESS = (
-    "batched_crown_max_vram_ratio", "buffers", "conv_mode", "crown_batch_size", "deterministic", "matmul", "max_crown_size",
-    "sparse_conv_intermediate_bounds", "sparse_features_alpha", "sparse_intermediate_bounds",
-    "sparse_intermediate_bounds_with_ibp", "sparse_spec_alpha", "use_full_conv_alpha", "use_full_conv_alpha_thresh", "verbosity",
-)  # fmt: skip
+    "batched_crown_max_vram_ratio",
+    "buffers",
+    "conv_mode",
+    "crown_batch_size",
+    "deterministic",
+    "matmul",
+    "max_crown_size",
+    "sparse_conv_intermediate_bounds",
+    "sparse_features_alpha",
+    "sparse_intermediate_bounds",
+    "sparse_intermediate_bounds_with_ibp",
+    "sparse_spec_alpha",
+    "use_full_conv_alpha",
+    "use_full_conv_alpha_thresh",
+    "verbosity",
+)
 _HARMLESS_ARGUMENTS = ("reuse_ibp", "cache_bounds")
 
 
 class PerturbationLpNorm:
-    """||d||_norm <= eps, or for norm = inf the box [x_L, x_U] (eps gives an end that is missing). For other norms the ball alone
-    counts, as in auto_LiRPA."""
+    """||d||_norm <= eps, or for norm = inf the box [x_L, x_U] (eps gives an end that is missing). For other norms the
+    ball alone counts, as in auto_LiRPA."""
 
     def __init__(
         self,
@@ -67,10 +82,21 @@ class PerturbationLpNorm:
 _COPIES = {
     getattr(Tensor, name)
     for name in (
-        "clone", "contiguous", "cpu", "cuda", "detach", "detach_", "double", "float", "pin_memory", "requires_grad_", "to", "type",
+        "clone",
+        "contiguous",
+        "cpu",
+        "cuda",
+        "detach",
+        "detach_",
+        "double",
+        "float",
+        "pin_memory",
+        "requires_grad_",
+        "to",
+        "type",
         "type_as",
     )
-} | {torch.clone, torch.detach}  # fmt: skip
+} | {torch.clone, torch.detach}
 
 
 class BoundedTensor(Tensor):
@@ -107,7 +133,15 @@ class BoundedModule(nn.Module):
     input_name = ["/input"]
     output_name = ["/output"]
 
-    def __init__(self, model: nn.Module, global_input: Any = None, bound_opts: dict[str, Any] | None = None, device: Any = "auto", verbose: bool = False, custom_ops: Any = None):  # fmt: skip
+    def __init__(
+        self,
+        model: nn.Module,
+        global_input: Any = None,
+        bound_opts: dict[str, Any] | None = None,
+        device: Any = "auto",
+        verbose: bool = False,
+        custom_ops: Any = None,
+    ):
         super().__init__()
         if custom_ops:
             raise ValueError(f"custom_ops: got {sorted(map(str, custom_ops))}, which are not covered, expected None")

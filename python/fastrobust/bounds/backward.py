@@ -1,7 +1,7 @@
 """Linear bounds, propagated from the output of a node back to the input (thesis, equation 3.7; CROWN).
 
-Rows of coefficients are kept as (k, R, *shape): R rows of all examples, k = 1 where one matrix serves both sides. Rows that start
-at a convolution stay windows (k, R, C, ph, pw) around their neuron until the window fills the image.
+Rows of coefficients are kept as (k, R, *shape): R rows of all examples, k = 1 where one matrix serves both sides. Rows
+that start at a convolution stay windows (k, R, C, ph, pw) around their neuron until the window fills the image.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Window:
 
 @dataclass
 class Rows:
-    """Coefficients at a node: A itself, rows of a matrix (``pick``), or unit vectors e_plus - e_minus (A is None), all of them
-    -e_plus where ``negative``."""
+    """Coefficients at a node: A itself, rows of a matrix (``pick``), or unit vectors e_plus - e_minus (A is None), all
+    of them -e_plus where ``negative``."""
 
     A: Any
     window: Any = None
@@ -307,7 +307,12 @@ class Backward:
                     self._add_bias(node, r)
                 if channelwise:
                     return [Rows(a if factor is None else a * factor.to(a).reshape(-1, 1, 1), r.window)]
-                low = [(n - 1) * s + (k - 1) * d + 1 for n, s, k, d in zip(a.shape[3:], node.stride, node.get_weight().shape[2:], node.dilation, strict=False)]  # fmt: skip
+                low = [
+                    (n - 1) * s + (k - 1) * d + 1
+                    for n, s, k, d in zip(
+                        a.shape[3:], node.stride, node.get_weight().shape[2:], node.dilation, strict=False
+                    )
+                ]
                 if low[0] * low[1] < shapes[0][1] * shapes[0][2]:
                     (sy, sx), (oy, ox) = r.window.step, r.window.origin
                     (ty, tx), (py, px) = node.stride, node.padding
@@ -325,8 +330,8 @@ class Backward:
         return self._transpose(node, r.solid(), shapes)
 
     def _image_before(self, node: G.Dense) -> G.Shape | None:
-        """The shape of the image that is flattened into this layer and nothing else. Its rows then come in the image's shape,
-        channels last, which saves a transposition of every row."""
+        """The shape of the image that is flattened into this layer and nothing else. Its rows then come in the image's
+        shape, channels last, which saves a transposition of every row."""
         before = self.graph.nodes[node.inputs[0]]
         if not isinstance(before, G.Reshape) or len(before.consumers) != 1 or len(node.shape) != 1:
             return None
@@ -411,7 +416,8 @@ class Backward:
         return ops.concretize_live(A, chunk.b, chunk.example, steps, box, ball, self.region.q, r.pick, r.minus)
 
     def _convolutions(self, node: G.Node, r: Rows) -> list[ops.ConvStep]:
-        """The activations and convolutions from ``node`` down to the input, where a kernel takes all of them; else nothing."""
+        """The activations and convolutions from ``node`` down to the input, where a kernel takes all of them; else
+        nothing."""
         if r.A is None or r.A.dim() != 5 or self.slack or not self.region.has_kernel or not ops.direct():
             return []
         maps = [t for pair in self.region.flattened(True) if pair is not None for t in pair]
@@ -441,7 +447,8 @@ class Backward:
         return steps
 
     def _graph(self, node: G.Node, rows: dict[int, Rows]) -> Any:
-        """The bounds (and what is kept of the linear map at the input), where one kernel takes images of coefficients at ``node`` and others through all that is left."""
+        """The bounds (and what is kept of the linear map at the input), where one kernel takes images of coefficients
+        at ``node`` and others through all that is left."""
         if self.slack or not isinstance(node, (G.Activation, G.MaxPool)):
             return None
         if any(r.A is None or r.window is not None or r.A.dim() != 5 for r in rows.values()):

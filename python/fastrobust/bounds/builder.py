@@ -20,7 +20,8 @@ SUPPORTED = (
     "arctan, abs, clamp, "
     "maximum, minimum; average and maximum pooling, max and min over dimensions; +, -, * and / with constants, sums "
     "of branches, mean, sum, "
-    "cat, stack, views, permutations, slices, index by constants, pad, interpolation, in-place forms of all of these"
+    "cat, stack, views, permutations, slices, index by constants, pad, interpolation, in-place forms of all of these; "
+    "log_softmax at the end (margins)"
 )
 
 

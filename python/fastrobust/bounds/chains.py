@@ -11,9 +11,9 @@ Image = tuple[int, int, int]
 
 
 def live_chain(graph: G.Graph, start: int, apart: bool = False) -> list[tuple[G.Activation, Any, Image]]:
-    """The activations, the dense layers or convolutions before them and the images before those (a vector has one position), one
-    after the other, from the activation ``start`` to the input; empty where anything else comes between. apart: convolutions with
-    groups or dilation, too."""
+    """The activations, the dense layers or convolutions before them and the images before those (a vector has one
+    position), one after the other, from the activation ``start`` to the input; empty where anything else comes between.
+    apart: convolutions with groups or dilation, too."""
     found: list[tuple[G.Activation, Any, Image]] = []
     act = graph.nodes[start]
     while isinstance(act, G.Activation):
@@ -46,7 +46,8 @@ def conv_chain(graph: G.Graph, start: int) -> list[tuple[G.Activation, G.Conv]]:
 
 
 def live_steps(graph: G.Graph, start: int, lines: dict[int, Any]) -> list[ops.LiveStep]:
-    """``live_chain`` with its lines and weights, for ``ops.concretize_live``; empty where something is recorded or has no such form."""
+    """``live_chain`` with its lines and weights, for ``ops.concretize_live``; empty where something is recorded or has
+    no such form."""
     steps: list[ops.LiveStep] = []
     for act, layer, image in live_chain(graph, start):
         line = lines.get(act.index)

@@ -148,7 +148,8 @@ def check_labels(labels: Any, batch: int, device: torch.device) -> Tensor:
 def check_spec(
     labels: Any, spec: Tensor | None, x: Tensor, shape: tuple[int, ...]
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(example, plus, minus, matrix) of the rows to bound: differences of outputs, single outputs, or rows of a matrix."""
+    """(example, plus, minus, matrix) of the rows to bound: differences of outputs, single outputs, or rows of a
+    matrix."""
     batch, device = x.shape[0], x.device
     count = math.prod(shape)
     if labels is not None and spec is not None:
@@ -179,7 +180,8 @@ def _examples(batch: int, rows: int, device: torch.device) -> Tensor:
 
 
 def explain_not_finite(model: Any, low: Tensor | None, up: Tensor | None) -> None:
-    """Raises for bounds that hold nothing and names the parameter behind them; a lower bound of -inf is valid and passes."""
+    """Raises for bounds that hold nothing and names the parameter behind them; a lower bound of -inf is valid and
+    passes."""
     for kind in (model.named_parameters(), model.named_buffers()) if isinstance(model, nn.Module) else ():
         for name, p in kind:
             if p.dtype.is_floating_point and not bool(torch.isfinite(p.detach()).all()):

@@ -1,7 +1,7 @@
 """Which ways to the same bounds a call may take, and what was decided in it.
 
-Each deciding function asks ``allowed`` first, says with ``declined`` why its way is not the one, and with ``took`` that it is. An
-explanation therefore is what the deciding code said, and an override is what it asked.
+Each deciding function asks ``allowed`` first, says with ``declined`` why its way is not the one, and with ``took`` that
+it is. An explanation therefore is what the deciding code said, and an override is what it asked.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ def recorded() -> Iterator[list[Decision]]:
 def ways(*only: str, without: str | Iterable[str] = ()) -> Iterator[None]:
     """Within, ``compute_bounds`` and what is made of it take none but these ways, or none of ``without``.
 
-    Names are those of ``fr.bounds.WAYS``; "walk", the engine that goes node by node, is always left, so that ``ways("walk")``
-    means the engine alone. Bounds are the same up to rounding: for tests, and for those who know better than the rules of cost.
-    Holds for the current thread (and asyncio task); nested uses add up.
+    Names are those of ``fr.bounds.WAYS``; "walk", the engine that goes node by node, is always left, so that
+    ``ways("walk")`` means the engine alone. Bounds are the same up to rounding: for tests, and for those who know
+    better than the rules of cost. Holds for the current thread (and asyncio task); nested uses add up.
 
     Raises ValueError for names that are no ways.
     """

@@ -19,7 +19,8 @@ from fastrobust.bounds.chains import conv_chain
 from fastrobust.bounds.decisions import took
 from fastrobust.bounds.needed import needed
 from fastrobust.bounds.region import Box, Region
-from fastrobust.bounds.slopes import SlopeSearch, Wanted, best_rows, lines_before
+from fastrobust.bounds.slope_search import Wanted, best_rows, lines_before
+from fastrobust.bounds.slopes import SlopeSearch
 from fastrobust.bounds.stages import concretize_units, takes_images
 from fastrobust.ops import bounds as ops
 
@@ -37,8 +38,8 @@ _CACHE_BYTES = 4 << 20  # rows of a chunk that fit a core's cache, where no grap
 
 
 def sizes_must_be_known(device: torch.device) -> bool:
-    """Whether all neurons of a layer are bounded, and not those that a look at their intervals picks: that look would make the
-    host wait for the device, and no graph could be captured."""
+    """Whether all neurons of a layer are bounded, and not those that a look at their intervals picks: that look would
+    make the host wait for the device, and no graph could be captured."""
     return device.type == "cuda"
 
 
@@ -46,9 +47,18 @@ class Engine:
     """Boxes of every node by intervals, lines of the nonlinear ones, and rows taken back through both."""
 
     def __init__(
-        self, graph: G.Graph, region: Region, method: str, max_memory: int, intersect: bool, keep: bool, outward: bool, exact_input: bool, refine: str,
+        self,
+        graph: G.Graph,
+        region: Region,
+        method: str,
+        max_memory: int,
+        intersect: bool,
+        keep: bool,
+        outward: bool,
+        exact_input: bool,
+        refine: str,
         search: SlopeSearch | None = None,
-    ):  # fmt: skip
+    ):
         self.graph, self.region, self.intersect, self.max_memory = graph, region, intersect, max_memory
         self.refine_all = refine == "all"
         self.sharpen = exact_input and region.box is not None and region.ball is not None
@@ -154,8 +164,8 @@ class Engine:
         return Box(node.interval([self.boxes[j].ends for j in node.inputs]))
 
     def _ball_at(self, i: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The ball at a node that only scales, shifts and reshapes the input: centre, radius per element (batch 1 where it is the
-        same for all), and what float32 evaluation can have added on the way."""
+        """The ball at a node that only scales, shifts and reshapes the input: centre, radius per element (batch 1 where
+        it is the same for all), and what float32 evaluation can have added on the way."""
         node, region = self.graph.nodes[i], self.region
         if isinstance(node, G.Input):
             e = eps_like(region.eps, region.x)
@@ -175,8 +185,8 @@ class Engine:
         return x, e, slack if extra is None else extra + (0.0 if slack is None else slack)
 
     def _ball_interval(self, first: int, w: Tensor, b: Tensor | None, conv: Any) -> Box:
-        """A layer behind a scaled input and a ball: its dual norm is that of the scaled weights. With ``clip`` the tighter of
-        that and of the box."""
+        """A layer behind a scaled input and a ball: its dual norm is that of the scaled weights. With ``clip`` the
+        tighter of that and of the box."""
         x, e, extra = self._ball_at(first)
         apply: Any = (lambda t, v, c=None: F.conv2d(t, v, c, *conv)) if conv else F.linear
         mid, reach = apply(x, w, b), dual_norm(e.expand(len(e), *x.shape[1:]), w, self.region.q, apply, conv)
@@ -190,7 +200,8 @@ class Engine:
         return Box((low, up))
 
     def _feeds_relu(self, node: G.Node) -> bool:
-        """Whether only a ReLU reads this node and its own bounds are not asked for, so that the ReLU joins the product."""
+        """Whether only a ReLU reads this node and its own bounds are not asked for, so that the ReLU joins the
+        product."""
         if self.kind is not None or self.keep or self.outward or len(node.consumers) != 1:
             return False
         after = self.graph.nodes[node.consumers[0]]
@@ -222,7 +233,8 @@ class Engine:
         return Lines(*ops.relax(l, u, node.activation, self.kind, node.params))
 
     def _biases(self, node: Any, reader: int, sign: int = 1) -> list[tuple[int, Tensor]]:
-        """(layer, its bias) of the layers that ``reader`` alone reads, straight or in a sum; all biases have one shape."""
+        """(layer, its bias) of the layers that ``reader`` alone reads, straight or in a sum; all biases have one
+        shape."""
         if node.consumers != [reader]:
             return []
         if isinstance(node, (G.Dense, G.Conv, G.ConvTranspose)):
@@ -318,8 +330,8 @@ class Engine:
         return results[0] if len(results) == 1 else torch.cat(results, 1)
 
     def _units(self, start: int, example: Tensor, neuron: Tensor, sides: int, keep: bool = False) -> Any:
-        """``bound_rows`` of single neurons of an image in one kernel, and with ``keep`` the linear map at the input, where that is the
-        way."""
+        """``bound_rows`` of single neurons of an image in one kernel, and with ``keep`` the linear map at the input,
+        where that is the way."""
         if self.slack or self.kind is None:
             return None
         found = concretize_units(
@@ -344,8 +356,15 @@ class Engine:
         return [slice(i, min(rows, i + step)) for i in range(0, rows, step)] or [slice(0, 0)]
 
     def final(
-        self, example: Tensor, plus: Any, minus: Tensor | None, matrix: Tensor | None, sides: int, keep: bool, negative: bool = False
-    ) -> tuple[Tensor, Any]:  # fmt: skip
+        self,
+        example: Tensor,
+        plus: Any,
+        minus: Tensor | None,
+        matrix: Tensor | None,
+        sides: int,
+        keep: bool,
+        negative: bool = False,
+    ) -> tuple[Tensor, Any]:
         """Bounds of the output rows, or of their negatives, with the linear map at the input when ``keep``."""
         if negative and minus is not None:
             plus, minus, negative = minus, plus, False
@@ -383,7 +402,9 @@ class Engine:
             joined, offset = joined + extra, None if offset is None else offset + extra
         return joined, ((torch.cat(maps, 1), offset) if keep else None)
 
-    def intersected(self, out: Tensor, example: Tensor, plus: Any, minus: Any, matrix: Any, count: int, negative: bool) -> Tensor:  # fmt: skip
+    def intersected(
+        self, out: Tensor, example: Tensor, plus: Any, minus: Any, matrix: Any, count: int, negative: bool
+    ) -> Tensor:
         """``out``, or the interval bounds of the same rows where they are tighter."""
         lines, kind = self.lines, self.kind
         self.lines, self.kind = {}, None

@@ -16,8 +16,8 @@ from fastrobust.bounds.trace import trace
 
 @dataclass(frozen=True)
 class Step:
-    """A node of the graph that bounds are computed of. rows: the ways that rows of its own bounds took, in order; without
-    (a stage of an op, intervals) empty."""
+    """A node of the graph that bounds are computed of. rows: the ways that rows of its own bounds took, in order;
+    without (a stage of an op, intervals) empty."""
 
     number: int
     kind: str
@@ -29,8 +29,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Explanation:
-    """way: what gave the bounds, of ``fr.bounds.WAYS``. declined: (way, reason) of those that were asked before it, and of those
-    that rows declined. ``str()`` gives a table."""
+    """way: what gave the bounds, of ``fr.bounds.WAYS``. declined: (way, reason) of those that were asked before it, and
+    of those that rows declined. ``str()`` gives a table."""
 
     method: str
     way: str
@@ -56,9 +56,9 @@ class Explanation:
 def explain(model: Any, x: Tensor, eps: Any = 0.01, *, method: str = "crown-ibp", **options: Any) -> Explanation:
     """Which way ``compute_bounds(model, x, eps, method=method, **options)`` takes here, and what ended each faster one.
 
-    The bounds are computed once, with every decision written down where it is made: ways depend on shapes, device, dtype, what is
-    recorded for gradients, and, where living neurons count, on the values of x and eps. Options and errors are
-    those of :func:`fastrobust.bounds.compute_bounds`. To forbid a way, see :func:`fastrobust.bounds.ways`.
+    The bounds are computed once, with every decision written down where it is made: ways depend on shapes, device,
+    dtype, what is recorded for gradients, and, where living neurons count, on the values of x and eps. Options and
+    errors are those of :func:`fastrobust.bounds.compute_bounds`. To forbid a way, see :func:`fastrobust.bounds.ways`.
     """
     with recorded() as log:
         compute_bounds(model, x, eps, method=method, **options)

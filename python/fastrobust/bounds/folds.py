@@ -1,4 +1,5 @@
-"""What joins a layer in the normal form, as getters: computed from the parameters as they are when somebody reads them."""
+"""What joins a layer in the normal form, as getters: computed from the parameters as they are when somebody reads
+them."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ def along(get: G.Getter, shape: G.Shape, axis: int) -> bool:
 
 
 def reshaped(get: G.Getter, shape: G.Shape, inner: G.Shape) -> G.Getter | None:
-    """The constant for the same values in another shape; None where that would take more than a number for each channel."""
+    """The constant for the same values in another shape; None where that would take more than a number for each
+    channel."""
     t = get()
     if t is None or t.numel() == 1:
         return get
@@ -136,7 +138,8 @@ def parts(get: G.Getter, shape: G.Shape, dim: int, sizes: list[int]) -> list[G.G
 
 
 def through(moves: G.Monotone, get: G.Getter, inner: G.Shape) -> G.Getter:
-    """The weight of a dense layer of what ``moves`` makes of values of shape ``inner``, as that of a layer of those values."""
+    """The weight of a dense layer of what ``moves`` makes of values of shape ``inner``, as that of a layer of those
+    values."""
 
     def weight() -> Tensor:
         w: Tensor = get()

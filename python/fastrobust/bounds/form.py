@@ -95,7 +95,8 @@ class Form:
         return self.nodes[node.inputs[0]]
 
     def layer_below(self, i: int, parts: int) -> bool:
-        """Whether a layer that is taken apart for so many parts reads node i, perhaps behind what moves out of its way."""
+        """Whether a layer that is taken apart for so many parts reads node i, perhaps behind what moves out of its
+        way."""
         left, seen = [i], set()
         while left:
             for k in self.readers[left.pop()]:
@@ -110,7 +111,8 @@ class Form:
 
     # -- ends ----------------------------------------------------------------------------------------------------------
     def enter(self) -> None:
-        """Takes what is done to the input before anything else out of the graph: maps of another shape, other orders."""
+        """Takes what is done to the input before anything else out of the graph: maps of another shape, other
+        orders."""
         while self.readers[0] and self.output not in (0, *self.readers[0]):
             made = [self.nodes[i] for i in self.readers[0]]
             kinds = {type(n) for n in made}
@@ -160,7 +162,7 @@ class Form:
         reads = [(name, shape, self._pieces(value, number)) for name, shape, value in self.graph.reads or ()]
         outer, inner = self.graph.nodes[0].shape, nodes[0].shape
         entry = None if outer == inner and self.places is None else G.Entry(outer, inner, self.places)
-        return G.Graph(nodes, number[self.output], self.graph.result, reads, entry)
+        return G.Graph(nodes, number[self.output], self.graph.result, reads, entry, self.graph.log_softmax)
 
     def _pieces(self, i: int, number: dict[int, int]) -> G.Pieces:
         """Where the value of node i of the model's own graph lies now."""

@@ -271,7 +271,8 @@ class Reshape(LinearNode):
 
 @dataclass(eq=False)
 class Monotone(LinearNode):
-    """A linear function with non-negative coefficients plus a constant: pooling by averages, permutation, slice, padding."""
+    """A linear function with non-negative coefficients plus a constant: pooling by averages, permutation, slice,
+    padding."""
 
     function: Callable[[Tensor], Tensor] = _nothing
     taps: int = 0  # terms of a sum; 0: values are only moved
@@ -331,7 +332,8 @@ class MaxPool(Node):
 
 
 class Entry:
-    """The first thing that a model does, where it only gives its input another shape and order: done to the input set."""
+    """The first thing that a model does, where it only gives its input another shape and order: done to the input
+    set."""
 
     def __init__(self, outer: Shape, inner: Shape, places: Tensor | None):
         self.outer, self.inner, self.places = outer, inner, places  # the place in the input of each number inside
@@ -365,6 +367,7 @@ class Graph:
     # what each nonlinear layer of the model reads: its name, shape, and where it lies
     reads: list[tuple[str, Shape, Pieces]] | None = None
     entry: Entry | None = None
+    log_softmax: bool = False  # of the output is what the model returns
 
     def __post_init__(self) -> None:
         for i, n in enumerate(self.nodes):

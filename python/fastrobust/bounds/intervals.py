@@ -1,4 +1,5 @@
-"""Interval bounds of a plain chain of layers where nothing is recorded: small batches in one call of the compiled module.
+"""Interval bounds of a plain chain of layers where nothing is recorded: small batches in one call of the compiled
+module.
 
 Bookkeeping costs as much as the products of a small batch.
 """
@@ -30,8 +31,8 @@ class Chain:
     def __init__(self, graph: G.Graph, steps: list[Step]):
         self.steps, self.last = steps, cast(G.Dense, graph.nodes[graph.output])
         self.told = [_told(graph, *step) for step in steps]
-        # Examples up to which the kernel of small batches is the faster way. Convolutions read centre and radius at once there,
-        # which no two calls of the vendor's make up for.
+        # Examples up to which the kernel of small batches is the faster way. Convolutions read centre and radius at
+        # once there, which no two calls of the vendor's make up for.
         one_call = _WIDE or any(isinstance(node, G.Conv) for node, _ in steps)
         self.most = SMALL_BATCH if one_call else 32
         self.work: dict[int, int] = {}  # numbers that the kernel needs, by batch size
@@ -68,8 +69,9 @@ def chain_of(graph: G.Graph) -> Chain | None:
 def small_margins(
     model: Any, x: Any, eps: Any, clip: Any, labels: Any, sides: int, graph: G.Graph | None = None
 ) -> Tensor | None:
-    """Interval bounds (sides, B, K - 1) of the margins over an l-infinity ball, in one call; None where arguments, model or
-    results want the longer way, which then also says what is wrong with them. graph: the model's, where it has been read."""
+    """Interval bounds (sides, B, K - 1) of the margins over an l-infinity ball, in one call; None where arguments,
+    model or results want the longer way, which then also says what is wrong with them. graph: the model's, where it has
+    been read."""
     if not allowed("one call"):
         return None
     if type(x) is not Tensor or type(eps) is not float or not 0.0 <= eps < math.inf:

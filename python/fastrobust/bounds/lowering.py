@@ -45,6 +45,7 @@ class Lowering(Builder):
                 else type(self.recording.result).__name__
             )
             raise ValueError(f"model: forward returns {kind}, expected one tensor that depends on the input")
+        out, ends = self._before_log_softmax(out)
         wanted = {out.value}
         needed: list[Step] = []
         for step in reversed(self.recording.steps):
@@ -56,7 +57,18 @@ class Lowering(Builder):
             self._lower(step)
         self.where = "output"
         size = out.place.size
-        return G.Graph(self.nodes, self.read(out).ref.index, tuple(size[1:]) if size and size[0] == 1 else tuple(size))
+        result = tuple(size[1:]) if size and size[0] == 1 else tuple(size)
+        return G.Graph(self.nodes, self.read(out).ref.index, result, log_softmax=ends)
+
+    def _before_log_softmax(self, out: Read) -> tuple[Read, bool]:
+        """The logits of a model that ends in their log-softmax, which takes the same number from all of an example."""
+        for step in self.recording.steps:
+            if step.name in ("_log_softmax", "log_softmax") and step.results[0] == out.value:
+                logits, dim = _read(step)[:2]
+                size = out.place.size
+                if isinstance(logits, Read) and out.place == out.value.place and len(size) == 2 and dim in (1, -1):
+                    return logits, True
+        return out, False
 
     def _lower(self, step: Step) -> None:
         if step.name == "overlay":

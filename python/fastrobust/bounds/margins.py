@@ -26,7 +26,8 @@ class Plan:
 
 
 def plan_of(graph: G.Graph) -> Plan | None:
-    """The plan, where dense layers follow convolutions (or there are none of either), a ReLU each, then a dense layer."""
+    """The plan, where dense layers follow convolutions (or there are none of either), a ReLU each, then a dense
+    layer."""
     if graph.plan is False:
         graph.plan = _find(graph)
     found: Plan | None = graph.plan
@@ -95,7 +96,8 @@ def margins_of_plan(
 
 
 def _moves_too_much(layer: Layer, weight: Tensor, rows: int) -> bool:
-    """Whether bringing the weight behind an image into channels-last order moves more than bringing the rows into the weight's."""
+    """Whether bringing the weight behind an image into channels-last order moves more than bringing the rows into the
+    weight's."""
     image = layer.shape_in[0] > 1 and layer.shape_in[1] * layer.shape_in[2] > 1
     return image and weight.numel() >= _LARGE and 2 * rows < weight.shape[0]
 

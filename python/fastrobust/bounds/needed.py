@@ -13,8 +13,8 @@ from fastrobust.ops import bounds as ops
 
 @torch.no_grad()
 def needed(graph: G.Graph, i: int, l: Tensor, u: Tensor) -> Tensor:
-    """Where (B, *shape) tighter bounds [l, u] of node ``i`` could change the lines of a nonlinear node that reads it, straight or
-    through other nonlinear nodes. What comes behind a linear node is bounded at that one."""
+    """Where (B, *shape) tighter bounds [l, u] of node ``i`` could change the lines of a nonlinear node that reads it,
+    straight or through other nonlinear nodes. What comes behind a linear node is bounded at that one."""
     mask = torch.zeros_like(l, dtype=torch.bool)
     for c in graph.nodes[i].consumers:
         node = graph.nodes[c]

@@ -1,19 +1,21 @@
 """Outward rounding: bounds that hold in real arithmetic and for every float32 evaluation order of the network.
 
-The propagation runs in float64 and carries, per layer, a bound on what float32 evaluation of that layer can add. For a layer with
-n products per output, any order of float32 additions, with or without fused multiply-add, satisfies (Higham, Accuracy and
-Stability of Numerical Algorithms, section 3.1)
+The propagation runs in float64 and carries, per layer, a bound on what float32 evaluation of that layer can add. For a
+layer with n products per output, any order of float32 additions, with or without fused multiply-add, satisfies (Higham,
+Accuracy and Stability of Numerical Algorithms, section 3.1)
 
-    |fl(W x + b) - (W x + b)| <= gamma_(n+2) (|W| |x| + |b|) + (n + 2) 2^-125,      gamma_k = k u / (1 - k u),  u = 2^-24,
+    |fl(W x + b) - (W x + b)| <= gamma_(n+2) (|W| |x| + |b|) + (n + 2) 2^-125,      gamma_k = k u / (1 - k u),  u =
+    2^-24,
 
-the last term covering underflow, also where subnormals are flushed to zero (there |W| and |x| count 2^-102 more, for factors that
-are flushed before they meet a large one). Where the right side overflows float32 the error is infinite. This slack is enlarged by 2^-10 of itself: the float64
-propagation's own errors obey the same inequality with u = 2^-53, which is less than 2^-28 of it. Lines, boxes and radii, which
-carry no float32 slack of their own, are enlarged by 2^-30 of their size for the same purpose.
+the last term covering underflow, also where subnormals are flushed to zero (there |W| and |x| count 2^-102 more, for
+factors that are flushed before they meet a large one). Where the right side overflows float32 the error is infinite.
+This slack is enlarged by 2^-10 of itself: the float64 propagation's own errors obey the same inequality with u = 2^-53,
+which is less than 2^-28 of it. Lines, boxes and radii, which carry no float32 slack of their own, are enlarged by 2^-30
+of their size for the same purpose.
 
-Activations: ReLU, hardtanh and ReLU6 are exact in float32; the others are taken to be computed within 8 units in the last place of
-|s(x)| (sigmoid, tanh, arctan, ELU, leaky ReLU) or of |s(x)| + |x| (softplus, SiLU, GELU). Algorithms that are not an evaluation order
-of the definition (Winograd or Fourier convolutions, TF32, half precision) are not covered.
+Activations: ReLU, hardtanh and ReLU6 are exact in float32; the others are taken to be computed within 8 units in the
+last place of |s(x)| (sigmoid, tanh, arctan, ELU, leaky ReLU) or of |s(x)| + |x| (softplus, SiLU, GELU). Algorithms that
+are not an evaluation order of the definition (Winograd or Fourier convolutions, TF32, half precision) are not covered.
 """
 
 from __future__ import annotations
@@ -49,8 +51,8 @@ def magnitude(box: Box) -> Tensor:
 
 
 def slack(node: G.LinearNode, inputs: list[Tensor]) -> Tensor | None:
-    """Bound of the float32 error of a linear node whose inputs have these magnitudes; None where it is exact, infinite where a
-    float32 sum may overflow."""
+    """Bound of the float32 error of a linear node whose inputs have these magnitudes; None where it is exact, infinite
+    where a float32 sum may overflow."""
     if isinstance(node, (G.Dense, G.Conv, G.ConvTranspose)):
         # factors that are subnormal may be flushed, whatever they meet: each counts as at least _FLUSHED / u
         w, b, m = node.get_weight().abs() + _FLUSHED, node.get_bias(), inputs[0] + _FLUSHED
@@ -83,8 +85,8 @@ def _error(n: int, size: Tensor) -> Tensor:
 
 
 def rows_error(matrix: Tensor, reach: Tensor) -> Tensor:
-    """The float32 error (R,) of rows (R, K) times outputs of magnitude ``reach`` (R, K). A difference of two outputs, or one alone,
-    is rounded once, which moves no number past a float32 bound."""
+    """The float32 error (R,) of rows (R, K) times outputs of magnitude ``reach`` (R, K). A difference of two outputs,
+    or one alone, is rounded once, which moves no number past a float32 bound."""
     sizes = matrix.abs()
     exact = ((sizes == 0) | (sizes == 1)).all(1) & (sizes.sum(1) <= 2)
     error = _error(matrix.shape[1] + 2, ((sizes + _FLUSHED) * (reach + _FLUSHED)).sum(1))

@@ -1,8 +1,9 @@
 """The normal form of a graph: the same function in few kinds of nodes, so that every fast way serves every network.
 
-Factors and shifts join the layers beside them, values that are only moved join the weights that read them, average pooling is a
-convolution of every channel, and a layer behind a concatenation is a sum of layers of its parts. What joins is computed from the
-parameters as they are at each call, once a call, and autograd records it. Bounds stay the same up to rounding, or get tighter.
+Factors and shifts join the layers beside them, values that are only moved join the weights that read them, average
+pooling is a convolution of every channel, and a layer behind a concatenation is a sum of layers of its parts. What
+joins is computed from the parameters as they are at each call, once a call, and autograd records it. Bounds stay the
+same up to rounding, or get tighter.
 """
 
 from __future__ import annotations
@@ -161,7 +162,8 @@ class _Rules(Form):
         return self.put(i, dataclasses.replace(copy(parts[0]), inputs=(k,), where=node.where))
 
     def tokens(self, i: int, node: G.Dense) -> bool:
-        """A dense layer of every token is a convolution of 1 x 1, where the tokens come from maps, or from the input."""
+        """A dense layer of every token is a convolution of 1 x 1, where the tokens come from maps, or from the
+        input."""
         if len(node.shape) not in (2, 3):
             return False
         j = node.inputs[0]

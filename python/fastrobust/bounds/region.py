@@ -52,7 +52,8 @@ class Box:
 class Region:
     """x (B, *shape), eps (a number, (B,) or x's shape), norm, clip.
 
-    ``widen``: relative enlargement of the box and the ball. ``box`` takes part for the l-infinity norm or with ``clip``; ``ball``: (x, eps), for p < inf.
+    ``widen``: relative enlargement of the box and the ball. ``box`` takes part for the l-infinity norm or with
+    ``clip``; ``ball``: (x, eps), for p < inf.
     """
 
     def __init__(self, x: Tensor, eps: float | Tensor, norm: float, clip: Clip, widen: float = 0.0):
@@ -79,7 +80,8 @@ class Region:
         return self.mapped(lambda t: t.expand(len(self.x), *t.shape[1:])[index])
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Region:
-        """The set whose points are what ``change``, which moves numbers of (B, *shape) alone, makes of these; to walk rows to."""
+        """The set whose points are what ``change``, which moves numbers of (B, *shape) alone, makes of these; to walk
+        rows to."""
         some = copy.copy(self)
         some.x, some.clip, some._flat = change(self.x), None, {}
         some.cut = Box(middle=(change(self.cut.middle[0]), change(self.cut.middle[1])))

@@ -35,8 +35,8 @@ class Options(TypedDict, total=False):
 class LinearBounds:
     """lower_A x' + lower_b <= margin(x') <= upper_A x' + upper_b for every x' of the input set.
 
-    A: (B, S, *x.shape[1:]), b: (B, S); None for a side that was not asked for. With same-slope methods upper_A is lower_A.
-    ``input_lower`` and ``input_upper``, of x's shape, are the box around the input set.
+    A: (B, S, *x.shape[1:]), b: (B, S); None for a side that was not asked for. With same-slope methods upper_A is
+    lower_A. ``input_lower`` and ``input_upper``, of x's shape, are the box around the input set.
     """
 
     lower_A: Any
@@ -66,8 +66,8 @@ U = TypeVar("U")
 
 @dataclass
 class Bounds(Generic[L, U]):
-    """lower <= f(x') <= upper for every x' of the input set; (B, S), or (B, *output shape) without labels and spec. None for a side
-    that was not asked for."""
+    """lower <= f(x') <= upper for every x' of the input set; (B, S), or (B, *output shape) without labels and spec.
+    None for a side that was not asked for."""
 
     lower: L  # a tensor, but for sides="upper"
     upper: U  # a tensor, but for sides="lower"

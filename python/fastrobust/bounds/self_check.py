@@ -18,8 +18,8 @@ from fastrobust.reference import relaxations
 
 
 def evaluate(graph: G.Graph, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The graph's outputs for x (B, *shape), and the largest sum of sizes of terms on the way of each example, (B,): what
-    rounding is relative to."""
+    """The graph's outputs for x (B, *shape), and the largest sum of sizes of terms on the way of each example, (B,):
+    what rounding is relative to."""
     values: list[Tensor] = []
     largest = x.new_zeros(len(x))
     inside = x if graph.entry is None else graph.entry(x)
@@ -34,7 +34,8 @@ def evaluate(graph: G.Graph, x: Tensor) -> tuple[Tensor, Tensor]:
         values.append(y)
         if y.numel():
             largest = torch.maximum(largest, size.abs().flatten(1).amax(1))
-    return values[graph.output], largest
+    out = values[graph.output]
+    return (out.log_softmax(1) if graph.log_softmax else out), largest
 
 
 def _value(node: G.Node, given: list[Tensor], absolute: bool) -> Tensor:
@@ -117,8 +118,8 @@ def _outputs(model: Any, points: Tensor) -> Any:
 
 
 def compare(want: Any, got: Tensor, largest: Tensor, name: str = "model") -> None:
-    """Raises ModelMismatchError where ``want``, the model's outputs, are not ``got`` (B, ...), up to rounding of terms up
-    to ``largest`` (B,). Examples whose outputs are not finite are left to the bounds, which say so."""
+    """Raises ModelMismatchError where ``want``, the model's outputs, are not ``got`` (B, ...), up to rounding of terms
+    up to ``largest`` (B,). Examples whose outputs are not finite are left to the bounds, which say so."""
     if not isinstance(want, Tensor):
         raise ModelMismatchError(f"{name}: returned {type(want).__name__} for a batch, and one tensor for one example")
     n = len(got)

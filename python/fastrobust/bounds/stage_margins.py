@@ -15,7 +15,7 @@ from fastrobust.bounds.region import Region
 from fastrobust.ops import bounds as ops
 from fastrobust.ops.bounds._stage import Heads, Link, Parameters, Stage, channels_first
 from fastrobust.ops.bounds.margins import Image, Rows
-from fastrobust.ops.bounds.stages import stage_margins
+from fastrobust.ops.bounds.stage_op import stage_margins
 
 _KINDS = {"crown-ibp": "crown", "ibp-linear": "parallel", "ibp": None}
 
@@ -25,7 +25,8 @@ class _Other(Exception):
 
 
 class Plan:
-    """The stages of a graph, the nodes whose parameters they take, and the linear nodes above them, which rows pass first."""
+    """The stages of a graph, the nodes whose parameters they take, and the linear nodes above them, which rows pass
+    first."""
 
     def __init__(self, graph: G.Graph, ball: bool = False):
         """ball: intervals of products of the input come from a ball, and such products are stages of their own."""
@@ -162,7 +163,8 @@ class Plan:
         return Parameters(weights, biases, scales, []) if served else None
 
     def boxes(self, given: Parameters, region: Region) -> list[Tensor]:
-        """Centre and radius of the products of the input over a ball, the tighter of it and of the box with ``clip``."""
+        """Centre and radius of the products of the input over a ball, the tighter of it and of the box with
+        ``clip``."""
         found: list[Tensor] = []
         for node, at, b in self.balls:
             w, bias = given.weights[at], None if b is None else given.biases[b]
@@ -236,8 +238,8 @@ def plan_of(graph: G.Graph, ball: bool) -> Plan | None:
 
 
 class Asked(NamedTuple):
-    """The rows to bound: outputs ``plus`` (less ``minus``), or rows of ``matrix`` (R, K); ``negated``: of minus the outputs. keep: with
-    the linear bounds that they come from."""
+    """The rows to bound: outputs ``plus`` (less ``minus``), or rows of ``matrix`` (R, K); ``negated``: of minus the
+    outputs. keep: with the linear bounds that they come from."""
 
     rows: Rows
     matrix: Tensor | None = None

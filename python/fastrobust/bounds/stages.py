@@ -1,8 +1,9 @@
-"""Graphs of activations, poolings and convolutions that one kernel takes rows of linear bounds through, down to the input.
+"""Graphs of activations, poolings and convolutions that one kernel takes rows of linear bounds through, down to the
+input.
 
-A stage is an activation or a max pooling with its lines, or a linear node that more than one node reads, that a pooling reads, or
-whose bias no activation took over: it has lines, too, of slope 1. Between stages there are convolutions and sums; a pooling hands its
-coefficients to the neurons that it follows.
+A stage is an activation or a max pooling with its lines, or a linear node that more than one node reads, that a pooling
+reads, or whose bias no activation took over: it has lines, too, of slope 1. Between stages there are convolutions and
+sums; a pooling hands its coefficients to the neurons that it follows.
 """
 
 from __future__ import annotations
@@ -179,11 +180,18 @@ def _runs(region: Region, stages: list[ops.GraphStage], *tensors: Tensor) -> boo
 
 
 def concretize_units(
-    graph: G.Graph, region: Region, lines: dict[int, Any], start: int, example: Tensor, neuron: Tensor, sides: int, max_memory: int,
+    graph: G.Graph,
+    region: Region,
+    lines: dict[int, Any],
+    start: int,
+    example: Tensor,
+    neuron: Tensor,
+    sides: int,
+    max_memory: int,
     keep: bool = False,
-) -> tuple[Tensor, Linear | None] | None:  # fmt: skip
-    """Bounds (sides, R) of neurons of the image ``start``, and with ``keep`` their linear map at the input; None where this is not the
-    way."""
+) -> tuple[Tensor, Linear | None] | None:
+    """Bounds (sides, R) of neurons of the image ``start``, and with ``keep`` their linear map at the input; None where
+    this is not the way."""
     x, node = region.x, graph.nodes[start]
     if not x.is_cpu or x.dtype != torch.float32 or len(node.shape) != 3 or not len(example):
         return None
@@ -215,11 +223,17 @@ def takes_images(graph: G.Graph, lines: dict[int, Any], top: int, max_memory: in
 
 
 def concretize_images(
-    graph: G.Graph, region: Region, lines: dict[int, Any], rows: dict[int, Entry], b: Tensor, example: Tensor, max_memory: int,
+    graph: G.Graph,
+    region: Region,
+    lines: dict[int, Any],
+    rows: dict[int, Entry],
+    b: Tensor,
+    example: Tensor,
+    max_memory: int,
     keep: bool = False,
-) -> tuple[Tensor, Linear | None] | None:  # fmt: skip
-    """Bounds of rows (A (k, ., map) in channels-last order, pick, minus) of whole images at nodes, and with ``keep`` their linear map at
-    the input; None where this is not the way."""
+) -> tuple[Tensor, Linear | None] | None:
+    """Bounds of rows (A (k, ., map) in channels-last order, pick, minus) of whole images at nodes, and with ``keep``
+    their linear map at the input; None where this is not the way."""
     if not b.is_cpu or b.dtype != torch.float32 or not len(example):
         return None
     plan = _plan(graph, lines, list(rows), None)
@@ -232,8 +246,14 @@ def concretize_images(
 
 
 def _ends(
-    region: Region, stages: list[ops.GraphStage], b: Tensor, example: Tensor, unit: ops.Unit | None, max_memory: int, keep: bool
-) -> tuple[Tensor, Linear | None]:  # fmt: skip
+    region: Region,
+    stages: list[ops.GraphStage],
+    b: Tensor,
+    example: Tensor,
+    unit: ops.Unit | None,
+    max_memory: int,
+    keep: bool,
+) -> tuple[Tensor, Linear | None]:
     """The extremes, and with ``keep`` the linear map at the input."""
     box, ball = region.flattened(True)
     count, shape = len(region.x), stages[-1].shape
