@@ -1,18 +1,16 @@
-"""Liu 2022, tables 3.2 and 3.3: volumes of certified regions with one bound per pixel against uniform ones, and how much the
-regions of different images resemble each other. Not a timing suite.
+"""Liu 2022, tables 3.2 and 3.3: volumes of certified regions with one bound per pixel against uniform ones, and how
+much the regions of different images resemble each other. Not a timing suite.
 
-    python -m benchmarks.nonuniform_tables --data FOLDER [--units N ...] [--kind plain robust] [--images N] [--out FILE.json]
+    fastrobust tables --table 3.2 3.3 --data FOLDER [--units N ...] [--images N] [--networks FOLDER] [--out FILE.json]
 
-The networks are trained here: three hidden layers of N units, pixels in [-1, 1], plainly or on PGD examples of size 0.1.
-Every region is certified again in float64 by `fast_lin_margins` below, which shares no code with the library, and the
-corner of it that the gradient points to is tried.
+The networks are trained here: three hidden layers of N units, pixels in [-1, 1], plainly or on PGD examples of size
+0.1. Every region is certified again in float64 by `fast_lin_margins` below, which shares no code with the library, and
+the corner of it that the gradient points to is tried.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,26 +22,30 @@ from tqdm import tqdm
 
 import fastrobust as fr
 
-from .certificate_tables import images_of
+from .image_files import images_of
 from .table_file import TableFile
 
-# units, kind: uniform and non-uniform eps_avg and their ratio (3.2), mean and smallest cosine (3.3), as printed
+# data, units, kind: uniform and non-uniform eps_avg and their ratio (3.2), mean and smallest cosine (3.3), as printed
 PRINTED = {
-    (100, "plain"): (0.0295, 0.0349, 1.183, 0.9548, 0.2304),
-    (100, "robust"): (0.0692, 0.1678, 2.425, 0.9957, 0.9155),
-    (300, "plain"): (0.0309, 0.0350, 1.133, 0.9774, 0.5038),
-    (300, "robust"): (0.0507, 0.1404, 2.769, 0.9964, 0.9104),
-    (500, "plain"): (0.0319, 0.0360, 1.129, 0.9874, 0.6367),
-    (500, "robust"): (0.0436, 0.1167, 2.677, 0.9941, 0.8920),
+    ("mnist", 100, "plain"): (0.0295, 0.0349, 1.183, 0.9548, 0.2304),
+    ("mnist", 100, "robust"): (0.0692, 0.1678, 2.425, 0.9957, 0.9155),
+    ("mnist", 300, "plain"): (0.0309, 0.0350, 1.133, 0.9774, 0.5038),
+    ("mnist", 300, "robust"): (0.0507, 0.1404, 2.769, 0.9964, 0.9104),
+    ("mnist", 500, "plain"): (0.0319, 0.0360, 1.129, 0.9874, 0.6367),
+    ("mnist", 500, "robust"): (0.0436, 0.1167, 2.677, 0.9941, 0.8920),
+    ("fashion", 1024, "plain"): (0.0134, 0.0141, 1.052, 0.9805, 0.5652),
+    ("fashion", 1024, "robust"): (0.0208, 0.0306, 1.468, 0.9752, 0.7166),
+    ("svhn", 1024, "plain"): (0.0022, 0.0072, 3.273, 0.9836, 0.7129),
+    ("svhn", 1024, "robust"): (0.0054, 0.0281, 5.204, 0.9952, 0.9339),
 }
 COLUMNS = ("uniform", "nonuniform", "ratio", "cosine_mean", "cosine_min")
 EPOCHS = {"plain": 20, "robust": 30}
 
 
-def layers_of(units: int) -> nn.Sequential:
+def layers_of(units: int, pixels: int = 784) -> nn.Sequential:
     layers: list[nn.Module] = [nn.Flatten()]
     for i in range(3):
-        layers += [nn.Linear(784 if i == 0 else units, units), nn.ReLU()]
+        layers += [nn.Linear(pixels if i == 0 else units, units), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(units, 10))
 
 
@@ -55,9 +57,9 @@ def train(
     ``keep`` is called with the number of epochs done: a network of fewer epochs is the beginning of one of more.
     """
     torch.manual_seed(0)
-    model = layers_of(units)
+    model = layers_of(units, x[0].numel())
     optimiser = torch.optim.Adam(model.parameters(), 2e-3 if kind == "robust" else 1e-3)
-    for epoch in tqdm(range(epochs), leave=False, desc="training"):
+    for epoch in tqdm(range(epochs), leave=False, disable=None, desc="training"):
         eps = 0.1 * min(1.0, (epoch + 1) / 2)
         for batch in torch.randperm(len(y)).split(200):
             images, labels = x[batch], y[batch]
@@ -112,7 +114,9 @@ def measure(model: nn.Sequential, x: Tensor, y: Tensor, chunk: int) -> dict[str,
     start = time.perf_counter()
     parts = [
         fr.certify.nonuniform_radius(model, part, labels)
-        for part, labels in tqdm(list(zip(x.split(chunk), y.split(chunk), strict=True)), leave=False, desc="regions")
+        for part, labels in tqdm(
+            list(zip(x.split(chunk), y.split(chunk), strict=True)), leave=False, disable=None, desc="regions"
+        )
     ]
     seconds = time.perf_counter() - start
     uniform, volume, eps = (torch.cat([getattr(p, name) for p in parts]) for name in ("uniform", "volume", "eps"))
@@ -138,58 +142,56 @@ def measure(model: nn.Sequential, x: Tensor, y: Tensor, chunk: int) -> dict[str,
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=os.environ.get("FASTROBUST_DATA"), help="folder with mnist.npz")
-    parser.add_argument("--units", type=int, nargs="+", default=[100, 300, 500], help="of each hidden layer")
-    parser.add_argument("--kind", nargs="+", choices=("plain", "robust"), default=["plain", "robust"])
-    parser.add_argument("--epochs", type=int, help="of training (default: 20 plain, 30 robust)")
-    parser.add_argument("--images", type=int, default=50, help="test images (default: 50)")
-    parser.add_argument("--chunk", type=int, default=25, help="images at once (default: 25)")
-    parser.add_argument("--networks", type=Path, help="folder that keeps trained networks, or has them already")
-    parser.add_argument("--out", type=Path, help="JSON file to write, or to update")
-    args = parser.parse_args()
-    if args.data is None or not (Path(args.data) / "mnist.npz").is_file():
-        parser.error("--data: expected the folder with mnist.npz (or set FASTROBUST_DATA)")
-    table = TableFile(args.out, "Liu 2022, tables 3.2 and 3.3: MNIST networks trained by this library")
-    x, y = images_of(Path(args.data), "mnist", "train")
-    test, labels = images_of(Path(args.data), "mnist")
-    x, test = 2 * x - 1, 2 * test - 1
-    heads = ("accuracy", "PGD", "uniform", "volume", "ratio", "printed", "cosine", "min", "regions", "s")
-    print(f"{'tables 3.2 and 3.3':<18}" + "".join(f"{head:>9}" for head in heads))
-    for units in args.units:
-        for kind in args.kind:
-            epochs = args.epochs or EPOCHS[kind]
+def network(given: argparse.Namespace, data: str, units: int, kind: str) -> tuple[nn.Sequential, int]:
+    """Read from ``given.networks``, or trained and kept there; and its epochs."""
+    epochs = EPOCHS[kind]
+    first = "" if data == "mnist" else f"{data}_"
 
-            def file_of(done: int, units: int = units, kind: str = kind) -> Path | None:
-                return None if args.networks is None else args.networks / f"{units}_{kind}_{done}.pt"
+    def file_of(done: int) -> Path | None:
+        return None if given.networks is None else given.networks / f"{first}{units}_{kind}_{done}.pt"
 
-            def keep(done: int, model: nn.Module, file_of: Callable[[int], Path | None] = file_of) -> None:
-                if (to := file_of(done)) is not None:
-                    torch.save(model.state_dict(), to)
+    def keep(done: int, model: nn.Module) -> None:
+        if (to := file_of(done)) is not None:
+            to.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(model.state_dict(), to)
 
-            file = file_of(epochs)
-            if file is not None and file.is_file():
-                model = layers_of(units).eval()
-                model.load_state_dict(torch.load(file, weights_only=True))
-            else:
-                model = train(x, y, units, kind, epochs, keep)
-            model.requires_grad_(False)
-            accuracy = 100 * (model(test).argmax(1) == labels).double().mean().item()
-            attacked = fr.attacks.pgd(model, test, labels, eps=0.1, steps=20, step_size=0.02, clip=(-1.0, 1.0), seed=0)
-            robust = 100 * (model(attacked).argmax(1) == labels).double().mean().item()
-            row = measure(model, test[: args.images], labels[: args.images], args.chunk)
-            ours, printed = row["ours"], PRINTED.get((units, kind), (math.nan,) * 5)
-            print(
-                f"{f'{units} {kind}':<18}{accuracy:9.2f}{robust:9.2f}{ours['uniform']:9.4f}{ours['nonuniform']:9.4f}"
-                f"{ours['ratio']:9.3f}{printed[2]:9.3f}{ours['cosine_mean']:9.4f}{ours['cosine_min']:9.4f}"
-                f"{row['regions']:9d}{row['seconds']:9.1f}",
-                flush=True,
-            )
-            about = {"units": units, "kind": kind, "epochs": epochs, "images": args.images, "accuracy": accuracy}
-            printed_row = dict(zip(COLUMNS, printed, strict=True))
-            table.add(f"{units} {kind}", about | {"pgd_accuracy": robust, "printed": printed_row} | row)
+    x, y = images_of(given.data, data, "train")
+    file = file_of(epochs)
+    if file is not None and file.is_file():
+        model = layers_of(units, x[0].numel()).eval()
+        model.load_state_dict(torch.load(file, weights_only=True))
+    else:
+        model = train(2 * x - 1, y, units, kind, epochs, keep)
+    return model.requires_grad_(False), epochs
 
 
-if __name__ == "__main__":
-    main()
+def run(given: argparse.Namespace, table: TableFile, chunk: int = 25) -> None:
+    """Tables 3.2 and 3.3 of the data sets that are there. given: ``data``, ``units``, ``images``, ``networks``."""
+    heads = ("accuracy", "PGD", "uniform", "volume", "ratio", "printed", "diff", "cosine", "min", "regions", "s")
+    print(f"{'tables 3.2 and 3.3':<22}" + "".join(f"{head:>9}" for head in heads))
+    count = given.images or 50
+    for data, units, kind in PRINTED:
+        if given.units is not None and units not in given.units:
+            continue
+        try:
+            test, labels = images_of(given.data, data)
+        except FileNotFoundError as error:
+            print(f"{f'{data} {units} {kind}':<22}skipped: {error}")
+            continue
+        test = 2 * test - 1
+        model, epochs = network(given, data, units, kind)
+        accuracy = 100 * (model(test).argmax(1) == labels).double().mean().item()
+        attacked = fr.attacks.pgd(model, test, labels, eps=0.1, steps=20, step_size=0.02, clip=(-1.0, 1.0), seed=0)
+        robust = 100 * (model(attacked).argmax(1) == labels).double().mean().item()
+        row = measure(model, test[:count], labels[:count], chunk)
+        ours, printed = row["ours"], PRINTED[data, units, kind]
+        print(
+            f"{f'{data} {units} {kind}':<22}{accuracy:9.2f}{robust:9.2f}{ours['uniform']:9.4f}{ours['nonuniform']:9.4f}"
+            f"{ours['ratio']:9.3f}{printed[2]:9.3f}{ours['ratio'] - printed[2]:9.3f}{ours['cosine_mean']:9.4f}"
+            f"{ours['cosine_min']:9.4f}{row['regions']:9d}{row['seconds']:9.1f}\n"
+            f"{'  printed':<22}{'':18}{printed[0]:9.4f}{printed[1]:9.4f}{printed[2]:9.3f}{'':18}{printed[3]:9.4f}{printed[4]:9.4f}",
+            flush=True,
+        )
+        about = {"data": data, "units": units, "kind": kind, "epochs": epochs, "images": count, "accuracy": accuracy}
+        printed_row = dict(zip(COLUMNS, printed, strict=True))
+        table.add(f"{data} {units} {kind}", about | {"pgd_accuracy": robust, "printed": printed_row} | row)

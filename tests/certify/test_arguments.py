@@ -113,9 +113,11 @@ def test_kinds_of_labels(net: nn.Module, batch: tuple[Tensor, Tensor], kind: Any
 @pytest.mark.parametrize("labels", [torch.zeros(4), torch.zeros(4, dtype=torch.bool), np.zeros(4), "0123"])
 def test_what_is_no_label(net: nn.Module, batch: tuple[Tensor, Tensor], labels: Any) -> None:
     for call in (
-        lambda: compute_bounds(net, batch[0], 0.1, labels=labels), lambda: polyhedral_envelope(net, batch[0], labels, 0.1),
-        lambda: search_radius(net, batch[0], labels, high=0.1, tol=0.1), lambda: nonuniform_radius(net, batch[0], labels),
-    ):  # fmt: skip
+        lambda: compute_bounds(net, batch[0], 0.1, labels=labels),
+        lambda: polyhedral_envelope(net, batch[0], labels, 0.1),
+        lambda: search_radius(net, batch[0], labels, high=0.1, tol=0.1),
+        lambda: nonuniform_radius(net, batch[0], labels),
+    ):
         with pytest.raises(TypeError, match="labels: got"):
             call()
 
@@ -182,10 +184,15 @@ def test_a_box_per_channel_is_the_box_of_the_network_before_normalisation(
 @pytest.mark.parametrize(
     "clip,said",
     [
-        ((0.0,), "clip"), ((1.0, 0.0), "low < high"), ((torch.zeros(2), 1.0), "broadcasts"), ((torch.ones(3, 1, 1), torch.zeros(3, 1, 1)), "low < high"),
-        ((torch.full((3, 1, 1), math.nan), 1.0), "low < high"), ((0.5, torch.ones(3, 1, 1)), "outside|expected all in clip"), ("01x", "clip"),
+        ((0.0,), "clip"),
+        ((1.0, 0.0), "low < high"),
+        ((torch.zeros(2), 1.0), "broadcasts"),
+        ((torch.ones(3, 1, 1), torch.zeros(3, 1, 1)), "low < high"),
+        ((torch.full((3, 1, 1), math.nan), 1.0), "low < high"),
+        ((0.5, torch.ones(3, 1, 1)), "outside|expected all in clip"),
+        ("01x", "clip"),
     ],
-)  # fmt: skip
+)
 def test_boxes_that_are_none(net: nn.Module, batch: tuple[Tensor, Tensor], clip: Any, said: str) -> None:
     with pytest.raises((ValueError, TypeError), match=said):
         compute_bounds(net, batch[0], 0.1, clip=clip)

@@ -60,7 +60,10 @@ def test_weights_go_into_the_model_of_a_factory(nets: pathlib.Path, factory: str
     torch.save(net.state_dict(), nets / "w.pt")
     found = load(nets / "w.pt", factory=factory)
     assert torch.equal(found.model(x), net(x)) and not found.model.training
-    assert found.built == f"Sequential of {factory}, 4 tensors of {sum(p.numel() for p in net.parameters())} numbers loaded strictly"  # fmt: skip
+    assert (
+        found.built
+        == f"Sequential of {factory}, 4 tensors of {sum(p.numel() for p in net.parameters())} numbers loaded strictly"
+    )
 
 
 def test_a_factory_in_a_file_imports_its_neighbours(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +125,12 @@ def test_published_layouts(tmp_path: pathlib.Path, channels: int) -> None:
         nn.Conv2d(3, 16, 4, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 4, 2, 1), nn.ReLU(),
         nn.Flatten(), nn.Linear(2048, 100), nn.ReLU(), nn.Linear(100, 10),
     )  # fmt: skip
-    owners = {"0": "conv_block.conv_layer_0.layer", "2": "conv_block.conv_layer_1.layer", "5": "fc_block.fc_layer_0.layer", "7": "output.layer"}  # fmt: skip
+    owners = {
+        "0": "conv_block.conv_layer_0.layer",
+        "2": "conv_block.conv_layer_1.layer",
+        "5": "fc_block.fc_layer_0.layer",
+        "7": "output.layer",
+    }
     x, state = torch.rand(2, channels, size, size), net.state_dict()
     torch.save({f"{owners[k[0]]}{k[1:]}": v for k, v in state.items()}, tmp_path / "published.pt")
     torch.save(state, tmp_path / "plain.pt")

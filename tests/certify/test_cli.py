@@ -24,7 +24,10 @@ def files(tmp_path):
     y = model(x[:, None].float() / 255).argmax(1)
     y[3] = (y[3] + 1) % 5
     np.savez(tmp_path / "data.npz", test_images=x.numpy(), test_labels=y.numpy())
-    torch.save({"a.weight": model[1].weight, "a.bias": model[1].bias, "b.weight": model[3].weight, "b.bias": model[3].bias}, tmp_path / "state.pt")  # fmt: skip
+    torch.save(
+        {"a.weight": model[1].weight, "a.bias": model[1].bias, "b.weight": model[3].weight, "b.bias": model[3].bias},
+        tmp_path / "state.pt",
+    )
     torch.save(model, tmp_path / "whole.pt")
     return tmp_path, model, x[:, None].float() / 255, y
 
@@ -62,7 +65,26 @@ def test_one_shot_file_and_summary(files, capsys):
 def test_search_to_npz(files):
     folder, model, x, y = files
     out = folder / "r.npz"
-    assert main(arguments(folder, "--high", "0.4", "--tol", "1e-3", "--norm", "2", "--limit", "9", "--first", "2", "--out", str(out))) == 0  # fmt: skip
+    assert (
+        main(
+            arguments(
+                folder,
+                "--high",
+                "0.4",
+                "--tol",
+                "1e-3",
+                "--norm",
+                "2",
+                "--limit",
+                "9",
+                "--first",
+                "2",
+                "--out",
+                str(out),
+            )
+        )
+        == 0
+    )
     found = np.load(out)
     assert found["index"].tolist() == list(range(2, 11))
     want = fr.certify.search_radius(model, x[2:11], y[2:11], high=0.4, tol=1e-3, norm=2, clip=(0, 1))
@@ -72,20 +94,16 @@ def test_search_to_npz(files):
 
 def test_two_workers_write_the_same_file(files):
     folder, *_ = files
-    outs = []
-    for workers in (1, 2):
-        out = folder / f"w{workers}.csv"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)]
-        command += ["-m", "fastrobust.cli.certify"]
-        run = subprocess.run(
-            [*command, *arguments(folder, "--eps", "0.02", "--batch-size", "4", "--out", str(out))[1:]],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert run.returncode == 0, run.stderr
-        assert run.stdout.count("ACB PEC") == 1
-        outs.append(out.read_bytes())
+    one, two = (
+        arguments(folder, "--eps", "0.02", "--batch-size", "4", "--out", str(folder / f"w{n}.csv")) for n in (1, 2)
+    )
+    assert main(one) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "fastrobust.cli.certify", *two[1:]]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("ACB PEC") == 1
+    outs = [(folder / f"w{n}.csv").read_bytes() for n in (1, 2)]
     assert outs[0] == outs[1]
     assert outs[0].count(b"\n") == 24
 

@@ -102,8 +102,20 @@ def test_the_command_passes_them_on(tmp_path):
     x, y = images(model)
     np.savez(tmp_path / "data.npz", test_images=x.numpy(), test_labels=y.numpy())
     torch.save(model, tmp_path / "model.pt")
-    base = ["certify", "--model", str(tmp_path / "model.pt"), "--trust", "--data", str(tmp_path / "data.npz"), "--norm", "2", "--no-progress"]  # fmt: skip
-    for options, flags in zip(OPTIONS, ([], ["--refine", "all"], ["--exact-input"], ["--refine", "all", "--exact-input"]), strict=True):  # fmt: skip
+    base = [
+        "certify",
+        "--model",
+        str(tmp_path / "model.pt"),
+        "--trust",
+        "--data",
+        str(tmp_path / "data.npz"),
+        "--norm",
+        "2",
+        "--no-progress",
+    ]
+    for options, flags in zip(
+        OPTIONS, ([], ["--refine", "all"], ["--exact-input"], ["--refine", "all", "--exact-input"]), strict=True
+    ):
         for mode, want in ((["--eps", "0.6"], envelope), (["--high", "4", "--tol", "1e-3"], search)):
             out = tmp_path / "r.npz"
             assert main([*base, *mode, *flags, "--out", str(out)]) == 0

@@ -44,25 +44,23 @@ def milp_minimum(model: nn.Sequential, x: torch.Tensor, y: int, t: int, eps: flo
 
 
 @pytest.mark.parametrize(
-    "seeds", [range(5), *(pytest.param(range(k, k + 5), marks=pytest.mark.thorough) for k in range(5, 50, 5))]
+    "seeds", [range(20), *(pytest.param(range(k, k + 20), marks=pytest.mark.thorough) for k in range(20, 200, 20))]
 )
-@pytest.mark.parametrize("method", ["crown", "ibp"])  # intervals leave most to branch and bound
-def test_verdicts_are_those_of_milp(seeds: range, method: str) -> None:
-    settled = 0
+def test_verdicts_are_those_of_milp(seeds: range) -> None:
+    """Networks of two and three layers; bounds by intervals on every other one leave most to branch and bound."""
     for seed in seeds:
         g = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
         hidden = [nn.Linear(8, 8), nn.ReLU()] if seed % 2 else []
         model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), *hidden, nn.Linear(8, 3)).eval().requires_grad_(False)
-        x = torch.rand(4, 4, generator=g)
+        x = torch.rand(3, 4, generator=g)
         y = model(x).argmax(1)
-        eps = (0.1, 0.25, 0.4)[seed % 3]
-        v = fr.certify.verify(model, x, y, eps, timeout=5, restarts=1, steps=2, method=method)
-        for i in range(4):
-            if v.status[i] == "unknown":
-                continue
-            settled += 1
+        eps, method = (0.1, 0.25, 0.4)[seed % 3], ("crown", "ibp")[seed // 2 % 2]
+        v = fr.certify.verify(model, x, y, eps, timeout=100, max_subproblems=1000, steps=2, method=method)
+        for i in range(3):
             exact = min(milp_minimum(model, x[i], int(y[i]), t, eps) for t in range(3) if t != int(y[i]))
+            if abs(exact) < 1e-5:  # within HiGHS's tolerances
+                continue
             assert v.status[i] == ("verified" if exact > 0 else "falsified"), (seed, i, exact)
             if v.status[i] == "verified":
                 assert float(v.lower[i]) <= exact + 1e-5
@@ -70,7 +68,6 @@ def test_verdicts_are_those_of_milp(seeds: range, method: str) -> None:
                 p = v.counterexamples[i]
                 assert model(p[None]).argmax() != y[i]
                 assert p.min() >= 0 and p.max() <= 1 and (p.double() - x[i].double()).abs().max() <= eps
-    assert settled >= 16  # of 20: undecided ones must stay few
 
 
 def test_convolutions_and_branching() -> None:

@@ -1,4 +1,5 @@
-"""Published figures (Liu 2022, tables 3.6 to 3.9) from the published checkpoints, on the first 10 000 MNIST test images."""
+"""Published figures (Liu 2022, tables 3.6 to 3.9) from the published checkpoints, on the first 10 000 MNIST test
+images."""
 
 from __future__ import annotations
 

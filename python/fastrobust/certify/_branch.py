@@ -1,163 +1,407 @@
-"""Lower bounds of a ReLU chain under fixed neurons: beta-CROWN (Wang et al. 2021) in float64, many subproblems a batch."""
+"""Branch and bound on the signs of ReLUs: subproblems of many examples in one batch, bounded with multipliers for the
+chosen signs (beta-CROWN: Wang et al. 2021), branched by the relaxation's error (as BaBSR, Bunel et al. 2020) filtered
+by trial bounds (FSB, De Palma et al. 2021)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn.grad import conv2d_input
+from torch import Tensor
 
-_IDLE = (nn.Identity, nn.Dropout, nn.Flatten)
+from fastrobust.certify._subproblems import Bound, Lines, Part, Problems
 
-
-def chain(model: nn.Module) -> list[nn.Module] | None:
-    """The layers of a Sequential of Linear, Conv2d, ReLU and Flatten that ends in a Linear, or None."""
-    if type(model) is not nn.Sequential or model._forward_hooks or model._forward_pre_hooks:
-        return None
-    layers: list[nn.Module] = []
-    for part in model:
-        if type(part) is nn.Sequential:
-            inner = chain_parts(part)
-            if inner is None:
-                return None
-            layers += inner
-        else:
-            layers.append(part)
-    return layers if layers and type(layers[-1]) is nn.Linear and all(map(_known, layers)) else None
+_DECAY = 0.9  # of the step length
+_MOMENTS = 0.8, 0.95  # of Adam
+_DESCENT = 3  # steps from the minimum of a bound to a counterexample
+_REFRESHED = 48  # rows of hidden bounds that a subproblem may cost
 
 
-def chain_parts(part: nn.Sequential) -> list[nn.Module] | None:
-    if part._forward_hooks or part._forward_pre_hooks or any(type(m) is nn.Sequential for m in part):
-        return None
-    return list(part)
+@dataclass(frozen=True)
+class Options:
+    """``rows``: subproblems a batch; ``steps``: of the multipliers; ``trials``: neurons whose children are tried."""
+
+    rows: int = 512
+    steps: int = 8
+    first_steps: int = 20
+    trials: int = 8
+    rate: float = 0.25
+    most: int = 100_000
+    timeout: float = 60.0
+    outward: bool = False
 
 
-def _known(m: nn.Module) -> bool:
-    if m._forward_hooks or m._forward_pre_hooks or m.training and type(m) is nn.Dropout:
-        return False
-    if type(m) is nn.Conv2d:
-        return m.padding_mode == "zeros" and not isinstance(m.padding, str)
-    if type(m) is nn.Flatten:
-        return m.start_dim == 1 and m.end_dim == -1
-    return type(m) in (nn.Linear, nn.ReLU, nn.Identity, nn.Dropout)
+class Entry(NamedTuple):
+    """A subproblem: a margin and chosen signs, with what its parent found."""
+
+    target: int
+    split: Tensor  # (U,) int8
+    alpha: Tensor  # (U,)
+    beta: Tensor  # (U,)
+    low: Tensor  # (U,)
+    up: Tensor
+    value: float
 
 
 @dataclass
-class Affine:
-    """z -> W z + b on flat vectors of given inner shapes."""
+class Case:
+    """One example: its open subproblems and what is known."""
 
-    layer: Any
-    before: tuple[int, ...]
-    after: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        self.weight: Tensor
-        self.bias: Tensor | None
-        self.weight = self.layer.weight.detach().double()
-        b = self.layer.bias
-        self.bias = None if b is None else b.detach().double()
-
-    def forward(self, z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        z = z.reshape(-1, *self.before)
-        if isinstance(self.layer, nn.Linear):
-            out = nn.functional.linear(z, weight, bias)
-        else:
-            m = self.layer
-            out = nn.functional.conv2d(z, weight, bias, m.stride, m.padding, m.dilation, m.groups)
-        return out.flatten(1)
-
-    def interval(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
-        mid, half = (
-            self.forward((lo + hi) / 2, self.weight, self.bias),
-            self.forward((hi - lo) / 2, self.weight.abs(), None),
-        )
-        return mid - half, mid + half
-
-    def backward(self, a: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, S, out) -> (N, S, in) and the constant (N, S)."""
-        n, s = a.shape[:2]
-        if isinstance(self.layer, nn.Linear):
-            return a @ self.weight, (a @ self.bias if self.bias is not None else a.new_zeros(n, s))
-        m = self.layer
-        rows = a.reshape(n * s, *self.after)
-        below = conv2d_input((n * s, *self.before), self.weight, rows, m.stride, m.padding, m.dilation, m.groups)
-        const = (rows.sum((2, 3)) @ self.bias).reshape(n, s) if self.bias is not None else a.new_zeros(n, s)
-        return below.reshape(n, s, -1), const
+    at: int  # among the problems
+    stack: list[Entry]
+    status: str = ""
+    worst: float = math.inf
+    count: int = 0
+    seconds: float = 0.0
+    point: Tensor | None = None
+    stuck: list[Entry] = field(default_factory=list)  # all neurons fixed, and not proven by the multipliers
 
 
-class Chain:
-    """Alternating affine maps and ReLUs; ``maps[k]`` is followed by a ReLU except the last."""
+class Branching:
+    """Branch and bound over the examples of some problems.
 
-    def __init__(self, layers: list[nn.Module], x: Tensor):
-        self.maps: list[Affine] = []
-        z = x[:1].detach()
-        relu = True
-        for m in layers:
-            out = m(z)
-            if type(m) in (nn.Linear, nn.Conv2d):
-                if not relu or type(m) is nn.Linear and z.dim() != 2:
-                    raise ValueError("model: got two linear layers in a row, expected ReLUs between them")
-                self.maps.append(Affine(m, tuple(z.shape[1:]), tuple(out.shape[1:])))
-                relu = False
-            elif type(m) is nn.ReLU:
-                if not self.maps:
-                    raise ValueError("model: got a ReLU on the input, expected a linear layer first")
-                relu = True
-            z = out
+    ``confirm(example, points)``: the number of a point in the set of the example that the model itself predicts
+    otherwise, or None. ``leaf(example, entry)``: a lower bound of a subproblem by another way, and a point, or None.
+    """
 
-    def intervals(self, lo: Tensor, hi: Tensor, known: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-        out = []
-        for k, m in enumerate(self.maps[:-1]):
-            low, up = m.interval(lo, hi)
-            if k < len(known):
-                low, up = torch.maximum(low, known[k][0]), torch.minimum(up, known[k][1])
-            out.append((low, up))
-            lo, hi = low.clamp(min=0), up.clamp(min=0)
-        return out
-
-    def lower(
+    def __init__(
         self,
-        a: Tensor,
-        lo: Tensor,
-        hi: Tensor,
-        bounds: Any,
-        upto: int,
-        alpha: Any = None,
-        beta: Any = None,
-        split: Any = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Lower bounds (N, S) of a @ (output of map ``upto``), and the coefficients of x."""
-        const = a.new_zeros(a.shape[:2])
-        for k in range(upto, -1, -1):
-            a, c = self.maps[k].backward(a)
-            const = const + c
-            if k == 0:
-                break
-            low, up = bounds[k - 1]
-            crossing = (low < 0) & (up > 0)
-            slope = torch.where(crossing, up / torch.where(crossing, up - low, 1), (low >= 0).to(a.dtype))
-            under = torch.where(crossing, (up > -low).to(a.dtype) if alpha is None else alpha[k - 1], slope)
-            shift = torch.where(crossing, -slope * low, 0)
-            neg, pos = a.clamp(max=0), a.clamp(min=0)
-            const = const + (neg * shift.unsqueeze(1)).sum(-1)
-            a = neg * slope.unsqueeze(1) + pos * under.unsqueeze(1)
-            if beta is not None:  # s z >= 0 on this side of the split: subtracting beta s z only lowers the minimum
-                a = a - (beta[k - 1] * split[k - 1]).unsqueeze(1)
-        mid, half = ((lo + hi) / 2).unsqueeze(1), ((hi - lo) / 2).unsqueeze(1)
-        return const + (a * mid).sum(-1) - (a.abs() * half).sum(-1), a
+        problems: Problems,
+        options: Options,
+        confirm: Callable[[int, Tensor], Tensor | None],
+        leaf: Any = None,
+        whole: bool = False,
+    ):
+        self.p, self.o, self.confirm, self.leaf, self.whole = problems, options, confirm, leaf, whole
+        self.enough = problems.enough(options.outward)  # (E, T)
 
-    def root(self, lo: Tensor, hi: Tensor) -> list[tuple[Tensor, Tensor]]:
-        found: list[tuple[Tensor, Tensor]] = []
-        for k, _m in enumerate(self.maps[:-1]):
-            found = self.intervals(lo, hi, found)[: k + 1]
-            if k:
-                size = found[k][0].shape[1]
-                for j in range(0, size, 256):
-                    eye = torch.eye(size, dtype=lo.dtype, device=lo.device)[j : j + 256].expand(len(lo), -1, -1)
-                    low = self.lower(eye, lo, hi, found, k)[0]
-                    up = -self.lower(-eye, lo, hi, found, k)[0]
-                    found[k][0][:, j : j + 256] = torch.maximum(found[k][0][:, j : j + 256], low)
-                    found[k][1][:, j : j + 256] = torch.minimum(found[k][1][:, j : j + 256], up)
-        return found
+    def run(self, tick: Callable[[int], None]) -> list[Case]:
+        """All examples. ``tick(n)``: n more of them are decided."""
+        p = self.p
+        cases = []
+        zero = torch.zeros(p.size, dtype=torch.int8, device=p.low.device)
+        self._tighten()
+        start = p.start() - self.enough
+        for i, margins in enumerate(start.tolist()):
+            alpha = (p.up[i] > -p.low[i]).float()
+            first = Entry(0, zero, alpha, torch.zeros_like(alpha), p.low[i], p.up[i], -math.inf)
+            entries = [first._replace(target=t) for t, v in enumerate(margins) if not v > 0]
+            cases.append(Case(i, entries, worst=min((v for v in margins if v > 0), default=math.inf)))
+            if not entries:
+                cases[-1].status = "verified"
+        tick(sum(bool(c.status) for c in cases))
+        if self.whole:
+            return self._as_they_are(cases, tick)
+        open_ = [c for c in cases if not c.status]
+        while open_:
+            begun = time.monotonic()
+            share = max(1, self.o.rows // len(open_))
+            batch = [(c, c.stack[-share:]) for c in open_]
+            for c, part in batch:
+                del c.stack[-len(part) :]
+            self._step(batch)
+            spent = time.monotonic() - begun
+            rows = sum(len(part) for _, part in batch)
+            for c, part in batch:
+                c.seconds += spent * len(part) / rows
+                c.count += len(part)
+                if c.status:
+                    continue
+                if not c.stack:
+                    c.status = "unknown" if c.stuck else "verified"
+                elif c.count >= self.o.most or c.seconds > self.o.timeout:
+                    c.status = "unknown"
+            still = [c for c in open_ if not c.status]
+            tick(len(open_) - len(still))
+            open_ = still
+        return cases
+
+    def _tighten(self) -> None:
+        """The bounds of hidden neurons with slopes chosen for each, level by level."""
+        p = self.p
+        for n, k in enumerate(p.levels):
+            if not n:
+                continue
+            for at in torch.arange(len(p.low), device=p.low.device).split(
+                max(1, self.o.rows // (2 * (k.stop - k.start)))
+            ):
+                exact, fast = p.of(at, torch.float64), p.of(at, torch.float32)
+                sides = exact.rows_of(n).expand(len(at), -1, -1)
+                wide = lambda t: t.unsqueeze(1).expand(-1, sides.shape[1], -1)  # noqa: B023, E731
+                lines = Lines.of(wide(p.low[at]), wide(p.up[at]))
+                quick, rows = lines.to(torch.float32), sides.float()
+
+                def value(alpha: Tensor, _: Tensor) -> tuple[Bound, Tensor]:
+                    bound = fast.of_rows(rows, quick, alpha)  # noqa: B023
+                    return bound, fast.followed(bound.point, quick, alpha, bound.seen)  # noqa: B023
+
+                alpha = wide((p.up[at] > -p.low[at]).float())
+                none = torch.zeros_like(alpha)
+                alpha = self._ascent(value, quick, none, alpha, none, self.o.first_steps, 0.0)[1]
+                low, up = exact.of_rows(sides, lines, alpha.double()).value.chunk(2, 1)
+                p.low[at, k] = torch.maximum(p.low[at, k], low - p.error[at, k])
+                p.up[at, k] = torch.minimum(p.up[at, k], p.error[at, k] - up)
+
+    def _as_they_are(self, cases: list[Case], tick: Callable[[int], None]) -> list[Case]:
+        """Every margin as one problem of ``leaf``."""
+        for c in cases:
+            begun = time.monotonic()
+            while c.stack and not c.status:
+                c.count += 1
+                self._settle(c, c.stack.pop())
+            if not c.status:
+                c.status = "unknown" if c.stuck else "verified"
+                tick(1)
+            c.seconds = time.monotonic() - begun
+        return cases
+
+    # -- one batch -----------------------------------------------------------------------------------------------------
+    def _step(self, batch: list[tuple[Case, list[Entry]]]) -> None:
+        p = self.p
+        which = torch.tensor([c.at for c, _ in batch], device=p.low.device)
+        width = max(len(part) for _, part in batch)
+        full = [part + [part[-1]] * (width - len(part)) for _, part in batch]  # what fills up repeats the last
+
+        def stacked(name: str) -> Tensor:
+            return torch.stack([getattr(e, name) for part in full for e in part]).view(len(batch), width, -1)
+
+        target = torch.tensor([[e.target for e in part] for part in full], device=p.low.device)
+        split, alpha, beta, low, up = (stacked(n) for n in ("split", "alpha", "beta", "low", "up"))
+        real = torch.tensor([[k < len(part) for k in range(width)] for _, part in batch], device=p.low.device)
+        low, up = torch.where(split > 0, low.clamp(min=0), low), torch.where(split < 0, up.clamp(max=0), up)
+        if p.deep:
+            low, up = self._refreshed(which, low, up)
+        empty = (low > up).any(2)
+        first = all(e.value == -math.inf for _, part in batch for e in part)
+        lines = Lines.of(low, up)
+        whole = len(which) == len(p.low)
+        of = p.of(None if whole else which, torch.float32)
+        found = self._optimised(of, which, target, lines.to(torch.float32), split, alpha, beta, first)
+        value, alpha, beta, bound, z = found
+        enough = self.enough[which].gather(1, target)
+        likely = (value.double() > enough) & real & ~empty
+        proven, exact = self._proven(which, target, lines, split, alpha, beta, enough, likely)
+        done = proven | empty
+        self._candidates(batch, of, target, bound.point, real & ~done)
+        children = self._chosen(of, which, target, low, up, lines, split, alpha, beta, bound.seen, z, real & ~done)
+        order = value.argsort(1, descending=True)
+        for n, (c, part) in enumerate(batch):
+            if c.status:
+                continue
+            for k in order[n].tolist():  # the worst comes last, to be taken next
+                if k >= len(part):
+                    continue
+                if bool(done[n, k]):
+                    if not bool(empty[n, k]):
+                        c.worst = min(c.worst, float(exact[n, k] - enough[n, k]))
+                    continue
+                j = int(children[n, k])
+                entry = Entry(
+                    part[k].target, split[n, k], alpha[n, k], beta[n, k], low[n, k], up[n, k], float(value[n, k])
+                )
+                if j < 0:
+                    self._settle(c, entry)
+                    continue
+                for side in (1, -1):
+                    s = entry.split.clone()
+                    s[j] = side
+                    c.stack.append(entry._replace(split=s))
+
+    def _settle(self, c: Case, entry: Entry) -> None:
+        """All neurons are fixed and the multipliers did not prove it."""
+        found = None if self.leaf is None else self.leaf(c.at, entry)
+        if found is not None:
+            value, point = found
+            if value > 0:
+                c.worst = min(c.worst, value)
+                return
+            if point is not None:
+                shown = self.confirm(c.at, point[None])
+                if shown is not None:
+                    c.status, c.point = "falsified", shown
+                    return
+        c.stuck.append(entry)
+
+    def _optimised(
+        self,
+        of: Part,
+        which: Tensor,
+        target: Tensor,
+        lines: Lines,
+        split: Tensor,
+        alpha: Tensor,
+        beta: Tensor,
+        first: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Bound, Tensor]:
+        """The best bounds of margins, what gave them, and the last walk."""
+        sign = split.float()
+
+        def value(alpha: Tensor, beta: Tensor) -> tuple[Bound, Tensor]:
+            bound = of.lower(target, lines, alpha, beta * sign)
+            return bound, of.followed(bound.point, lines, alpha, bound.seen)
+
+        steps = self.o.first_steps if first else self.o.steps
+        return self._ascent(value, lines, sign, alpha, beta, steps, self.enough[which].gather(1, target).float())
+
+    def _ascent(
+        self,
+        value: Callable[[Tensor, Tensor], tuple[Bound, Tensor]],
+        lines: Lines,
+        sign: Tensor,
+        alpha: Tensor,
+        beta: Tensor,
+        steps: int,
+        enough: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, Bound, Tensor]:
+        """Ascent in float32 on the lower slopes and multipliers until all exceed ``enough``."""
+        best: Any = -math.inf
+        kept = alpha, beta
+        chosen = sign != 0
+        moments: list[Any] = [0.0, 0.0, 0.0, 0.0]
+        b1, b2 = _MOMENTS
+        for step in range(steps):
+            bound, z = value(alpha, beta)
+            better = bound.value > best
+            best = torch.where(better, bound.value, best)
+            take = better.unsqueeze(2)
+            kept = torch.where(take, alpha, kept[0]), torch.where(take, beta, kept[1])
+            if step + 1 == steps or bool((best > enough).all()):
+                break
+            grads = torch.where(lines.crossing, bound.seen.clamp(min=0) * z, 0.0), torch.where(chosen, -sign * z, 0.0)
+            size = bound.seen.abs().amax(2, keepdim=True) if beta.shape[2] else 1.0
+            rate = self.o.rate * _DECAY**step
+            moved = []
+            for k, (v, g) in enumerate(zip((alpha, beta), grads, strict=True)):
+                moments[2 * k] = b1 * moments[2 * k] + (1 - b1) * g
+                moments[2 * k + 1] = b2 * moments[2 * k + 1] + (1 - b2) * g * g
+                m, s = moments[2 * k] / (1 - b1 ** (step + 1)), moments[2 * k + 1] / (1 - b2 ** (step + 1))
+                moved.append(v + rate * (1.0 if k == 0 else size) * m / (s.sqrt() + 1e-12))
+            alpha, beta = moved[0].clamp(0, 1), moved[1].clamp(min=0)
+        return best, *kept, bound, z
+
+    def _proven(
+        self,
+        which: Tensor,
+        target: Tensor,
+        lines: Lines,
+        split: Tensor,
+        alpha: Tensor,
+        beta: Tensor,
+        enough: Tensor,
+        likely: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """In float64 with what rounding can add: which subproblems are proven, and their bounds."""
+        value = torch.full(target.shape, -math.inf, dtype=torch.float64, device=target.device)
+        if not bool(likely.any()):
+            return likely, value
+        some = likely.any(1).nonzero()[:, 0]
+        lines = Lines(*(t[some] for t in lines))
+        push = (beta * split)[some].double()
+        w = which[some]
+        bound = self.p.of(w, torch.float64).lower(target[some], lines, alpha[some].double(), push)
+        value[some] = bound.value - (push.abs() * self.p.error[w].unsqueeze(1)).sum(2)
+        return likely & (value > enough), value
+
+    def _candidates(
+        self, batch: list[tuple[Case, list[Entry]]], of: Part, target: Tensor, points: Tensor, wanted: Tensor
+    ) -> None:
+        """Descends from the points where the linear bounds are least, and shows the model what may be
+        counterexamples."""
+        value, points = of.descended(target, points, _DESCENT)
+        near = wanted & (value <= 1e-4 * (1 + value.abs()))  # float32; the model decides
+        for n in near.any(1).nonzero()[:, 0].tolist():
+            c = batch[n][0]
+            shown = self.confirm(c.at, points[n][near[n]])
+            if shown is not None:
+                c.status, c.point = "falsified", shown
+
+    # -- branching -----------------------------------------------------------------------------------------------------
+    def _chosen(
+        self,
+        of: Part,
+        which: Tensor,
+        target: Tensor,
+        low: Tensor,
+        up: Tensor,
+        lines: Lines,
+        split: Tensor,
+        alpha: Tensor,
+        beta: Tensor,
+        seen: Tensor,
+        z: Tensor,
+        wanted: Tensor,
+    ) -> Tensor:
+        """The neuron to split of each subproblem (E, P); -1 where all are fixed."""
+        over = -seen.clamp(max=0) * (lines.upper.float() * z + lines.shift.float() - z.clamp(min=0))
+        under = seen.clamp(min=0) * (z.clamp(min=0) - alpha * z)
+        # the gap at the relaxation's minimum, and a little of what it is at most
+        most = seen.abs() * torch.minimum(-low, up).float()
+        score = torch.where(lines.crossing, (over + under).clamp(min=0) + 0.05 * most.clamp(min=0) + 1e-30, -1.0)
+        top, places = score.topk(min(self.o.trials, score.shape[2]) or 1, 2) if score.shape[2] else (score, None)
+        if places is None:
+            return torch.full(target.shape, -1, device=target.device)
+        best = places[..., 0]
+        if self.o.trials > 1 and bool(wanted.any()):
+            rows = wanted.any(1).nonzero()[:, 0]
+            best = best.clone()
+            best[rows] = self._tried(
+                self.p.of(which[rows], torch.float32) if len(rows) < len(which) else of,
+                which[rows],
+                target[rows],
+                *(t[rows] for t in (low, up, split, alpha, beta, places, top > 0)),
+            )
+        return torch.where(top[..., 0] > 0, best, -1)
+
+    def _tried(
+        self,
+        of: Part,
+        which: Tensor,
+        target: Tensor,
+        low: Tensor,
+        up: Tensor,
+        split: Tensor,
+        alpha: Tensor,
+        beta: Tensor,
+        places: Tensor,
+        able: Tensor,
+    ) -> Tensor:
+        """Of candidates (E, P, k) the one whose children's bounds are best together."""
+        e, n, k = places.shape
+        grow = lambda t: t.unsqueeze(2).expand(-1, -1, k, -1).reshape(e, n * k, -1)  # noqa: E731
+        at = places.reshape(e, n * k, 1)
+        low, up, alpha = grow(low).clone(), grow(up).clone(), grow(alpha)
+        push = grow(beta * split)
+        goal = target.unsqueeze(2).expand(-1, -1, k).reshape(e, n * k)
+        values = []
+        for side in (1, -1):
+            a, b = low.clone(), up.clone()
+            (a if side > 0 else b).scatter_(2, at, 0.0)
+            lines = Lines.of(a, b).to(torch.float32)
+            values.append(of.lower(goal, lines, alpha, push).value)
+        enough = self.enough[which].gather(1, target).float().unsqueeze(2)
+        v1, v2 = (torch.minimum(v.view(e, n, k), enough) for v in values)
+        gain = v1 + v2 + torch.minimum(v1, v2)
+        pick = torch.where(able, gain, -math.inf).argmax(2, keepdim=True)
+        return places.gather(2, pick).squeeze(2)
+
+    # -- hidden bounds -------------------------------------------------------------------------------------------------
+    def _refreshed(self, which: Tensor, low: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """Bounds of the neurons behind the first level under the chosen signs, where that costs little."""
+        p = self.p
+        wanted = [n for n, k in enumerate(p.levels) if n and 2 * (k.stop - k.start) <= _REFRESHED]
+        if not wanted:
+            return low, up
+        of, error = p.of(which, torch.float64), p.error[which].unsqueeze(1)
+        low, up = low.clone(), up.clone()
+        for n in wanted:
+            k = p.levels[n]
+            if not bool(((low[..., k] < 0) & (up[..., k] > 0)).any()):
+                continue
+            a, b = of.neurons(n, Lines.of(low, up), (up > -low).double())
+            low[..., k] = torch.maximum(low[..., k], a - error[..., k])
+            up[..., k] = torch.minimum(up[..., k], b + error[..., k])
+        return low, up

@@ -1,5 +1,5 @@
-"""Summaries of certified radii as Liu's thesis defines them (Towards Verifiable, Generalizable and Efficient Robust Deep
-Neural Networks, EPFL, 2022, section 3.3.4)."""
+"""Summaries of certified radii as Liu's thesis defines them (Towards Verifiable, Generalizable and Efficient Robust
+Deep Neural Networks, EPFL, 2022, section 3.3.4)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ def _radii(radius: Tensor) -> Tensor:
 
 def certified_robust_error(radius: Tensor, eps: float) -> float:
     """Certified robust error (CRE): the share of examples whose certified radius is smaller than eps, in percent."""
-    below = eps if radius.dtype == torch.float64 else float(torch.nextafter(torch.tensor(eps, dtype=radius.dtype), torch.zeros((), dtype=radius.dtype)))  # fmt: skip
+    below = (
+        eps
+        if radius.dtype == torch.float64
+        else float(torch.nextafter(torch.tensor(eps, dtype=radius.dtype), torch.zeros((), dtype=radius.dtype)))
+    )
     return 100.0 * (_radii(radius) < min(eps, below)).double().mean().item()
 
 

@@ -16,6 +16,8 @@ from fastrobust.ops.bounds import needs_grad
 from fastrobust.reference.bounds import Clip
 from fastrobust.reference.polyhedron import round_down
 
+from .._eager import left_to_python
+
 _PIECE = 1 << 18  # coefficients
 
 LINEAR_METHODS = tuple(name for name, (_, kind) in METHODS.items() if kind is not None)
@@ -25,9 +27,11 @@ LINEAR_METHODS = tuple(name for name, (_, kind) in METHODS.items() if kind is no
 class Envelope:
     """What one call of the linear bounds proves about a batch.
 
-    radius: (B,) no adversarial example is closer to x than this: ``min(eps, distance)``, and eps where certified. With ``at``
-        closer to that point, and ``eps - ||at - x||_p`` takes the place of eps: the bounds hold in the ball around x alone.
-    distance: (B,) d_y, the distance of x (or ``at``) to the envelope; at most 0 when the bounds fail at that point itself.
+    radius: (B,) no adversarial example is closer to x than this: ``min(eps, distance)``, and eps where certified. With
+        ``at`` closer to that point, and ``eps - ||at - x||_p`` takes the place of eps: the bounds hold in the ball
+        around x alone.
+    distance: (B,) d_y, the distance of x (or ``at``) to the envelope; at most 0 when the bounds fail at that point
+    itself.
     certified: (B,) bool, the linear margins are positive on the whole input set (what Fast-Lin, KW and CROWN certify).
     distances: (B, K - 1), d_iy per other class, ascending without y.
     """
@@ -98,6 +102,7 @@ def eps_like(eps: float | Tensor, x: Tensor) -> Tensor:
     return round_down(value.double(), x.dtype).to(x.device).expand(x.shape[0])
 
 
+@left_to_python
 def polyhedral_envelope(
     model: nn.Module,
     x: Tensor,
@@ -129,21 +134,23 @@ def polyhedral_envelope(
         model: classifier that ``fastrobust.bounds`` supports, float32 (float64 for checking).
         x, y: (B, *shape) inside clip, and (B,) labels of any integer type.
         eps: a number or (B,): radius of the ball on which the bounds are computed.
-        norm: 1, 2, inf or any p > 1. clip: (low, high) that bounds the attacker, numbers or tensors that broadcast to x, or None.
-        at: points x' of x's shape inside clip (adversarial examples) from which the distances are taken, with the box around
-            them, where the rows (U, p) stay those of the ball around x (PER+at, section 3.3.3); None: from x.
+        norm: 1, 2, inf or any p > 1. clip: (low, high) that bounds the attacker, numbers or tensors that broadcast to
+        x, or None.
+        at: points x' of x's shape inside clip (adversarial examples) from which the distances are taken, with the box
+            around them, where the rows (U, p) stay those of the ball around x (PER+at, section 3.3.3); None: from x.
         method: any linear method of :func:`fastrobust.bounds.compute_bounds`: "fast-lin" (KW), "crown", "crown-ibp",
             "ibp-linear", "alpha-crown" (with ``slopes``).
         signed: distances of classes with a violated margin are minus the distance back to the envelope, not 0
             (the regulariser of section 3.3.3 needs them).
-        rounding: "nearest", or "outward" for a certificate that holds in real arithmetic and for every float32 evaluation
-            order of the network (x and the parameters as they are; see ``docs/bounds.md`` for what that covers).
-        exact_input, refine, max_memory, slopes: as for :func:`fastrobust.bounds.compute_bounds`; ``refine="all"`` is what the
-            thesis' tables were made with.
+        rounding: "nearest", or "outward" for a certificate that holds in real arithmetic and for every float32
+            evaluation order of the network (x and the parameters as they are; see ``docs/bounds.md`` for what that
+            covers).
+        exact_input, refine, max_memory, slopes: as for :func:`fastrobust.bounds.compute_bounds`; ``refine="all"`` is
+            what the thesis' tables were made with.
 
     Returns:
-        :class:`Envelope`. Differentiable with respect to the parameters, x, at and eps. A row that nothing in clip fulfils has
-        distance inf, one that all of clip violates -inf with ``signed``, both without a gradient.
+        :class:`Envelope`. Differentiable with respect to the parameters, x, at and eps. A row that nothing in clip
+        fulfils has distance inf, one that all of clip violates -inf with ``signed``, both without a gradient.
 
     Raises:
         ValueError, TypeError: naming the argument (shapes, labels, x outside clip, values that are not finite).
@@ -176,8 +183,8 @@ def polyhedral_envelope(
 
 
 class Faces(NamedTuple):
-    """The rows of an envelope: U (B, K - 1, n), U x' + p at the point (B, K - 1), their distances from it (B, K - 1), and the
-    lower bounds of the margins on the whole input set (B, K - 1)."""
+    """The rows of an envelope: U (B, K - 1, n), U x' + p at the point (B, K - 1), their distances from it (B, K - 1),
+    and the lower bounds of the margins on the whole input set (B, K - 1)."""
 
     rows: Tensor
     margins: Tensor
@@ -186,9 +193,17 @@ class Faces(NamedTuple):
 
 
 def envelope_faces(
-    model: nn.Module, x: Tensor, y: Tensor, eps: float | Tensor, p: float, clip: Clip, method: str, at: Tensor, signed: bool,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    eps: float | Tensor,
+    p: float,
+    clip: Clip,
+    method: str,
+    at: Tensor,
+    signed: bool,
     **options: Any,
-) -> Faces:  # fmt: skip
+) -> Faces:
     """:func:`polyhedral_envelope` before anything is made of the distances; the arguments are checked already."""
     bounds = compute_bounds(
         model, x, eps, norm=p, clip=clip, method=method, labels=y, return_linear=True, sides="lower", **options

@@ -14,6 +14,8 @@ from fastrobust.bounds import METHODS, compute_bounds
 from fastrobust.bounds.checks import check_inputs, check_labels, check_method, check_options, clip_of, number
 from fastrobust.reference.bounds import Clip
 
+from .._eager import left_to_python
+
 _LOG_RANGE = (-20.0, 6.0)  # log2 of the scales that the line search covers
 
 
@@ -77,6 +79,7 @@ def _largest_scale(
     return torch.where(some, bottom, torch.full_like(bottom, -math.inf))
 
 
+@left_to_python
 def nonuniform_radius(
     model: nn.Module,
     x: Tensor,
@@ -104,15 +107,17 @@ def nonuniform_radius(
 ) -> NonuniformRadius:
     r"""Maximise the volume of a certified region with one bound per feature (Algorithm 3.3, batched).
 
-    .. math:: \min_\epsilon -\tfrac1M \sum_j \log \epsilon_j \quad\text{s.t.}\quad d_i(\epsilon) = \underline{z_y - z_i} - \delta \ge 0
+    .. math:: \min_\epsilon -\tfrac1M \sum_j \log \epsilon_j \quad\text{s.t.}\quad d_i(\epsilon) = \underline{z_y - z_i}
+    - \delta \ge 0
 
     by the augmented Lagrangian method on the differentiable bounds: eps = zeta^2, Adam steps on zeta with gradients
     rescaled to length 1 at most, multipliers updated every ``multiplier_every`` iterations, the penalty multiplied by
-    ``growth`` every ``grow_every``. The region is then scaled along its own direction to the largest certified multiple,
-    shrunk by ``decay`` until the constraint holds, and is never smaller than the uniform one.
+    ``growth`` every ``grow_every``. The region is then scaled along its own direction to the largest certified
+    multiple, shrunk by ``decay`` until the constraint holds, and is never smaller than the uniform one.
 
     Args:
-        model, x, y, norm, clip, method: as for :func:`fastrobust.bounds.compute_bounds`; with ``clip`` no eps exceeds its width.
+        model, x, y, norm, clip, method: as for :func:`fastrobust.bounds.compute_bounds`; with ``clip`` no eps exceeds
+        its width.
         uniform: only optimise one scalar per example (eps = scalar * 1).
         direction: x's shape or one example's: positive shape to start from, for instance the eps of another image.
         delta: margin that must be left, a small positive number.

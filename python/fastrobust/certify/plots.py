@@ -1,5 +1,6 @@
 """Pictures of certificates (figures 3.3, 3.5, 3.6 and 3.9 of Liu's thesis, Towards Verifiable,
-Generalizable and Efficient Robust Deep Neural Networks, EPFL, 2022). matplotlib is needed, nothing else of the library."""
+Generalizable and Efficient Robust Deep Neural Networks, EPFL, 2022). matplotlib is needed, nothing else of the library.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ def _axes(ax: Any | None, **size: Any) -> Any:
 
 
 def bounding_map(eps: Tensor, ax: Any | None = None) -> Any:
-    """Figure 3.5: one image's eps as a picture, lighter where the bound is smaller. eps: (H, W), (C, H, W) or (H * H)."""
+    """Figure 3.5: one image's eps as a picture, lighter where the bound is smaller. eps: (H, W), (C, H, W) or (H *
+    H)."""
     values = eps.detach().cpu().double()
     if values.dim() == 3:
         values = values.mean(0)

@@ -17,6 +17,8 @@ from fastrobust.certify.envelope import LINEAR_METHODS, polyhedral_envelope
 from fastrobust.reference.bounds import Clip
 from fastrobust.reference.polyhedron import round_down
 
+from .._eager import left_to_python
+
 STRATEGIES = ("pec", "bisection")
 
 
@@ -33,6 +35,7 @@ class RadiusSearch:
     upper: Tensor
 
 
+@left_to_python
 def search_radius(
     model: nn.Module,
     x: Tensor,
@@ -56,13 +59,15 @@ def search_radius(
     """Algorithm 3.5 for a whole batch: every example keeps its own bracket, finished ones leave.
 
     A try of eps certifies min(eps, d_y) with ``strategy="pec"``: the lower end rises to it even when eps itself fails.
-    "bisection" (Fast-Lin, CROWN) learns nothing from a failed try, and takes ceil(log2((high - low) / tol)) tries; it also
-    serves method "ibp", which has no linear bounds.
+    "bisection" (Fast-Lin, CROWN) learns nothing from a failed try, and takes ceil(log2((high - low) / tol)) tries; it
+    also serves method "ibp", which has no linear bounds.
 
     Args:
-        model, x, y, norm, clip, method, rounding, exact_input, refine, max_memory, slopes: as for :func:`polyhedral_envelope`;
+        model, x, y, norm, clip, method, rounding, exact_input, refine, max_memory, slopes: as for
+        :func:`polyhedral_envelope`;
             rows that are proven leave the search for slopes.
-        y: labels of any integer type. low, high: first bracket; ``low`` is taken as certified, so leave it 0 unless you know better.
+        y: labels of any integer type. low, high: first bracket; ``low`` is taken as certified, so leave it 0 unless you
+        know better.
         tol: stop when the bracket is at most this wide, or its ends are neighbouring numbers of x's dtype.
         batch_size: examples per call of the bounds.
         progress: called with the number of examples that finished.

@@ -8,6 +8,7 @@ import math
 import pathlib
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from ..certify.envelope import LINEAR_METHODS, polyhedral_envelope
 from ..certify.search import STRATEGIES, search_radius
 from ..data import Images
 from . import _arguments as shared
+from . import _certify_exact as exact
 from . import _common as common
 from ._common import BadArguments
 from ._workers import Workers, workers
@@ -40,8 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tol", type=common.radius, default=1e-4, help="of the search (default: 1e-4)")
     add("--strategy", type=str.lower, default="pec", choices=STRATEGIES, help="of the search (default: pec)")
     add(
-        "--method", type=str.lower, default="fast-lin", choices=LINEAR_METHODS, help="linear bounds (default: fast-lin)"
-    )
+        "--method", type=str.lower, choices=LINEAR_METHODS,
+        help="linear bounds (default: fast-lin; with --exact crown)",
+    )  # fmt: skip
     add(
         "--rounding", type=str.lower, default="nearest", choices=("nearest", "outward"),
         help="of the bounds (default: nearest)",
@@ -51,13 +54,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='hidden neurons bounded linearly; the thesis\' tables are of "all" (default: unstable)',
     )  # fmt: skip
     add("--exact-input", action="store_true", help="norms below inf in a box: the first layer's exact bounds")
+    exact.add_arguments(parser)
     run = parser.add_argument_group("running and results")
     shared.add_running(run, 500)
     run.add_argument("--out", type=common.output, help="a line an image, .csv or .npz")
 
 
-def certify_batch(model: nn.Module, x: Tensor, y: Tensor, args: argparse.Namespace) -> Columns:
-    """The columns of one batch. What a batch holds does not depend on the number of workers, so neither does a result."""
+def certify_batch(
+    model: nn.Module, x: Tensor, y: Tensor, args: argparse.Namespace, progress: Callable[[int], None]
+) -> Columns:
+    """The columns of one batch. What a batch holds does not depend on the number of workers, so neither does a
+    result."""
     common_options: dict[str, Any] = {"norm": args.norm, "clip": shared.clip_of(args), "rounding": args.rounding}
     linear = {**common_options, "method": args.method, "refine": args.refine, "exact_input": args.exact_input}
     with torch.no_grad():
@@ -68,7 +75,9 @@ def certify_batch(model: nn.Module, x: Tensor, y: Tensor, args: argparse.Namespa
             raise BadArguments(f"argument --model: returns {shape}, expected logits of shape ({len(x)}, classes)")
         shared.check_classes(logits.shape[1], y)
         columns: dict[str, Any] = {"label": y, "prediction": logits.argmax(1)}
-        if args.high is not None:
+        if args.exact:
+            columns |= exact.batch(model, x, y, args, progress)
+        elif args.high is not None:
             found = search_radius(
                 model, x, y, high=args.high, tol=args.tol, strategy=args.strategy, batch_size=len(x), **linear
             )
@@ -82,11 +91,15 @@ def certify_batch(model: nn.Module, x: Tensor, y: Tensor, args: argparse.Namespa
                 "certified": envelope.certified,
                 "certified_ibp": ibp.lower.amin(1) > 0,
             }
-    return {name: value.cpu().numpy() for name, value in columns.items()}
+    if not args.exact:
+        progress(len(y))
+    return {name: value.cpu().numpy() if isinstance(value, Tensor) else value for name, value in columns.items()}
 
 
 def summarise(columns: Columns, args: argparse.Namespace) -> list[tuple[str, str]]:
     """The rows of the summary, with the thesis' short names (tables 3.6 to 3.9) in brackets."""
+    if args.exact:
+        return exact.summarise(columns, args)
     wrong = columns["prediction"] != columns["label"]
     radius = columns["radius"].mean(dtype=np.float64)
     rows = [("clean test error (CTE)", f"{100 * wrong.mean():.2f} %")]
@@ -118,7 +131,7 @@ def setting(args: argparse.Namespace, given: shared.Given, images: Images) -> li
     how = [args.method, *(["exact input"] * args.exact_input), *(["refine all"] * (args.refine == "all"))]
     how += ["outward rounding"] * (args.rounding == "outward")
     return [
-        ("certified", f"L{size}, {budget}, {box}, {', '.join(how)}"),
+        ("decided" if args.exact else "certified", f"L{size}, {budget}, {box}, {', '.join(how)}"),
         ("model", given.name + (", normalised input" if args.normalize else "")),
         *([("built", given.built)] if given.built else []),
         ("data", shared.data_text(images)),
@@ -146,6 +159,8 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _main(args: argparse.Namespace) -> int:
+    args.method = args.method or ("crown" if args.exact else "fast-lin")
+    exact.check(args)
     if (args.eps is None) == (args.high is None):
         raise BadArguments("eps, high: give exactly one: --eps for the one-shot certificate, --high for the search")
     if args.high is not None and args.tol <= 0:
@@ -172,12 +187,14 @@ def _certify_all(args: argparse.Namespace, images: Images, team: Workers, begun:
         for number, start in enumerate(starts):
             x, y = (t[start : start + args.batch_size] for t in images[:2])
             if team.mine(number):
-                mine[number] = certify_batch(model, x.to(args.device), y.to(args.device), args)
-            bar.update(len(y))
+                mine[number] = certify_batch(model, x.to(args.device), y.to(args.device), args, bar.update)
+            else:
+                bar.update(len(y))
     parts = team.gather(mine)
     if team.rank == 0:
         columns = {name: np.concatenate([parts[i][name] for i in range(len(starts))]) for name in parts[0]}
         head, found = setting(args, given, images), summarise(columns, args)
+        columns.pop("note", None)
         width = max(len(name) for name, _ in found)
         print("\n".join(f"{name:<16} {value}" for name, value in head))
         print("\n".join(f"{name:<{width}}  {value}" for name, value in found))
