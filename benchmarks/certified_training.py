@@ -1,12 +1,12 @@
-"""Table 3.6 (and FC1 of table 3.7) of Liu, Towards Verifiable, Generalizable and Efficient Robust Deep Neural Networks (PhD
-thesis, EPFL, 2022), from networks trained here: printed figures beside ours.
+"""Table 3.6 (and FC1 of table 3.7) of Liu, Towards Verifiable, Generalizable and Efficient Robust Deep Neural Networks
+(PhD thesis, EPFL, 2022), from networks trained here: printed figures beside ours.
 
-    python -m benchmarks.certified_training --data FOLDER [--epochs 100] [--rows NAME ...] [--out FILE.json] [--save FOLDER]
+    python -m benchmarks.certified_training --data FOLDER [--epochs 100] [--rows NAME ...] [--out FILE] [--save FOLDER]
 
-FC1 is 784-1024-10, CNN the thesis' conv(16,4,2,1)-conv(32,4,2,1)-100-10; Adam 1e-3 (CNN: 1e-4 for the last tenth), batches of 100
-MNIST images, 100 epochs unless --epochs says fewer. Schedules are shares of the training, so that a short run sees all of
-them. Columns: clean test error, error under PGD (20 steps, 2 restarts), certified error by Fast-Lin and by intervals, average certified
-bounds by Fast-Lin, intervals and envelopes (one shot at the budget); then training time an epoch and of all.
+FC1 is 784-1024-10, CNN the thesis' conv(16,4,2,1)-conv(32,4,2,1)-100-10; Adam 1e-3 (CNN: 1e-4 for the last tenth),
+batches of 100 MNIST images, 100 epochs unless --epochs says fewer. Schedules are shares of the training, so that a
+short run sees all of them. Columns as in benchmarks.certificate_tables, then training time an epoch and of all;
+``fastrobust tables --trained FOLDER --exact`` adds complete verification.
 """
 
 from __future__ import annotations
@@ -23,26 +23,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import fastrobust as fr
 from fastrobust import data
 from fastrobust.models import mnist_cnn
 from fastrobust.training import certified, train
 from fastrobust.training.method import Method
 from fastrobust.training.registry import METHODS
 
+from . import thesis_tables as thesis
+from .certificate_tables import measured, named
 from .table_file import TableFile
-
-COLUMNS = ("CTE", "PGD", "CRE Lin", "CRE IBP", "ACB Lin", "ACB IBP", "ACB PEC")
-NONE = math.nan
 
 
 @dataclass(frozen=True)
 class Row:
-    """printed: in the order of ``COLUMNS``; NaN where the thesis has none."""
+    """name: of the row, and of the file of its weights (spaces become _)."""
 
     name: str
     method: str
-    printed: tuple[float, ...]
     eps: float = 0.1
     network: str = "fc1"
     norm: str = "Linf"
@@ -55,29 +52,13 @@ def per(method: str, network: str, norm: str) -> dict[str, Any]:
 
 
 ROWS = [
-    Row("plain", "plain", (1.99, 98.37, 100.0, 100.0, 0.0, 0.0, 0.0)),
-    Row("kw", "kw", (2.26, 8.59, 12.91, 69.20, 0.0871, 0.0308, 0.0928), options={"eps": 0.1}),
-    Row("ibp", "ibp", (1.65, 9.67, 87.27, 15.20, 0.0127, 0.0848, 0.0705), options={"eps": 0.1}),
-    Row("crown-ibp", "crown-ibp", (1.98, 9.50, 67.39, 14.45, 0.0326, 0.0855, 0.0800), options={"eps": 0.1}),
-    Row("l-per", "l-per", (1.60, 7.45, 11.71, 92.89, 0.0883, 0.0071, 0.0935), options=per("l-per", "fc1", "Linf")),
-    Row(
-        "l-per+at", "l-per+at", (1.81, 7.73, 12.90, 99.90, 0.0871, 0.0001, 0.0925), options=per("l-per+at", "fc1", "Linf")
-    ),
-    Row("i-per", "i-per", (1.60, 6.28, 11.96, 93.33, 0.0880, 0.0067, 0.0934), options=per("i-per", "fc1", "Linf")),
-    Row(
-        "i-per+at", "i-per+at", (1.54, 7.15, 13.96, 98.55, 0.0868, 0.0014, 0.0927), options=per("i-per+at", "fc1", "Linf")
-    ),
-    Row("sabr", "sabr", (NONE,) * 7, options={"eps": 0.1}),
-    Row("mtl-ibp", "mtl-ibp", (NONE,) * 7, options={"eps": 0.1}),
-    Row(
-        "l2 l-per+at", "l-per+at", (0.67, 1.40, 4.84, 64.79, 0.2855, 0.1056, 0.2910), 0.3, norm="L2",
-        options=per("l-per+at", "fc1", "L2"),
-    ),
-    Row(
-        "cnn i-per+at", "i-per+at", (0.48, 1.29, 4.61, 99.94, 0.0954, 0.0001, 0.0971), network="cnn",
-        options=per("i-per+at", "cnn", "Linf"),
-    ),
-]  # fmt: skip
+    Row("plain", "plain"),
+    *(Row(m, m, options={"eps": 0.1}) for m in ("kw", "ibp", "crown-ibp")),
+    *(Row(m, m, options=per(m, "fc1", "Linf")) for m in ("l-per", "l-per+at", "i-per", "i-per+at")),
+    *(Row(m, m, options={"eps": 0.1}) for m in ("sabr", "mtl-ibp")),
+    Row("l2 l-per+at", "l-per+at", 0.3, norm="L2", options=per("l-per+at", "fc1", "L2")),
+    Row("cnn i-per+at", "i-per+at", network="cnn", options=per("i-per+at", "cnn", "Linf")),
+]
 
 
 class Batches:
@@ -125,30 +106,6 @@ def trained(row: Row, x: Tensor, y: Tensor, epochs: int, seed: int) -> tuple[nn.
     return model.eval(), time.perf_counter() - start
 
 
-@torch.no_grad()
-def evaluated(model: nn.Module, x: Tensor, y: Tensor, row: Row) -> tuple[float, ...]:
-    """The columns."""
-    wrong = hit = linear = ibp = total = 0.0
-    for part, labels in zip(x.split(500), y.split(500), strict=True):
-        options: dict[str, Any] = {"norm": row.norm, "clip": (0.0, 1.0)}
-        clean = model(part).argmax(1) != labels
-        adv = fr.attacks.pgd(model, part, labels, eps=row.eps, steps=20, restarts=2, seed=0, check=False, **options)
-        found = fr.certify.polyhedral_envelope(model, part, labels, row.eps, refine="all", **options)
-        bounds = fr.bounds.compute_bounds(model, part, row.eps, method="ibp", labels=labels, sides="lower", **options)
-        wrong += clean.sum().item()
-        hit += ((model(adv).argmax(1) != labels) | clean).sum().item()
-        linear += found.certified.sum().item()
-        ibp += (bounds.lower.amin(1) > 0).sum().item()
-        total += found.radius.double().sum().item()
-    n, eps = len(y), row.eps
-    errors = 100 * wrong / n, 100 * hit / n, 100 - 100 * linear / n, 100 - 100 * ibp / n
-    return (*errors, eps * linear / n, eps * ibp / n, total / n)
-
-
-def line(label: str, values: tuple[float, ...], end: str = "") -> str:
-    return f"{label:<24}" + "".join(f"{v:9.{2 if i < 4 else 4}f}" for i, v in enumerate(values)) + end
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default=os.environ.get("FASTROBUST_DATA"), help="folder with mnist.npz")
@@ -172,16 +129,15 @@ def main() -> None:
         if args.rows and row.name not in args.rows:
             continue
         model, seconds = trained(row, x, y, args.epochs, args.seed)
-        got = evaluated(model, x_test, y_test, row)
-        print(f"{'':<24}" + "".join(f"{name:>9}" for name in COLUMNS) + f"{'s/epoch':>9}{'s':>8}")
-        print(line(row.name, got, f"{seconds / args.epochs:9.2f}{seconds:8.1f}"))
-        print(line("  printed", row.printed))
-        print(line("  difference", tuple(a - b for a, b in zip(got, row.printed, strict=True))), flush=True)
+        got = measured(model, x_test, y_test, row.eps, row.norm).figures
+        printed = thesis.printed(row.network, row.norm, row.method)
+        heads = (*thesis.COLUMNS, "s/epoch", "s")
+        print(f"{'':<30}" + "".join(f"{name:>9}" for name in heads))
+        print(thesis.beside(row.name, got, printed, f"{seconds / args.epochs:9.2f}{seconds:9.1f}"), flush=True)
         entry = {
             "method": row.method, "network": row.network, "norm": row.norm, "eps": row.eps, "settings": row.options,
             "epochs": args.epochs, "train_images": len(y), "test_images": len(y_test), "seed": args.seed,
-            "seconds": round(seconds, 1), "printed": dict(zip(COLUMNS, row.printed, strict=True)),
-            "ours": dict(zip(COLUMNS, got, strict=True)),
+            "seconds": round(seconds, 1), "printed": named(printed), "ours": named(got),
         }  # fmt: skip
         table.add(row.name, entry)
         if args.save is not None:

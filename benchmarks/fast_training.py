@@ -1,12 +1,13 @@
-"""Fast adversarial training: robust accuracy and seconds of each method (thesis, table 5.11, in small), and what ATAS costs.
+"""Fast adversarial training: robust accuracy and seconds of each method (thesis, table 5.11, in small), and what ATAS
+costs.
 
     python -m benchmarks.fast_training [--data digits|mnist|cifar10] [--images N] [--epochs E] [--seeds S] [--out FOLDER]
     python -m benchmarks.fast_training --costs [--images N] [--out FOLDER]
 
 The first trains a small network by every method, with as many seeds as asked for, attacks it with PGD-50 and the fast
-AutoAttack, and writes a table with the printed figures beside, one JSON and a plot of robust accuracy over seconds. The second
-times an epoch of ATAS on the MNIST network beside the passes that it cannot do without, and the store's part of it;
-nothing else should run then.
+AutoAttack, and writes a table with the printed figures beside, one JSON and a plot of robust accuracy over seconds. The
+second times an epoch of ATAS on the MNIST network beside the passes that it cannot do without, and the store's part of
+it; nothing else should run then.
 """
 
 from __future__ import annotations

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .pages import write_table
+from .marked import write_table
+
+BUSY = 0.3  # CPUs that other programs used, above which seconds say nothing
 
 
 def read(paths: Sequence[Path]) -> list[dict[str, Any]]:
@@ -27,7 +29,7 @@ def read(paths: Sequence[Path]) -> list[dict[str, Any]]:
 def cell(row: dict[str, Any], column: str) -> str:
     """Mean (deviation); printed."""
     ours, printed = row["ours"][column], row["printed"]
-    digits = 2 if printed or column in ("seconds", "attack steps") else 3
+    digits = 2 if printed or column in ("seconds", "passes") else 3
     spread = "" if ours["deviation"] is None else f" ({ours['deviation']:.{digits}f})"
     beside = f"; {printed[column]:.2f}" if printed and column in printed else ""
     return f"{ours['mean']:.{digits}f}{spread}{beside}"
@@ -40,12 +42,13 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     lines = []
     for group in tables.values():
         first = group[0]
-        columns = list(first["ours"])
+        quiet = all((row["run"].get("others") or 0.0) <= BUSY for row in group)
+        columns = [c for c in first["ours"] if quiet or c != "seconds"]
         run, sizes = first["run"], first["sizes"]
-        size = (
-            "" if not first["printed"] else f" {sizes['train']} images of {sizes['source']}, {sizes['epochs']} epochs;"
-        )
+        epochs = round(1.9 * sizes["epochs"]) if first["table"] == "thesis-4.6" else sizes["epochs"]
+        size = "" if not first["printed"] else f" {sizes['train']} images of {sizes['source']}, {epochs} epochs;"
         size += f" eps {sizes['eps']:g} (printed: .3), rate {sizes['rate']:g};" if first["table"] == "wang-1" else ""
+        size += "" if quiet else " not timed: the machine was busy;"
         lines += [
             f"{first['about']}.{size} {sizes['seeds']} seeds;{' printed behind;' if first['printed'] else ''} "
             f"{run['cpu']}, {run['threads']} threads, {run['date'][:10]}.",

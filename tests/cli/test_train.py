@@ -149,12 +149,72 @@ def test_data_and_models_of_the_users(run: Run, tmp_path: Path) -> None:
         "--norm",
         "L2",
     )
-    status, text, err = run("train", "--method", NAME, "--model", f"{tmp_path / 'net.py'}:make", "--out", tmp_path / "a", *common,
-                            "--epochs", "1", "--augment", "--autocast", "bfloat16")  # fmt: skip
+    status, text, err = run(
+        "train",
+        "--method",
+        NAME,
+        "--model",
+        f"{tmp_path / 'net.py'}:make",
+        "--out",
+        tmp_path / "a",
+        *common,
+        "--epochs",
+        "1",
+        "--augment",
+        "--autocast",
+        "bfloat16",
+    )
     assert (status, err) == (0, "") and "own.npz, 44 images of 3x8x8" in text
-    status, text, err = run("train", "--method", "plain", "--model", "cnn-4", "--width", "2", "--out", tmp_path / "b", *common,
-                            "--epochs", "1", "--weights", tmp_path / "a" / "model.pt")  # fmt: skip
+    status, text, err = run(
+        "train",
+        "--method",
+        "plain",
+        "--model",
+        "cnn-4",
+        "--width",
+        "2",
+        "--out",
+        tmp_path / "b",
+        *common,
+        "--epochs",
+        "1",
+        "--weights",
+        tmp_path / "a" / "model.pt",
+    )
     assert (status, err) == (0, "") and "cnn-4" in text
+
+
+def test_pas_resets_the_rate_and_is_judged_as_an_ensemble(run: Run, tmp_path: Path) -> None:
+    argv = (
+        "--limit",
+        "60",
+        "--test-limit",
+        "20",
+        "--epochs",
+        "4",
+        "--final",
+        "pgd",
+        "--steps",
+        "1",
+        "--batch-size",
+        "30",
+        "--model",
+        "cnn-4",
+        "--width",
+        "2",
+        "--set",
+        "steps=1",
+        "--set",
+        "resets=(0.5,)",
+        "--schedule",
+        "cosine",
+    )
+    status, text, err = run("train", "--method", "pas", "--out", tmp_path / "out", *argv)
+    log = log_of(tmp_path / "out")
+    assert (status, err) == (0, "") and "the ensemble of the ends of the periods" in text
+    assert set(log["result"]) == {"last", "best", "ensemble"} and log["setting"]["resets"] == [0.5]
+    rates = [record["lr"] for record in log["history"]]  # of the last of two batches
+    assert rates[0] == pytest.approx(rates[2]) and rates[1] == pytest.approx(rates[3]) and rates[0] > rates[1]
 
 
 @pytest.mark.parametrize(

@@ -322,6 +322,37 @@ def test_a_schedule_moves_radius_and_step_together() -> None:
     assert "WarmUp" in method.settings()["eps"]
 
 
+def test_a_radius_for_each_epoch() -> None:
+    model, batches = net(), split(*blobs(6), 3, epochs=3)
+    method = adversarial.PGD([0.1, 0.0, 0.3], steps=1)
+    assert [method.radius(b) for b in batches] == [0.1, 0.1, 0.0, 0.0, 0.3, 0.3]
+    follow(method, model, batches)
+    with pytest.raises(ValueError, match="eps: got 3 radii, expected one for each of the 4 epochs"):
+        registry.make("pgd", eps=(0.1, 0.0, 0.3)).begin(model, None, 4)
+    with pytest.raises(ValueError, match="eps: got -1"):
+        adversarial.PGD([0.1, -1.0])
+
+
+def test_a_prepared_attack_makes_the_same_examples() -> None:
+    torch.manual_seed(0)
+    model = models.digits_cnn().train()
+    x, y = torch.rand(16, 1, 8, 8), torch.arange(16) % 10
+    found = []
+    for prepare in (False, True):
+        for moved_by in (0.0, 0.05):  # the weights move between two attacks, and are followed
+            with torch.no_grad():
+                model[0].weight += moved_by
+            torch.manual_seed(3)
+            found.append(adversarial.PGD(EPS, steps=3, prepare=prepare).perturb(model, Batch(x, y)))
+            with torch.no_grad():
+                model[0].weight -= moved_by
+    # where rounding decides the sign of a gradient a pixel may go elsewhere
+    apart = [(a - b).abs().gt(1e-6).double().mean().item() for a, b in zip(found[:2], found[2:], strict=True)]
+    assert max(apart) < 0.01 and not torch.equal(found[0], found[1]) and model.training
+    with pytest.raises(ValueError, match="prepare: got True with attack_mode='train'"):
+        adversarial.PGD(EPS, prepare=True, attack_mode="train")
+
+
 def test_other_norms_stay_in_their_balls() -> None:
     model, (x, y) = net(), blobs(8)
     for norm in (1, 2):

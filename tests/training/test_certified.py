@@ -36,8 +36,8 @@ def batch(count=8, dtype=torch.float32, **where) -> Batch:
 
 
 def margins_by_hand(model, x, y, eps, method):
-    """Lower bounds of the margins of one example of a network with one hidden layer and the lines (A, b), by the formulas of
-    section 3.1 in float64; elided."""
+    """Lower bounds of the margins of one example of a network with one hidden layer and the lines (A, b), by the
+    formulas of section 3.1 in float64; elided."""
     w, b, v, c = (model[i].get_parameter(n).detach().double() for i in (0, 2) for n in ("weight", "bias"))
     low, high = (x.double() - eps).clamp(min=0), (x.double() + eps).clamp(max=1)
     mid, reach = (low + high) / 2, (high - low) / 2
@@ -129,7 +129,8 @@ def test_a_fused_loss_bounds_the_worst_case(eps):
 
 
 def hinge_by_hand(lines, at, alpha, count=4, norm=math.inf):
-    """(3.20) with the rule of ``envelope_hinge`` for one example; distances by bisection on how far a row can be moved."""
+    """(3.20) with the rule of ``envelope_hinge`` for one example; distances by bisection on how far a row can be
+    moved."""
     terms = []
     for total, offset in lines:
         margin = float(total @ at.double() + offset)

@@ -1,4 +1,5 @@
-"""What holds for every registered method: it trains by its name, and resumes with the bits of a training never stopped."""
+"""What holds for every registered method: it trains by its name, and resumes with the bits of a training never
+stopped."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ class LineByLine:
                 self.targets[i] = moved
                 target = m.beta * target + (1 - m.beta) * moved
             each.append(-(target * probability.log()).sum())
-            reweight = isinstance(m, Reweight) or getattr(m, "reweight", False)
+            reweight = (isinstance(m, Reweight) or getattr(m, "reweight", False)) and epoch >= m.warm_up
             weights.append(float(probability[y[b]].detach()) if reweight else 1.0)
         return sum(w * e for w, e in zip(weights, each, strict=True)) / sum(weights)
 
@@ -170,7 +170,7 @@ METHODS_TO_COMPARE = {
     "atas": lambda: ATAS(EPS, warm_up=1, shift=1, resets=()),
     "atas with limits": lambda: ATAS(EPS, warm_up=0, step_range=(0.06, 0.12), gradient_scale=0.05, shift=1, resets=()),
     "atas as printed": lambda: ATAS(EPS, variant="paper", gradient_scale=1.0, warm_up=1, shift=1, resets=()),
-    "reweight": lambda: Reweight(EPS, shift=1),
+    "reweight": lambda: Reweight(EPS, warm_up=1, shift=1),
     "adaptive targets": lambda: AdaptiveTargets(EPS, warm_up=1, shift=1),
     "adaptive targets, reweighted": lambda: AdaptiveTargets(EPS, warm_up=1, shift=1, reweight=True, rho=0.5, beta=0.3),
 }
@@ -251,6 +251,21 @@ def test_the_average_of_atas_does_not_depend_on_the_batch() -> None:
     torch.testing.assert_close(*v)
 
 
+@pytest.mark.parametrize("method", [Reweight(EPS, warm_up=0), AdaptiveTargets(EPS, warm_up=0, reweight=True)])
+def test_weights_of_labels_that_are_out_of_the_question(method: Reweight | AdaptiveTargets) -> None:
+    """A batch all of whose labels have a probability of zero in float32."""
+    logits = torch.tensor([[0.0, 300.0], [0.0, 301.0]], requires_grad=True)
+    batch = Batch(torch.zeros(2, 1, 6, 6), torch.tensor([0, 0]), torch.arange(2))
+    method.begin(nn.Identity(), 2, 1)
+    method._store = method._make_store((1, 6, 6))
+    found = method.loss(lambda _: logits, batch, batch.x).value  # type: ignore[arg-type,return-value]
+    share = torch.tensor([0.0, -1.0]).softmax(0)  # of e^-300 and e^-301
+    kept = 1.0 if isinstance(method, Reweight) else 0.1 + 0.9 * 0.9
+    assert found.item() == pytest.approx(kept * float(share[0] * 300 + share[1] * 301))
+    (grad,) = torch.autograd.grad(found, logits)
+    assert bool(grad.isfinite().all())
+
+
 def test_atas_warms_up_resets_and_keeps_its_average() -> None:
     x, y = images()
     method, model = ATAS(EPS, warm_up=2, resets=(3,), shift=0, flip=False), net()
@@ -291,7 +306,7 @@ def test_training_again_from_a_checkpoint_gives_the_same_bits(name: str, tmp_pat
             for step, index in enumerate(batches()[epoch]):
                 method.step(model, Batch(x[index], y[index], index, epoch, 4, step, 3), update)
 
-    options = {"warm_up": 1} if name in ("atas", "adaptive-targets") else {}
+    options = {"warm_up": 1} if name != "atta" else {}
     make = lambda: METHODS[name](EPS, resets=(3,), shift=1, **options)
     whole, model = make(), net()
     whole.begin(model, N, 4)

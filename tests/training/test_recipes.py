@@ -16,6 +16,10 @@ def test_rates_of_the_papers_by_epoch() -> None:
     assert atta == [0.1] * 30 + [0.01] * 6 + [0.001] * 2
     atas = [round(recipe("atas").rate(epoch / 30), 8) for epoch in range(30)]
     assert atas == [0.1] * 24 + [0.01] * 4 + [0.001] * 2
+    pas = [round(recipe("pas").rate(epoch / 200), 8) for epoch in range(200)]  # anew at 100 and 150
+    assert pas[:100] == [0.1] * 50 + [0.01] * 25 + [0.001] * 25
+    assert pas[100:150] == pas[150:] == [0.1] * 25 + [0.01] * 13 + [0.001] * 12
+    assert "anew at 100, 150" in recipe("pas").text()
     fast = recipe("fgsm-rs")
     assert fast.rate(0) == 0 and fast.rate(0.5) == 0.2 and fast.rate(0.25) == fast.rate(0.75) == pytest.approx(0.1)
     cosine = Recipe(lr=0.4, schedule="cosine")

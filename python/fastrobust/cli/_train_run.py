@@ -20,6 +20,7 @@ from ..nn import zoo
 from ..training import checkpoint as files
 from ..training import distributed
 from ..training.recipes import Recipe
+from ..training.schedules import PAS
 from . import _arguments as shared
 from . import _curves as curves
 from ._common import BadArguments
@@ -60,13 +61,22 @@ class Setup:
         """The settings, for the log."""
         options = {k: files.plain(v) for k, v in self.method.settings().items()}
         return {
-            "method": self.method.name, "options": options, **dataclasses.asdict(self.how), "eps": self.eps,
-            "norm": NORM_NAMES[_norm(self.norm)], "model": self.name,
+            "method": self.method.name,
+            "options": options,
+            **dataclasses.asdict(self.how),
+            "eps": self.eps,
+            "norm": NORM_NAMES[_norm(self.norm)],
+            "model": self.name,
             "parameters": sum(p.numel() for p in self.model.parameters()),
-            **{name: shared.data_text(images) for name, images in self.sets._asdict().items()}, "augment": self.augment,
-            "average": self.average, "autocast": None if self.autocast is None else str(self.autocast), "seed": self.seed,
-            "device": shared.device_text(self.device), "version": build_info()["version"], "torch": torch.__version__,
-        }  # fmt: skip
+            **{name: shared.data_text(images) for name, images in self.sets._asdict().items()},
+            "augment": self.augment,
+            "average": self.average,
+            "autocast": None if self.autocast is None else str(self.autocast),
+            "seed": self.seed,
+            "device": shared.device_text(self.device),
+            "version": build_info()["version"],
+            "torch": torch.__version__,
+        }
 
 
 def _norm(given: float | str) -> float:
@@ -74,8 +84,8 @@ def _norm(given: float | str) -> float:
 
 
 def split(args: argparse.Namespace) -> Sets:
-    """The test images are those of the test split; of a file without splits a fifth. Validation images are drawn from the
-    training images by a fixed permutation, so that one seed or another compares on the same ones."""
+    """The test images are those of the test split; of a file without splits a fifth. Validation images are drawn from
+    the training images by a fixed permutation, so that one seed or another compares on the same ones."""
     whole = data.load(args.data, "train", folder=args.data_dir)
     test = data.load(args.data, "test", folder=args.data_dir, limit=args.test_limit)
     order = torch.randperm(len(whole.labels), generator=torch.Generator().manual_seed(0))
@@ -122,7 +132,7 @@ def fit(setup: Setup, device: torch.device) -> list[dict[str, float]]:
     sets, how = setup.sets, setup.how
     loader = training.loader(
         sets.train.images.to(device), sets.train.labels, how.batch_size, seed=setup.seed,
-        augment=training.ShiftFlip(seed=setup.seed) if setup.augment else None, shares="examples" if setup.method.needs_index else "batch",
+        augment=training.ShiftFlip(seed=setup.seed) if setup.augment else None,
     )  # fmt: skip
     judge = training.Evaluation(
         sets.validation.images, sets.validation.labels, eps=setup.eps, norm=setup.norm, every=setup.every
@@ -163,12 +173,18 @@ def finish(setup: Setup, history: list[dict[str, float]], device: torch.device) 
     result: dict[str, Any] = {"last": {"epoch": history[-1]["epoch"], **_judge(setup, device)}}
     best = setup.out / "best.pt"
     if best.exists():
-        kept = torch.load(best, map_location=device, weights_only=True)
+        kept = files.read(best)
         if kept["record"]["epoch"] == history[-1]["epoch"]:
             result["best"] = result["last"]
         else:
             setup.model.load_state_dict(kept["model"])
             result["best"] = {"epoch": kept["record"]["epoch"], **_judge(setup, device)}
+    if isinstance(setup.method, PAS) and setup.method.ends:
+        setup.model.load_state_dict(torch.load(setup.out / "model.pt", map_location=device, weights_only=True)["model"])
+        result["ensemble"] = {
+            "epoch": history[-1]["epoch"],
+            **_judge(setup, device, setup.method.ensemble(setup.model)),
+        }
     write_log(setup, history, result)
     written = [setup.out / "log.json", setup.out / "model.pt", *([best] if best.exists() else [])]
     if setup.plots:
@@ -181,9 +197,9 @@ def finish(setup: Setup, history: list[dict[str, float]], device: torch.device) 
     return _text(setup, history, result, written)
 
 
-def _judge(setup: Setup, device: torch.device) -> dict[str, float]:
+def _judge(setup: Setup, device: torch.device, model: nn.Module | None = None) -> dict[str, float]:
     """Clean, FGSM, PGD and AutoAttack accuracy on the test images."""
-    model, test, norm = setup.model.eval(), setup.sets.test, NORM_NAMES[_norm(setup.norm)]
+    model, test, norm = (setup.model if model is None else model).eval(), setup.sets.test, NORM_NAMES[_norm(setup.norm)]
     start = time.perf_counter()
     judge = training.Evaluation(
         test.images, test.labels, eps=setup.eps, norm=setup.norm, steps=setup.steps, seed=setup.seed
@@ -213,7 +229,10 @@ def _text(setup: Setup, history: list[dict[str, float]], result: dict[str, Any],
         ("device", words["device"]),
         ("judged", f"{words['norm']}, eps {setup.eps:.6g}; weights at the end, and of the best validated epoch"),
     ]
-    columns = [result[name] for name in ("last", "best") if name in result]
+    shown = [name for name in ("last", "best", "ensemble") if name in result]
+    if "ensemble" in shown:
+        rows.append(("", "and, last, the ensemble of the ends of the periods"))
+    columns = [result[name] for name in shown]
     rows.append(("epoch", "".join(f"{c['epoch']:10.0f}" for c in columns)))
     for key, name in _NAMES.items():
         if key in columns[0]:

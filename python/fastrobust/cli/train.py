@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import dataclasses
 import importlib.util
 import inspect
 import sys
@@ -52,20 +53,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="any option of the method; repeat it",
     )
     add = parser.add_argument_group("the model").add_argument
-    add("--model", metavar="NAME|MODULE:NAME", help=f"{', '.join(zoo.MODELS)}, wrn-DEPTH-WIDEN, or a callable that builds a "
-        "module: package.module:callable or file.py:callable (default: by data set)")  # fmt: skip
+    add(
+        "--model",
+        metavar="NAME|MODULE:NAME",
+        help=f"{', '.join(zoo.MODELS)}, wrn-DEPTH-WIDEN, or a callable that builds a "
+        "module: package.module:callable or file.py:callable (default: by data set)",
+    )
     add("--width", type=common.count, metavar="N", help="of a model by name (default: the paper's)")
     add("--weights", type=Path, metavar="FILE", help="a state_dict to start from")
     add = parser.add_argument_group("the images").add_argument
-    add("--data", default="digits", metavar="DATA", help="digits, mnist, cifar10, or an npz file with images and labels "
-        "(default: digits)")  # fmt: skip
+    add(
+        "--data",
+        default="digits",
+        metavar="DATA",
+        help="digits, mnist, cifar10, or an npz file with images and labels (default: digits)",
+    )
     add("--data-dir", type=Path, metavar="DIR", help=f"folder of the archives (default: ${data.ENVIRONMENT})")
     add("--limit", type=common.count, metavar="N", help="train on N images only")
-    add("--validation", type=common.count, metavar="N", help="images of the training set that choose the best epoch and are "
-        "not trained on (default: a tenth, at most 1000)")  # fmt: skip
+    add(
+        "--validation",
+        type=common.count,
+        metavar="N",
+        help="images of the training set that choose the best epoch and are "
+        "not trained on (default: a tenth, at most 1000)",
+    )
     add("--test-limit", type=common.count, metavar="N", help="N test images only")
-    add("--augment", action=argparse.BooleanOptionalAction, default=None, help="crops and mirror images (default: with "
-        "cifar10; methods that keep something for each image augment by themselves)")  # fmt: skip
+    add(
+        "--augment",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="crops and mirror images (default: with "
+        "cifar10; methods that keep something for each image augment by themselves)",
+    )
     add = parser.add_argument_group("the optimiser (defaults: the method's paper's)").add_argument
     add("--epochs", type=common.count, metavar="N")
     add("--batch-size", type=common.count, metavar="N")
@@ -119,6 +138,8 @@ def _setup(args: argparse.Namespace) -> runs.Setup:
         method.name, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, weight_decay=args.weight_decay,
         optimizer=args.optimizer, schedule=args.schedule,
     )  # fmt: skip
+    if how.resets:  # the rate's are the radius'
+        how = dataclasses.replace(how, resets=tuple(getattr(method, "resets", how.resets)))
     if args.out.exists() and not args.out.is_dir():
         raise BadArguments(f"argument --out: {args.out} is a file, expected a folder")
     if not args.resume and any((args.out / name).exists() for name in ("last.pt", "previous.pt")):

@@ -13,8 +13,8 @@ Statistics = dict[_BatchNorm, tuple[Tensor, Tensor]]  # mean and biased variance
 
 
 def clean_pass(model: nn.Module, x: Tensor) -> tuple[Tensor, Statistics]:
-    """The logits of the clean batch in the model's own mode (its running statistics move once), and what every batch norm in
-    train mode saw. Both take part in the gradient."""
+    """The logits of the clean batch in the model's own mode (its running statistics move once), and what every batch
+    norm in train mode saw. Both take part in the gradient."""
     seen: Statistics = {}
 
     def look(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
@@ -36,8 +36,8 @@ def clean_pass(model: nn.Module, x: Tensor) -> tuple[Tensor, Statistics]:
 def fixed(model: nn.Module, seen: Statistics) -> Iterator[None]:
     """The model in eval mode, its batch norms as the affine maps that they were for the clean batch.
 
-    (v - mean) / sqrt(var + e) * weight + bias is written as a weight and a bias beside the mean 0 and the variance 1 - e,
-    because torch takes no gradient for running statistics.
+    (v - mean) / sqrt(var + e) * weight + bias is written as a weight and a bias beside the mean 0 and the variance 1 -
+    e, because torch takes no gradient for running statistics.
     """
     modes = [(m, m.training) for m in model.modules()]
     kept = [(m, m._parameters["weight"], m._parameters["bias"], dict(m._buffers)) for m in seen]

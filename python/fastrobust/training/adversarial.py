@@ -1,8 +1,9 @@
 """Adversarial training by PGD and its cheaper relatives: one class a method, with its paper's settings as defaults.
 
-``eps`` and step lengths are in the units of the images; ``eps`` may be a schedule (:mod:`.schedules`). ``step_size=None``
-is the paper's share of the radius. ``attack_mode`` "eval" attacks the model as it is deployed, "train" on batch statistics
-as several authors' codes do; running statistics never absorb an attack's passes.
+``eps`` and step lengths are in the units of the images; ``eps`` may be a schedule (:mod:`.schedules`), or a
+sequence of one radius an epoch. ``step_size=None``
+is the paper's share of the radius. ``attack_mode`` "eval" attacks the model as it is deployed, "train" on batch
+statistics as several authors' codes do; running statistics never absorb an attack's passes.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ._passes import (
     Scheduled,
     attacking,
     input_gradient,
+    label_weights,
     length,
     noise,
     optional_length,
@@ -34,8 +36,8 @@ from .registry import register
 
 @register("pgd")
 class PGD(Attacked):
-    """Standard adversarial training (Madry et al. 2018; Wang et al. 2019, eq. 1 and 3): the loss at ``steps`` of PGD from
-    a uniform start of the ball. Defaults: PGD-10 with steps of eps / 4 (Wang et al. 2019, section 5.1)."""
+    """Standard adversarial training (Madry et al. 2018; Wang et al. 2019, eq. 1 and 3): the loss at ``steps`` of PGD
+    from a uniform start of the ball. Defaults: PGD-10 with steps of eps / 4 (Wang et al. 2019, section 5.1)."""
 
     def __init__(
         self, eps: Scheduled = CIFAR_EPS, *, steps: int = 10, step_size: float | None = None, random_start: bool = True,
@@ -53,9 +55,9 @@ class PGD(Attacked):
 
 @register("curriculum")
 class Curriculum(PGD):
-    """Curriculum adversarial training (Cai et al. 2018, as Wang et al. 2019 compare with): PGD-k, k growing from 0 (clean
-    images) to ``steps`` in equal stages over the first ``grow`` of the training. The stages are of equal length; Cai et
-    al. end a stage when its accuracy stops growing."""
+    """Curriculum adversarial training (Cai et al. 2018, as Wang et al. 2019 compare with): PGD-k, k growing from 0
+    (clean images) to ``steps`` in equal stages over the first ``grow`` of the training. The stages are of equal length;
+    Cai et al. end a stage when its accuracy stops growing."""
 
     def __init__(self, eps: Scheduled = CIFAR_EPS, *, steps: int = 10, grow: float = 1.0, **options: Any) -> None:
         super().__init__(eps, steps=steps, **options)
@@ -76,8 +78,8 @@ class Curriculum(PGD):
 
 @register("fgsm-rs")
 class FGSMRS(Attacked):
-    """Fast adversarial training (Wong et al. 2020, algorithm 3): one step of ``1.25 eps`` from a uniform start, back to the
-    ball. It may collapse ("catastrophic overfitting"): watch PGD accuracy."""
+    """Fast adversarial training (Wong et al. 2020, algorithm 3): one step of ``1.25 eps`` from a uniform start, back to
+    the ball. It may collapse ("catastrophic overfitting"): watch PGD accuracy."""
 
     def __init__(self, eps: Scheduled = CIFAR_EPS, *, step_size: float | None = None, **ball: Any) -> None:
         super().__init__(eps, **ball)
@@ -89,8 +91,8 @@ class FGSMRS(Attacked):
 
 @register("n-fgsm")
 class NFGSM(Attacked):
-    """N-FGSM (de Jorge et al. 2022, eq. 5): ``x + n + eps sign(grad(x + n))`` with n uniform in ``noise`` = 2 radii, and no
-    projection on the ball, so that the example may be up to 3 eps away; only the box holds."""
+    """N-FGSM (de Jorge et al. 2022, eq. 5): ``x + n + eps sign(grad(x + n))`` with n uniform in ``noise`` = 2 radii,
+    and no projection on the ball, so that the example may be up to 3 eps away; only the box holds."""
 
     def __init__(
         self, eps: Scheduled = CIFAR_EPS, *, noise: float = 2.0, step_size: float | None = None, **ball: Any
@@ -112,10 +114,11 @@ class NFGSM(Attacked):
 
 @register("gradalign")
 class GradAlign(FGSMRS):
-    """GradAlign (Andriushchenko and Flammarion 2020, eq. 6): FGSM from x with ``1.25 eps`` (which the ball cuts to eps), and
-    ``weight (1 - mean cos(grad(x), grad(x + n)))``, n uniform in the ball and not cut to the box, differentiated through
-    both gradients. Examples one of whose gradients is zero are dropped before the mean. Two passes forth and
-    back more than FGSM-RS, and the way back through both. weight: .2 for CIFAR-10, .5 CIFAR-100, .005 ImageNet (thesis 5.2.4)."""
+    """GradAlign (Andriushchenko and Flammarion 2020, eq. 6): FGSM from x with ``1.25 eps`` (which the ball cuts to
+    eps), and ``weight (1 - mean cos(grad(x), grad(x + n)))``, n uniform in the ball and not cut to the box,
+    differentiated through both gradients. Examples one of whose gradients is zero are dropped before the mean. Two
+    passes forth and back more than FGSM-RS, and the way back through both. weight: .2 for CIFAR-10, .5 CIFAR-100, .005
+    ImageNet (thesis 5.2.4)."""
 
     def __init__(self, eps: Scheduled = CIFAR_EPS, *, weight: float = 0.2, **options: Any) -> None:
         super().__init__(eps, **options)
@@ -149,10 +152,10 @@ class GradAlign(FGSMRS):
 
 @register("free")
 class FreeAT(Attacked):
-    """Free adversarial training (Shafahi et al. 2019, algorithm 1): each batch is trained on ``replays`` times, and one pass
-    back gives the gradients of the parameters and of the perturbation, which then moves by ``step_size`` (eps). There is
-    one perturbation a batch *slot*, zero at the beginning and carried from one batch to the next. Train for 1 / replays of
-    the epochs. Defaults: 8 replays; ImageNet 4 (thesis 5.2.4)."""
+    """Free adversarial training (Shafahi et al. 2019, algorithm 1): each batch is trained on ``replays`` times, and one
+    pass back gives the gradients of the parameters and of the perturbation, which then moves by ``step_size`` (eps).
+    There is one perturbation a batch *slot*, zero at the beginning and carried from one batch to the next. Train for 1
+    / replays of the epochs. Defaults: 8 replays; ImageNet 4 (thesis 5.2.4)."""
 
     def __init__(
         self, eps: Scheduled = CIFAR_EPS, *, replays: int = 8, step_size: float | None = None, **ball: Any
@@ -221,14 +224,14 @@ class _Stop(Exception):
 
 @register("yopo")
 class YOPO(Attacked):
-    """YOPO-m-n (Zhang et al. 2019, algorithm 1): ``full`` = m passes through the network, each of which gives the parameters'
-    gradient and the costate p, the loss' gradient at the first layer's output; with p fixed, ``inner`` = n steps
-    ascend ``<p, f_0(x + eta)>``, which cost a pass through the first layer f_0 alone. The parameters move once, by the sum
-    of the m gradients (authors' rate: .1 * 4 / m). Defaults: YOPO-5-3, steps of 2/255 at 8/255.
+    """YOPO-m-n (Zhang et al. 2019, algorithm 1): ``full`` = m passes through the network, each of which gives the
+    parameters' gradient and the costate p, the loss' gradient at the first layer's output; with p fixed, ``inner`` = n
+    steps ascend ``<p, f_0(x + eta)>``, which cost a pass through the first layer f_0 alone. The parameters move once,
+    by the sum of the m gradients (authors' rate: .1 * 4 / m). Defaults: YOPO-5-3, steps of 2/255 at 8/255.
 
     f_0 is all that runs up to the first layer with a weight of two dimensions or more, found by running the model;
-    ``layer`` names another. ``variant="authors"``: the first layer also gets its gradient at the moved point of every pass,
-    as in their code.
+    ``layer`` names another. ``variant="authors"``: the first layer also gets its gradient at the moved point of every
+    pass, as in their code.
     """
 
     def __init__(
@@ -311,13 +314,14 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 @register("kl-finetune")
 class KLFinetune(PGD):
-    r"""Fine-tuning a robust model with additional data (thesis 4.3.5): hard examples are weighted down, and clean outputs
+    r"""Fine-tuning a robust model with additional data (thesis 4.3.5): hard examples are weighted down, and clean
+    outputs
     serve as targets.
 
     .. math:: \sum_i w_i [CE(f(x_i'), y_i) + \lambda KL(o_i || o_i')]
 
-    with o, o' the probabilities of the clean and of the attacked image, ``w_i = softmax(f(x_i'))_{y_i}`` normalised over
-    the batch (a constant; ``reweight=False``: 1 / B) and lambda = 6. Rate 1e-3, 1 or 5 epochs of :class:`Mixed`.
+    with o, o' the probabilities of the clean and of the attacked image, ``w_i = softmax(f(x_i'))_{y_i}`` normalised
+    over the batch (a constant; ``reweight=False``: 1 / B) and lambda = 6. Rate 1e-3, 1 or 5 epochs of :class:`Mixed`.
     Attack: PGD-10 with steps of eps / 4.
     """
 
@@ -334,13 +338,13 @@ class KLFinetune(PGD):
             each = each + self.kl_weight * ops.kl_divergence(attacked, clean).value
         if not self.reweight:
             return Loss(each.mean(), attacked)
-        weights = attacked.detach().softmax(1).gather(1, batch.y[:, None])[:, 0]
-        return Loss((weights / weights.sum() * each).sum(), attacked)
+        return Loss((label_weights(attacked, batch.y) * each).sum(), attacked)
 
 
 class Mixed:
     """Batches half from ``loader``, half from ``extra`` (thesis 4.3.5): an epoch goes once through ``extra`` while
-    ``loader`` is begun anew as often as needed. Both give (x, y); the first parts of both go together, without numbers."""
+    ``loader`` is begun anew as often as needed. Both give (x, y); the first parts of both go together, without numbers.
+    """
 
     def __init__(self, loader: Iterable[Any], extra: Iterable[Any]) -> None:
         self.loader, self.extra = loader, extra

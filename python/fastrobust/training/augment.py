@@ -16,7 +16,8 @@ _STEP, _FIRST, _SECOND = (c - 2**64 for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4
 
 
 class Move(NamedTuple):
-    """``offsets`` (B, 2), pixels down and to the right, and ``flips`` (B,): what :func:`fastrobust.ops.shift_flip` takes."""
+    """``offsets`` (B, 2), pixels down and to the right, and ``flips`` (B,): what :func:`fastrobust.ops.shift_flip`
+    takes."""
 
     offsets: Tensor | None = None
     flips: Tensor | None = None
@@ -35,9 +36,9 @@ NO_MOVE = Move()
 class ShiftFlip:
     """Crops with a padding of ``shift`` zeros, and mirror images half of the time.
 
-    The move of an example is a function of (seed, epoch, its number) alone: it does not depend on how the data set is cut
-    into batches or over processes, and a training that resumes finds it again with nothing saved. Where batches tell no
-    numbers, the place in the epoch takes theirs.
+    The move of an example is a function of (seed, epoch, its number) alone: it does not depend on how the data set is
+    cut into batches or over processes, and a training that resumes finds it again with nothing saved. Where batches
+    tell no numbers, the place in the epoch takes theirs.
     """
 
     def __init__(self, shift: int = 4, flip: bool = True, seed: int = 0) -> None:

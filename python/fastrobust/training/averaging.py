@@ -18,10 +18,10 @@ from .distributed import average_statistics
 class Averaging:
     r"""How weights are averaged.
 
-    kind "ema": after every step ``a <- d a + (1 - d) w`` with ``d = min(decay, (1 + t) / (10 + t))`` after t steps, so that
-    a short training is not held at its start; running statistics are averaged alike. kind "swa" (Izmailov et al. 2018): the
-    mean of the weights at the ends of epochs, whose batch normalisations are estimated anew on the training images.
-    ``start``: share of the training after which averaging begins.
+    kind "ema": after every step ``a <- d a + (1 - d) w`` with ``d = min(decay, (1 + t) / (10 + t))`` after t steps, so
+    that a short training is not held at its start; running statistics are averaged alike. kind "swa" (Izmailov et al.
+    2018): the mean of the weights at the ends of epochs, whose batch normalisations are estimated anew on the training
+    images. ``start``: share of the training after which averaging begins.
     """
 
     kind: Literal["ema", "swa"] = "ema"
@@ -117,8 +117,8 @@ class Average:
 
 @torch.no_grad()
 def estimate_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
-    """Running statistics of batch normalisations as the mean over the batches' images; everything else stays in eval mode.
-    ``batches``: images, or tuples that begin with them."""
+    """Running statistics of batch normalisations as the mean over the batches' images; everything else stays in eval
+    mode. ``batches``: images, or tuples that begin with them."""
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms:
         return

@@ -23,8 +23,9 @@ class Loader:
 
     images: (N, ...) floating point; labels: (N,) integers. augment: crops and mirror images (:class:`ShiftFlip`), or a
     callable (images, generator) -> images on each batch, whose random numbers come from the generator.
-    Under torchrun each process gets its share: shares "batch" cuts every batch, so that any number of processes trains on the same ones; "examples" gives a process the same examples in
-    every epoch, as methods need that keep something for each. A last batch too small to be shared is left out.
+    Under torchrun each process gets its share: shares "batch" cuts every batch, so that any number of processes trains
+    on the same ones; "examples" gives a process the same examples in every epoch, as methods need that keep something
+    for each. A last batch too small to be shared is left out.
     """
 
     def __init__(

@@ -1,4 +1,5 @@
-"""Certified training: losses that are sound bounds of the worst case, and the methods made of them (Liu 2022, chapter 3).
+"""Certified training: losses that are sound bounds of the worst case, and the methods made of them (Liu 2022, chapter
+3).
 
 Every method here takes ``norm`` and ``clip`` of the attacker, a radius that grows over the training, and bounds it with
 :func:`fastrobust.bounds.compute_bounds`. Batch norm uses the statistics of the clean batch, which move the running ones
@@ -62,8 +63,9 @@ def fused_loss(
 ) -> Tensor:  # fmt: skip
     """:func:`worst_case_loss` with loss fusion (Xu et al. 2020, section 3.4): one row a sample instead of K - 1.
 
-    log(1 + sum_i exp(z_i - z_y)) with each exponential under its chord between interval bounds of z_i - z_y is linear in the
-    outputs, so that one linear bound serves all classes: the cost does not grow with K. Sound, and looser than K - 1 rows.
+    log(1 + sum_i exp(z_i - z_y)) with each exponential under its chord between interval bounds of z_i - z_y is linear
+    in the outputs, so that one linear bound serves all classes: the cost does not grow with K. Sound, and looser than K
+    - 1 rows.
     """
     ends = compute_bounds(model, x, eps, method="ibp", labels=y, **options)
     low, up = -ends.upper, -ends.lower  # of z_i - z_y
@@ -91,8 +93,9 @@ def fused_loss(
 def ibp_init(model: nn.Module) -> None:
     r"""Weights for interval bounds that neither grow nor vanish with depth (Shi et al. 2021, section 3.1), in place.
 
-    N(0, sigma^2) with sigma = sqrt(2 pi) / n, n the fan-in: the mean of \|w\| is then 2 / n, which an interval and the ReLU
-    behind it, that halves it, leave at its width. Biases become 0. Linear and convolutional layers alone are touched.
+    N(0, sigma^2) with sigma = sqrt(2 pi) / n, n the fan-in: the mean of \|w\| is then 2 / n, which an interval and the
+    ReLU behind it, that halves it, leave at its width. Biases become 0. Linear and convolutional layers alone are
+    touched.
     """
     with torch.no_grad():
         for m in model.modules():
@@ -107,13 +110,20 @@ class Certified(Method):
 
     eps: the final radius, or a function of the share of the training that is done. norm, clip: of the attacker.
     ramp: (begin, end), shares of the training between which eps grows linearly from ``start`` (times eps) to eps.
-    subsample: number of examples of each batch that are bounded (stochastic robust approximation, section 3.3.3), None: all.
+    subsample: number of examples of each batch that are bounded (stochastic robust approximation, section 3.3.3), None:
+    all.
     """
 
     def __init__(
-        self, eps: Radius, *, norm: float | str = math.inf, clip: Any = (0.0, 1.0), ramp: tuple[float, float] = (0.0, 0.0),
-        start: float = 0.0, subsample: int | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        eps: Radius,
+        *,
+        norm: float | str = math.inf,
+        clip: Any = (0.0, 1.0),
+        ramp: tuple[float, float] = (0.0, 0.0),
+        start: float = 0.0,
+        subsample: int | None = None,
+    ) -> None:
         if not callable(eps) and not (math.isfinite(eps) and eps >= 0):
             raise ValueError(f"eps: got {eps}, expected a finite number >= 0")
         if not 0 <= ramp[0] <= ramp[1] <= 1:
@@ -160,8 +170,9 @@ class WorstCase(Certified):
 
     .. math:: \kappa L(f(x), y) + (1 - \kappa) L(o^{(worst)}, y)
 
-    bounds: method of :func:`compute_bounds`. kappa: (first, last), moving linearly along the ramp. beta: (first, last) share of
-    ``bounds`` in the margins, the rest interval bounds (CROWN-IBP); (1, 1) for ``bounds`` alone. fusion: :func:`fused_loss`.
+    bounds: method of :func:`compute_bounds`. kappa: (first, last), moving linearly along the ramp. beta: (first, last)
+    share of ``bounds`` in the margins, the rest interval bounds (CROWN-IBP); (1, 1) for ``bounds`` alone. fusion:
+    :func:`fused_loss`.
     elide: as for :func:`worst_case_loss`.
     """
 
@@ -215,8 +226,8 @@ def between(ends: tuple[float, ...], share: float) -> float:
 
 @register("kw")
 class KW(WorstCase):
-    """The dual bound of Wong and Kolter (2018), which is Fast-Lin's: cross-entropy of the worst case, eps growing from a tenth over
-    the first half of the training."""
+    """The dual bound of Wong and Kolter (2018), which is Fast-Lin's: cross-entropy of the worst case, eps growing from
+    a tenth over the first half of the training."""
 
     def __init__(self, eps: Radius = 0.1, **options: Any) -> None:
         super().__init__(eps, **{"bounds": "fast-lin", "ramp": (0.0, 0.5), "start": 0.1, **options})
@@ -224,7 +235,8 @@ class KW(WorstCase):
 
 @register("ibp")
 class IBP(WorstCase):
-    """Interval bound propagation (Gowal et al. 2018): kappa from 1 to 1/2 while eps grows, from 5 % to 30 % of the training."""
+    """Interval bound propagation (Gowal et al. 2018): kappa from 1 to 1/2 while eps grows, from 5 % to 30 % of the
+    training."""
 
     def __init__(self, eps: Radius = 0.1, **options: Any) -> None:
         super().__init__(eps, **{"bounds": "ibp", "kappa": (1.0, 0.5), "ramp": (0.05, 0.3), **options})
@@ -232,8 +244,8 @@ class IBP(WorstCase):
 
 @register("crown-ibp")
 class CrownIBP(WorstCase):
-    """CROWN-IBP (Zhang et al. 2020): the margins are beta CROWN-IBP + (1 - beta) IBP with beta from 1 to 0 while eps grows, so that
-    the tight bounds start the training and the cheap ones end it; kappa from 1 to 0."""
+    """CROWN-IBP (Zhang et al. 2020): the margins are beta CROWN-IBP + (1 - beta) IBP with beta from 1 to 0 while eps
+    grows, so that the tight bounds start the training and the cheap ones end it; kappa from 1 to 0."""
 
     def __init__(self, eps: Radius = 0.1, **options: Any) -> None:
         super().__init__(
@@ -246,14 +258,14 @@ class PER(Certified):
 
     .. math:: L(f(X), y) + \beta \, \mathrm{mean}_s \sum_{i \le C} \max(0, 1 - \hat d_i / \alpha)
 
-    with the signed distances from the clean x; PER+at has (L(X) + L(X')) / 2 for the first term, X' by PGD, and takes the distances
-    from X'. The envelope, of the ball around the clean x in both, is computed for ``subsample`` examples of the batch, the attack
-    for all. How rows out of reach enter: :func:`fastrobust.training.envelope.envelope_hinge`.
+    with the signed distances from the clean x; PER+at has (L(X) + L(X')) / 2 for the first term, X' by PGD, and takes
+    the distances from X'. The envelope, of the ball around the clean x in both, is computed for ``subsample`` examples
+    of the batch, the attack for all. How rows out of reach enter: :func:`fastrobust.training.envelope.envelope_hinge`.
 
-    alpha, beta, count: as above (C = 4). eps: the radius at the start, times ``growth`` after every share ``every`` of the training;
-    the defaults are those of table 3.5 for FC1 and l-inf: .0064, doubled every fifth, .1024 at the end. warm_up: share of the
-    training that is adversarial training alone, without the envelope (the CNNs of the thesis). attack_steps, attack_eps (None: the
-    envelope's eps): of X'.
+    alpha, beta, count: as above (C = 4). eps: the radius at the start, times ``growth`` after every share ``every`` of
+    the training; the defaults are those of table 3.5 for FC1 and l-inf: .0064, doubled every fifth, .1024 at the end.
+    warm_up: share of the training that is adversarial training alone, without the envelope (the CNNs of the thesis).
+    attack_steps, attack_eps (None: the envelope's eps): of X'.
     """
 
     bounds = "fast-lin"
@@ -338,8 +350,8 @@ def _pair(*beta: float, **shared: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     return {**shared, "beta": beta[0]}, {**shared, "beta": beta[-1]}
 
 
-# Table 3.5: what to give PER (the first) and PER+at (the second) for the networks of the thesis, by data, network and norm. The
-# thesis does not print how long the CNNs are warmed up by adversarial training: a tenth here.
+# Table 3.5: what to give PER (the first) and PER+at (the second) for the networks of the thesis, by data, network and
+# norm. The thesis does not print how long the CNNs are warmed up by adversarial training: a tenth here.
 _CNN: dict[str, Any] = {"growth": 1.0, "warm_up": 0.1}
 TABLE_3_5 = {
     ("mnist", "fc1", "Linf"): _pair(0.1, eps=0.0064, alpha=0.15),
@@ -353,8 +365,9 @@ TABLE_3_5 = {
 
 @register("sabr")
 class SABR(Certified):
-    """Small adversarial bounding regions (Müller et al. 2023): the interval bounds of a box of radius share * eps around an attack
-    in the ball of radius (1 - share) * eps. share (their lambda): .1 at 2/255 and .7 at 8/255 in CIFAR-10, 1 is IBP. l-inf only.
+    """Small adversarial bounding regions (Müller et al. 2023): the interval bounds of a box of radius share * eps
+    around an attack in the ball of radius (1 - share) * eps. share (their lambda): .1 at 2/255 and .7 at 8/255 in
+    CIFAR-10, 1 is IBP. l-inf only.
 
     The box is moved into the ball around x and ``clip``, as theirs is. l1: weight of the l1 norm of the weights.
     """
@@ -387,16 +400,23 @@ class SABR(Certified):
 
 @register("mtl-ibp")
 class MTLIBP(Certified):
-    """Multi-task IBP (De Palma et al. 2024): (1 - share) L(f(X'), y) + share L(o^(worst), y) with X' by PGD in the ball and interval
-    bounds of all of it. share (their alpha): .004 to .01 at 2/255 and .5 to .6 at 8/255 in CIFAR-10.
+    """Multi-task IBP (De Palma et al. 2024): (1 - share) L(f(X'), y) + share L(o^(worst), y) with X' by PGD in the ball
+    and interval bounds of all of it. share (their alpha): .004 to .01 at 2/255 and .5 to .6 at 8/255 in CIFAR-10.
 
-    attack_scale: the attack's radius by that of the bounds (2.1 at 2/255 there). l1: weight of the l1 norm of the weights.
+    attack_scale: the attack's radius by that of the bounds (2.1 at 2/255 there). l1: weight of the l1 norm of the
+    weights.
     """
 
     def __init__(
-        self, eps: Radius = 0.1, *, share: float = 0.5, attack_steps: int = 8, attack_scale: float = 1.0, l1: float = 0.0,
+        self,
+        eps: Radius = 0.1,
+        *,
+        share: float = 0.5,
+        attack_steps: int = 8,
+        attack_scale: float = 1.0,
+        l1: float = 0.0,
         **options: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(eps, **{"ramp": (0.0, 0.5), **options})
         if not 0 <= share <= 1:
             raise ValueError(f"share: got {share}, expected a number in [0, 1]")
@@ -429,6 +449,21 @@ def l1_of(model: nn.Module, weight: float) -> Tensor | float:
 
 
 __all__ = [
-    "IBP", "KW", "MTLIBP", "PER", "SABR", "TABLE_3_5", "Certified", "CrownIBP", "IntervalPER", "IntervalPERat", "LinearPER",
-    "LinearPERat", "WorstCase", "fused_loss", "ibp_init", "worst_case_logits", "worst_case_loss",
-]  # fmt: skip
+    "IBP",
+    "KW",
+    "MTLIBP",
+    "PER",
+    "SABR",
+    "TABLE_3_5",
+    "Certified",
+    "CrownIBP",
+    "IntervalPER",
+    "IntervalPERat",
+    "LinearPER",
+    "LinearPERat",
+    "WorstCase",
+    "fused_loss",
+    "ibp_init",
+    "worst_case_logits",
+    "worst_case_loss",
+]

@@ -1,7 +1,7 @@
 """Checkpoints from which a training goes on with the same bits, whenever it was stopped.
 
-A folder holds ``last.pt`` and ``previous.pt``, everything after the last two epochs, and ``best.pt``, the weights that did
-best on held-out images. All are read by ``torch.load(path, weights_only=True)``.
+A folder holds ``last.pt`` and ``previous.pt``, everything after the last two epochs, and ``best.pt``, the weights that
+did best on held-out images. All are read by ``torch.load(path, weights_only=True)``.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import os
 import random
 import tempfile
 import warnings
+import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -21,12 +22,12 @@ FORMAT = 1
 
 
 def write(path: Path, content: Any, before: Path | None = None) -> None:
-    """Beside the file, onto the disk, and moved over it: whoever is stopped leaves the old file or the new one, and a full
-    disk leaves the old one. ``before``: a name for the old file."""
+    """Beside the file, onto the disk, and moved over it: whoever is stopped leaves the old file or the new one, and a
+    full disk leaves the old one. ``before``: a name for the old file."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
-            torch.save(content, file)
+            _save_with_checksums(content, file)
             file.flush()
             os.fsync(file.fileno())
         if before is not None and path.exists():
@@ -41,6 +42,29 @@ def write(path: Path, content: Any, before: Path | None = None) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _save_with_checksums(content: Any, file: IO[bytes]) -> None:
+    """``torch.save`` with the archive's checksums, whatever the process has asked of it."""
+    options: Any = torch.serialization
+    if not hasattr(options, "set_crc32_options"):  # torch < 2.6 always writes them
+        torch.save(content, file)
+        return
+    before = options.get_crc32_options()
+    options.set_crc32_options(True)
+    try:
+        torch.save(content, file)
+    finally:
+        options.set_crc32_options(before)
+
+
+def read(path: Path) -> Any:
+    """A file of :func:`write`. ``torch.load`` does not look at the checksums: of a file damaged on the disk it makes
+    other weights without a word."""
+    with zipfile.ZipFile(path) as archive:
+        if (damaged := archive.testzip()) is not None:
+            raise ValueError(f"its part {damaged} is damaged")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def save(folder: Path, content: dict[str, Any]) -> None:
@@ -62,10 +86,10 @@ def load(folder: Path) -> dict[str, Any] | None:
         if not path.exists():
             continue
         try:
-            content: Any = torch.load(path, map_location="cpu", weights_only=True)
+            content: Any = read(path)
             if not isinstance(content, dict) or content.get("format") != FORMAT:
                 raise ValueError("it is no checkpoint of a training, or one of another version")
-        except Exception as error:  # whatever torch.load makes of a damaged file
+        except Exception as error:  # whatever zipfile and torch.load make of a damaged file
             reasons.append(f"{path.name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
             continue
         if reasons:
@@ -109,8 +133,8 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 def loader_state(loader: Any) -> dict[str, Any]:
-    """What the next epoch's batches depend on besides the global random state: a loader that keeps a state of its own, or
-    the generators of a DataLoader and its sampler."""
+    """What the next epoch's batches depend on besides the global random state: a loader that keeps a state of its own,
+    or the generators of a DataLoader and its sampler."""
     if hasattr(loader, "state_dict"):
         return {"own": loader.state_dict()}
     return {name: g.get_state() for name, g in _generators(loader).items()}

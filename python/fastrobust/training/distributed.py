@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+_PIECE = 1 << 24  # numbers sent at a time
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -98,6 +100,33 @@ def gather(value: Any) -> list[Any]:
     return found
 
 
+def exchange_rows(tensors: Sequence[Tensor], written: Tensor) -> None:
+    """Rows that one process wrote become everybody's, in place; of a row that several wrote the first one's.
+
+    tensors: (N, ...) each, alike on all processes but for the rows that were written since the last exchange; written:
+    (N,) bool, this process' ones, cleared. Rows travel as they are kept, in pieces.
+    """
+    rank, world = rank_and_world()
+    if world > 1:
+        device = _talks_on()
+        owner = torch.where(written, rank, world).to(device)
+        dist.all_reduce(owner, dist.ReduceOp.MIN)
+        for source in range(world):
+            rows = (owner == source).nonzero()[:, 0]
+            for tensor in tensors:
+                size = max(1, _PIECE // max(1, tensor[:1].numel()))
+                for part in rows.to(tensor.device).split(size):
+                    values = tensor[part].to(device, torch.uint8 if tensor.dtype == torch.bool else None)
+                    dist.broadcast(values, source)
+                    tensor[part] = values.to(tensor.device, tensor.dtype)
+    written.zero_()
+
+
+def _talks_on() -> torch.device:
+    """NCCL sends what lies on a GPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
 def wait() -> None:
     if rank_and_world()[1] > 1:
         dist.barrier()
@@ -106,6 +135,7 @@ def wait() -> None:
 __all__ = [
     "average_gradients",
     "average_statistics",
+    "exchange_rows",
     "gather",
     "join",
     "rank_and_world",

@@ -22,18 +22,18 @@ class DynamicAT(Attacked):
 
     .. math:: c(x) = eps \|g\|_1 - \langle x - x_0, g \rangle, \quad c_t = \max(c_{max} - t\, c_{max} / T', 0)
 
-    with g the gradient of the example's own loss (eq. 4) and t the epoch. All move at least once; c is taken at the new point
-    and says whether that example takes another step. (The paper prints the mask as ``c <= c_t``, against its own comment;
-    meant is ``c > c_t``.) Examples that stop leave the batch: their passes are not made. An example of s < steps moves
-    costs s + 1 gradients, one of all ``steps`` moves as many.
+    with g the gradient of the example's own loss (eq. 4) and t the epoch. All move at least once; c is taken at the new
+    point and says whether that example takes another step. (The paper prints the mask as ``c <= c_t``, against its own
+    comment; meant is ``c > c_t``.) Examples that stop leave the batch: their passes are not made. An example of s <
+    steps moves costs s + 1 gradients, one of all ``steps`` moves as many.
 
-    Defaults: PGD-10 from a uniform start with steps of eps / 4, c_max .5, T' = ``control`` = 5/6 of the epochs (100 of 120
-    for CIFAR-10; 40 of 50 for MNIST: .8), or a number of epochs. ``clip=None`` is algorithm 1 as printed; with a box
-    c stays above zero where a gradient points out of it.
+    Defaults: PGD-10 from a uniform start with steps of eps / 4, c_max .5, T' = ``control`` = 5/6 of the epochs (100 of
+    120 for CIFAR-10; 40 of 50 for MNIST: .8), or a number of epochs. ``clip=None`` is algorithm 1 as printed; with a
+    box c stays above zero where a gradient points out of it.
 
-    centre: "clean" measures ``x - x0`` from the image, "start" from the random start, as the authors' code. weighted: as in
-    their code, from the second epoch on each example's loss is weighted by itself (here of the same pass, there of one
-    more in eval mode).
+    centre: "clean" measures ``x - x0`` from the image, "start" from the random start, as the authors' code. weighted:
+    as in their code, from the second epoch on each example's loss is weighted by itself (here of the same pass, there
+    of one more in eval mode).
     """
 
     def __init__(

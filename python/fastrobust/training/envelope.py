@@ -34,7 +34,8 @@ def envelope_hinge(
 
     Args:
         distances: (B, K - 1) signed, of :func:`fastrobust.certify.polyhedral_envelope`. margins: (B, K - 1), U x + p.
-        rows: (B, K - 1, n), U. alpha: the distance that is enough. norm: p of the distances. count: C, at most K - 1 are there.
+        rows: (B, K - 1, n), U. alpha: the distance that is enough. norm: p of the distances. count: C, at most K - 1
+        are there.
     """
     dual = 1.0 if norm == math.inf else math.inf if norm == 1 else norm / (norm - 1)
     violated = margins < 0
@@ -64,8 +65,8 @@ def envelope_loss(
 ) -> Tensor:
     """:func:`envelope_hinge` of a batch (B,): the rows from the ball around x, the distances from ``at`` (None: x).
 
-    eps: a number or (B,). method: "fast-lin" (L-PER), "ibp-linear" (I-PER) or any other linear method. Other options as for
-    :func:`fastrobust.bounds.compute_bounds`. Differentiable with respect to the parameters, x, at and eps.
+    eps: a number or (B,). method: "fast-lin" (L-PER), "ibp-linear" (I-PER) or any other linear method. Other options as
+    for :func:`fastrobust.bounds.compute_bounds`. Differentiable with respect to the parameters, x, at and eps.
     """
     if not alpha > 0:
         raise ValueError(f"alpha: got {alpha}, expected a number > 0")

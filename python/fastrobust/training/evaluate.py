@@ -22,8 +22,8 @@ class Evaluation:
     """Accuracy of a model on held-out images: clean, after one FGSM step, and after PGD.
 
     ``evaluation(model)`` returns ``{"clean": ., "fgsm": ., "pgd": .}``, shares of all images; an image counts as robust
-    where it is right clean and attacked. The random starts go by an image's number: neither the batches nor the number of
-    processes changes a result, and the model and the global random state are left as they were.
+    where it is right clean and attacked. The random starts go by an image's number: neither the batches nor the number
+    of processes changes a result, and the model and the global random state are left as they were.
 
     images: (N, ...) and labels: (N,), not those that are trained on. eps, norm, clip, steps, step_size: as in
     :func:`fastrobust.attacks.pgd`. every: evaluate after each so many epochs (and after the last).

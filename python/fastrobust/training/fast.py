@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..attacks._modes import undisturbed
+from . import distributed
 from ._passes import input_gradient
 from .augment import Move, ShiftFlip
 from .method import Batch, Loss, Method
@@ -21,7 +22,8 @@ Clip = tuple[float, float] | None
 
 
 def _gradient(model: nn.Module, x: Tensor, y: Tensor, clean: Tensor | None = None) -> Tensor:
-    """:func:`input_gradient` with the model in eval mode; of the KL divergence from the outputs at ``clean``, if given."""
+    """:func:`input_gradient` with the model in eval mode; of the KL divergence from the outputs at ``clean``, if
+    given."""
     with undisturbed(model, "eval"):
         with torch.no_grad():
             reference = None if clean is None else model(clean).float()
@@ -31,8 +33,9 @@ def _gradient(model: nn.Module, x: Tensor, y: Tensor, clean: Tensor | None = Non
 class Stored(Method):
     """What methods share whose attack starts where the last epoch's ended.
 
-    Images are moved by :class:`ShiftFlip` here, not by the loader, so that the stored perturbations can follow. The store
-    is made at the first batch, or given.
+    Images are moved by :class:`ShiftFlip` here, not by the loader, so that the stored perturbations can follow. The
+    store is made at the first batch, or given. Of several processes each has a whole store; before an epoch begins they
+    exchange what the last one wrote, so that it does not matter which process sees an example.
     """
 
     needs_index = True
@@ -48,6 +51,7 @@ class Stored(Method):
         self._augment, self._dtype, self._store = ShiftFlip(shift, flip, seed), dtype, store
         self._examples: int | None = None if store is None else len(store)
         self._clean: Tensor | None = None
+        self._written: Tensor | None = None  # (N,) since the last exchange, by this process of several
 
     def store_options(self) -> dict[str, Any]:
         """How the store begins."""
@@ -60,7 +64,13 @@ class Stored(Method):
             )
         self._examples = examples if self._store is None else len(self._store)
 
+    def kept(self) -> list[Tensor]:
+        """What has a row for each example."""
+        return [] if self._store is None else [self._store.perturbations, self._store.known]
+
     def begin_epoch(self, model: nn.Module, epoch: int, epochs: int) -> None:
+        if self._written is not None:
+            distributed.exchange_rows(self.kept(), self._written)
         if epoch in self.resets and self._store is not None:
             self._store.reset()
 
@@ -86,6 +96,10 @@ class Stored(Method):
         start = self.start(batch, x, move)
         adv = self.ascend(model, batch, x, start)
         self._store.update(batch.index, adv, x, move)
+        if distributed.rank_and_world()[1] > 1:
+            if self._written is None:
+                self._written = torch.zeros(len(self._store), dtype=torch.bool)
+            self._written[batch.index.to("cpu")] = True
         self._clean = x
         return adv
 
@@ -98,7 +112,8 @@ class Stored(Method):
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self._store is None else {"store": self._store.state_dict()}
+        written = {} if self._written is None else {"written": self._written}
+        return {} if self._store is None else {"store": self._store.state_dict(), **written}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if "store" not in state:
@@ -106,6 +121,7 @@ class Stored(Method):
         if self._store is None:
             self._store = self._make_store(self._shape_of(state["store"]["perturbations"]))
         self._store.load_state_dict(state["store"])
+        self._written = state["written"].clone() if "written" in state else None
 
     def _shape_of(self, kept: Tensor) -> tuple[int, ...]:
         """The images' shape, from what a store of them has."""
@@ -120,7 +136,8 @@ class ATTA(Stored):
     perturbation, kept for the padded image so that it survives cropping and flipping.
 
     loss: "ce", or "trades": the attack climbs KL(f(x) || f(x')), and CE(f(x), y) + beta KL(f(x) || f(x')) is minimised.
-    (The authors' TRADES variant still attacks the cross-entropy, and their mean loss is divided by the batch size again.)
+    (The authors' TRADES variant still attacks the cross-entropy, and their mean loss is divided by the batch size
+    again.)
     step_size: eps / 2 when None (4/255 for 8/255). resets: epochs, counted from 0, at which the perturbations are drawn
     anew (never on MNIST). init_scale: standard deviation of the first perturbations, unclamped as the authors'.
     shift, flip: the crops (with that padding) and mirror images; 0 and False for digits. dtype: of the store.
@@ -179,11 +196,12 @@ class ATAS(Stored):
     ``v' = beta v + (1 - beta) ||g||_2^2`` for each example, the step from v', and the parameters move at the new point.
 
     variant: "authors", ``step_size / (1 + sqrt(v') / c)``, which is the thesis' gamma / (C + sqrt v) with step_size =
-    gamma / C; or "paper", ``step_size / sqrt(v' + c)`` as (5.16) is printed, which with step_size = gamma = 2 eps c stays
-    below 1.6/255 (section 5.2.4 describes the authors' form).
+    gamma / C; or "paper", ``step_size / sqrt(v' + c)`` as (5.16) is printed, which with step_size = gamma = 2 eps c
+    stays below 1.6/255 (section 5.2.4 describes the authors' form).
     step_size: when None 2 eps (16/255 for 8/255), times c for "paper". step_range: limits of the step, in the units of
     the images; the code's are (4/255, 14/255); None, none. warm_up: epochs with the constant step eps in which v stays.
-    resets: epochs, counted from 0, at which the perturbations are drawn anew, uniform on [-eps, eps]; v is kept.
+    resets: epochs, counted from 0, at which the perturbations are drawn anew, uniform on [-eps, eps]; v is kept. The
+    code resets at 10 and 20 counted from 1.
     gradient_scale: g is that of an example's own loss times this. c = 0.01 belongs to the gradients of a mean over
     batches of 128, as the authors take them; ours is that number whatever the batch. 1 is (5.15) to the letter.
     Other arguments as in :class:`ATTA`.
@@ -199,7 +217,7 @@ class ATAS(Stored):
         variant: str = "authors",
         step_range: tuple[float, float] | None = None,
         warm_up: int = 5,
-        resets: tuple[int, ...] = (10, 20),
+        resets: tuple[int, ...] = (9, 19),
         gradient_scale: float = 1 / 128,
         norm: float | str = "Linf",
         clip: Clip = (0.0, 1.0),
@@ -226,10 +244,13 @@ class ATAS(Stored):
         """(N,) moving averages of the squared gradient norms, once there was a batch."""
         return self._v
 
+    def kept(self) -> list[Tensor]:
+        return super().kept() + ([] if self._v is None else [self._v])
+
     def ascend(self, model: nn.Module, batch: Batch, x: Tensor, adv: Tensor) -> Tensor:
         assert self._store is not None and batch.index is not None
         if self._v is None:
-            self._v = torch.zeros(len(self._store), device=x.device)
+            self._v = torch.zeros(len(self._store), dtype=x.dtype, device=x.device)
         grad = _gradient(model, adv, batch.y) * self.gradient_scale
         if batch.epoch < self.warm_up:
             return ops.pgd_step(adv, x, grad, self.eps, self.eps, self.norm, self.clip)

@@ -67,8 +67,9 @@ def train(
 
     Args:
         model: changed in place. Of a DistributedDataParallel its module is trained.
-        loader: any iterable of (images, labels) or (images, labels, numbers of the examples), gone through once an epoch;
-            ``set_epoch`` of it or of its sampler is called. :func:`fastrobust.training.loader` makes one of tensors.
+        loader: any iterable of (images, labels) or (images, labels, numbers of the examples), gone through once an
+            epoch; ``set_epoch`` of it or of its sampler is called. :func:`fastrobust.training.loader` makes one of
+            tensors.
         method: an object or a name of :func:`fastrobust.training.methods`, with its paper's settings.
         optimizer: default SGD 0.1, momentum 0.9, weight decay 5e-4, of the parameters that require a gradient.
         scheduler: a torch scheduler (stepped after each epoch; OneCycleLR and CyclicLR after each batch), a sequence of
@@ -77,8 +78,8 @@ def train(
             the model to a dictionary of numbers. They enter the records as ``eval_...``, and choose the best epoch.
         callbacks: called as callback(model, record) after every epoch, once its checkpoint is written.
         checkpoint: a folder for ``last.pt``, ``previous.pt`` and, with ``evaluate``, ``best.pt`` (weights and record).
-        resume: go on from the folder's last checkpoint, with the same bits as if nothing had happened, or begin where there
-            is none. False: the folder must not hold a training yet.
+        resume: go on from the folder's last checkpoint, with the same bits as if nothing had happened, or begin where
+            there is none. False: the folder must not hold a training yet.
         average: "ema", "swa" or :class:`Averaging`: evaluated and saved instead of the weights, and what the model
             carries at the end.
         autocast: torch.bfloat16 or torch.float16 for the passes of the model; attacks and losses stay in float32.
@@ -259,26 +260,41 @@ class _Run:
             for group in self.stepper.optimizer.param_groups
         ]
         return {
-            "method": self.method.name, **{f"method.{k}": files.plain(v) for k, v in self.method.settings().items()},
-            "epochs": self.epochs, "batches": self.steps, "examples": examples_of(self.loader),
-            "optimizer": [type(self.stepper.optimizer).__name__, *groups], "average": str(self.average and self.average.how),
-            "scheduler": type(self.rates.scheduler).__name__, "autocast": str(self.stepper.dtype),
-            "max_grad_norm": self.max_grad_norm, "processes": distributed.rank_and_world()[1],
+            "method": self.method.name,
+            **{f"method.{k}": files.plain(v) for k, v in self.method.settings().items()},
+            "epochs": self.epochs,
+            "batches": self.steps,
+            "examples": examples_of(self.loader),
+            "optimizer": [type(self.stepper.optimizer).__name__, *groups],
+            "average": str(self.average and self.average.how),
+            "scheduler": type(self.rates.scheduler).__name__,
+            "autocast": str(self.stepper.dtype),
+            "max_grad_norm": self.max_grad_norm,
+            "processes": distributed.rank_and_world()[1],
             "model": {n: list(t.shape) for n, t in unwrapped(self.model).state_dict().items() if isinstance(t, Tensor)},
-        }  # fmt: skip
+        }
 
     def save(self, folder: Path, history: list[Record]) -> None:
         """By the first process, with what each process has of its own."""
         own = {
-            "random": files.random_state(), "method": self.method.state_dict(), "loader": files.loader_state(self.loader),
-        }  # fmt: skip
+            "random": files.random_state(),
+            "method": self.method.state_dict(),
+            "loader": files.loader_state(self.loader),
+        }
         each = distributed.gather(own)
         if distributed.rank_and_world()[0] == 0:
-            files.save(folder, {
-                "settings": self.settings, "history": history, "model": unwrapped(self.model).state_dict(),
-                "stepper": self.stepper.state_dict(), "rates": self.rates.state_dict(),
-                "average": self.average.state_dict() if self.average else {}, "processes": each,
-            })  # fmt: skip
+            files.save(
+                folder,
+                {
+                    "settings": self.settings,
+                    "history": history,
+                    "model": unwrapped(self.model).state_dict(),
+                    "stepper": self.stepper.state_dict(),
+                    "rates": self.rates.state_dict(),
+                    "average": self.average.state_dict() if self.average else {},
+                    "processes": each,
+                },
+            )
         distributed.wait()
 
     def load(self, folder: Path, resume: bool) -> list[Record]:
@@ -286,8 +302,10 @@ class _Run:
         if content is None:
             return []
         if not resume:
-            raise ValueError(f"checkpoint: got {folder}, which holds a training already; pass resume=True to go on with it, "
-                             "or give another folder")  # fmt: skip
+            raise ValueError(
+                f"checkpoint: got {folder}, which holds a training already; pass resume=True to go on with it, "
+                "or give another folder"
+            )
         files.compare(content["settings"], self.settings)
         unwrapped(self.model).load_state_dict(content["model"])
         self.stepper.load_state_dict(content["stepper"])

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 class Batch:
     """One batch and where in the training it stands.
 
-    ``x`` (B, ...) images; ``y`` (B,) int64 labels; ``index`` (B,) int64, the examples' numbers in the data set, where the
-    loader tells them; ``epoch`` of ``epochs`` and ``step`` of ``steps`` in the epoch, counted from 0 (``steps`` is 0 where
-    the loader does not know its length).
+    ``x`` (B, ...) images; ``y`` (B,) int64 labels; ``index`` (B,) int64, the examples' numbers in the data set, where
+    the loader tells them; ``epoch`` of ``epochs`` and ``step`` of ``steps`` in the epoch, counted from 0 (``steps`` is
+    0 where the loader does not know its length).
     """
 
     x: Tensor
@@ -34,8 +34,8 @@ class Batch:
 
 
 class Loss(NamedTuple):
-    """``value``: a number to minimise. ``logits`` (B, K) of the examples trained on, for the training accuracy (``labels``
-    where they are not the batch's). ``metrics``: numbers to average over the epoch into the history."""
+    """``value``: a number to minimise. ``logits`` (B, K) of the examples trained on, for the training accuracy
+    (``labels`` where they are not the batch's). ``metrics``: numbers to average over the epoch into the history."""
 
     value: Tensor
     logits: Tensor
@@ -47,8 +47,8 @@ class Method:
     """Base class of the training methods: plain training.
 
     A method overrides :meth:`perturb`, :meth:`loss`, or both; :meth:`step` only where the two alternate otherwise (free
-    training, weight perturbation). Whatever it keeps between batches goes through :meth:`state_dict`, so that a training
-    resumes with the same bits.
+    training, weight perturbation). Whatever it keeps between batches goes through :meth:`state_dict`, so that a
+    training resumes with the same bits.
     """
 
     name = "plain"
@@ -61,7 +61,8 @@ class Method:
             cls.name = cls.__name__
 
     def begin(self, model: nn.Module, examples: int | None, epochs: int) -> None:
-        """Before the first epoch (and before :meth:`load_state_dict` when resuming): ``examples`` in the data set, if known."""
+        """Before the first epoch (and before :meth:`load_state_dict` when resuming): ``examples`` in the data set, if
+        known."""
 
     def begin_epoch(self, model: nn.Module, epoch: int, epochs: int) -> None:
         """Before each epoch, counted from 0."""

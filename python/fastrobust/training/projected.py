@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from .. import attacks
 from ..attacks import _inputs
-from ._passes import Scheduled, at, attacking, seed
+from ._passes import at, attacking, seed
 from .method import Batch, Loss, Method
 from .registry import register
 
@@ -42,7 +42,8 @@ def to_sphere(x: Tensor) -> Tensor:
 
 
 class TwoLayerNTK(nn.Module):
-    r"""(4): ``f(x) = 1/sqrt(m) (sum_r a_r s(w_r . x) + sum_r a'_r s(w'_r . x))`` over m / 2 pairs with w' = w ~ N(0, I) and
+    r"""(4): ``f(x) = 1/sqrt(m) (sum_r a_r s(w_r . x) + sum_r a'_r s(w'_r . x))`` over m / 2 pairs with w' = w ~ N(0, I)
+    and
     a' = -a = -+1 at the start, so that f = 0 there. Only w and w' are trained. (B, ...) gives (B,)."""
 
     ends: Tensor
@@ -66,8 +67,8 @@ class TwoLayerNTK(nn.Module):
 
 
 class DeepNTK(nn.Module):
-    """(1): ``x0 = A x``, ``depth`` layers ``relu(W x)`` of width m, ``a . x``; A and W ~ N(0, 2/m), a ~ N(0, 1). A and a are
-    fixed. (B, ...) gives (B,)."""
+    """(1): ``x0 = A x``, ``depth`` layers ``relu(W x)`` of width m, ``a . x``; A and W ~ N(0, 2/m), a ~ N(0, 1). A and
+    a are fixed. (B, ...) gives (B,)."""
 
     first: Tensor
     ends: Tensor
@@ -107,19 +108,27 @@ class Projected(Method):
     .. math:: V = W - \alpha \nabla L_A(W), \quad W = P_{B(R)}(V), \quad
               B(R) = \{\|W^{(h)} - W_0^{(h)}\|_F \le R / \sqrt{m}\ \forall h\}
 
-    L_A is the loss at the attack's output, a constant to the gradient, on the unit sphere; the guarantee is on its minimum
-    over the steps, ``least``. Theorem 4.1: rate O(eps / (m H^2)), Theta(R^2 / (m eps rate)) steps of plain gradient descent.
+    L_A is the loss at the attack's output, a constant to the gradient, on the unit sphere; the guarantee is on its
+    minimum over the steps, ``least``. Theorem 4.1: rate O(eps / (m H^2)), Theta(R^2 / (m eps rate)) steps of plain
+    gradient descent.
 
-    radius: R, ``joint=True`` the set of section 5, ``||W - W_0||_F <= R`` over all layers; ``project=False`` only measures,
-    as theorem 5.1 needs no projection. delta: the attack's l2 radius on the sphere (a chord, held exactly). loss:
-    "huber" (Lipschitz, smooth, convex, zero at the target), "logistic", or a callable (f, target) -> (B,).
+    radius: R, ``joint=True`` the set of section 5, ``||W - W_0||_F <= R`` over all layers; ``project=False`` only
+    measures, as theorem 5.1 needs no projection. delta: the attack's l2 radius on the sphere (a chord, held exactly).
+    loss: "huber" (Lipschitz, smooth, convex, zero at the target), "logistic", or a callable (f, target) -> (B,).
     attack: options of :func:`fastrobust.attacks.pgd`; ``steps=0`` is plain training.
     """
 
     def __init__(
-        self, radius: float = 10.0, *, delta: Scheduled = 0.1, steps: int = 10, joint: bool = False, project: bool = True,
-        loss: str | Callable[[Tensor, Tensor], Tensor] = "huber", **attack: Any,
-    ) -> None:  # fmt: skip
+        self,
+        radius: float = 10.0,
+        *,
+        delta: float | Callable[[float], float] = 0.1,
+        steps: int = 10,
+        joint: bool = False,
+        project: bool = True,
+        loss: str | Callable[[Tensor, Tensor], Tensor] = "huber",
+        **attack: Any,
+    ) -> None:
         self.radius = _inputs.number(radius, "radius")
         self.delta = delta if callable(delta) else _inputs.number(delta, "delta")
         self.steps = _inputs.integer(steps, "steps", 0)
@@ -207,8 +216,8 @@ class Projected(Method):
 
 
 def linearisation_gap(model: nn.Module, start: dict[str, Tensor], x: Tensor) -> Tensor:
-    """(B,) ``|f(W, x) - f(W_0, x) - <grad f(W_0, x), W - W_0>|``, W_0 = ``start`` (of ``named_parameters``): how far the
-    network is from its linear model, which vanishes as the width grows."""
+    """(B,) ``|f(W, x) - f(W_0, x) - <grad f(W_0, x), W - W_0>|``, W_0 = ``start`` (of ``named_parameters``): how far
+    the network is from its linear model, which vanishes as the width grows."""
     now = {name: p.detach() for name, p in model.named_parameters()}
     if start.keys() != now.keys():
         raise ValueError(f"start: got {sorted(start)}, expected the parameters {sorted(now)}")
@@ -262,15 +271,22 @@ def _hermite(nodes: int, like: Tensor) -> tuple[Tensor, Tensor]:
 class RobustKernelFit(nn.Module):
     """A function of the kernel's space that fits targets on whole balls of the sphere: ``f(x) = sum_i c_i K(z_i, x)``.
 
-    Assumption 5.2 in small: the fit begins at the clean points; in every round the points where each ball is fitted worst
-    are added, and the least-norm interpolant is found anew. ``norm`` is ||f||_H, which is the radius R that a wide network
-    needs; ``worst`` the largest |f(x') - y| that the attack found.
+    Assumption 5.2 in small: the fit begins at the clean points; in every round the points where each ball is fitted
+    worst are added, and the least-norm interpolant is found anew. ``norm`` is ||f||_H, which is the radius R that a
+    wide network needs; ``worst`` the largest |f(x') - y| that the attack found.
     """
 
     def __init__(
-        self, x: Tensor, target: Tensor, delta: float, *, activation: str = "softplus", rounds: int = 5, steps: int = 10,
+        self,
+        x: Tensor,
+        target: Tensor,
+        delta: float,
+        *,
+        activation: str = "softplus",
+        rounds: int = 5,
+        steps: int = 10,
         ridge: float = 1e-6,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.activation, self.ridge = activation, ridge
         centres = to_sphere(x.flatten(1))

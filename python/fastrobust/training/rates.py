@@ -13,8 +13,9 @@ Rate = Callable[[float], float]
 
 
 class Rates:
-    """``scheduler`` as :func:`train` takes it: None; a torch scheduler, stepped after each epoch (OneCycleLR and CyclicLR
-    after each batch); a sequence of one rate for each epoch; or a callable(progress) that gives the rate of a batch."""
+    """``scheduler`` as :func:`train` takes it: None; a torch scheduler, stepped after each epoch (OneCycleLR and
+    CyclicLR after each batch); a sequence of one rate for each epoch; or a callable(progress) that gives the rate of a
+    batch."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, scheduler: Any, epochs: int, steps: int) -> None:
         self.optimizer, self.scheduler = optimizer, scheduler

@@ -57,8 +57,8 @@ def make(method: str | Method, **options: Any) -> Method:
 
 
 def options_of(cls: type[Method]) -> dict[str, Any] | None:
-    """Names and defaults of a method's options (``inspect.Parameter.empty`` where one must be given), with those that it
-    hands on to its base class; None: it takes any."""
+    """Names and defaults of a method's options (``inspect.Parameter.empty`` where one must be given), with those that
+    it hands on to its base class; None: it takes any."""
     found: dict[str, Any] = {}
     for base in cls.__mro__:
         if "__init__" not in vars(base) or base is object:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._passes import label_weights
 from .fast import ATTA
 from .method import Batch, Loss
 from .registry import register
@@ -16,20 +17,25 @@ from .registry import register
 @register("reweight")
 class Reweight(ATTA):
     """ATTA whose loss counts each example by the probability that the adversarial output gives its label:
-    ``sum_i w_i L_i / sum_i w_i``, ``w_i = softmax(f(x'_i))_{y_i}``, constants in the gradient."""
+    ``sum_i w_i L_i / sum_i w_i``, ``w_i = softmax(f(x'_i))_{y_i}``, constants in the gradient. In the first ``warm_up``
+    epochs all count alike (figure 4.25): before it has learnt anything a model would learn one class, the one that it
+    says."""
 
     def __init__(
-        self, eps: float = 8 / 255, step_size: float | None = None, *, resets: tuple[int, ...] = (), **options: Any
-    ):
+        self, eps: float = 8 / 255, step_size: float | None = None, *, warm_up: int = 5, resets: tuple[int, ...] = (),
+        **options: Any,
+    ) -> None:  # fmt: skip
         super().__init__(eps, step_size, resets=resets, **options)
         if self.kind != "ce":
             raise ValueError(f"loss: got {self.kind!r}, expected 'ce'")
+        self.warm_up = warm_up
 
     def loss(self, model: nn.Module, batch: Batch, adv: Tensor) -> Loss:
+        if batch.epoch < self.warm_up:
+            return super().loss(model, batch, adv)
         logits = model(adv)
-        weights = logits.detach().float().softmax(1).gather(1, batch.y[:, None])[:, 0]
         each = F.cross_entropy(logits, batch.y, reduction="none")
-        return Loss((weights * each).sum() / weights.sum(), logits, {"weight": weights.mean()})
+        return Loss((label_weights(logits, batch.y) * each).sum(), logits)
 
 
 @register("adaptive-targets")
@@ -37,8 +43,8 @@ class AdaptiveTargets(ATTA):
     """ATTA on targets that follow the adversarial outputs o' of each example:
     ``t~ <- rho t~ + (1 - rho) o'`` (t~ begins as the label), ``t = beta 1_y + (1 - beta) t~``, the loss CE(f(x'), t).
 
-    In the first ``warm_up`` epochs the targets are the labels, and t~ stays. ``reweight`` weighs as :class:`Reweight`.
-    Options otherwise as for :class:`ATTA`, whose TRADES loss does not apply.
+    In the first ``warm_up`` epochs the targets are the labels, and t~ stays. ``reweight`` weighs as :class:`Reweight`,
+    too. Options otherwise as for :class:`ATTA`, whose TRADES loss does not apply.
     """
 
     loss_repeats = False  # each call moves the targets
@@ -76,8 +82,11 @@ class AdaptiveTargets(ATTA):
         logits = model(adv)
         output = logits.detach().float().softmax(1)
         each = F.cross_entropy(logits, self._target(batch, output), reduction="none")
-        weights = output.gather(1, batch.y[:, None])[:, 0] if self.reweight else torch.ones_like(each)
-        return Loss((weights * each).sum() / weights.sum(), logits)
+        weighted = self.reweight and batch.epoch >= self.warm_up
+        return Loss((label_weights(logits, batch.y) * each).sum() if weighted else each.mean(), logits)
+
+    def kept(self) -> list[Tensor]:
+        return super().kept() + ([] if self._targets is None or self._seen is None else [self._targets, self._seen])
 
     def state_dict(self) -> dict[str, Any]:
         own = {} if self._targets is None else {"targets": self._targets, "seen": self._seen}

@@ -134,8 +134,9 @@ class Ensemble(nn.Module):
 @register("pas")
 class PAS(PGD):
     """Periodic adversarial scheduling (thesis 4.2.4): PGD training whose radius grows by (4.29) in every period and is
-    reset with the next (reset the rate alike: ``Periodic(...)``); the model at the end of each period is kept, and
-    :meth:`ensemble` predicts by the mean of their softmax. The step is a share of the radius of the moment.
+    reset with the next (so is the rate of its recipe; of your own: ``Periodic(...)``); the model at the end of each
+    period is kept, and :meth:`ensemble` predicts by the mean of their softmax. The step is a share of the radius of the
+    moment.
 
     eps: the target. shape, high: of :class:`WarmUp`; "constant" keeps the radius. resets=() has one period, the thesis'
     setting for MNIST. start: "ball", a uniform point of it; "step", within a step of x, as in the author's code. Weight
@@ -175,6 +176,11 @@ class PAS(PGD):
         if epoch in {math.ceil(r * epochs - 1e-9) for r in self.resets}:
             state = model.state_dict()
             self._ends.append({name: value.detach().clone() for name, value in state.items()})
+
+    @property
+    def ends(self) -> int:
+        """How many models are kept, of the ends of the periods before this one."""
+        return len(self._ends)
 
     def ensemble(self, model: nn.Module) -> Ensemble:
         """Of the models at the ends of the periods; ``model`` is that of the last one."""

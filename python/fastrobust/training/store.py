@@ -22,14 +22,15 @@ class PerturbationStore:
 
     Args:
         dtype: torch.float32 or torch.float16. Rounding does no harm: a start is projected after it is read.
-        downsample: f, kept at 1/f of the resolution in height and width: means are written, bilinear interpolation is read.
-        padding: kept of the image padded by so many pixels on each side, so that a crop loses nothing of what other crops
-            found (the 40x40 stores of ATTA and ATAS for images of 32x32).
+        downsample: f, kept at 1/f of the resolution in height and width: means are written, bilinear interpolation is
+        read.
+        padding: kept of the image padded by so many pixels on each side, so that a crop loses nothing of what other
+            crops found (the 40x40 stores of ATTA and ATAS for images of 32x32).
         augment_first: with f > 1, move at low resolution (thesis, algorithm 5.2 as printed) instead of full resolution.
-        mmap: a file that holds the tensor, for data sets larger than memory. A new one is filled; one that is there must
-            have the right size, and its perturbations are gone on with.
-        init, scale: what an example has that was never written: "zero", "uniform" on [-scale, scale] or "normal" of that
-            standard deviation. Drawn from ``seed`` and the number of resets alone.
+        mmap: a file that holds the tensor, for data sets larger than memory. A new one is filled; one that is there
+            must have the right size, and its perturbations are gone on with.
+        init, scale: what an example has that was never written: "zero", "uniform" on [-scale, scale] or "normal" of
+            that standard deviation. Drawn from ``seed`` and the number of resets alone.
         device: where the tensor lies. Batches may lie elsewhere: their rows travel.
 
     ``known`` (N,) tells which examples were written since the last reset.

@@ -29,7 +29,8 @@ ORDERS = ("upsample-first", "printed")
 def score_optimizer(
     model: nn.Module, lr: float = 0.1, momentum: float = 0.9, weight_decay: float = 5e-4
 ) -> torch.optim.SGD:
-    """SGD over whatever is learned, with the thesis' settings: scores, and biases or affine parameters if there are any."""
+    """SGD over whatever is learned, with the thesis' settings: scores, and biases or affine parameters if there are
+    any."""
     learned = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.SGD(learned, lr=lr, momentum=momentum, weight_decay=weight_decay)
 
@@ -82,10 +83,10 @@ class EdgePopupFast(Stored):
     """Scores on one-step attacks that start from the last epoch's perturbations, down-sampled (thesis, algorithm 5.2).
 
     An example's perturbation is moved as its image is and brought to full resolution (for a new one, a random point of
-    the ball), goes one step of ``step_size`` (1.25 eps when None) by the frozen model's gradient, and is projected; then
-    it is taken back, down-sampled by ``downsample`` and kept.
-    order: "upsample-first" moves at full resolution; "printed", as the algorithm is printed, at low resolution, by whole
-    low-resolution pixels. Other arguments as for :class:`fastrobust.training.ATTA`.
+    the ball), goes one step of ``step_size`` (1.25 eps when None) by the frozen model's gradient, and is projected;
+    then it is taken back, down-sampled by ``downsample`` and kept.
+    order: "upsample-first" moves at full resolution; "printed", as the algorithm is printed, at low resolution, by
+    whole low-resolution pixels. Other arguments as for :class:`fastrobust.training.ATTA`.
     """
 
     def __init__(
@@ -178,9 +179,9 @@ def edge_popup_fast(
 ) -> list[Record]:
     """:func:`fastrobust.training.train` with the method "edge-popup-fast" (:class:`EdgePopupFast`).
 
-    loader gives (images, labels, indices), the index telling which example it is. augmentation: None leaves the images as
-    they are. Other arguments as in :func:`edge_popup`; pass a `store` to keep it between calls (a down-sampled float16 one
-    when None).
+    loader gives (images, labels, indices), the index telling which example it is. augmentation: None leaves the images
+    as they are. Other arguments as in :func:`edge_popup`; pass a `store` to keep it between calls (a down-sampled
+    float16 one when None).
     """
     _check(model, epochs)
     if store is None and isinstance(loader, (list, tuple)) and loader:  # which tells its examples by what it holds

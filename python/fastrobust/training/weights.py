@@ -17,17 +17,18 @@ from .registry import METHODS, register
 
 @register("awp")
 class AWP(Wrapped):
-    r"""AWP (Wu et al. 2020, eq. 8 to 11 and algorithm 1): the loss of a method is minimised at weights w + v that have been
+    r"""AWP (Wu et al. 2020, eq. 8 to 11 and algorithm 1): the loss of a method is minimised at weights w + v that have
+    been
     moved to make it worse, as far as a share of their norm.
 
     .. math:: v = \gamma \frac{\|w\|}{\|\nabla_w L\|} \nabla_w L
 
-    for every parameter of two dimensions or more; after the update v is taken off again. The passes that find v move no running
-    statistics. (The authors take a step of a copy at rate .01 and scale the difference, which is the same v.)
+    for every parameter of two dimensions or more; after the update v is taken off again. The passes that find v move no
+    running statistics. (The authors take a step of a copy at rate .01 and scale the difference, which is the same v.)
 
     method: an object or a name; PGD-10 when None. gamma .01 for adversarial training, .005 for TRADES; warmup: epochs
-    without it (10 for TRADES). The method must be one of perturb and loss: not free training, not YOPO. Its loss is called
-    twice a batch, which adaptive targets cannot be.
+    without it (10 for TRADES). The method must be one of perturb and loss: not free training, not YOPO. Its loss is
+    called twice a batch, which adaptive targets cannot be.
     """
 
     def __init__(self, method: Method | str | None = None, *, gamma: float = 0.01, warmup: int = 0) -> None:
