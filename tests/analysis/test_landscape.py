@@ -150,3 +150,26 @@ def test_left_alone_after_an_exception():
         with pytest.raises(RuntimeError, match="no"):
             call()
         _unchanged(net, before, random)
+
+
+def test_first_updates_are_those_of_a_loop():
+    net, x, y = _case()
+    batches = [(x[:12], y[:12]), (x[12:], y[12:])]
+    attack = lambda m, a, b: a + 0.1 * torch.sign(m[0].weight.sum(0))
+    found = landscape.first_updates(net, batches, attack, updates=3, lr=0.1, seed=2)
+    other, start = copy.deepcopy(net), landscape.flat(net)
+    torch.manual_seed(2)  # of dropout
+    for i, (a, b) in enumerate([*batches, batches[0]]):
+        adv = attack(other, a, b)
+        other.train().zero_grad()
+        logits = other(adv)
+        nn.functional.cross_entropy(logits, b).backward()
+        grads = torch.cat([p.grad.flatten() for p in other.parameters()])
+        assert found.norms[i] == pytest.approx(float(grads.norm()))
+        assert found.errors[i] == pytest.approx(float((logits.argmax(1) != b).double().mean()))
+        with torch.no_grad():
+            for p in other.parameters():
+                p -= 0.1 * p.grad
+        assert found.distances[i] == pytest.approx(float((landscape.flat(other) - start).norm()))
+    with pytest.raises(ValueError, match="batches"):
+        landscape.first_updates(net, [], attack)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import fastrobust as fr
 from fastrobust.analysis import theory as T
 
 
@@ -132,3 +133,97 @@ def test_ratio_5_27():
     assert sides.left[0] == pytest.approx(0.25**0.25 * 4 / 5) and sides.right[0] == pytest.approx(0.25**0.25)
     with pytest.raises(ValueError, match="norms"):
         T.ratio_5_27([0.0])
+
+
+@pytest.mark.parametrize("p", [1.5, 2.0, 4.0, math.inf])
+def test_theorem_3_1_is_the_optimum(p):
+    random = np.random.default_rng(8)
+    several = 0
+    for _ in range(30):
+        a, low, high = random.standard_normal(5), -random.random(5), random.random(5)
+        b = 0.9 * random.random() * -np.minimum(a * low, a * high).sum()
+        delta, iterations, sides = T.theorem_3_1(a, b, low, high, p=p)
+        several += iterations > 1
+        assert a @ delta + b <= 1e-12 and (delta >= low).all() and (delta <= high).all()
+        assert abs(sides.margin) < 1e-9 and sides.left[0] == pytest.approx(np.linalg.norm(delta, p))
+        # no shorter vector of the box reaches the plane: random ones, scaled as far as the plane lets them
+        others = low + (high - low) * random.random((4000, 5))
+        others = others[others @ a < 0]
+        others = others * np.minimum(1.0, -b / (others @ a))[:, None]
+        reached = others[others @ a + b <= 1e-12]
+        assert np.linalg.norm(reached, p, axis=1).min(initial=math.inf) >= sides.left[0] - 1e-9
+        if p in (2.0, math.inf):
+            rows = [torch.tensor(v)[None] for v in (a, low, high)]
+            kernel = fr.ops.polyhedral_distance(rows[0], torch.tensor([b]), rows[1], rows[2], p)
+            assert sides.left[0] == pytest.approx(float(kernel[0]), rel=1e-6)
+    assert several > 1
+    assert T.theorem_3_1([1.0], -1.0, -1.0, 1.0, p=p)[2].left[0] == 0
+    with pytest.raises(ValueError, match="does not reach"):
+        T.theorem_3_1([1.0], 2.0, -1.0, 1.0, p=p)
+    with pytest.raises(ValueError, match="p: got 1"):
+        T.theorem_3_1([1.0], 0.5, -1.0, 1.0, p=1.0)
+
+
+@pytest.mark.parametrize("batch", [None, 2])
+def test_theorem_4_3(batch):
+    x, y, _ = separable(seed=9)
+    rare, mean = T.theorem_4_3(x, y, 1.5, steps=60, batch=batch, w=np.ones(6), gammas=(2.5, 5.0))
+    assert rare.margin >= 0 and mean.margin > 0 and rare.right.tolist() == [1.0, 4 / 9]
+    if batch is None:  # the same way by autograd
+        w, reach = torch.ones(6, dtype=torch.float64), np.linalg.norm(x, axis=1).max() + 1.5
+        values, norms, lengths = [], [], [0.0]
+        for _ in range(60):
+            leaf = w.clone().requires_grad_()
+            value = loss(leaf, x, y, 1.5, False)
+            (grad,) = torch.autograd.grad(value, leaf)
+            values.append(value.item())
+            norms.append(grad.norm().item())
+            w = w - 4 / reach**2 / 60**0.5 * grad
+            lengths.append(w.norm().item())
+        cross, n = 1 + max(lengths) * reach / 4, np.array(norms)
+        assert mean.left[0] == pytest.approx((n**2 / 2 - 3 * cross * n).mean())
+        assert mean.right[0] == pytest.approx(reach**2 / 4 * values[0] / 60**0.5)
+        assert rare.left[1] == (n > 7.5 * cross).mean()
+    with pytest.raises(ValueError, match="gammas"):
+        T.theorem_4_3(x, y, 0.3, gammas=(2.0,))
+
+
+def test_4_56_solves_the_probability_of_the_proof():
+    options = {
+        "examples": 20_000,
+        "inputs": 900,
+        "parameters": 50,
+        "diameter": 3.0,
+        "smoothness": 7.0,
+        "c": 1.3,
+        "delta": 0.3,
+    }
+    gamma, found = 0.8, T.lipschitz_4_56(0.8, **options)
+    chance = lambda lip: (  # (4.76)
+        4 * math.exp(-20_000 * gamma**2 / 2**11)
+        + 2 * math.exp(50 * math.log(4 * 21 / gamma) - 20_000 * 900 * gamma**2 / (2**14 * 1.3 * lip**2))
+    )
+    low, high = 1e-3, 10.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if chance(middle) < 0.3 else (low, middle)
+    assert found == pytest.approx(low, rel=1e-9)
+    assert T.lipschitz_4_56(0.9, **options) > found
+    assert T.lipschitz_4_56(0.8, **(options | {"examples": 100})) == 0
+
+
+def test_theorem_4_6_measures_the_interpolating_model():
+    sides = T.theorem_4_6(60, 150, seed=1)
+    random = np.random.default_rng(1)
+    x = random.standard_normal((60, 150), dtype=np.float32).astype(np.float64)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    y = np.where(random.random(60) < 0.5, -1.0, 1.0)
+    theta = np.linalg.lstsq(x, y, rcond=None)[0]
+    assert sides.right[0] == pytest.approx(np.linalg.norm(theta), rel=1e-3) and sides.left[0] == 0
+
+
+@pytest.mark.thorough
+def test_theorem_4_6_with_a_bound_above_0():
+    sides = T.theorem_4_6()
+    assert 0.1 < sides.left[0] < sides.right[0]
+    assert 0 < T.theorem_4_6(eps=0.003).left[0] < sides.left[0]

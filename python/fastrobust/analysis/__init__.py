@@ -1,5 +1,18 @@
 """What a robust model and its training look like from inside."""
 
-from . import connectivity, difficulty, fosc, landscape, subnetwork, theory, trajectory
+from . import (
+    connectivity,
+    convergence,
+    difficulty,
+    fosc,
+    landscape,
+    overparametrized,
+    subnetwork,
+    theory,
+    trajectory,
+)
 
-__all__ = ["connectivity", "difficulty", "fosc", "landscape", "subnetwork", "theory", "trajectory"]
+__all__ = [
+    "connectivity", "convergence", "difficulty", "fosc", "landscape", "overparametrized", "subnetwork", "theory",
+    "trajectory",
+]  # fmt: skip

@@ -25,9 +25,9 @@ Topic = Callable[[Tensor, Tensor, int], tuple[Arrays, Draw]]
 
 
 def trajectory(images: Tensor, labels: Tensor, seed: int) -> tuple[Arrays, Draw]:
-    """Deng et al., figures 1 to 3: the way from minima to maxima of the adversary's loss, by input scale and ratio, of a 2-D
-    toy, of an untrained CNN, and (input scale 0.1) of the CNN after epochs of adversarial training at ratio 0.3: at ratio
-    10 it learns nothing."""
+    """Deng et al., figures 1 to 3: the way from minima to maxima of the adversary's loss, by input scale and ratio,
+    of a 2-D toy, of an untrained CNN, and (input scale 0.1) of the CNN after epochs of adversarial training at ratio
+    0.3: at ratio 10 it learns nothing."""
     net = trajectories.TwoLayer(2, 1000, seed)
     points = torch.randn(8, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     squared = lambda p: (1 - net(p)) ** 2
@@ -65,18 +65,26 @@ def trajectory(images: Tensor, labels: Tensor, seed: int) -> tuple[Arrays, Draw]
     }
     arrays |= {"toy_peaks": np.array(peaks), "epochs": np.array(epochs)}
 
-    def plot(figure: Any) -> None:
-        upper, lower = figure.subfigures(2, 1)
-        trajectories.plot(toy, upper)
-        trajectories.plot(cnn, lower)
-        upper.suptitle("2-D toy"), lower.suptitle("CNN, not trained")
+    return arrays, _drawn(lambda figure: _plot_trajectory(figure, arrays), (9, 9))
 
-    return arrays, _drawn(plot, (11, 7))
+
+def _plot_trajectory(figure: Any, arrays: Arrays) -> None:
+    fields = trajectories.Study._fields
+    parts = figure.subfigures(3, 1)
+    for part, name, title in zip(parts, ("toy", "cnn"), ("2-D toy", "CNN, not trained"), strict=False):
+        trajectories.plot(trajectories.Study(*(torch.as_tensor(arrays[f"{name}_{k}"]) for k in fields)), part)
+        part.suptitle(title)
+    # one study whose "scales" are the epochs, each at input scale 0.1
+    rows = (torch.as_tensor(arrays[f"epochs_{k}"]) for k in fields[2:])
+    trained = trajectories.Study(torch.as_tensor(arrays["epochs"]), torch.tensor([0.3, 10.0]), *rows)
+    trajectories.plot(trained, parts[2], "epoch")
+    parts[2].suptitle("CNN, input scale 0.1")
 
 
 def landscape(images: Tensor, labels: Tensor, seed: int) -> tuple[Arrays, Draw]:
-    """Thesis figures 4.4 to 4.8: LeNets trained for several eps; gradient norms, top Hessian eigenvalues, loss surfaces,
-    cosines of perturbations, and the Bezier curve to a second network, each of the adversarial loss at the training's eps."""
+    """Thesis figures 4.4 to 4.8: LeNets trained for several eps; gradient norms, top Hessian eigenvalues, loss
+    surfaces, cosines of perturbations, and the Bezier curve to a second network, each of the adversarial loss at the
+    training's eps."""
     arrays: Arrays = {"eps": np.array(_EPS), "t": np.linspace(0, 1, 11), "a": np.linspace(-1, 1, 11)}
     rows: dict[str, list[Any]] = {}
     curves, spectra = {}, {}
@@ -123,9 +131,37 @@ def landscape(images: Tensor, labels: Tensor, seed: int) -> tuple[Arrays, Draw]:
     return arrays, _drawn(plot, (12, 4))
 
 
+def early(images: Tensor, labels: Tensor, seed: int) -> tuple[Arrays, Draw]:
+    """Thesis figure 4.3: gradient norm, error and distance from the start over the first updates of a LeNet, by eps."""
+    budgets, count = (0.0, 0.1, 0.2, 0.4), _UPDATES
+    rows: dict[str, list[Tensor]] = {"norms": [], "errors": [], "distances": []}
+    for eps in budgets:
+        attack = lambda m, a, b, eps=eps: attacks.pgd(m, a, b, eps=eps, steps=10, step_size=eps / 4) if eps else a
+        net, batches = _lenet(images, labels, seed), training.loader(images, labels, 64, seed=seed)
+        found = landscapes.first_updates(net, batches, attack, updates=count, lr=0.05, seed=seed)
+        for key, value in found._asdict().items():
+            rows[key].append(value)
+    arrays: Arrays = {"eps": np.array(budgets), **{key: torch.stack(row).numpy() for key, row in rows.items()}}
+    tenth = max(1, count // 10)
+    arrays |= {f"{key}_by_tenth": arrays[key][:, : 10 * tenth].reshape(4, -1, tenth).mean(-1) for key in rows}
+
+    def plot(figure: Any) -> None:
+        for panel, key in zip(figure.subplots(1, 3), rows, strict=True):
+            line = arrays[f"{key}_by_tenth"]
+            for eps, values in zip(budgets, line, strict=True):
+                panel.plot(tenth * (1 + np.arange(len(values))), values, label=f"eps {eps:g}")
+            panel.set(
+                title={"norms": "gradient norm", "errors": "error", "distances": "distance"}[key], xlabel="update"
+            )
+            panel.legend(fontsize=7)
+
+    return arrays, _drawn(plot, (11, 3.6))
+
+
 def fosc(images: Tensor, labels: Tensor, seed: int) -> tuple[Arrays, Draw]:
-    """Wang et al., figures 1 to 3: FOSC by step size (eps to eps/8, 20 steps), by number of steps (10 to 40 of eps/6), by
-    epoch of adversarial training (steps of eps/4 and eps/8), without a box; success and loss by FOSC, without and with the box."""
+    """Wang et al., figures 1 to 3: FOSC by step size (eps to eps/8, 20 steps), by number of steps (10 to 40 of
+    eps/6), by epoch of adversarial training (steps of eps/4 and eps/8), without a box; success and loss by FOSC,
+    without and with the box."""
     eps, batches = 0.1, training.loader(images, labels, 64, seed=seed)
     x, y = images[:1000], labels[:1000]
     epochs = (2, 10, 20)
@@ -158,8 +194,9 @@ def fosc(images: Tensor, labels: Tensor, seed: int) -> tuple[Arrays, Draw]:
         )
     middle = lambda found: found.median(1).values.numpy()
     arrays: Arrays = {
-        "step_eps_over": np.array([1, 2, 4, 6, 8]), "median_by_step": middle(lengths.fosc), "loss_by_step": lengths.loss.mean(1).numpy(),
-        "steps": np.array([10, 20, 30, 40]), "median_by_steps": middle(numbers.fosc), "loss_by_steps": numbers.loss.mean(1).numpy(),
+        "step_eps_over": np.array([1, 2, 4, 6, 8]), "median_by_step": middle(lengths.fosc),
+        "loss_by_step": lengths.loss.mean(1).numpy(), "steps": np.array([10, 20, 30, 40]),
+        "median_by_steps": middle(numbers.fosc), "loss_by_steps": numbers.loss.mean(1).numpy(),
         "median_on_path": middle(path.fosc), "loss_on_path": path.loss.mean(1).numpy(), "epochs": np.array(epochs),
         "fosc_by_step": lengths.fosc.numpy(), "fosc_by_steps": numbers.fosc.numpy(),
         "fosc_by_epoch": torch.stack(list(density.values())).view(2, len(epochs), -1).numpy(),
@@ -170,7 +207,7 @@ def fosc(images: Tensor, labels: Tensor, seed: int) -> tuple[Arrays, Draw]:
     return arrays, _drawn(lambda figure: criteria.plot(density, grouped["ball"], figure), (11, 4))
 
 
-_EPS = (0.0, 0.1, 0.2)
+_EPS, _UPDATES = (0.0, 0.1, 0.2), 200
 
 
 def _lenet(images: Tensor, labels: Tensor, seed: int) -> nn.Module:
@@ -200,4 +237,4 @@ def _drawn(plot: Callable[[Any], None], size: tuple[float, float]) -> Draw:
     return draw
 
 
-TOPICS: dict[str, Topic] = {"trajectory": trajectory, "landscape": landscape, "fosc": fosc}
+TOPICS: dict[str, Topic] = {"trajectory": trajectory, "early": early, "landscape": landscape, "fosc": fosc}

@@ -24,6 +24,7 @@ from . import theory as facts
 Arrays = dict[str, Any]
 Found = tuple[Arrays, Callable[[Path], None]]
 _EPS, _SMALL_EPS, _STEPS, _EPOCHS, _BATCH = 0.1, 0.03, 5, 20, 64
+_NOISE = (4500, 9000)  # examples and inputs of theorem 4.6: with fewer it says nothing
 
 
 def difficulty(images: Tensor, labels: Tensor, seed: int = 0) -> Found:
@@ -87,17 +88,20 @@ def _between(d: dict[tuple[str, int], Any], a: str, b: str) -> float:
     return (hardness.d_distance(d[a, 0], d[b, 1]) + hardness.d_distance(d[a, 1], d[b, 0])) / 2
 
 
-def _robust(model: nn.Module, images: Tensor, labels: Tensor, eps: float) -> float:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # of the random start
-        found = pgd(model, images, labels, eps=eps, steps=_STEPS)
+def _robust(model: nn.Module, images: Tensor, labels: Tensor, eps: float, norm: Any = "Linf") -> float:
+    found = images
+    if eps:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # of the random start
+            found = pgd(model, images, labels, eps=eps, steps=_STEPS, norm=norm)
     with undisturbed(model, "eval"), torch.no_grad():
         return float((model(found).argmax(1) == labels).float().mean())
 
 
 def _trained(
-    images: Tensor, labels: Tensor, method: Any, seed: int, epochs: int = _EPOCHS, model: nn.Module | None = None
-) -> nn.Module:
+    images: Tensor, labels: Tensor, method: Any, seed: int, epochs: int = _EPOCHS, model: nn.Module | None = None,
+    callbacks: Any = (),
+) -> nn.Module:  # fmt: skip
     """A small CNN; the caller's random numbers go on as if nothing had been drawn."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -105,7 +109,7 @@ def _trained(
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
         rates = [0.05 * 0.1 ** ((e >= epochs // 2) + (e >= epochs * 3 // 4)) for e in range(epochs)]
         batches = loader(images, labels, _BATCH, seed=seed)
-        train(model, batches, method, epochs=epochs, optimizer=optimizer, scheduler=rates)
+        train(model, batches, method, epochs=epochs, optimizer=optimizer, scheduler=rates, callbacks=callbacks)
     return model
 
 
@@ -123,9 +127,9 @@ def _axes(count: int) -> Any:
 
 
 def subnetwork(images: Tensor, labels: Tensor, seed: int = 0) -> Found:
-    """Subnetworks of a random CNN by PGD edge-popup: robust accuracy over pruning rate x gamma (table 5.2) on a quarter of
-    the images kept for it, what the last row's best keeps (figures 5.2 to 5.4), operations (table 5.1), and the width of
-    the dense network with as many weights (table 5.6)."""
+    """Subnetworks of a random CNN by PGD edge-popup: robust accuracy over pruning rate x gamma (table 5.2) on a
+    quarter of the images kept for it, what the last row's best keeps (figures 5.2 to 5.4), operations (table 5.1),
+    and the width of the dense network with as many weights (table 5.6)."""
     shape, classes = _shape(images), int(labels.max()) + 1
     held = torch.arange(len(images)) % 4 == 0
     rates, gammas = (0.5, 0.9, 0.97), (0.0, 0.1, 0.5, 1.0)
@@ -197,9 +201,20 @@ def theory(images: Tensor, labels: Tensor, seed: int = 0) -> Found:
     modes, shares = (2.0, 3.0, 4.0), (0.3, 0.3, 0.4)
     measured, exact, deviation = facts.lemma_4_3(unit, unit, 1.5, 0.5, seed=seed)
     pull = np.exp(-np.logaddexp(0, y * (x @ w)))
+    rare, mean = facts.theorem_4_3(x, y, 2 * margin, steps=500)
+    reach = random.random((2, 8))
+    greedy = [
+        facts.theorem_3_1(a, 0.3 * np.abs(a).min(), -reach[0], reach[1], p=p)[2].margin
+        for a in random.standard_normal((20, 8))
+        for p in (2.0, np.inf)
+    ]
     margins = {
+        "theorem 3.1": min(greedy),
         "theorem 4.1": facts.theorem_4_1(unit, x, y, (0.0, 0.9 * margin)).margin,
         "theorem 4.2": min(facts.theorem_4_2(many, row, 0)[1].margin for row in flat),
+        "theorem 4.3": rare.margin,
+        "(4.22)": mean.margin,
+        "theorem 4.6": facts.theorem_4_6(*_NOISE, seed=seed).margin,
         "proposition 4.2": facts.proposition_4_2(other[0], other[1], x, y, margin).margin,
         "lemma 4.2": facts.lemma_4_2(x, y, margin / 2)[1].margin,
         "lemma 4.3": 4 * deviation - abs(measured - exact),

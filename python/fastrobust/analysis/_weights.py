@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +20,20 @@ def clean(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """In evaluation mode, without gradients."""
-    other = copy.deepcopy(model).eval()
+    """In evaluation mode, without gradients; frozen weights are weights as the others are."""
+    other = copy.deepcopy(model).eval().requires_grad_(True)
     for p in other.parameters():
         p.grad = None
     return other
+
+
+@contextlib.contextmanager
+def noise(model: nn.Module, seed: int) -> Iterator[None]:
+    """Dropout, and attacks without a seed of their own, draw from this seed; the caller's random numbers stay."""
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
 
 
 def flat(model: nn.Module) -> Tensor:

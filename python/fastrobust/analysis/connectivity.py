@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import update_bn
 
-from ._weights import Attack, Batches, copied, flat, put
+from ._weights import Attack, Batches, copied, flat, noise, put
 
 
 class Curve(NamedTuple):
@@ -50,36 +50,39 @@ def connect(
     names, sizes = [n for n, _ in other.named_parameters()], [p.numel() for p in other.parameters()]
     shapes = [p.shape for p in other.parameters()]
     adam = torch.optim.Adam([between], lr)
-    for _ in range(epochs):
-        for x, y, *_ in batches:
-            t = float(torch.rand((), generator=draw))
-            with torch.enable_grad():
-                weights = Curve(torch.cat([ends[:1], between, ends[1:]])).at(t)
-                adv = attack(put(other, weights.detach()), x, y).detach()
-                parts = zip(names, shapes, weights.split(sizes), strict=True)
-                other.train()
-                loss = cross_entropy(functional_call(other, {n: p.view(s) for n, s, p in parts}, (adv,)), y)
-                other.eval()
-                adam.zero_grad()
-                loss.backward()
-            adam.step()
+    with noise(first, seed):
+        for _ in range(epochs):
+            for x, y, *_ in batches:
+                t = float(torch.rand((), generator=draw))
+                with torch.enable_grad():
+                    weights = Curve(torch.cat([ends[:1], between, ends[1:]])).at(t)
+                    adv = attack(put(other, weights.detach()), x, y).detach()
+                    parts = zip(names, shapes, weights.split(sizes), strict=True)
+                    other.train()
+                    loss = cross_entropy(functional_call(other, {n: p.view(s) for n, s, p in parts}, (adv,)), y)
+                    other.eval()
+                    adam.zero_grad()
+                    loss.backward()
+                adam.step()
     return Curve(torch.cat([ends[:1], between.detach(), ends[1:]]))
 
 
 def along(
-    model: nn.Module, curve: Curve, t: Sequence[float], x: Tensor, y: Tensor, attack: Attack, batches: Batches
-) -> Along:
-    """Loss and error at (x, y) along the curve, in evaluation mode; the statistics of batch norm are estimated anew from
-    ``batches`` (clean images, as in the thesis) at every t. ``model`` gives the architecture."""
+    model: nn.Module, curve: Curve, t: Sequence[float], x: Tensor, y: Tensor, attack: Attack, batches: Batches,
+    *, seed: int = 0,
+) -> Along:  # fmt: skip
+    """Loss and error at (x, y) along the curve, in evaluation mode; the statistics of batch norm are estimated anew
+    from ``batches`` (clean images, as in the thesis) at every t. ``model`` gives the architecture."""
     other, losses, errors = copied(model), [], []
-    for share in t:
-        update_bn(batches, put(other, curve.at(share)))
-        other.eval()
-        adv = attack(other, x, y)
-        with torch.no_grad():
-            logits = other(adv)
-        losses.append(float(cross_entropy(logits, y)))
-        errors.append(float((logits.argmax(1) != y).double().mean()))
+    with noise(model, seed):
+        for share in t:
+            update_bn(batches, put(other, curve.at(share)))
+            other.eval()
+            adv = attack(other, x, y)
+            with torch.no_grad():
+                logits = other(adv)
+            losses.append(float(cross_entropy(logits, y)))
+            errors.append(float((logits.argmax(1) != y).double().mean()))
     return Along(torch.tensor(t), torch.tensor(losses), torch.tensor(errors))
 
 

@@ -1,4 +1,5 @@
-"""How hard each training example is (thesis, section 4.3): recorded while training, compared, grouped, cut to subsets."""
+"""How hard each training example is (thesis, section 4.3): recorded while training, compared, grouped, cut to
+subsets."""
 
 from __future__ import annotations
 
@@ -24,9 +25,9 @@ class Recorder(Wrapped):
     """A training method that also keeps each example's cross-entropy and 0-1 error of every epoch.
 
     They come from the logits that the method answers anyway: no pass of the model is added, and the training keeps its
-    bits. ``losses`` and ``errors`` are (epochs, N), NaN where an example was not in that epoch; of one that comes several
-    times in an epoch the last counts. The loader must tell the numbers of its examples. Under torchrun each process
-    records those it trains on. Checkpoints hold the record: ``resume=True`` goes on with it.
+    bits. ``losses`` and ``errors`` are (epochs, N), NaN where an example was not in that epoch; of one that comes
+    several times in an epoch the last counts. The loader must tell the numbers of its examples. Under torchrun each
+    process records those it trains on. Checkpoints hold the record: ``resume=True`` goes on with it.
 
     Raises:
         ValueError: when training begins with a loader that does not tell how many examples it has, or a method answers
@@ -75,7 +76,8 @@ class Recorder(Wrapped):
 
 
 def difficulty(losses: Tensor | ArrayLike) -> Array:
-    """d(x) = P(g(x) < g(x')) + P(g(x) = g(x')) / 2 over x' in the set (4.30), (N,) float64: 0 the hardest, 1 the easiest.
+    """d(x) = P(g(x) < g(x')) + P(g(x) = g(x')) / 2 over x' in the set (4.30), (N,) float64: 0 the hardest, 1 the
+    easiest.
 
     losses: (epochs, N), averaged over the epochs in which an example was seen, or (N,) averages. 0-1 errors do as well
     (figure 4.15).
@@ -108,7 +110,8 @@ def d_distance(first: ArrayLike, second: ArrayLike) -> float:
 
 
 def groups(values: ArrayLike, count: int = 10) -> Array:
-    """The group of each example, (N,) int64: G_i = {i / count <= d < (i + 1) / count} (4.32), the last with d = 1 too."""
+    """The group of each example, (N,) int64: G_i = {i / count <= d < (i + 1) / count} (4.32), the last with d = 1
+    too."""
     d = _array(values)
     if count < 1:
         raise ValueError(f"count: got {count}, expected at least 1")
@@ -161,9 +164,30 @@ def subset(values: ArrayLike, labels: Tensor | ArrayLike, count: int, which: str
     return np.sort(np.concatenate(chosen))
 
 
+def feature_norms(model: nn.Module, x: Tensor, *, batch_size: int = 500) -> Tensor:
+    """(N,) l2 norms of what goes into the last linear layer, in eval mode (figure 4.21b: of adversarial examples,
+    which the caller finds; their mean over a group is :func:`group_means`). The model is left as it was.
+
+    Raises:
+        TypeError: a model without a linear layer.
+    """
+    last = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    if not last:
+        raise TypeError("model: got one without nn.Linear, expected a classifier that ends in one")
+    found: list[Tensor] = []
+    hook = last[-1].register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].detach().flatten(1).norm(dim=1)))
+    try:
+        with undisturbed(model, "eval"), torch.no_grad():
+            for part in x.split(batch_size):
+                model(part)
+    finally:
+        hook.remove()
+    return torch.cat(found)
+
+
 class Lipschitz(NamedTuple):
-    """``bound``: the product of ``norms``, the layers' l2 Lipschitz constants in order. ``residual``: the largest relative
-    change of an operator norm in its last step of power iteration."""
+    """``bound``: the product of ``norms``, the layers' l2 Lipschitz constants in order. ``residual``: the largest
+    relative change of an operator norm in its last step of power iteration."""
 
     bound: float
     norms: Array
@@ -248,7 +272,8 @@ def _linear_part(layer: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def _spectral(
-    apply: Callable[[Tensor], Tensor], size: tuple[int, ...], generator: torch.Generator, iterations: int, tolerance: float
+    apply: Callable[[Tensor], Tensor], size: tuple[int, ...], generator: torch.Generator, iterations: int,
+    tolerance: float,
 ) -> tuple[float, float]:  # fmt: skip
     """The largest singular value, and its relative change in the last step."""
     v = torch.randn(size, generator=generator, dtype=torch.float64)
@@ -290,6 +315,6 @@ def _array(values: Any) -> Array:
 
 
 __all__ = [
-    "Lipschitz", "Recorder", "d_distance", "difficulty", "group_means", "groups", "lipschitz_bound", "plot_groups",
-    "plot_two", "subset",
+    "Lipschitz", "Recorder", "d_distance", "difficulty", "feature_norms", "group_means", "groups", "lipschitz_bound",
+    "plot_groups", "plot_two", "subset",
 ]  # fmt: skip

@@ -14,8 +14,8 @@ from ._weights import copied
 
 
 class Measured(NamedTuple):
-    """Of N examples: the criterion ``fosc`` (N,), the cross-entropy ``loss`` (N,), ``fooled`` (N,) bool; with a dimension
-    of the settings in front where there are several."""
+    """Of N examples: the criterion ``fosc`` (N,), the cross-entropy ``loss`` (N,), ``fooled`` (N,) bool; with a
+    dimension of the settings in front where there are several."""
 
     fosc: Tensor
     loss: Tensor
@@ -23,8 +23,8 @@ class Measured(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """``edges`` (G + 1,); in each group [edge, next): ``examples`` (G,), how many, ``success`` (G,) of the attack, a share, and the mean
-    ``loss`` (G,); NaN where a group is empty. The last group holds its upper edge."""
+    """``edges`` (G + 1,); in each group [edge, next): ``examples`` (G,), how many, ``success`` (G,) of the attack, a
+    share, and the mean ``loss`` (G,); NaN where a group is empty. The last group holds its upper edge."""
 
     edges: Tensor
     examples: Tensor
@@ -35,9 +35,9 @@ class Groups(NamedTuple):
 def measure(
     model: nn.Module, adv: Tensor, x: Tensor, y: Tensor, eps: float, norm: float | str = "Linf", batch_size: int = 500
 ) -> Measured:
-    """FOSC (equation 4) of adversarial examples around the *clean* x, by the gradient of each example's own cross-entropy
-    in evaluation mode. The ball alone is the set: where an attack is kept in a box as well, gradients that point out of the
-    box keep FOSC above 0."""
+    """FOSC (equation 4) of adversarial examples around the *clean* x, by the gradient of each example's own
+    cross-entropy in evaluation mode. The ball alone is the set: where an attack is kept in a box as well, gradients
+    that point out of the box keep FOSC above 0."""
     other, found = copied(model), []
     for part in torch.arange(len(x), device=x.device).split(batch_size):
         with torch.inference_mode(False), torch.enable_grad():
@@ -54,8 +54,9 @@ def by_attack(
     model: nn.Module, x: Tensor, y: Tensor, eps: float, settings: Sequence[tuple[int, float]], *, seed: int = 0,
     **options: Any,
 ) -> Measured:  # fmt: skip
-    """(S, N) of PGD by (steps, step size) of each setting, with the same random start (figure 2; with 1, 2, ... steps of one
-    length, figure 1b). Options as of :func:`fastrobust.attacks.pgd`: ``clip=None`` is the paper's Algorithm 1."""
+    """(S, N) of PGD by (steps, step size) of each setting, with the same random start (figure 2; with 1, 2, ... steps
+    of one length, figure 1b). Options as of :func:`fastrobust.attacks.pgd`: ``clip=None`` is the paper's Algorithm
+    1."""
     norm, other = options.get("norm", "Linf"), copied(model)
     attack = lambda steps, step: attacks.pgd(other, x, y, eps=eps, steps=steps, step_size=step, seed=seed, **options)
     rows = [measure(other, attack(steps, step), x, y, eps, norm) for steps, step in settings]

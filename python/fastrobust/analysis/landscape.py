@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cosine_similarity, cross_entropy
 
-from ._weights import Attack, Batches, copied, flat, loss_at, put
+from ._weights import Attack, Batches, copied, flat, loss_at, noise, put
 
 
 class Eigenpairs(NamedTuple):
@@ -33,8 +33,8 @@ def hessian_eigenpairs(
 ) -> Eigenpairs:
     """The k algebraically largest eigenpairs of the Hessian, over the weights, of the mean cross-entropy at (x, y), in
     evaluation mode, by Lanczos with full reorthogonalisation. Give adversarial examples as x for the adversarial loss
-    (held fixed). Memory: 2 * ``steps`` vectors of the parameters' size. Fewer than k pairs come back where the space that
-    the start spans is smaller (few parameters, or an eigenvalue many times over). The model is left as it was."""
+    (held fixed). Memory: 2 * ``steps`` vectors of the parameters' size. Fewer than k pairs come back where the space
+    that the start spans is smaller (few parameters, or an eigenvalue many times over). The model is left as it was."""
     if not 1 <= k <= steps:
         raise ValueError(f"k: got {k}, expected 1 to steps ({steps})")
     params = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
@@ -76,48 +76,97 @@ def hessian_eigenpairs(
     return Eigenpairs(values.detach(), vectors.detach(), residuals.detach(), len(images))
 
 
-def gradient_norms(model: nn.Module, batches: Batches, attack: Attack) -> Tensor:
-    """(batches,) l2 norms of the gradient over the weights of each batch's mean adversarial cross-entropy, in evaluation
-    mode (thesis figures 4.3 and 4.4)."""
+def gradient_norms(model: nn.Module, batches: Batches, attack: Attack, *, seed: int = 0) -> Tensor:
+    """(batches,) l2 norms of the gradient over the weights of each batch's mean adversarial cross-entropy, in
+    evaluation mode (thesis figures 4.3 and 4.4)."""
     other, norms = copied(model), []
-    for x, y, *_ in batches:
-        adv = attack(other, x, y).detach()
-        with torch.enable_grad():
-            grads = torch.autograd.grad(cross_entropy(other(adv), y), list(other.parameters()), materialize_grads=True)
-        norms.append(torch.stack([g.norm() for g in grads]).norm())
+    with noise(model, seed):
+        for x, y, *_ in batches:
+            adv = attack(other, x, y).detach()
+            with torch.enable_grad():
+                value = cross_entropy(other(adv), y)
+                grads = torch.autograd.grad(value, list(other.parameters()), materialize_grads=True)
+            norms.append(torch.stack([g.norm() for g in grads]).norm())
     return torch.stack(norms)
 
 
+class Updates(NamedTuple):
+    """Of each update: ``norms`` (n,) of the batch's gradient, ``errors`` (n,) of the batch under attack, a share, and
+    ``distances`` (n,) = ||theta - theta_0|| after it."""
+
+    norms: Tensor
+    errors: Tensor
+    distances: Tensor
+
+
+def first_updates(
+    model: nn.Module, batches: Batches, attack: Attack, *, updates: int = 100, lr: float = 0.01, seed: int = 0
+) -> Updates:
+    """Plain SGD on the adversarial loss from the model's weights, in a copy that trains on batch statistics and is
+    attacked in evaluation mode: how fast it leaves its start (thesis figure 4.3). ``batches`` is gone through again as
+    often as ``updates`` wants."""
+    other, start = copied(model), flat(model)
+    params = list(other.parameters())
+    rows: list[list[Tensor]] = []
+    with noise(model, seed):
+        while len(rows) < updates:
+            before = len(rows)
+            for x, y, *_ in batches:
+                if len(rows) == updates:
+                    break
+                adv = attack(other, x, y).detach()
+                other.train()
+                with torch.enable_grad():
+                    logits = other(adv)
+                    grads = torch.autograd.grad(cross_entropy(logits, y), params, materialize_grads=True)
+                other.eval()
+                norm = torch.stack([g.norm() for g in grads]).norm()
+                with torch.no_grad():
+                    for p, g in zip(params, grads, strict=True):
+                        p.sub_(g, alpha=lr)
+                rows.append([norm, (logits.argmax(1) != y).to(norm).mean(), (flat(other) - start).norm()])
+            if len(rows) == before:
+                raise ValueError("batches: got none, expected at least one")
+    return Updates(*(torch.stack(column) for column in zip(*rows, strict=True)))
+
+
 def surface(
-    model: nn.Module, x: Tensor, y: Tensor, attack: Attack, directions: Tensor, steps: Sequence[float]
+    model: nn.Module, x: Tensor, y: Tensor, attack: Attack, directions: Tensor, steps: Sequence[float], *, seed: int = 0
 ) -> Tensor:
-    """The mean adversarial loss at theta + a_1 v_1 (+ a_2 v_2) for a_i in ``steps`` (n of them): (n,) for directions (1, P),
-    (n, n) for (2, P), the first direction along the rows (thesis figure 4.6)."""
+    """The mean adversarial loss at theta + a_1 v_1 (+ a_2 v_2) for a_i in ``steps`` (n of them): (n,) for directions
+    (1, P), (n, n) for (2, P), the first direction along the rows (thesis figure 4.6)."""
     if directions.dim() != 2 or directions.shape[0] not in (1, 2):
         raise ValueError(f"directions: got shape {tuple(directions.shape)}, expected (1, P) or (2, P)")
     other, theta = copied(model), flat(model)
-    found = [
-        [loss_at(other, theta + a * directions[0] + b * directions[-1], x, y, attack) for b in steps]
-        if len(directions) == 2
-        else loss_at(other, theta + a * directions[0], x, y, attack)
-        for a in steps
-    ]
+    with noise(model, seed):
+        found = [
+            [loss_at(other, theta + a * directions[0] + b * directions[-1], x, y, attack) for b in steps]
+            if len(directions) == 2
+            else loss_at(other, theta + a * directions[0], x, y, attack)
+            for a in steps
+        ]
     return torch.tensor(found, dtype=theta.dtype)
 
 
 def perturbation_cosines(
-    model: nn.Module, x: Tensor, y: Tensor, attack: Attack, direction: Tensor, steps: Sequence[float], runs: int = 4
-) -> Tensor:
-    """(n,) the cosine between the perturbations found at theta + a v and at theta - a v, for a in ``steps``: the mean over
-    the examples and over ``runs`` runs of an attack with a random start (thesis figure 4.7). Zero perturbations count 0."""
+    model: nn.Module, x: Tensor, y: Tensor, attack: Attack, direction: Tensor, steps: Sequence[float], runs: int = 4,
+    *, seed: int = 0,
+) -> Tensor:  # fmt: skip
+    """(n,) the cosine between the perturbations found at theta + a v and at theta - a v, for a in ``steps``: the mean
+    over the examples and over ``runs`` runs of an attack with a random start (thesis figure 4.7). Zero perturbations
+    count 0."""
     other, theta = copied(model), flat(model)
     delta = lambda weights: (attack(put(other, weights), x, y) - x).flatten(1)
-    found = [
-        torch.stack(
-            [cosine_similarity(delta(theta + a * direction), delta(theta - a * direction)).mean() for _ in range(runs)]
-        ).mean()
-        for a in steps
-    ]
+    with noise(model, seed):  # one stream: every run of an attack without a seed starts elsewhere
+        found = [
+            torch.stack(
+                [
+                    cosine_similarity(delta(theta + a * direction), delta(theta - a * direction)).mean()
+                    for _ in range(runs)
+                ]
+            ).mean()
+            for a in steps
+        ]
     return torch.stack(found)
 
 

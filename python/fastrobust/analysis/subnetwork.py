@@ -69,7 +69,8 @@ def aligned(first: MaskedLayer, second: MaskedLayer) -> Aligned:
 
 
 def random_channels(shape: Sequence[int], keep: int, *, draws: int = 500, seed: int = 0) -> tuple[Array, Array]:
-    """Kept weights by output and by input channel, largest first, averaged over random masks (figure 5.2's reference)."""
+    """Kept weights by output and by input channel, largest first, averaged over random masks (figure 5.2's
+    reference)."""
     size = math.prod(shape)
     if not 0 <= keep <= size or draws < 1:
         raise ValueError(f"keep: got {keep} and {draws} draws, expected 0 to {size} and at least 1")
@@ -184,20 +185,22 @@ def study(
     method: Method | str = "edge-popup",
     lr: float = 0.1,
     seed: int = 0,
+    callbacks: Any = (),
 ) -> Array:
     """judge(subnetwork) of subnetworks of one model, trained from one seed, for each setting: options of
     :func:`fastrobust.nn.convert` (rate, gamma: table 5.2; score_range: 5.3; init: 5.4). The model is left as it was.
 
-    Rates fall by a cosine from ``lr``, as in the thesis.
+    Rates fall by a cosine from ``lr``, as in the thesis. ``callbacks`` are those of :func:`fastrobust.training.train`
+    (figure 5.1: judge after each epoch).
     """
     found = []
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
         for options in settings:
             torch.manual_seed(seed)
             masked = convert(model, **options)
             optimizer = score_optimizer(masked, lr)
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, epochs))
-            train(masked, loader, method, epochs=epochs, optimizer=optimizer, scheduler=schedule)
+            train(masked, loader, method, epochs=epochs, optimizer=optimizer, scheduler=schedule, callbacks=callbacks)
             found.append(float(judge(masked)))
     return np.array(found)
 

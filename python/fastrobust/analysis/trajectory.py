@@ -1,7 +1,8 @@
 """The adversary's landscape on an l2 sphere and the way of projected gradient ascent over it (Deng et al. 2020).
 
-``loss`` is everywhere a callable from points (B, ...) to (B,) losses of the adversary, which *ascends* it; the paper writes
-L = -loss and descends, so that its local maxima are the minima here, and the other way round. Nothing is clipped to a box.
+``loss`` is everywhere a callable from points (B, ...) to (B,) losses of the adversary, which *ascends* it; the paper
+writes L = -loss and descends, so that its local maxima are the minima here, and the other way round. Nothing is
+clipped to a box.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ Objective = Callable[[Tensor], Tensor]
 
 
 class TwoLayer(nn.Module):
-    """f(x) = sum_r a_r softplus(w_r . x), w_r ~ N(0, I/d), a_r = +-1/sqrt(m) with equal odds, float64: (B, d) to (B,)."""
+    """f(x) = sum_r a_r softplus(w_r . x), w_r ~ N(0, I/d), a_r = +-1/sqrt(m) with equal odds, float64: (B, d) to
+    (B,)."""
 
     def __init__(self, inputs: int = 2, width: int = 1000, seed: int = 0) -> None:
         super().__init__()
@@ -30,9 +32,9 @@ class TwoLayer(nn.Module):
 
 
 class Optimality(NamedTuple):
-    """At delta (B, d), |delta| = eps: ``gradient`` (B, d) = dL; ``multiplier`` (B,) = <dL, delta> / (2 eps^2); ``tangent``
-    (B, d), Gamma = dL - 2 multiplier delta; ``curvature`` (B, d - 1), the eigenvalues of Xi = d2L - 2 multiplier I on the
-    tangent space, smallest first. L is the adversary's loss (the paper's signs are all turned)."""
+    """At delta (B, d), |delta| = eps: ``gradient`` (B, d) = dL; ``multiplier`` (B,) = <dL, delta> / (2 eps^2);
+    ``tangent`` (B, d), Gamma = dL - 2 multiplier delta; ``curvature`` (B, d - 1), the eigenvalues of Xi = d2L - 2
+    multiplier I on the tangent space, smallest first. L is the adversary's loss (the paper's signs are all turned)."""
 
     gradient: Tensor
     multiplier: Tensor
@@ -60,8 +62,9 @@ class Path(NamedTuple):
 
 class Study(NamedTuple):
     """For S scales, R ratios, T steps, B examples: ``losses`` (S, R, T + 1, B) on the way from a minimum on the sphere;
-    ``best`` (S, R, B), the largest loss that was seen anywhere; ``half`` (S, R, B), the steps to half of the way from the
-    first loss to the best, T + 1 where that is not reached; ``passed`` (S, R, B) bool: the end is a local maximum."""
+    ``best`` (S, R, B), the largest loss that was seen anywhere; ``half`` (S, R, B), the steps to half of the way from
+    the first loss to the best, T + 1 where that is not reached; ``passed`` (S, R, B) bool: the end is a local
+    maximum."""
 
     scales: Tensor
     ratios: Tensor
@@ -72,8 +75,8 @@ class Study(NamedTuple):
 
 
 def optimality(loss: Objective, x: Tensor, delta: Tensor) -> Optimality:
-    """First- and second-order conditions on the sphere through delta (Deng et al., section 4). Costs d backward passes of
-    the batch, and d^2 numbers an example."""
+    """First- and second-order conditions on the sphere through delta (Deng et al., section 4). Costs d backward
+    passes of the batch, and d^2 numbers an example."""
     with torch.inference_mode(False), torch.enable_grad():
         point = (x + delta).detach().clone().requires_grad_()
         grad = torch.autograd.grad(loss(point).sum(), point, create_graph=True)[0].flatten(1)
@@ -101,8 +104,9 @@ def ascend(loss: Objective, x: Tensor, delta: Tensor, eps: float, step_size: flo
 def search(
     loss: Objective, x: Tensor, eps: float, *, lowest: bool = False, steps: int = 300, restarts: int = 4, seed: int = 0
 ) -> Tensor:
-    """delta (B, ...) on the sphere: the largest (``lowest``: smallest) of the local optima that ``restarts`` searches from
-    random points reach, each along the sphere with a step length of its own that shrinks where the loss does not gain."""
+    """delta (B, ...) on the sphere: the largest (``lowest``: smallest) of the local optima that ``restarts`` searches
+    from random points reach, each along the sphere with a step length of its own that shrinks where the loss does not
+    gain."""
     draw, sign = torch.Generator().manual_seed(seed), -1.0 if lowest else 1.0
     best, found = None, None
     for _ in range(restarts):
@@ -113,7 +117,7 @@ def search(
         for _ in range(steps):
             along = sign * grad
             along = along - (_inner(along, delta) / eps**2) * delta
-            # the angle shrinks with the tangent's share of the gradient, or every step near the optimum would be too long
+            # the angle shrinks with the tangent's share of the gradient, or steps near the optimum would be too long
             turn = angle * eps * along / _norm(grad).clamp_min(1e-300)
             trial = delta + turn
             trial = trial * (eps / _norm(trial))
@@ -147,8 +151,9 @@ def study(
     """Trajectories from minima to maxima of the adversary's loss, by input scale and ratio (Deng et al., figures 1, 2).
 
     x (B, ...) is scaled to a mean l2 norm of each scale, eps = ratio * scale. A trajectory starts on the sphere at its
-    lowest point found, moved by ``nudge`` eps in a random direction (in the minimum itself nothing moves). The step size
-    is ``relative_step`` * eps / mean |dL| at the clean points: the paper prints none; this one is in radians of a sphere.
+    lowest point found, moved by ``nudge`` eps in a random direction (in the minimum itself nothing moves). The step
+    size is ``relative_step`` * eps / mean |dL| at the clean points: the paper prints none; this one is in radians of
+    a sphere.
     """
     draw, size = torch.Generator().manual_seed(seed), _norm(x).mean()
     losses: list[Tensor] = []
@@ -175,15 +180,16 @@ def study(
     return Study(torch.tensor(scales), torch.tensor(ratios), fold(losses), fold(best), fold(half), fold(passed))
 
 
-def plot(found: Study, figure: Any) -> None:
-    """Share of the way to the best loss by step, a panel a scale, a line a ratio (mean over the examples)."""
+def plot(found: Study, figure: Any, name: str = "input scale") -> None:
+    """Share of the way to the best loss by step, a panel a scale (or what ``name`` says), a line a ratio (mean over the
+    examples)."""
     first = found.losses[:, :, :1]
     share = ((found.losses - first) / (found.best[:, :, None] - first).clamp_min(1e-300)).mean(-1)
     panels = figure.subplots(1, len(found.scales), sharey=True, squeeze=False)[0]
     for panel, scale, lines in zip(panels, found.scales.tolist(), share.tolist(), strict=True):
         for ratio, line in zip(found.ratios.tolist(), lines, strict=True):
             panel.plot(line, label=f"ratio {ratio:g}")
-        panel.set(title=f"input scale {scale:g}", xlabel="step")
+        panel.set(title=f"{name} {scale:g}", xlabel="step")
     panels[0].set_ylabel("share of the way from minimum to best")
     panels[0].legend(fontsize=7)
 

@@ -22,9 +22,8 @@ _SMALL = 100  # numbers: an array of up to so many is written out in the JSON fi
 def topics() -> dict[str, Any]:
     """By name: function(images, labels, seed) -> (arrays, draw(path))."""
     found: dict[str, Any] = {}
-    for module in ("fastrobust.analysis._topics", "fastrobust.analysis._topics_training"):
-        if importlib.util.find_spec(module) is not None:
-            found |= importlib.import_module(module).TOPICS
+    for module in ("", "_dynamic", "_training", "_overfitting", "_small"):
+        found |= importlib.import_module(f"fastrobust.analysis._topics{module}").TOPICS
     return found
 
 
