@@ -57,11 +57,18 @@ def load(path: pathlib.Path, body: bytes) -> nn.Module:
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-5, 40) | st.integers(1 << 30, 1 << 70) | st.floats() | st.text(max_size=5)
-    | st.sampled_from(["float32", "float64", "float16", "bool", "load", "0.weight", "1.running_var", "qint8", "device"]),
+    st.none()
+    | st.booleans()
+    | st.integers(-5, 40)
+    | st.integers(1 << 30, 1 << 70)
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(
+        ["float32", "float64", "float16", "bool", "load", "0.weight", "1.running_var", "qint8", "device"]
+    ),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
     max_leaves=6,
-)  # fmt: skip
+)
 
 
 @given(data=st.data())

@@ -162,9 +162,9 @@ def from_bits(words: Tensor, maps: fm.Maps) -> Tensor:
 
 @pytest.mark.parametrize("rate, gamma", [(0.99, 0.1), (0.7, 1.0)])
 def test_the_gradient_of_a_deep_network_is_exact_between_the_kinks(rate: float, gamma: float, path: str) -> None:
-    """A deep network in float32 always has sums that are zero up to rounding and fall on the other side of a ReLU than in
-    float64. Where float64 is given the sides our run took, the gradients must agree to rounding; and our side may differ
-    from float64's own only for such sums."""
+    """A deep network in float32 always has sums that are zero up to rounding and fall on the other side of a ReLU than
+    in float64. Where float64 is given the sides our run took, the gradients must agree to rounding; and our side may
+    differ from float64's own only for such sums."""
     torch.manual_seed(0)
     x = torch.rand(6, 3, 32, 32)
     model = settled(fnn.convert(fnn.resnet34(width=8), rate, gamma), x)

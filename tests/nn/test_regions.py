@@ -57,7 +57,8 @@ def given(name: str) -> tuple[nn.Module, nn.Module, Tensor]:
 
 
 def forced(count: Callable[[int], int], lanes: Callable[[], int], dense: Callable[[], bool]) -> Callable[..., Any]:
-    """`Chooser.parts` without estimates: how many images of those left in the next group, its lanes, who runs by torch."""
+    """`Chooser.parts` without estimates: how many images of those left in the next group, its lanes, who runs by
+    torch."""
 
     def parts(self: _choice.Chooser, batch: int) -> tuple[_choice.Part, ...]:
         found = []

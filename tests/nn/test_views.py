@@ -13,7 +13,11 @@ from fastrobust.nn._views import looking, overlaying
 
 def chained(data: st.DataObject, t: Tensor) -> Tensor:
     """A view of a view of t."""
-    for kind in data.draw(st.lists(st.sampled_from(["permute", "slice", "step", "select", "split", "flat", "expand", "strided"]), max_size=4)):  # fmt: skip  # noqa: E501
+    for kind in data.draw(
+        st.lists(
+            st.sampled_from(["permute", "slice", "step", "select", "split", "flat", "expand", "strided"]), max_size=4
+        )
+    ):
         d = data.draw(st.integers(0, max(0, t.dim() - 1)))
         if kind == "permute":
             t = t.permute(data.draw(st.permutations(range(t.dim()))))

@@ -44,9 +44,17 @@ def test_counts_of_table_4_1(width: int) -> None:
 
 
 NAMES = {
-    "digits-cnn": (1, 8, 8), "mnist-cnn": (1, 28, 28), "fc1": (1, 28, 28), "cnn": (3, 32, 32), "cnn-4": (1, 28, 28),
-    "cnn-8": (3, 32, 32), "lenet": (1, 28, 28), "vgg": (3, 32, 32), "preact-resnet-18": (3, 32, 32), "wrn-10-1": (3, 32, 32),
-}  # fmt: skip
+    "digits-cnn": (1, 8, 8),
+    "mnist-cnn": (1, 28, 28),
+    "fc1": (1, 28, 28),
+    "cnn": (3, 32, 32),
+    "cnn-4": (1, 28, 28),
+    "cnn-8": (3, 32, 32),
+    "lenet": (1, 28, 28),
+    "vgg": (3, 32, 32),
+    "preact-resnet-18": (3, 32, 32),
+    "wrn-10-1": (3, 32, 32),
+}
 
 
 @pytest.mark.parametrize("name", NAMES)

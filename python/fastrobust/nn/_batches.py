@@ -1,8 +1,8 @@
 """Records that serve every batch size: three of small batches whose numbers lie on lines.
 
 A record holds for one shape. Where the steps of three batch sizes are the same but for numbers that grow by as much per
-example, those of any other batch size follow. What forward asks about the batch size on the way (``x.shape[0] > 64``) is
-noted, and has to be answered alike.
+example, those of any other batch size follow. What forward asks about the batch size on the way (``x.shape[0] > 64``)
+is noted, and has to be answered alike.
 """
 
 from __future__ import annotations
@@ -103,7 +103,11 @@ class _Count(int):
 
     def __floordiv__(self, other: Any) -> Any:
         def quotient(a: Line, b: Line) -> Line | None:
-            return Line(a.slope // b.start, a.start // b.start) if not b.slope and b.start and a.slope % b.start == 0 else None  # fmt: skip  # noqa: E501
+            return (
+                Line(a.slope // b.start, a.start // b.start)
+                if not b.slope and b.start and a.slope % b.start == 0
+                else None
+            )
 
         return self._with(other, quotient, operator.floordiv)
 
@@ -160,11 +164,34 @@ def _losing(name: str) -> Callable[..., Any]:
 
 
 for _name in (
-    "__abs__", "__and__", "__divmod__", "__float__", "__format__", "__hash__", "__invert__", "__lshift__", "__or__",
-    "__pow__", "__rand__", "__rdivmod__", "__repr__", "__rfloordiv__", "__rlshift__", "__rmod__", "__ror__", "__round__",
-    "__rpow__", "__rrshift__", "__rshift__", "__rtruediv__", "__rxor__", "__str__", "__truediv__", "__xor__",
+    "__abs__",
+    "__and__",
+    "__divmod__",
+    "__float__",
+    "__format__",
+    "__hash__",
+    "__invert__",
+    "__lshift__",
+    "__or__",
+    "__pow__",
+    "__rand__",
+    "__rdivmod__",
+    "__repr__",
+    "__rfloordiv__",
+    "__rlshift__",
+    "__rmod__",
+    "__ror__",
+    "__round__",
+    "__rpow__",
+    "__rrshift__",
+    "__rshift__",
+    "__rtruediv__",
+    "__rxor__",
+    "__str__",
+    "__truediv__",
+    "__xor__",
     "bit_length",
-):  # fmt: skip
+):
     setattr(_Count, _name, _losing(_name))
 
 
@@ -243,7 +270,10 @@ def kind_of(call: Call, key: Any) -> Any:
     n = batch_of(call)
     if len(key) == 2 and isinstance(key[0], torch.Size):
         return (key[0][1:], *key[1:])
-    return (key[0], *[("n", p[0][1:], *p[1:]) if isinstance(p[0], torch.Size) and p[0][:1] == (n,) else p for p in key[1:]])  # fmt: skip  # noqa: E501
+    return (
+        key[0],
+        *[("n", p[0][1:], *p[1:]) if isinstance(p[0], torch.Size) and p[0][:1] == (n,) else p for p in key[1:]],
+    )
 
 
 def _record(snapshot: Any, call: Call, n: int) -> tuple[Steps, _Watch]:

@@ -1,7 +1,8 @@
 """Which nodes of a region run in the fast layout and which by torch, and in what groups of images.
 
 A value is copied once where it is read in the other form than it was made in, so the cheapest choice for all nodes
-together is a minimum cut. Groups are found by trying the lanes that serve a number of images, the rest after them alike.
+together is a minimum cut. Groups are found by trying the lanes that serve a number of images, the rest after them
+alike.
 """
 
 from __future__ import annotations

@@ -29,9 +29,9 @@ class Read:
         return self.choice.path == "dense"
 
 
-# For each value behind an activation, what tells its derivative, by the layout it was read in: the values, the derivatives
-# (of plain tensors, the arguments of the activation), or the bits of the sides. Of a max pooling, who won; of torch's
-# operations, what torch has saved.
+# For each value behind an activation, what tells its derivative, by the layout it was read in: the values, the
+# derivatives (of plain tensors, the arguments of the activation), or the bits of the sides. Of a max pooling, who won;
+# of torch's operations, what torch has saved.
 Gates = dict[int, dict[Any, Buffer]]
 
 

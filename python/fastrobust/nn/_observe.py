@@ -56,7 +56,8 @@ def _described(v: Any) -> str:
 
 
 class _Recorder(Recorder):
-    """Knows which reads no gradient passes (with ``cuts``), and that tensors of numbers in forward are the call's own."""
+    """Knows which reads no gradient passes (with ``cuts``), and that tensors of numbers in forward are the call's
+    own."""
 
     def __init__(self, model: Any, cuts: bool) -> None:
         super().__init__(model, False)
@@ -78,8 +79,8 @@ class _Recorder(Recorder):
 def observe(
     snapshot: Any, call: Call, tensors: list[Tensor], sizes: AbstractContextManager[Any] | None = None
 ) -> Steps:
-    """The steps of the model on tensors in place of the call's; other numbers than theirs, so that what forward computes
-    outside of torch does not pass for a constant of the model. ``sizes``: entered while forward runs."""
+    """The steps of the model on tensors in place of the call's; other numbers than theirs, so that what forward
+    computes outside of torch does not pass for a constant of the model. ``sizes``: entered while forward runs."""
     sizes = nullcontext() if sizes is None else sizes
     try:
         return _observed(snapshot, call, tensors, sizes, True)

@@ -42,8 +42,8 @@ def is_storable(value: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class LayerEntry:
-    """A masked layer: the bytes of its mask, and the seed of its signs; None where those of the kept ones follow, or, of
-    type `values`, the kept weights themselves."""
+    """A masked layer: the bytes of its mask, and the seed of its signs; None where those of the kept ones follow, or,
+    of type `values`, the kept weights themselves."""
 
     name: str
     shape: tuple[int, ...]

@@ -39,8 +39,8 @@ Shapes = list[tuple[int, ...] | None]
 
 
 class _RunRegion(torch.autograd.Function):
-    """A region of inputs, some of them seen in another shape, and outputs, some as rows: views by torch would be recorded,
-    which takes longer than small layers."""
+    """A region of inputs, some of them seen in another shape, and outputs, some as rows: views by torch would be
+    recorded, which takes longer than small layers."""
 
     @staticmethod
     def forward(ctx: Any, region: Region, shapes: Shapes, rows: list[bool], *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -91,8 +91,8 @@ class Steps:
 
 
 class Readers:
-    """Who reads the values of a record. `dead`: steps whose results nobody reads, such as the copies that torch makes of what
-    an activation changes in place, for a gradient."""
+    """Who reads the values of a record. `dead`: steps whose results nobody reads, such as the copies that torch makes
+    of what an activation changes in place, for a gradient."""
 
     def __init__(self, work: Steps) -> None:
         self.uses = collections.Counter[int](read.value.index for read in _reads(work.output))

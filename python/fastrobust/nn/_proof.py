@@ -1,4 +1,5 @@
-"""Whether a program computes what the model computes, on the input that came: outputs at once, gradients as they come."""
+"""Whether a program computes what the model computes, on the input that came: outputs at once, gradients as they
+come."""
 
 from __future__ import annotations
 
@@ -64,7 +65,8 @@ def rows(tensors: Sequence[Any], batch: int, begin: int, end: int) -> list[Any]:
 
 
 def outputs(call: Call, tensors: Sequence[Tensor], got: list[Any], every: bool) -> bool:
-    """Raises ModelMismatchError where ``got`` are not the model's outputs beyond rounding; False where nothing was finite.
+    """Raises ModelMismatchError where ``got`` are not the model's outputs beyond rounding; False where nothing was
+    finite.
 
     One example unless ``every``; all of them where one alone comes out differently, as in models that mix examples.
     """
@@ -121,19 +123,24 @@ def _apart(got: Sequence[Any], want: Sequence[Any], moved: Sequence[Any] | None 
 class GradientProof:
     """Compares the first gradient that comes back with the model's own for the same gradient of the outputs.
 
-    ``inputs`` are what the program is to run on; ``watch`` its outputs.
+    ``inputs()`` are what the program is to run on; ``watch`` its outputs. Neither is kept: their hooks lead back here,
+    and Python's collector does not see through the hooks of a graph.
     """
 
     def __init__(self, call: Call, tensors: Sequence[Tensor], done: Callable[[], None], every: bool) -> None:
         self.call, self.done, self.every = call, done, every
         self.tensors = [t.detach() for t in tensors]
         self.wanted = [t.requires_grad for t in tensors]
-        self.inputs = [t.view_as(t) if w else t for t, w in zip(tensors, self.wanted, strict=True)]
         self.grads: dict[int, Tensor] = {}
         self.found: dict[int, Tensor] = {}
-        for i, (t, w) in enumerate(zip(self.inputs, self.wanted, strict=True)):
+
+    def inputs(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Views of them, whose gradients are noted."""
+        views = [t.view_as(t) if w else t for t, w in zip(tensors, self.wanted, strict=True)]
+        for i, (t, w) in enumerate(zip(views, self.wanted, strict=True)):
             if w:
                 t.register_hook(self._taker(self.found, i, self._check))
+        return views
 
     def watch(self, outs: list[Any]) -> list[Any]:
         """The outputs to hand out: tensors of their own, whose gradients are those of the outputs alone."""
@@ -183,8 +190,8 @@ class GradientProof:
         misses = [_miss(found[i], w) for i, w in want.items()]
         if all(not bool((m > 0).any()) for m in misses):
             return True
-        # Sides of kinks that rounding decides: a false program is wrong nearly everywhere. Moved both ways, since a sum next
-        # to a kink crosses it in one direction alone.
+        # Sides of kinks that rounding decides: a false program is wrong nearly everywhere. Moved both ways, since a sum
+        # next to a kink crosses it in one direction alone.
         moved = [self._gradient(nudged(tensors, sign * 2.0**by), grads) for by in (-20, -18) for sign in (1, -1)]
         with _Rounding():
             moved.append(self._gradient(tensors, grads))

@@ -79,7 +79,8 @@ class Region(Graph):
         return found
 
     def _borders(self, sizes: dict[int, Size]) -> Borders:
-        """Rows of zeros above and below, and columns on the left, that every reader of maps of a size and stride needs."""
+        """Rows of zeros above and below, and columns on the left, that every reader of maps of a size and stride
+        needs."""
         found: Borders = collections.defaultdict(lambda: (0, 0))
 
         def need(size: tuple[int, int], stride: tuple[int, int], halo: int, lead: int) -> None:

@@ -1,7 +1,7 @@
 """Straight-line programs over buffers: gathers and copies that run in one call, with torch calls between them.
 
-A schedule is written once for a batch size, then compiled: buffers are given places in one zeroed arena, small enough to
-stay in cache because what is dead makes room. The zero borders of the fast layout are written only where a buffer of
+A schedule is written once for a batch size, then compiled: buffers are given places in one zeroed arena, small enough
+to stay in cache because what is dead makes room. The zero borders of the fast layout are written only where a buffer of
 another layout lay before.
 """
 
@@ -38,7 +38,8 @@ def sides(maps: Maps) -> Buffer:
 class Buffer:
     """Feature maps in the fast layout (`maps`), or a plain tensor of `shape` and `strides`.
 
-    base: whose memory it lies in: the arena, a tensor given to the run, or the result of a torch call; `offset` in floats.
+    base: whose memory it lies in: the arena, a tensor given to the run, or the result of a torch call; `offset` in
+    floats.
     """
 
     base: int
@@ -321,7 +322,8 @@ class Schedule:
     def calls(
         self, f: Callable[..., Sequence[Tensor]], reads: list[Buffer], shapes: Sequence[tuple[int, ...] | None]
     ) -> list[Buffer]:
-        """Torch's part with several results; one without a shape may be anything, and is given to other calls as it is."""
+        """Torch's part with several results; one without a shape may be anything, and is given to other calls as it
+        is."""
         results = [Buffer(self._base()) if shape is None else plain(shape, self._base()) for shape in shapes]
         self.steps.append(_Step(None, f, reads, results))
         return results

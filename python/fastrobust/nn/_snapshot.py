@@ -1,4 +1,5 @@
-"""A model as it is now, in eval mode: a copy where that is safe, else the model itself while nobody else switches it."""
+"""A model as it is now, in eval mode: a copy where that is safe, else the model itself while nobody else switches
+it."""
 
 from __future__ import annotations
 

@@ -35,7 +35,8 @@ def looking(whole: Place, part: Place) -> View | None:
 
 
 def overlaying(known: Place, new: Place) -> Callable[[Tensor, Tensor], Tensor]:
-    """f(old, t): old, whose elements are those of ``known`` (or the whole memory up to its end, as one row), with t at ``new``."""
+    """f(old, t): old, whose elements are those of ``known`` (or the whole memory up to its end, as one row), with t at
+    ``new``."""
     if known.dense():
         order = _order(known)
         lengths = [known.size[d] for d in order]
@@ -134,7 +135,8 @@ def _split(whole: Place, part: Place) -> View | None:
 
 
 def _arranged(left: list[int], part: Place) -> tuple[int, View]:
-    """How many dimensions of size 1 to put in front of ``left``, dimensions of part, and from there to all in their order."""
+    """How many dimensions of size 1 to put in front of ``left``, dimensions of part, and from there to all in their
+    order."""
     # In front they get the strides of a batch; with others torch's batch normalisation has false gradients.
     new = [d for d in range(len(part.size)) if d not in left]
     have = new + left

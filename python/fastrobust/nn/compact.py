@@ -27,8 +27,8 @@ _SIDES = (32, 28, 64, 224, 16, 8)
 def compact(model: nn.Module, example: Tensor | None = None) -> nn.Module:
     """A copy of `model` in eval mode without the dead inner channels, the same function of its input.
 
-    A channel between two masked convolutions (batch normalisation and ReLU may lie between, nothing else may read it) is
-    dead when no kept weight of the second reads it, or when no kept weight of the first makes it and what batch
+    A channel between two masked convolutions (batch normalisation and ReLU may lie between, nothing else may read it)
+    is dead when no kept weight of the second reads it, or when no kept weight of the first makes it and what batch
     normalisation and ReLU turn its zeros into is exactly zero. A constant that is not zero stays: under zero padding it
     is no constant at the border. Removing channels can kill others, so this goes on until nothing changes; one channel
     is always left. Outputs are equal up to the order of float32 sums.
@@ -37,8 +37,8 @@ def compact(model: nn.Module, example: Tensor | None = None) -> nn.Module:
     is compared with the model on it. Without one, images or rows that fit the first masked layer are tried.
 
     Only for models whose scores are settled: the scores and signs of cut channels are gone, while dead channels of a
-    model in training can revive. Raises ValueError where no example fits, UnreadableModelError for models that branch on
-    values or draw random numbers, ModelMismatchError when the result is not the same function on the example.
+    model in training can revive. Raises ValueError where no example fits, UnreadableModelError for models that branch
+    on values or draw random numbers, ModelMismatchError when the result is not the same function on the example.
     """
     source = unwrapped(model)
     small = copy.deepcopy(source).eval()
@@ -79,7 +79,9 @@ def _found(model: nn.Module, example: Tensor | None) -> tuple[list[Link], Tensor
 
 
 def _tried(model: nn.Module) -> Iterator[Tensor]:
-    first = next((m for m in model.modules() if isinstance(m, (BinaryMaskedConv2d, BinaryMaskedLinear, nn.Conv2d))), None)  # fmt: skip  # noqa: E501
+    first = next(
+        (m for m in model.modules() if isinstance(m, (BinaryMaskedConv2d, BinaryMaskedLinear, nn.Conv2d))), None
+    )
     device = next((layer.scores.device for layer in masked_layers(model).values()), None)
     if isinstance(first, BinaryMaskedLinear):
         yield _proof.wave(torch.empty(2, first.in_features, device=device))

@@ -59,8 +59,8 @@ def convert(
     "given" weights a UserWarning names the layers for which the copy computes something else on an example.
 
     Subclasses are converted if they do not override forward (but see own_forward). A layer held under several names
-    becomes one masked layer, and layers that share a weight share scores and signs (not where each has scores of its own
-    that are taken over). Biases stay the ordinary parameters they are; types, devices, train and eval mode,
+    becomes one masked layer, and layers that share a weight share scores and signs (not where each has scores of its
+    own that are taken over). Biases stay the ordinary parameters they are; types, devices, train and eval mode,
     requires_grad (the scores have that of the weight, or their own) and hooks of the layers are kept. A model that is
     itself a layer gives a masked layer.
     Other layers with weights stay as they are. The result's `left_out` says which by name, and why; what was not asked

@@ -158,8 +158,8 @@ class FrozenModel(nn.Module):
                 program.differentiated = True
 
             gradient = _proof.GradientProof(itself, tensors, done, every)
-            tensors = gradient.inputs
-        leaves = program.outputs(tensors)
+        # the inputs have no name here, which ``itself`` would hold on to
+        leaves = program.outputs(tensors if gradient is None else gradient.inputs(tensors))
         if self.check == "none":
             program.proven = program.differentiated = True
         elif not program.proven:
@@ -171,13 +171,13 @@ class FrozenModel(nn.Module):
     # ---- words ----
 
     def paths(self, *sizes: tuple[int, ...]) -> list[dict[str, Any]]:
-        """Per masked layer: name, weight, density, the path taken for inputs of `sizes` (of the first group of images), why,
-        what is done in the same write ("then"), and the number of its region."""
+        """Per masked layer: name, weight, density, the path taken for inputs of `sizes` (of the first group of images),
+        why, what is done in the same write ("then"), and the number of its region."""
         return [row for row in self._nodes(sizes)[0] if row["density"] is not None]
 
     def report(self, *sizes: tuple[int, ...]) -> str:
-        """What becomes of every layer for inputs of `sizes`, and of what lies between them, as a table of text; and what ended
-        each region, a stretch of the model that is run without leaving the compiled program."""
+        """What becomes of every layer for inputs of `sizes`, and of what lies between them, as a table of text; and
+        what ended each region, a stretch of the model that is run without leaving the compiled program."""
         rows, ends = self._nodes(sizes)
         lines = []
         for number, (end, groups) in enumerate(ends):
@@ -252,7 +252,8 @@ def freeze(model: nn.Module, *, check: str = "one") -> FrozenModel:
     The frozen model does not follow the model: call `update()` after an optimiser step or any other change. The authors
     attack in train mode, on batch statistics; that needs the model itself.
 
-    Raises UnreadableModelError (a ValueError) at the first call for a model that no record stands for (branches on values
-    of its input, random numbers), ModelMismatchError when the check fails, TypeError for inputs that are not float32.
+    Raises UnreadableModelError (a ValueError) at the first call for a model that no record stands for (branches on
+    values of its input, random numbers), ModelMismatchError when the check fails, TypeError for inputs that are not
+    float32.
     """
     return FrozenModel(model, check)

@@ -153,7 +153,8 @@ class MaskedLayer(nn.Module):
 
     @torch.no_grad()
     def fix_weight(self, weight: Tensor) -> None:
-        """Take these as the fixed weights, `signs`: of the layer's shape, integers in {-1, 0, +1} or floating numbers."""
+        """Take these as the fixed weights, `signs`: of the layer's shape, integers in {-1, 0, +1} or floating
+        numbers."""
         if weight.shape != self.signs.shape:
             raise ValueError(f"weight: expected {tuple(self.signs.shape)}, got {tuple(weight.shape)}")
         if weight.is_floating_point():
@@ -181,8 +182,8 @@ class MaskedLayer(nn.Module):
         return masks.topk_mask(self.ranking(), self.keep)
 
     def packed(self) -> PackedWeight:
-        """Index lists of the masked signs (see `ops.pack`), those of the present scores: every entry is compared with what the lists
-        were made of, and only what changed is made anew."""
+        """Index lists of the masked signs (see `ops.pack`), those of the present scores: every entry is compared with
+        what the lists were made of, and only what changed is made anew."""
         return self._lists(True)
 
     def _lists(self, whole: bool) -> PackedWeight:

@@ -97,12 +97,12 @@ def _unsqueeze(data: memoryview, entries: tuple[TensorEntry, ...]) -> dict[str, 
 def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> int:
     """Write the masked weights and every other tensor of `model` to a small file; returns its size in bytes.
 
-    Of a masked layer the mask, the signs and the magnitude are stored, not the scores: the file is for running the model,
-    not for training it further. Signs that were drawn by the layer are stored as their seed, others (`convert` with
-    signs="weights") with one bit for each kept weight; kept weights that are no signs (init="given") with all of their
-    bits. The rest of the state_dict is stored exactly. The file is
-    complete or absent: it is written beside `path` and moved there; its mode is that of the file it replaces or what umask says.
-    Raises ValueError when there is no masked layer, or for state that is no ordinary tensor.
+    Of a masked layer the mask, the signs and the magnitude are stored, not the scores: the file is for running the
+    model, not for training it further. Signs that were drawn by the layer are stored as their seed, others (`convert`
+    with signs="weights") with one bit for each kept weight; kept weights that are no signs (init="given") with all of
+    their bits. The rest of the state_dict is stored exactly. The file is
+    complete or absent: it is written beside `path` and moved there; its mode is that of the file it replaces or what
+    umask says. Raises ValueError when there is no masked layer, or for state that is no ordinary tensor.
     """
     layers = masked_layers(model)
     if not layers:
@@ -177,8 +177,8 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """A copy of `model` with the weights and tensors of a file from `save_packed`.
 
     model: the same architecture; a layer that the file holds masked may be masked or an ordinary Conv2d or Linear.
-    The copy computes what the saved model did, bit for bit: its state is the file's, nothing missing, nothing left over.
-    The file is checked whole, and against the model, before anything of the size it says is made.
+    The copy computes what the saved model did, bit for bit: its state is the file's, nothing missing, nothing left
+    over. The file is checked whole, and against the model, before anything of the size it says is made.
     Raises ValueError for a file that is damaged, forged, of another version or kind, or of another architecture. The
     checksum tells damage, not who wrote the file.
     """

@@ -26,7 +26,8 @@ def fc1(num_classes: int = 10, shape: Shape = (1, 28, 28), *, width: int = 1024)
 
 
 def thesis_cnn(num_classes: int = 10, shape: Shape = (1, 28, 28), *, width: int = 16) -> nn.Sequential:
-    """CNN of thesis chapter 3: convolutions of w and 2w channels (4x4, stride 2, padding 1), then 100 units (w = 16)."""
+    """CNN of thesis chapter 3: convolutions of w and 2w channels (4x4, stride 2, padding 1), then 100 units (w =
+    16)."""
     channels, height, breadth = _images(shape, 4)
     return nn.Sequential(
         nn.Conv2d(channels, width, 4, 2, 1), nn.ReLU(),
@@ -37,8 +38,8 @@ def thesis_cnn(num_classes: int = 10, shape: Shape = (1, 28, 28), *, width: int 
 
 
 def cnn4(num_classes: int = 10, shape: Shape = (1, 28, 28), *, width: int = 32) -> nn.Sequential:
-    """CNN-4 of Wang et al. 2019: two convolutions, batch normalisation and max pooling after each, then two dense layers.
-    The paper prints no widths; here w and 2w channels, and 4w units."""
+    """CNN-4 of Wang et al. 2019: two convolutions, batch normalisation and max pooling after each, then two dense
+    layers. The paper prints no widths; here w and 2w channels, and 4w units."""
     channels, height, breadth = _images(shape, 4)
     return nn.Sequential(
         *_unit(channels, width), nn.MaxPool2d(2),
@@ -49,8 +50,8 @@ def cnn4(num_classes: int = 10, shape: Shape = (1, 28, 28), *, width: int = 32) 
 
 
 def cnn8(num_classes: int = 10, shape: Shape = (3, 32, 32), *, width: int = 64) -> nn.Sequential:
-    """CNN-8 of Wang et al. 2019: three blocks of two convolutions, batch normalisation after each and max pooling after each
-    block, then two dense layers. The paper prints no widths; here w, 2w and 3w channels, and 4w units."""
+    """CNN-8 of Wang et al. 2019: three blocks of two convolutions, batch normalisation after each and max pooling after
+    each block, then two dense layers. The paper prints no widths; here w, 2w and 3w channels, and 4w units."""
     channels, height, breadth = _images(shape, 8)
     layers: list[nn.Module] = []
     for block in (1, 2, 3):
@@ -61,7 +62,8 @@ def cnn8(num_classes: int = 10, shape: Shape = (3, 32, 32), *, width: int = 64) 
 
 
 def lenet(num_classes: int = 10, shape: Shape = (1, 28, 28), *, width: int = 16) -> nn.Sequential:
-    """LeNet of thesis table 4.1: Conv(2w), Conv(4w), FC(196w, 64w), FC(64w, 10) on MNIST, w = 16. 196w inputs are 4w maps of
+    """LeNet of thesis table 4.1: Conv(2w), Conv(4w), FC(196w, 64w), FC(64w, 10) on MNIST, w = 16. 196w inputs are 4w
+    maps of
     7x7: each convolution (5x5, padding 2) is followed by ReLU and 2x2 max pooling."""
     channels, height, breadth = _images(shape, 4)
     return nn.Sequential(
@@ -77,9 +79,9 @@ _VGG = (4, 4, "M", 8, 8, "M", 16, 16, 16, "M", 32, 32, 32, "M", 32, 32, 32, "M")
 
 
 def vgg(num_classes: int = 10, shape: Shape = (3, 32, 32), *, width: int = 8) -> nn.Sequential:
-    """VGG of thesis table 4.1: 3x3 convolutions of 4w (2), 8w (2), 16w (3), 32w (3) and 32w (3) channels, 2x2 max pooling
-    after each group, FC(32w, 10); w = 8. The average pooling that it prints before the last layer finds maps of 1x1 at
-    32x32. Batch normalisation after each convolution is not printed, but needed to train it."""
+    """VGG of thesis table 4.1: 3x3 convolutions of 4w (2), 8w (2), 16w (3), 32w (3) and 32w (3) channels, 2x2 max
+    pooling after each group, FC(32w, 10); w = 8. The average pooling that it prints before the last layer finds maps of
+    1x1 at 32x32. Batch normalisation after each convolution is not printed, but needed to train it."""
     channels = _images(shape, 32)[0]
     layers: list[nn.Module] = []
     for entry in _VGG:
@@ -93,8 +95,8 @@ def vgg(num_classes: int = 10, shape: Shape = (3, 32, 32), *, width: int = 8) ->
 
 
 class PreActBlock(nn.Module):
-    """conv2(relu(bn2(conv1(o)))) + shortcut with o = relu(bn1(x)) (He et al. 2016b); the shortcut is a 1x1 convolution of
-    o where the shape changes, else x."""
+    """conv2(relu(bn2(conv1(o)))) + shortcut with o = relu(bn1(x)) (He et al. 2016b); the shortcut is a 1x1 convolution
+    of o where the shape changes, else x."""
 
     def __init__(self, channels: int, out: int, stride: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -116,9 +118,9 @@ class PreActBlock(nn.Module):
 class PreActResNet(nn.Module):
     """A 3x3 convolution, stages of :class:`PreActBlock`, the mean of the maps and a linear layer.
 
-    stem: channels of the first convolution; stages: (channels, blocks, stride) of each. last: batch normalisation and ReLU
-    before the mean. He et al. and Zagoruyko & Komodakis have them; the PreAct ResNet-18 that the robustness literature
-    trains (11.17 M parameters) has as well, in the form of Wong et al. 2020, whose parameters they are.
+    stem: channels of the first convolution; stages: (channels, blocks, stride) of each. last: batch normalisation and
+    ReLU before the mean. He et al. and Zagoruyko & Komodakis have them; the PreAct ResNet-18 that the robustness
+    literature trains (11.17 M parameters) has as well, in the form of Wong et al. 2020, whose parameters they are.
     """
 
     def __init__(
@@ -156,8 +158,8 @@ def wrn(
     depth: int = 34, widen: int = 10, num_classes: int = 10, shape: Shape = (3, 32, 32), *, width: int = 16,
     dropout: float = 0.0,
 ) -> PreActResNet:  # fmt: skip
-    """WRN-depth-widen (Zagoruyko & Komodakis 2016): three stages of (depth - 4) / 6 blocks; depth 6n + 4. ``width``: of the
-    stem, 16 in the paper."""
+    """WRN-depth-widen (Zagoruyko & Komodakis 2016): three stages of (depth - 4) / 6 blocks; depth 6n + 4. ``width``: of
+    the stem, 16 in the paper."""
     if depth < 10 or (depth - 4) % 6:
         raise ValueError(f"depth: got {depth}, expected 10, 16, 22, 28, 34, ... (6n + 4)")
     if widen < 1:
@@ -187,7 +189,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 def build(name: str, num_classes: int, shape: Shape, *, width: int | None = None) -> nn.Module:
-    """A model by name: one of :data:`MODELS`, or "wrn-28-4" for any depth and widening factor; ``width`` None: the paper's.
+    """A model by name: one of :data:`MODELS`, or "wrn-28-4" for any depth and widening factor; ``width`` None: the
+    paper's.
 
     Raises:
         ValueError: no such name, or the model does not take images of that shape.
@@ -225,6 +228,16 @@ def _images(shape: Shape, least: int) -> tuple[int, int, int]:
 
 
 __all__ = [
-    "MODELS", "PreActBlock", "PreActResNet", "build", "cnn4", "cnn8", "fc1", "lenet", "preact_resnet18", "thesis_cnn", "vgg",
+    "MODELS",
+    "PreActBlock",
+    "PreActResNet",
+    "build",
+    "cnn4",
+    "cnn8",
+    "fc1",
+    "lenet",
+    "preact_resnet18",
+    "thesis_cnn",
+    "vgg",
     "wrn",
-]  # fmt: skip
+]
