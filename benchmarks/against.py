@@ -1,8 +1,8 @@
 """The same suites with another installation of the library, in turns with this one: two builds side by side.
 
-Each installation runs twice, in the order other, this, this, other, so that a machine that grows slower does so for both; of
-its two readings of a row the faster one counts. The suites are this checkout's for both: rows that the other library cannot
-run fail there, and are on one side only.
+Each installation runs twice, in the order other, this, this, other, so that a machine that grows slower does so for
+both; of its two readings of a row the faster one counts. The suites are this checkout's for both: rows that the other
+library cannot run fail there, and are on one side only.
 """
 
 from __future__ import annotations

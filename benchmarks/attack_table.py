@@ -1,12 +1,13 @@
-"""Table 1 of Wang et al., On the Convergence and Robustness of Adversarial Training (ICML 2019), for MNIST: accuracy on clean
-images and under FGSM, PGD-10, PGD-20 and C&W-inf, of a plainly trained network and of one trained by PGD. Not a timing suite.
+"""Table 1 of Wang et al., On the Convergence and Robustness of Adversarial Training (ICML 2019), for MNIST: accuracy on
+clean images and under FGSM, PGD-10, PGD-20 and C&W-inf, of a plainly trained network and of one trained by PGD. Not a
+timing suite.
 
     python -m benchmarks.attack_table --data FOLDER [--models plain pgd] [--images N] [--out FILE.json]
 
-The networks are trained here, in minutes and not for the paper's 50 epochs, on the paper's architecture (two convolutions with
-BatchNorm and max-pooling, two dense layers; its widths are not printed): printed figures stand beside ours for their pattern, not to
-the digit. Attacks are the paper's: l-inf, eps 0.3, steps of eps / 4 from a random start; C&W-inf is 30 such steps on the margin loss.
-`--dataset digits` runs on scikit-learn's digits, which need no folder.
+The networks are trained here, in minutes and not for the paper's 50 epochs, on the paper's architecture (two
+convolutions with BatchNorm and max-pooling, two dense layers; its widths are not printed): printed figures stand beside
+ours for their pattern, not to the digit. Attacks are the paper's: l-inf, eps 0.3, steps of eps / 4 from a random start;
+C&W-inf is 30 such steps on the margin loss. `--dataset digits` runs on scikit-learn's digits, which need no folder.
 """
 
 from __future__ import annotations
@@ -57,9 +58,9 @@ def network(shape: torch.Size, classes: int = 10, width: int = 8) -> nn.Sequenti
 
 
 def train(model: nn.Module, x: Tensor, y: Tensor, adversarial: bool, epochs: int, seed: int, name: str) -> list[float]:
-    """SGD with the paper's momentum and decay, and one cycle of the learning rate in place of its 50 epochs; PGD-10 with steps
-    of eps / 4 (Madry et al. 2018). The radius grows over the first third: at 0.3 from the start a network this young learns
-    nothing but the classes' shares. Returns the loss of each epoch."""
+    """SGD with the paper's momentum and decay, and one cycle of the learning rate in place of its 50 epochs; PGD-10
+    with steps of eps / 4 (Madry et al. 2018). The radius grows over the first third: at 0.3 from the start a network
+    this young learns nothing but the classes' shares. Returns the loss of each epoch."""
     rng = torch.Generator().manual_seed(seed)
     batch = 128
     steps = math.ceil(len(x) / batch) * epochs

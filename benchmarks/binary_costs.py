@@ -2,9 +2,9 @@
 
     python -m benchmarks.binary_costs [--threads N]
 
-Times the sparse kernels, the copies into and out of the fast layout and torch's dense convolution over layers, densities and
-batches, fits each as a sum of non-negative terms by relative least squares, and prints the constants and how far the fits
-are off. Nothing else should run meanwhile.
+Times the sparse kernels, the copies into and out of the fast layout and torch's dense convolution over layers,
+densities and batches, fits each as a sum of non-negative terms by relative least squares, and prints the constants and
+how far the fits are off. Nothing else should run meanwhile.
 """
 
 from __future__ import annotations

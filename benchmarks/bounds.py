@@ -1,4 +1,5 @@
-"""Bound propagation: margins of the certification papers' networks by intervals and by linear bounds, and certified training steps."""
+"""Bound propagation: margins of the certification papers' networks by intervals and by linear bounds, and certified
+training steps."""
 
 from __future__ import annotations
 
@@ -90,7 +91,8 @@ def has_published(context: Context) -> bool:
 
 
 def two_products(given: Callable[[], Problem], name: str) -> Call:
-    """IBP of a sequential network in plain torch: a product with W and one with its absolute value per layer, last layer elided."""
+    """IBP of a sequential network in plain torch: a product with W and one with its absolute value per layer, last
+    layer elided."""
     net, x, y = given()
     eps, eye = EPS[name], torch.eye(10, device=x.device)
     C = torch.stack([torch.stack([eye[k] - eye[j] for j in range(10) if j != k]) for k in y.tolist()])
@@ -140,8 +142,8 @@ def forward_and_backward(given: Callable[[], Problem]) -> Call:
 
 def linear_flops(name: str, method: str, batch: int) -> int:
     """Two operations for each multiplication that the rows need: margins to the input, and for methods that bound the
-    hidden layers linearly every row of them (all neurons, as few are stable where weights are random), twice after the first
-    activation where the two sides have lines of their own."""
+    hidden layers linearly every row of them (all neurons, as few are stable where weights are random), twice after the
+    first activation where the two sides have lines of their own."""
     rows = 9 * batch
     if name == "FC1":
         return 2 * rows * (784 * 1024 + 10 * 1024)
@@ -153,7 +155,8 @@ def linear_flops(name: str, method: str, batch: int) -> int:
 
 
 def living_flops(context: Context, name: str, batch: int) -> int:
-    """``linear_flops`` of crown-ibp without the products that meet a neuron whose interval is below zero: it has no lines."""
+    """``linear_flops`` of crown-ibp without the products that meet a neuron whose interval is below zero: it has no
+    lines."""
     net, x, y = problem(context, name, batch, False)
     known = compute_bounds(net, x, EPS[name], method="crown-ibp", labels=y, sides="lower", return_intermediate=True)
     alive = [(up > 0).float() for _, up in known.intermediate.values()]

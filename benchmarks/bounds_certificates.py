@@ -1,7 +1,7 @@
 """What certificates and envelope training cost beyond the bounds that they are made of.
 
-Both keep the rows at the input. A certificate's peer is the margins alone and the distance op on rows that are there already; a
-training step's (polyhedral envelope regularisation, section 3.3.3) is the step through the margins alone.
+Both keep the rows at the input. A certificate's peer is the margins alone and the distance op on rows that are there
+already; a training step's (polyhedral envelope regularisation, section 3.3.3) is the step through the margins alone.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def margins_and_distance(given: Given, eps: float, method: str) -> Call:
 
 
 def envelope_step(given: Given, eps: float, method: str) -> Call:
-    """Bounds with their rows, signed distances, and gradients of what is short of eps. Without a box, where the way back to the
-    envelope always exists."""
+    """Bounds with their rows, signed distances, and gradients of what is short of eps. Without a box, where the way
+    back to the envelope always exists."""
     net, x, y = given()
 
     def call() -> Tensor:

@@ -1,4 +1,5 @@
-"""The multiplications that rows of linear bounds need: those between neurons whose lines are not zero, in each row's windows."""
+"""The multiplications that rows of linear bounds need: those between neurons whose lines are not zero, in each row's
+windows."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ from fastrobust.ops import bounds as ops
 
 
 def row_flops(call: Callable[[], object]) -> int:
-    """Two operations for each multiplication in the rows that ``call`` takes through convolutions, for either side where the two
-    have lines of their own. Products of dense layers are not counted."""
+    """Two operations for each multiplication in the rows that ``call`` takes through convolutions, for either side
+    where the two have lines of their own. Products of dense layers are not counted."""
     total = [0.0]
 
     def counting(name: str, count: Callable[..., float]) -> Any:
@@ -53,9 +54,11 @@ def _living(slopes: Tensor | None, intercepts: Tensor | None, shape: tuple[int, 
 
 
 def _pairs(source: Tensor, to: Tensor, conv: Any) -> Tensor:
-    """Products between the neurons at each position of a convolution's result and those that it reads: (B, height, width).
+    """Products between the neurons at each position of a convolution's result and those that it reads: (B, height,
+    width).
 
-    With groups as many as if the neurons were spread evenly over them. Steps of living chains have neither groups nor dilation.
+    With groups as many as if the neurons were spread evenly over them. Steps of living chains have neither groups nor
+    dilation.
     """
     dilation, groups = getattr(conv, "dilation", (1, 1)), getattr(conv, "groups", 1)
     met = F.conv2d(

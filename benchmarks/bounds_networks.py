@@ -1,8 +1,8 @@
-"""Bounds of networks as people write them, beside auto_LiRPA: pooling, batch normalisation, concatenation, groups, tokens,
-other activations, one dimension, transposed convolutions.
+"""Bounds of networks as people write them, beside auto_LiRPA: pooling, batch normalisation, concatenation, groups,
+tokens, other activations, one dimension, transposed convolutions.
 
-The first four have bars; of the others none may be slower than auto_LiRPA. CROWN and Fast-Lin take the peer seconds to minutes
-a call and come with --full only. Weights are random, batch statistics and factors are not trivial.
+The first four have bars; of the others none may be slower than auto_LiRPA. CROWN and Fast-Lin take the peer seconds to
+minutes a call and come with --full only. Weights are random, batch statistics and factors are not trivial.
 """
 
 from __future__ import annotations
@@ -44,16 +44,30 @@ class Block(nn.Module):
 def pooled(activation: Callable[[], nn.Module], pool: type[nn.Module], width: int = 16, hidden: int = 128) -> nn.Module:
     """Two convolutions, an activation and a pooling behind each, two dense layers."""
     return nn.Sequential(
-        nn.Conv2d(1, width, 3, 1, 1), activation(), pool(2), nn.Conv2d(width, 2 * width, 3, 1, 1), activation(), pool(2),
-        nn.Flatten(), nn.Linear(98 * width, hidden), activation(), nn.Linear(hidden, 10),
-    )  # fmt: skip
+        nn.Conv2d(1, width, 3, 1, 1),
+        activation(),
+        pool(2),
+        nn.Conv2d(width, 2 * width, 3, 1, 1),
+        activation(),
+        pool(2),
+        nn.Flatten(),
+        nn.Linear(98 * width, hidden),
+        activation(),
+        nn.Linear(hidden, 10),
+    )
 
 
 def tanh(width: int = 16, hidden: int = 100) -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(1, width, 4, 2, 1), nn.Tanh(), nn.Conv2d(width, 2 * width, 4, 2, 1), nn.Tanh(),
-        nn.Flatten(), nn.Linear(98 * width, hidden), nn.Tanh(), nn.Linear(hidden, 10),
-    )  # fmt: skip
+        nn.Conv2d(1, width, 4, 2, 1),
+        nn.Tanh(),
+        nn.Conv2d(width, 2 * width, 4, 2, 1),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(98 * width, hidden),
+        nn.Tanh(),
+        nn.Linear(hidden, 10),
+    )
 
 
 def residual(width: int = 16, hidden: int = 100) -> nn.Module:
@@ -115,7 +129,8 @@ def tokens(features: int = 48, hidden: int = 64) -> nn.Module:
 
 
 class Mixer(nn.Module):
-    """Patches, one block that mixes tokens and then channels, the mean of the tokens. With ReLU: the peer has no GELU."""
+    """Patches, one block that mixes tokens and then channels, the mean of the tokens. With ReLU: the peer has no
+    GELU."""
 
     def __init__(self, hidden: int = 32, patch: int = 8) -> None:
         super().__init__()
@@ -144,8 +159,8 @@ def transposed(width: int = 8) -> nn.Module:
 
 @dataclass(frozen=True)
 class Net:
-    """A network, its inputs and its bars; ``small``: options with which a test takes milliseconds. first: methods whose rows use
-    one example, since the peer would take minutes."""
+    """A network, its inputs and its bars; ``small``: options with which a test takes milliseconds. first: methods whose
+    rows use one example, since the peer would take minutes."""
 
     make: Callable[..., nn.Module]
     shape: tuple[int, ...]

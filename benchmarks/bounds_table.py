@@ -2,8 +2,8 @@
 
     python -m benchmarks.bounds_table RUN.json [RUN.json ...] [--into docs/bounds_measured.md]
 
-Rows of a later file take the place of the same rows of an earlier one, so that a run can be made in parts (`fastrobust bench
-bounds --full --only REGEX`). With --into the text between the markers of that page is replaced.
+Rows of a later file take the place of the same rows of an earlier one, so that a run can be made in parts (`fastrobust
+bench bounds --full --only REGEX`). With --into the text between the markers of that page is replaced.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from .bounds import SUITE
-from .pages import machine, write_table
+from .figures import ratio
+from .marked import machine, write_table
 from .report import bytes_text, seconds_text
 
 Row = dict[str, Any]
@@ -37,10 +38,6 @@ def read(paths: Sequence[Path]) -> tuple[list[Row], list[dict[str, Any]]]:
     return list(rows.values()), about
 
 
-def figure(value: float) -> str:
-    return f"{value:.0f}x" if value >= 9.95 else f"{value:.2g}x" if value >= 1.95 else f"{value:.2f}x"
-
-
 def floor(row: Row) -> str:
     if row["floor"] is None:
         return ABSENT
@@ -54,7 +51,7 @@ def against(row: Row, name: str) -> str:
         return ABSENT
     if peer["status"] == "differs" or peer["ratio"] is None:
         return "*" if peer["status"] == "differs" else "failed"
-    text = f"{figure(peer['ratio']['median'])} ({bytes_text(peer['peak_bytes'])})"
+    text = f"{ratio(peer['ratio']['median'])} ({bytes_text(peer['peak_bytes'])})"
     missed = any(t["against"] == name and t["verdict"] == "missed" for t in row["targets"])
     return f"**{text}**" if missed else text
 
@@ -71,7 +68,8 @@ def line(row: Row, peers: Sequence[str]) -> str:
 
 
 def markdown(rows: Sequence[Row], about: Sequence[dict[str, Any]]) -> str:
-    """A table for the rows of each set of axes, in order of first appearance; columns for the peers that any of them has."""
+    """A table for the rows of each set of axes, in order of first appearance; columns for the peers that any of them
+    has."""
     tables: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         tables.setdefault(tuple(row["axes"]), []).append(row)

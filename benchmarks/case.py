@@ -39,10 +39,13 @@ class Candidate:
 
     build: makes everything that is not part of the timed work and returns the timed call; the call returns
         the result that is compared. Raises `Unavailable` where the candidate is missing.
+    model: after `build`, the network whose passes are counted during one call that is not timed. Without it passes are
+        known where the result is a mapping with "forwards" and "backwards".
     """
 
     name: str
     build: Callable[[], Call]
+    model: Callable[[], torch.nn.Module] | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ class Case:
     """One row. `axes` name what varies (size, norm, dtype); `work` names what is done.
 
     compare(ours, theirs, tolerance) decides whether a peer computed the same thing. `weight` multiplies the time the
-    row is sampled for: more where the ratios are near one.
+    row is sampled for: more where the ratios are near one. `threads`: of the CPU, for this row alone (None: the run's).
     """
 
     work: str
@@ -130,6 +133,7 @@ class Case:
     compare: Compare = max_abs_difference
     targets: tuple[Target, ...] = ()
     weight: float = 1.0
+    threads: int | None = None
 
     @property
     def title(self) -> str:

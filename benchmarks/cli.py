@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import importlib
 import os
 import pkgutil
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from . import against, compare, harness, plot, report
+from . import against, compare, harness, plot, rendered, report
 from .case import Context, Suite, Unavailable
 
 _RESULTS = Path("benchmarks") / "results"
@@ -86,6 +87,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RATIO",
         help="with --compare or --against: exit 1 when a row's time then / now is under it by more than the noise",
     )
+    parser.add_argument(
+        "--report",
+        nargs="+",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="instead of a run: a page of runs' JSON files, what is slower than a peer first (--html, --markdown)",
+    )
+    parser.add_argument(
+        "--html", type=Path, default=None, metavar="OUT", help="write the page of this run, or of --report, as one file"
+    )
+    parser.add_argument("--markdown", type=Path, default=None, metavar="OUT", help="the same as Markdown")
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="ours and the floor alone")
     parser.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bar")
 
@@ -139,6 +152,7 @@ def main(args: argparse.Namespace) -> int:
         if args.fail_under is not None and args.compare is None and args.against is None:
             raise ValueError("--fail-under is given alone; expected --compare FILE or --against FOLDER with it")
         then = None if args.compare is None else compare.read(args.compare)
+        pages = None if args.report is None else rendered.collect(args.report)
         other = None if args.against is None else against.library(args.against)
     except (OSError, ValueError) as error:
         print(f"bench: {error}", file=sys.stderr)
@@ -147,8 +161,12 @@ def main(args: argparse.Namespace) -> int:
         for name, suite in suites().items():
             print(f"{name:12} {suite.summary}" + ("" if suite.default else " (only when named)"))
         return 0
+    if pages is not None:
+        return write_pages(pages, args)
     if other is not None:
         return run_against(other, args)
+    gc.collect()
+    gc.freeze()  # every row collects garbage; it need not go through all of torch each time
     before = torch.get_num_threads()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -173,6 +191,8 @@ def main(args: argparse.Namespace) -> int:
     if not run.rows:
         print("bench: nothing ran", file=sys.stderr)
         return 1
+    if args.html is not None or args.markdown is not None:
+        write_pages(rendered.of_content(out.name, report.finite(report.as_dict(run))), args)
     slower = 0
     if then is not None:
         print(f"\nagainst {args.compare}:")
@@ -182,6 +202,19 @@ def main(args: argparse.Namespace) -> int:
         print("check: all targets met" if not found else "check: " + "\ncheck: ".join(found))
         return 1 if found else slower
     return 1 if any(row.ours.status == harness.FAILED for row in run.rows) else slower
+
+
+def write_pages(found: rendered.Report, args: argparse.Namespace) -> int:
+    """The rendered report where it was asked for, else on the terminal."""
+    written = 0
+    for path, make in ((args.html, rendered.page), (args.markdown, rendered.markdown)):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(make(found))
+            print(f"written: {path}")
+            written += 1
+    print(rendered.summary(found) if written else rendered.markdown(found))
+    return 0
 
 
 def run_against(other: Path, args: argparse.Namespace) -> int:

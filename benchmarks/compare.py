@@ -33,9 +33,9 @@ Key = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Pair:
-    """A row in both runs. ratio: its time then over its time now, so that less than 1 is slower; noise: relative, of the
-    ratio (half the distance of the percentiles of either run's samples, as independent errors add). peers: the same ratio of
-    the peers, the median of them: what the machine did meanwhile."""
+    """A row in both runs. ratio: its time then over its time now, so that less than 1 is slower; noise: relative, of
+    the ratio (half the distance of the percentiles of either run's samples, as independent errors add). peers: the same
+    ratio of the peers, the median of them: what the machine did meanwhile."""
 
     title: str
     then: Spread

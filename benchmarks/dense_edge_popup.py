@@ -1,7 +1,7 @@
 """Edge-popup in ordinary torch, as what the time of our epochs is compared with.
 
-Two ways of training the same masked model: "authors" sorts the scores of every layer in every forward pass and takes all
-gradients in every attack step, "tuned" makes the masks once a batch and takes the input gradient only.
+Two ways of training the same masked model: "authors" sorts the scores of every layer in every forward pass and takes
+all gradients in every attack step, "tuned" makes the masks once a batch and takes the input gradient only.
 """
 
 from __future__ import annotations

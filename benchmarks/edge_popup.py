@@ -1,11 +1,13 @@
-"""Edge-popup on MNIST or digits: pruning strategies and the last batch normalisation (thesis, tables 5.2 to 5.4 in kind).
+"""Edge-popup on MNIST or digits: pruning strategies and the last batch normalisation (thesis, tables 5.2 to 5.4 in
+kind).
 
     python -m benchmarks.edge_popup [--data FOLDER] [--images N] [--epochs E] [--out FOLDER]
     python -m benchmarks.edge_popup --times [--images N] [--out FOLDER]
 
-Trains a small network of untrained signs for each (r, gamma, LBN), attacks the test images with PGD, and writes one JSON
-and a plot of the learning curves. Without a data folder it takes scikit-learn's digits. With --times it writes how long an
-epoch takes beside the same training in ordinary torch (see dense_edge_popup.py) instead; nothing else should run then.
+Trains a small network of untrained signs for each (r, gamma, LBN), attacks the test images with PGD, and writes one
+JSON and a plot of the learning curves. Without a data folder it takes scikit-learn's digits. With --times it writes how
+long an epoch takes beside the same training in ordinary torch (see dense_edge_popup.py) instead; nothing else should
+run then.
 """
 
 from __future__ import annotations

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 
-from . import floors, memory, metadata, timing
+from . import floors, memory, metadata, passes, timing
 from .case import BEST_PEER, FLOOR, Agreement, Call, Candidate, Case, Context, Notes, Suite, Target, Unavailable, keep
+from .passes import Counts
 from .timing import Spread
 
 OK, DIFFERS, SKIPPED, FAILED = "ok", "differs", "skipped", "failed"
@@ -32,6 +34,7 @@ class Result:
     ratio: Spread | None = None
     agreement: Agreement | None = None
     peak_bytes: int | None = None
+    passes: Counts | None = None
 
 
 @dataclass
@@ -181,6 +184,7 @@ def run_case(suite: str, case: Case, context: Context, machine: floors.Machine, 
         row.verdicts = judge(row, case.targets) if row.ours.status == FAILED else []
         return row
     ours_value = keep(value)
+    row.ours.passes = passes.said(value)
     calls: dict[str, Call] = {case.ours.name: call}
     by_name: dict[str, Result] = {case.ours.name: row.ours}
     for candidate in case.peers:
@@ -191,12 +195,19 @@ def run_case(suite: str, case: Case, context: Context, machine: floors.Machine, 
             continue
         result.agreement = case.compare(ours_value, value, case.tolerance)
         result.status = OK if result.agreement.agrees else DIFFERS
+        result.passes = passes.said(value)
         calls[candidate.name] = peer_call
         by_name[candidate.name] = result
         del value
     del ours_value
+    models = {candidate.name: candidate.model for candidate in (case.ours, *case.peers)}
     for name, result in by_name.items():
-        result.peak_bytes = memory.peak_bytes(calls[name], context.device)
+        model = models[name]
+        with passes.watching(None if model is None else model()) as watch:
+            result.peak_bytes = memory.peak_bytes(calls[name], context.device)
+            if watch is not None and not watch.forwards:
+                calls[name]()  # where memory cannot be told, nothing was called
+        result.passes = result.passes if watch is None else watch.counts
     bounds = floor_calls(case, context)
     effort = replace(effort, seconds=effort.seconds * case.weight)
     samples = timing.interleave({**calls, **bounds}, timing.clock_for(context.device), effort)
@@ -208,6 +219,18 @@ def run_case(suite: str, case: Case, context: Context, machine: floors.Machine, 
     row.floor = floor_result(case, context, machine, ours, {name: samples[name] for name in bounds})
     row.verdicts = judge(row, case.targets)
     return row
+
+
+@contextlib.contextmanager
+def threads_of(case: Case) -> Iterator[None]:
+    """The row's own number of CPU threads, while it runs."""
+    before = torch.get_num_threads()
+    if case.threads is not None:
+        torch.set_num_threads(case.threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def remarks(row: Row, notes: Notes) -> None:
@@ -256,7 +279,8 @@ def run(
         while queue:
             name, case = queue.popleft()  # lets a row's inputs go before the next row makes its own
             bar.set_description_str(f"{name}: {case.title}"[:48].ljust(48))
-            row = run_case(name, case if peers else replace(case, peers=()), context, machine, effort)
+            with threads_of(case):
+                row = run_case(name, case if peers else replace(case, peers=()), context, machine, effort)
             del case
             remarks(row, notes)
             rows.append(row)

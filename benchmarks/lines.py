@@ -1,4 +1,5 @@
-"""Lines around activations against their definition in plain torch, and whole certificates of networks that need them."""
+"""Lines around activations against their definition in plain torch, and whole certificates of networks that need
+them."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def interval(context: Context, count: int) -> Interval:
 def heights(
     given: Callable[[], Interval], ours: Sequence[Tensor], theirs: Sequence[Tensor], tolerance: float
 ) -> Agreement:
-    """Lines are compared by their heights at the midpoint: either of two slopes that leave the same area may be taken."""
+    """Lines are compared by their heights at the midpoint: either of two slopes that leave the same area may be
+    taken."""
     l, u = given()
     mid, (slopes, intercepts), (other_slopes, other_intercepts) = 0.5 * (l + u), ours, theirs
     reach = 1 + torch.maximum(l.abs(), u.abs())
@@ -42,7 +44,9 @@ def heights(
     return Agreement(gap, gap <= tolerance, "max relative")
 
 
-def lines(given: Callable[[], Interval], activation: str, kind: str, backward: bool, relax: Callable[..., relaxations.Lines]) -> Call:  # fmt: skip
+def lines(
+    given: Callable[[], Interval], activation: str, kind: str, backward: bool, relax: Callable[..., relaxations.Lines]
+) -> Call:
     l, u = given()
 
     def call() -> relaxations.Lines:
@@ -82,8 +86,8 @@ def network(activation: type[nn.Module]) -> nn.Module:
 
 
 def never_looser(ours: Tensor, theirs: Tensor, tolerance: float) -> Agreement:
-    """Our adaptive lines leave less area than CROWN's tangents, so that bounds differ; ours must not be the lower ones on the
-    whole."""
+    """Our adaptive lines leave less area than CROWN's tangents, so that bounds differ; ours must not be the lower ones
+    on the whole."""
     gap = float((theirs - ours).double().mean())
     return Agreement(gap, gap <= tolerance, "mean looser by")
 

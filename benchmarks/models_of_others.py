@@ -1,8 +1,9 @@
-"""Networks as their authors and everybody's repositories write them: plain torch modules that know nothing of fastrobust.
+"""Networks as their authors and everybody's repositories write them: plain torch modules that know nothing of
+fastrobust.
 
 Each keeps its own conventions: what a shortcut adds, in-place activations, functional and module calls, concatenations,
-pooling, biases. Depth and width are options, so that the tests can ask for small ones; the defaults are the networks' own
-for CIFAR-10 (3, 32, 32) unless `NETWORKS` says otherwise.
+pooling, biases. Depth and width are options, so that the tests can ask for small ones; the defaults are the networks'
+own for CIFAR-10 (3, 32, 32) unless `NETWORKS` says otherwise.
 """
 
 from __future__ import annotations
@@ -347,9 +348,9 @@ def variants() -> list[tuple[str, str]]:
 def settle(model: nn.Module, shape: Sequence[int], batches: int = 2) -> nn.Module:
     """Random affine batch normalisation and the statistics of a few random batches: what a trained network has.
 
-    Channels that the mask left without input are constant; their variance, which is rounding alone, becomes one. As it is,
-    normalisation would multiply rounding by 300 in each layer: float32 outputs of MobileNetV2 at r 0.99 were 7 % off float64
-    in torch itself, and nothing could be compared.
+    Channels that the mask left without input are constant; their variance, which is rounding alone, becomes one. As it
+    is, normalisation would multiply rounding by 300 in each layer: float32 outputs of MobileNetV2 at r 0.99 were 7 %
+    off float64 in torch itself, and nothing could be compared.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:

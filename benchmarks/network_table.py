@@ -1,9 +1,9 @@
 """Markdown of the runs of the suite `networks`: one table of networks, one of activations, then every loss by name.
 
-    python -m benchmarks.network_table RUN.json [RUN.json ...] [--into docs/binary.md]
+    python -m benchmarks.network_table RUN.json [RUN.json ...] [--into docs/binary_networks.md]
 
-Rows of a later file take the place of the same rows of an earlier one, so that a run can be made in parts (`fastrobust bench
-networks --full --only REGEX`). With --into the text between the markers of that page is replaced.
+Rows of a later file take the place of the same rows of an earlier one, so that a run can be made in parts (`fastrobust
+bench networks --full --only REGEX`). With --into the text between the markers of that page is replaced.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .marked import machine, write_table
 from .models_of_others import WITH_ACTIVATIONS, variants
 from .networks import AT_LEAST, FORWARD, GRADIENT, PASSES, SHARE, SUITE
-from .pages import machine, write_table
 
 FAILED, ABSENT = "failed", "-"
 

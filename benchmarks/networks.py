@@ -24,8 +24,8 @@ PASSES = (FORWARD, GRADIENT)
 AT_LEAST = 0.95
 # Of the ratio that the same network has with ReLU.
 RELU, SHARE = "the gain with ReLU", 0.8
-# A ReLU whose input is zero up to rounding falls on either side: torch's own layouts differ by up to 4e-2 of the norm here
-# (MobileNetV2, one image). What the formulas are is tested on small networks, away from all kinks, to 1e-4.
+# A ReLU whose input is zero up to rounding falls on either side: torch's own layouts differ by up to 4e-2 of the norm
+# here (MobileNetV2, one image). What the formulas are is tested on small networks, away from all kinks, to 1e-4.
 GRADIENT_TOLERANCE = 0.1
 # network, activation, rate, batch, pass: one of each kind of trouble, and both sides of a share
 DEFAULT_ROWS = (

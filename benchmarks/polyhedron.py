@@ -39,7 +39,8 @@ def greedy(a: Tensor, b: Tensor, lower: Tensor, upper: Tensor, p: float) -> Tens
 
 
 def sorted_projection(a: Tensor, b: Tensor, lower: Tensor, upper: Tensor, p: float) -> Tensor:
-    """The projection of the FAB attack (Croce and Hein 2020) in torch: sort the breakpoints, accumulate, find the piece."""
+    """The projection of the FAB attack (Croce and Hein 2020) in torch: sort the breakpoints, accumulate, find the
+    piece."""
     w, c = a.abs(), torch.where(a > 0, -lower, upper)
     if p == 1:
         w, order = w.sort(dim=-1, descending=True)

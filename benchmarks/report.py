@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
@@ -31,6 +32,11 @@ def bytes_text(count: int | None) -> str:
     return f"{count / 1e6:.1f} MB" if count < 1e8 else f"{count / 1e6:.0f} MB"
 
 
+def passes_text(result: Result) -> str:
+    """Images forwards / backwards through the model in one call."""
+    return "-" if result.passes is None else f"{result.passes.forwards}/{result.passes.backwards}"
+
+
 def ratio_text(result: Result) -> str:
     """ "5.3x ±2%"; "!" marks a result that differs from ours, "-" a peer that did not run."""
     if result.status == SKIPPED:
@@ -55,14 +61,18 @@ def columns(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Header and cells of one table; the rows have the same axes and peers."""
     axes = list(rows[0].axes)
     peers = [peer.name for peer in rows[0].peers]
-    header = ["work", *axes, "ours", "noise", "floor", "bound by", "of floor", "peak", "peer's", *peers, "targets"]
+    counted = any(row.ours.passes for row in rows)
+    passes = ["passes", "peers'"] if counted else []
+    header = [
+        "work", *axes, "ours", "noise", "floor", "bound by", "of floor", "peak", "peer's", *passes, *peers, "targets"
+    ]  # fmt: skip
     cells = []
     for row in rows:
         ours = row.ours
         best = row.best_peer
         line = [row.work, *(str(row.axes[axis]) for axis in axes)]
         if ours.seconds is None:
-            line += [ours.status, *[""] * 6]
+            line += [ours.status, *[""] * (6 + len(passes))]
         else:
             line += [seconds_text(ours.seconds.median), f"±{100 * ours.seconds.noise:.0f}%"]
             if row.floor:
@@ -71,6 +81,7 @@ def columns(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
             else:
                 line += ["-", "-", "-"]
             line += [bytes_text(ours.peak_bytes), bytes_text(best.peak_bytes if best else None)]
+            line += [passes_text(ours), "; ".join(passes_text(p) for p in row.peers)] if counted else []
         line += [ratio_text(peer) if ours.seconds else "" for peer in row.peers]
         cells.append([*line, verdict_text(row)])
     if not any(line[-1] for line in cells):
@@ -103,7 +114,8 @@ def groups(rows: Sequence[Row]) -> list[list[Row]]:
 LEGEND = """\
 ratios: peer / ours in the same rounds (above 1x ours is faster), ± half the span of the 20th and 80th percentiles;
 "!" the peer's result differs from ours, "-" the peer is missing; noise: the same span of ours; floor: the least time
-the work can take, measured in the same rounds; peak: memory of one call beyond its inputs, ours and the best peer's"""
+the work can take, measured in the same rounds; peak: memory of one call beyond its inputs, ours and the best peer's;
+passes: images forwards / backwards through the model in one call, ours and each peer's in their order"""
 
 
 def head(run: Run) -> list[str]:
@@ -146,6 +158,7 @@ def _result(result: Result) -> dict[str, Any]:
         "difference": None if agreement is None else agreement.difference,
         "measure": None if agreement is None else agreement.measure,
         "peak_bytes": result.peak_bytes,
+        "passes": None if result.passes is None else dataclasses.asdict(result.passes),
     }
 
 

@@ -13,7 +13,8 @@ from .report import finite
 
 
 class TableFile:
-    """`add` replaces the row of the same `key` or appends one, and writes the file at once; no path: nothing is kept."""
+    """`add` replaces the row of the same `key` or appends one, and writes the file at once; no path: nothing is
+    kept."""
 
     def __init__(self, path: Path | None, about: str) -> None:
         self.path = path

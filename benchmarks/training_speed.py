@@ -2,10 +2,11 @@
 
     python -m benchmarks.training_speed [--images 1280] [--rounds 7] [--out benchmarks/results/training-speed.json]
 
-The three make the same epoch of PGD-10 (batches of 128, one update each) from the same weights and the same random starts:
-"papers" goes back through the parameters in every attack step, as most public code does, "lean" asks for the input gradient
-alone and reuses memory where it can. Rounds are interleaved; ratios are of each round, and their median is printed. The row of
-dynamic training says what an epoch costs when examples stop, beside the share of the passes that are made.
+The three make the same epoch of PGD-10 (batches of 128, one update each) from the same weights and the same random
+starts: "papers" goes back through the parameters in every attack step, as most public code does, "lean" asks for the
+input gradient alone and reuses memory where it can. Rounds are interleaved; ratios are of each round, and their median
+is printed. The row of dynamic training says what an epoch costs when examples stop, beside the share of the passes that
+are made.
 """
 
 from __future__ import annotations
@@ -54,16 +55,16 @@ def dynamically(model: nn.Module, batches: Batches) -> float:
     return float(method._moves.double().mean()) if found is None and method._moves is not None else float(found or 0)
 
 
-def papers(model: nn.Module, batches: Batches) -> None:
+def papers(model: nn.Module, batches: Batches, steps: int = STEPS, step_size: float = EPS / 4) -> None:
     optimizer = _sgd(model)
     for x, y in batches:
         model.train()
         adv = _start(x)
-        for _ in range(STEPS):
+        for _ in range(steps):
             adv = adv.detach().requires_grad_()
             loss = F.cross_entropy(model(adv), y)
             loss.backward()
-            adv = adv + EPS / 4 * adv.grad.sign()  # type: ignore[union-attr]
+            adv = adv + step_size * adv.grad.sign()  # type: ignore[union-attr]
             adv = torch.clamp(torch.min(torch.max(adv, x - EPS), x + EPS), 0.0, 1.0)
         optimizer.zero_grad()
         loss = F.cross_entropy(model(adv.detach()), y)
@@ -71,16 +72,16 @@ def papers(model: nn.Module, batches: Batches) -> None:
         optimizer.step()
 
 
-def lean(model: nn.Module, batches: Batches) -> None:
+def lean(model: nn.Module, batches: Batches, steps: int = STEPS, step_size: float = EPS / 4) -> None:
     optimizer = _sgd(model)
     for x, y in batches:
         model.eval()
         low, high = (x - EPS).clamp_(min=0.0), (x + EPS).clamp_(max=1.0)
         adv = _start(x)
-        for _ in range(STEPS):
+        for _ in range(steps):
             adv.requires_grad_()
             (grad,) = torch.autograd.grad(F.cross_entropy(model(adv), y), adv)
-            adv = adv.detach().add_(grad.sign_(), alpha=EPS / 4)
+            adv = adv.detach().add_(grad.sign_(), alpha=step_size)
             torch.minimum(torch.maximum(adv, low, out=adv), high, out=adv)
         model.train()
         loss = F.cross_entropy(model(adv), y)

@@ -13,32 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from ..case import Call, Unavailable
+from ..passes import Passes
 from . import require
 
 NAMES = {math.inf: "Linf", 2.0: "L2", 1.0: "L1"}
 
 
-class Passes:
-    """Images that go through a model forwards and backwards while it is watched."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.forwards = self.backwards = 0
-        self.handle = model.register_forward_hook(self._forward)
-
-    def _forward(self, model: nn.Module, given: Any, out: Tensor) -> None:
-        self.forwards += len(out)
-        if out.requires_grad:
-            out.register_hook(self._backward)
-
-    def _backward(self, grad: Tensor) -> None:
-        self.backwards += len(grad)
-
-
 def standard(
     model: nn.Module, x: Tensor, y: Tensor, *, norm: float, eps: float, steps: int | None, queries: int | None
 ) -> Call:
-    """The standard evaluation. The first call counts passes, too, and no later one. ``steps`` and ``queries``, where given,
-    are those of every attack and of Square."""
+    """The standard evaluation. The first call counts passes, too, and no later one. ``steps`` and ``queries``, where
+    given, are those of every attack and of Square."""
     library = require("autoattack", "git+https://github.com/fra31/auto-attack")
     if norm not in NAMES:
         raise Unavailable(f"has no attack for norm {norm}")
@@ -67,3 +52,48 @@ def standard(
         return {"adv": adv, **counts}
 
     return call
+
+
+def steps(attack: str, model: Any, x: Tensor, y: Tensor, *, norm: str, eps: float, steps: int) -> Call:
+    """So many steps of "apgd" (cross-entropy), "fab" (one target) or "square", from its own random numbers."""
+    part = lambda name: require(f"autoattack.{name}", "git+https://github.com/fra31/auto-attack")
+    if attack == "apgd":
+        whole = part("autopgd_base").APGDAttack(
+            model,
+            n_iter=steps,
+            norm=norm,
+            n_restarts=1,
+            eps=eps,
+            seed=0,
+            loss="ce",
+            eot_iter=1,
+            rho=0.75,
+            device=x.device,
+        )
+    elif attack == "fab":
+        whole = part("fab_pt").FABAttack_PT(
+            model,
+            n_restarts=1,
+            n_iter=steps,
+            eps=eps,
+            seed=0,
+            norm=norm,
+            verbose=False,
+            device=x.device,
+            targeted=True,
+            n_target_classes=1,
+        )
+    else:
+        whole = part("square").SquareAttack(
+            model,
+            p_init=0.8,
+            n_queries=steps,
+            eps=eps,
+            norm=norm,
+            n_restarts=1,
+            seed=0,
+            verbose=False,
+            device=x.device,
+            resc_schedule=False,
+        )
+    return lambda: whole.perturb(x, y)

@@ -1,8 +1,8 @@
 """SparseProp (Nikdan et al. 2023), sparse convolutions and linear layers with backward passes on the CPU.
 
-It is right only for batches of whole eights, one group, no dilation and at least one kept weight, and knows no CUDA; other
-rows are skipped. Its own choice between its two kernels is used, which times both once. Build it from a checkout or from
-the registry with ``pip install --no-deps --no-build-isolation sparseprop`` (needs scipy).
+It is right only for batches of whole eights, one group, no dilation and at least one kept weight, and knows no CUDA;
+other rows are skipped. Its own choice between its two kernels is used, which times both once. Build it from a checkout
+or from the registry with ``pip install --no-deps --no-build-isolation sparseprop`` (needs scipy).
 """
 
 from __future__ import annotations

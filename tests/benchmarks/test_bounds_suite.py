@@ -1,4 +1,5 @@
-"""Every kind of row of the bounds suite at its smallest size: ours runs, and the peers that are here compute the same."""
+"""Every kind of row of the bounds suite at its smallest size: ours runs, and the peers that are here compute the
+same."""
 
 import math
 

@@ -3,15 +3,21 @@
 import pytest
 import torch
 
-from fastrobust.benchmarks import bounds_table, harness, pages, report
+from fastrobust.benchmarks import bounds_table, figures, harness, marked, report
 from fastrobust.benchmarks.case import Target
 from fastrobust.benchmarks.floors import Machine
 from fastrobust.benchmarks.timing import Spread
 
 ABOUT = {
-    "gpu": None, "cpu": "some CPU", "cpus": 4, "threads": 3, "torch": "2.12.0", "date": "2026-02-03T00:00:00", "level": "quick",
+    "gpu": None,
+    "cpu": "some CPU",
+    "cpus": 4,
+    "threads": 3,
+    "torch": "2.12.0",
+    "date": "2026-02-03T00:00:00",
+    "level": "quick",
     "others": 0.0,
-}  # fmt: skip
+}
 
 
 def row(work="crown margins", network="a net", ratio=24.0, status="ok", bar=20.0, **axes):
@@ -66,7 +72,7 @@ def test_later_rows_replace_earlier_ones_and_go_into_the_page(tmp_path, capsys):
     first = written(tmp_path / "first.json", [row(ratio=30.0), row(network="another", ratio=40.0)])
     second = written(tmp_path / "second.json", [row(ratio=50.0)])
     page = tmp_path / "page.md"
-    page.write_text("above\n{}\nold\n{}\nbelow\n".format(*pages.markers("bounds")))
+    page.write_text("above\n{}\nold\n{}\nbelow\n".format(*marked.markers("bounds")))
     assert bounds_table.main([str(first), str(second), "--into", str(page)]) == 0
     text = page.read_text()
     assert text.startswith("above") and text.endswith("below\n") and "old" not in text
@@ -87,4 +93,4 @@ def test_files_without_rows_are_refused(tmp_path, capsys):
     ("value", "text"), [(0.987, "0.99x"), (1.5, "1.50x"), (2.04, "2x"), (9.96, "10x"), (112.4, "112x")]
 )
 def test_figures_have_two_digits(value, text):
-    assert bounds_table.figure(value) == text
+    assert figures.ratio(value) == text

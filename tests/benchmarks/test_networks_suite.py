@@ -1,19 +1,26 @@
-"""The suite of other people's networks at its smallest sizes, how shares of ReLU's gain are judged, and the table of its runs."""
+"""The suite of other people's networks at its smallest sizes, how shares of ReLU's gain are judged, and the table of
+its runs."""
 
 import json
 
 import pytest
 import torch
 
-from fastrobust.benchmarks import harness, models_of_others, network_table, networks, pages, report
+from fastrobust.benchmarks import harness, marked, models_of_others, network_table, networks, report
 from fastrobust.benchmarks.case import Context, Target
 from fastrobust.benchmarks.floors import Machine
 from fastrobust.benchmarks.timing import Spread
 
 ABOUT = {
-    "gpu": None, "cpu": "some CPU", "cpus": 2, "threads": 2, "torch": "2.13.0", "date": "2026-01-02T03:04:05", "level": "full",
+    "gpu": None,
+    "cpu": "some CPU",
+    "cpus": 2,
+    "threads": 2,
+    "torch": "2.13.0",
+    "date": "2026-01-02T03:04:05",
+    "level": "full",
     "others": 0.0,
-}  # fmt: skip
+}
 
 
 def row(
@@ -21,9 +28,12 @@ def row(
 ):
     """A row in which torch's two layouts take `nchw` and `nhwc` times as long as ours."""
     made = harness.Row(
-        "networks", work, {"network": network, "activation": activation, "r": r, "batch": batch}, 0.1,
+        "networks",
+        work,
+        {"network": network, "activation": activation, "r": r, "batch": batch},
+        0.1,
         harness.Result("fastrobust", status, "" if status == "ok" else "KeyError: -2"),
-    )  # fmt: skip
+    )
     if status == "ok":
         made.ours.seconds = Spread(1.0, 1.0, 1.0)
         for name, ratio in (("dense NCHW", nchw), ("dense NHWC", nhwc)):
@@ -107,18 +117,18 @@ def test_a_later_run_takes_the_place_of_the_same_rows(tmp_path):
     second = written(tmp_path / "2.json", [row(nchw=2.5)])
     rows, about = network_table.read([first, second])
     assert {key.network: network_table.gain(found) for key, found in rows.items()} == {"ResNet-18": 2.5, "MLP": 1.5}
-    assert pages.machine(about).count("some CPU") == 1
+    assert marked.machine(about).count("some CPU") == 1
 
 
 def test_the_table_goes_between_the_markers_of_a_page(tmp_path, capsys):
     path = written(tmp_path / "run.json", [row()])
     page = tmp_path / "page.md"
-    page.write_text("before\n{}\nold\n{}\nafter\n".format(*pages.markers("networks")))
+    page.write_text("before\n{}\nold\n{}\nafter\n".format(*marked.markers("networks")))
     for _ in range(2):
         assert network_table.main([str(path), "--into", str(page)]) == 0
         text = page.read_text()
         assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-        assert text.count("| ResNet-18 |") == 1 and text.count(pages.markers("networks")[0]) == 1
+        assert text.count("| ResNet-18 |") == 1 and text.count(marked.markers("networks")[0]) == 1
     page.write_text("no markers\n")
     assert network_table.main([str(path), "--into", str(page)]) == 2
     assert page.read_text() == "no markers\n"

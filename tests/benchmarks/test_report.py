@@ -115,6 +115,7 @@ def test_json_holds_the_run(tmp_path):
         "difference": None,
         "measure": None,
         "peak_bytes": None,
+        "passes": None,
     }
     assert first["targets"] == [
         {"against": "eager", "at_least": 5.0, "got": 5.25, "verdict": "met"},

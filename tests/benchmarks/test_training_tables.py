@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from fastrobust.benchmarks import training_page, training_speed, training_tables
+from fastrobust.benchmarks import training_page, training_plots, training_speed, training_tables
 
 pytest.importorskip("sklearn", reason="the digits need scikit-learn")
-SMALL = ["--set", "digits", "--train", "60", "--test", "20", "--epochs", "2", "--seeds", "2", "--batch", "30"]
+SMALL = ["--set", "digits", "--train", "60", "--test", "8", "--epochs", "2", "--seeds", "2", "--batch", "30"]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,10 @@ def test_every_row_has_its_figures(file: Path) -> None:
     rows = json.loads(file.read_text())["rows"]
     assert [row["key"] for row in rows] == [
         "wang-1 unsecured", "wang-1 standard", "wang-1 curriculum", "wang-1 dynamic",
-        "thesis-4.2 constant", "thesis-4.2 cosine", "thesis-4.2 linear", "gao 4", "gao 16",
+        "thesis-4.2 constant", "thesis-4.2 cosine", "thesis-4.2 linear",
+        "thesis-4.6 ATTA", "thesis-4.6 reweighting", "thesis-4.6 adaptive targets",
+        "thesis-4.7 no fine-tuning", "thesis-4.7 vanilla AT", "thesis-4.7 RW", "thesis-4.7 KL", "thesis-4.7 RW + KL",
+        "gao 4", "gao 16",
     ]  # fmt: skip
     by_key = {row["key"]: row for row in rows}
     assert by_key["wang-1 dynamic"]["printed"]["CW-inf"] == 91.47
@@ -42,18 +45,42 @@ def test_every_row_has_its_figures(file: Path) -> None:
         assert set(columns) < set(row["ours"]) and len(row["runs"]) == 2
         first = columns[0]
         assert row["ours"][first]["mean"] == pytest.approx(sum(run[first] for run in row["runs"]) / 2)
-    steps = {name: by_key[f"wang-1 {name}"]["ours"]["attack steps"]["mean"] for name in training_tables.WANG_METHODS}
-    assert steps["unsecured"] == 0 and steps["standard"] == 10 and 1 <= steps["dynamic"] <= 10
-    assert steps["curriculum"] == 2.5  # of two epochs, at strengths 0 and 5
+    assert by_key["thesis-4.6 ATTA"]["printed"] == {"AutoAttack": 44.48}
+    passes = {key: row["ours"]["passes"]["mean"] for key, row in by_key.items()}
+    near = lambda n: pytest.approx(n, abs=0.1)  # one more image goes through to see how many classes there are
+    assert passes["wang-1 unsecured"] == near(2) and passes["wang-1 standard"] == near(22)
+    assert passes["wang-1 curriculum"] == near(7)  # of two epochs, at strengths 0 and 5
+    assert 4 <= passes["wang-1 dynamic"] <= 22.1
+    assert all(passes[f"thesis-4.6 {name}"] == near(4) for name in training_tables.FAST_METHODS)  # as printed
+    assert (
+        passes["thesis-4.7 RW"] == near(22) and passes["thesis-4.7 KL"] == near(24) and passes["gao 4"] == near(22 - 10)
+    )
+
+
+def test_every_table_has_a_plot(file: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for table in training_tables.TABLES:
+        plot = file.with_name(f"training-{table}.png")
+        assert plot.read_bytes().startswith(b"\x89PNG")
+        plot.unlink()
+    assert training_plots.main([str(file)]) == 0 and len(list(file.parent.glob("*.png"))) == len(training_tables.TABLES)
+    assert training_plots.main([]) == 2
 
 
 def test_the_page_holds_them(file: Path, tmp_path: Path) -> None:
+    busy = json.loads(file.read_text())
+    for row in busy["rows"]:
+        row["run"]["others"] = 1.5 if row["table"] == "wang-1" else 0.0
+    file = tmp_path / "busy.json"
+    file.write_text(json.dumps(busy))
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- training: begin -->\nold\n<!-- training: end -->\nafter\n")
     assert training_page.main([str(file), "--into", str(page)]) == 0
     text = page.read_text()
     assert "old" not in text and text.startswith("before") and text.endswith("after\n")
     assert "| dynamic |" in text and "; 91.47 |" in text and "| 16 |" in text
+    wang, other = text.split("Liu 2022, table 4.2")
+    assert "not timed" in wang and "seconds" not in wang and "| seconds |" in other and "not timed" not in other
     root = Path(training_tables.__file__).resolve().parent.parent
     committed = root / "docs" / "training_methods.md"
     if committed.is_file():
@@ -66,7 +93,7 @@ def test_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert training_page.main([str(path)]) == 2
     assert "expected some" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        training_tables.main(["--table", "wang-1", "--data", str(tmp_path)])
+        training_tables.main(["--table", "wang-1", "--set", "mnist", "--data", str(tmp_path)])
 
 
 def test_the_ways_of_an_epoch_do_the_same_work(tmp_path: Path) -> None:
