@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pathlib
 import random
@@ -50,6 +51,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device and a build with CUDA kernels"))
         if "data" in item.keywords and no_data:
             item.add_marker(pytest.mark.skip(reason="needs FASTROBUST_DATA, the folder with mnist.npz"))
+
+
+def pytest_collection_finish() -> None:
+    """What is there now stays: a collection of garbage would go through all of torch and twenty thousand tests, which
+    takes half a second, and benchmarks collect for every row."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
