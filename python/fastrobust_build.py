@@ -1,9 +1,9 @@
 """The build backend: scikit-build-core's, with a version that says what a wheel holds.
 
-``0.1.0+cpu`` has no CUDA kernels, ``0.1.0+cu130`` has those of CUDA 13.0 and the CPU's (a local version, PEP 440, as torch
-has). Metadata is written before CMake runs, so that whether CUDA is built is decided here and told to CMake, which refuses a
-version that is not what it builds. A source archive has no local part, and installers refuse a wheel made from one if its
-version is another; those say it in their build tag, ``fastrobust-0.1.0-0cu130-cp311-...``.
+``0.1.0+cpu`` has no CUDA kernels, ``0.1.0+cu130`` has those of CUDA 13.0 and the CPU's (a local version, PEP 440, as
+torch has). Metadata is written before CMake runs, so that whether CUDA is built is decided here and told to CMake,
+which refuses a version that is not what it builds. A source archive has no local part, and installers refuse a wheel
+made from one if its version is another; those say it in their build tag, ``fastrobust-0.1.0-0cu130-cp311-...``.
 
 It is the provider of pyproject.toml's dynamic fields, too: ``version``, and ``readme`` without links that lead nowhere
 outside the repository.
@@ -103,7 +103,8 @@ def cuda_asked(settings: Settings, environment: Mapping[str, str]) -> str:
 
 
 def defined(name: str, settings: Settings, environment: Mapping[str, str]) -> str | None:
-    """What CMake's variable is set to, in any of the ways in which scikit-build-core takes it; the strongest comes last."""
+    """What CMake's variable is set to, in any of the ways in which scikit-build-core takes it; the strongest comes
+    last."""
     given = [environment.get(variable, "") for variable in ("CMAKE_ARGS", "SKBUILD_CMAKE_ARGS")]
     for key in ("cmake.args", "skbuild.cmake.args"):
         value = settings.get(key, "")

@@ -138,7 +138,8 @@ def sorted_float64(a, b, lower, upper, p):
 
 
 def bisected_float64(a, b, lower, upper, p):
-    """Rows (R, M) at once, any p > 1: bisection of the common step in long double, for rows whose powers do not overflow."""
+    """Rows (R, M) at once, any p > 1: bisection of the common step in long double, for rows whose powers do not
+    overflow."""
     a, b = np.asarray(a, np.longdouble), np.asarray(b, np.longdouble)
     w, c = np.abs(a), np.where(a > 0, -lower, upper).astype(np.longdouble)
     v = w ** (1 / (np.longdouble(p) - 1))
@@ -163,7 +164,8 @@ NORMS = (1, 1.5, 2, 3, math.inf)
 
 
 def close_and_never_above(got, want, relative: float = 1e-6) -> None:
-    """Each distance of the tensor ``got`` is at most its exact value, within ``relative`` of it, and infinite with it."""
+    """Each distance of the tensor ``got`` is at most its exact value, within ``relative`` of it, and infinite with
+    it."""
     values = got.double().flatten().tolist()
     assert len(values) == len(want)
     for value, truth in zip(values, want, strict=True):

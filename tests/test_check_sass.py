@@ -1,4 +1,5 @@
-""".ci/check-sass on small samples of what the disassembler prints: what it counts, and that it tells what falls short."""
+""".ci/check-sass on small samples of what the disassembler prints: what it counts, and that it tells what falls
+short."""
 
 from __future__ import annotations
 
@@ -85,12 +86,20 @@ def test_a_store_that_was_taken_apart():
 @pytest.mark.parametrize(
     ("changes", "used", "expected"),
     [
-        ({"load": "LDG.E.64 R12, desc[UR4][R8.64]"}, usage(), ["16-byte loads: got 1, expected at least 2", "narrow loads in its main loops: got 1, expected at most 0"]),
-        ({"load": "LDL.LU R12, [R1+0x8]"}, usage(), ["16-byte loads: got 1, expected at least 2", "local memory: got 1, expected at most 0"]),
+        (
+            {"load": "LDG.E.64 R12, desc[UR4][R8.64]"},
+            usage(),
+            ["16-byte loads: got 1, expected at least 2", "narrow loads in its main loops: got 1, expected at most 0"],
+        ),
+        (
+            {"load": "LDL.LU R12, [R1+0x8]"},
+            usage(),
+            ["16-byte loads: got 1, expected at least 2", "local memory: got 1, expected at most 0"],
+        ),
         ({}, usage(stack=24), ["local memory: got 24, expected at most 0"]),
         ({}, usage(registers=49), ["registers: got 49, expected at most 48"]),
     ],
-)  # fmt: skip
+)
 def test_what_else_falls_short(changes, used, expected):
     (kernel,) = check.parse(sass(good=changes), used)
     assert check.faults([kernel], [row()]) == [f"good (sm_90): {line}" for line in expected]
@@ -117,7 +126,7 @@ def test_names_without_namespaces_arguments_and_casts():
         "void fastrobust::isa_cuda::(anonymous namespace)::linf_kernel<(fastrobust::GradType)1, true>(fastrobust::StepArgs, int)": "linf_kernel<1, true>",
         "fastrobust::isa_cuda::_GLOBAL__N__5c3fd2de_12_linf_cuda_cu_352ffc3f::atas_kernel(fastrobust::StepArgs, long, double const*)": "atas_kernel",
         "void (anonymous namespace)::lines_kernel<(Activation)7, false, double>(Map<double, 3, 4>)": "lines_kernel<7, false, double>",
-    }  # fmt: skip
+    }
     for name, expected in cases.items():
         assert check.without_arguments(name) == expected
 

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-# Without keep_pages every repetition of such a pass takes hundreds to thousands of faults: its 24 MB are freed to the top of the heap.
+# Without keep_pages every repetition of such a pass takes hundreds to thousands of faults: its 24 MB are freed to the
+# top of the heap.
 SCRIPT = """
 import resource
 import torch

@@ -16,6 +16,16 @@ from ._info import build_info  # noqa: E402
 from ._record import ModelMismatchError, UnreadableModelError  # noqa: E402
 
 __all__ = [
-    "ModelMismatchError", "UnreadableModelError", "__version__", "analysis", "attacks", "bounds", "build_info", "certify",
-    "nn", "ops", "reference", "training",
-]  # fmt: skip
+    "ModelMismatchError",
+    "UnreadableModelError",
+    "__version__",
+    "analysis",
+    "attacks",
+    "bounds",
+    "build_info",
+    "certify",
+    "nn",
+    "ops",
+    "reference",
+    "training",
+]

@@ -19,8 +19,8 @@ def keep_pages() -> bool:
     """Once a process: let glibc keep up to 64 MiB of freed heap; True when it was asked to.
 
     A pass through a network frees all of its activations at its end. glibc then returns the top of the heap to the
-    system when it is larger than a threshold, and the next pass takes every page as a fault again: a quarter of the time
-    of a small network. The threshold adapts to twice the largest block that was mapped and freed (mallopt(3),
+    system when it is larger than a threshold, and the next pass takes every page as a fault again: a quarter of the
+    time of a small network. The threshold adapts to twice the largest block that was mapped and freed (mallopt(3),
     M_MMAP_THRESHOLD), so mapping and freeing one block of the largest size that counts raises it to 64 MiB, as any
     program that frees a tensor of 32 MB does; no page of it is touched. A process that sets its own thresholds
     (MALLOC_TRIM_THRESHOLD_ and the like) keeps them. ``FASTROBUST_KEEP_PAGES=0`` leaves the heap alone.
@@ -35,7 +35,21 @@ def keep_pages() -> bool:
 class _Usage(ctypes.Structure):
     """struct mallinfo2 (mallinfo(3), glibc 2.33)."""
 
-    _fields_ = [(n, ctypes.c_size_t) for n in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")]  # fmt: skip
+    _fields_ = [
+        (n, ctypes.c_size_t)
+        for n in (
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        )
+    ]
 
 
 @functools.cache
@@ -51,10 +65,11 @@ def _library() -> Any:
 
 
 def return_pages(above: int) -> bool:
-    """Hands free pages of the heap back to the system when there are more than ``above`` bytes of them; True when it did.
+    """Hands free pages of the heap back to the system when there are more than ``above`` bytes of them; True when it
+    did.
 
-    glibc up to 2.37 does not use freed aligned blocks again for aligned blocks of their own size (its bug 14581): a loop over
-    large tensors grows the heap many times beyond what is in use.
+    glibc up to 2.37 does not use freed aligned blocks again for aligned blocks of their own size (its bug 14581): a
+    loop over large tensors grows the heap many times beyond what is in use.
     """
     library = _library()
     if library is None or library.mallinfo2().fordblks <= above:

@@ -13,10 +13,10 @@ from . import _C
 def build_info() -> dict[str, Any]:
     """A dictionary that says what this build holds and what it uses here.
 
-    Keys: ``version`` (its local part names the CUDA release, or ``cpu``); ``compiler``; ``cuda_toolkit`` ("" without CUDA
-    kernels), ``cuda_architectures``; ``devices`` (names, found by the driver) and ``device_error`` (why there are none); ``cpu_variants`` (built),
-    ``cpu_variant`` (in use), ``cpu_variant_reason``; ``threads``, ``thread_backend``; ``torch``, ``torch_cuda``,
-    ``python``, ``platform``.
+    Keys: ``version`` (its local part names the CUDA release, or ``cpu``); ``compiler``; ``cuda_toolkit`` ("" without
+    CUDA kernels), ``cuda_architectures``; ``devices`` (names, found by the driver) and ``device_error`` (why there are
+    none); ``cpu_variants`` (built), ``cpu_variant`` (in use), ``cpu_variant_reason``; ``threads``, ``thread_backend``;
+    ``torch``, ``torch_cuda``, ``python``, ``platform``.
     """
     devices, error = _C.cuda_devices()
     return {

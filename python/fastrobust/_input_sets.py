@@ -1,4 +1,5 @@
-"""What is known of input sets {x + d : ||d||_p <= eps} and their clips, by the definitions of the bounds and by what ships."""
+"""What is known of input sets {x + d : ||d||_p <= eps} and their clips, by the definitions of the bounds and by what
+ships."""
 
 from __future__ import annotations
 
@@ -55,8 +56,8 @@ def _largest(t: Tensor, keep: int) -> Tensor:
 
 
 def row_norm(w: Tensor, q: float, times: Tensor | float = 1.0) -> Tensor:
-    """times ||w||_q over all but the first dimension, for w >= 0: powers of numbers that are at most 1 do not overflow, and those
-    that vanish do not count."""
+    """times ||w||_q over all but the first dimension, for w >= 0: powers of numbers that are at most 1 do not overflow,
+    and those that vanish do not count."""
     w = w.flatten(1)
     if q == math.inf:
         return times * (w.amax(1) if w.shape[1] else w.sum(1))
@@ -66,12 +67,15 @@ def row_norm(w: Tensor, q: float, times: Tensor | float = 1.0) -> Tensor:
     return (times * top) * _power_sum_root((w / top[:, None]).pow(q).sum(1), q)
 
 
-def dual_norm(e: Tensor, weight: Tensor, q: float, layer: Callable[[Tensor, Tensor], Tensor], conv: tuple[Any, ...]) -> Tensor:  # fmt: skip
+def dual_norm(
+    e: Tensor, weight: Tensor, q: float, layer: Callable[[Tensor, Tensor], Tensor], conv: tuple[Any, ...]
+) -> Tensor:
     """||e * w||_q for every row w of a layer: a product (``conv`` empty) or a convolution with these arguments."""
     if q == 1:
         return layer(e, weight.abs())
     if q != math.inf:
-        # Small e may meet large w: powers in float64 of numbers up to 1, none of them so small that a product of two vanishes
+        # Small e may meet large w: powers in float64 of numbers up to 1, none of them so small that a product of two
+        # vanishes
         wide, w = e.double(), weight.double().abs()
         least = torch.finfo(torch.float64).tiny ** (0.5 / q)
 

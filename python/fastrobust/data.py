@@ -82,7 +82,8 @@ def _check_first(rows: slice, count: int, name: str) -> None:
 
 
 def digits(split: str = "test") -> Images:
-    """scikit-learn's 1797 handwritten digits, (N, 1, 8, 8) in steps of 1/16: 1347 to train, 450 (every fourth) to test."""
+    """scikit-learn's 1797 handwritten digits, (N, 1, 8, 8) in steps of 1/16: 1347 to train, 450 (every fourth) to
+    test."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:

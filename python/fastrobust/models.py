@@ -83,8 +83,10 @@ def _fit(model: nn.Sequential, seed: int) -> None:
 def _restore(model: nn.Sequential, path: Path, seed: int) -> bool:
     if not path.is_file():
         return False
+    from .training.checkpoint import read  # which compares checksums; here, since the frame imports models
+
     try:
-        kept: Any = torch.load(path, map_location="cpu", weights_only=True)
+        kept: Any = read(path)
         if kept["format"] != _FORMAT or kept["seed"] != seed:
             raise ValueError("another format")
         model.load_state_dict(kept["state"])

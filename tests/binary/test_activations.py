@@ -123,9 +123,23 @@ def test_sides_as_bits(size, lanes: int, border: int, act: Act) -> None:
     def run(residual: Tensor, act: Act, passed: int, open: int) -> Tensor:
         program = fm.new_program()
         program.gather(
-            nothing.data_ptr(), out.data_ptr(), lists.bind(maps, maps), 0, 0, 0, residual.data_ptr(), 0, 0, passed, open,
-            0, c, act.code if passed else (0, 0.0, 0.0), act.code, False,
-        )  # fmt: skip
+            nothing.data_ptr(),
+            out.data_ptr(),
+            lists.bind(maps, maps),
+            0,
+            0,
+            0,
+            residual.data_ptr(),
+            0,
+            0,
+            passed,
+            open,
+            0,
+            c,
+            act.code if passed else (0, 0.0, 0.0),
+            act.code,
+            False,
+        )
         program.run(-1, 0, [])
         return plain(out, maps)
 

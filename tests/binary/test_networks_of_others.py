@@ -1,11 +1,12 @@
 """Networks as other people write them, frozen: outputs and input gradients are those of the dense network in float64.
 
-Gradients jump where a sum crosses a kink (ReLU at 0, ReLU6 at 6, Hardswish at 3, the winner of a max pooling). Float32 and
-float64 take the same side only where the sum is further away than rounding, so each network gets the images of a draw that
-stay away from all of its kinks (`clear_images`). On those, both gradients are sums of the same terms, and what is left is
+Gradients jump where a sum crosses a kink (ReLU at 0, ReLU6 at 6, Hardswish at 3, the winner of a max pooling). Float32
+and float64 take the same side only where the sum is further away than rounding, so each network gets the images of a
+draw that stay away from all of its kinks (`clear_images`). On those, both gradients are sums of the same terms, and
+what is left is
 rounding: 2^-24 a step, grown by the few hundred steps from a pixel to an output and by normalisations that divide by
-small deviations. Float32 torch shows up to 3e-6 of the largest entry on these networks; a wrong slope, sign, channel or border
-shows 5e-4 and more; the bar of 1e-4 lies between.
+small deviations. Float32 torch shows up to 3e-6 of the largest entry on these networks; a wrong slope, sign, channel or
+border shows 5e-4 and more; the bar of 1e-4 lies between.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ class Clearance(TorchDispatchMode):
 def given(name: str, activation: str, rate: float) -> tuple[nn.Module, nn.Module, Tensor]:
     """The masked network, its dense copy in float64, and three images away from its kinks.
 
-    Of small networks some draws keep no path from the images to the outputs: their gradient is zero, which says nothing.
+    Of small networks some draws keep no path from the images to the outputs: their gradient is zero, which says
+    nothing.
     """
     for seed in range(20):
         model, shape = others.masked(name, activation, rate, 0.1, small=True, seed=seed)

@@ -26,7 +26,8 @@ from variant_runs import outputs_by_variant
 @pytest.mark.parametrize("path", ["lanes", "plain"])
 @pytest.mark.parametrize("batch", [1, 3, 16])
 def test_terms_are_added_in_the_order_of_the_weight(path: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each product is rounded, then the sum, whatever the map and the batch: so two rows of few terms are known exactly."""
+    """Each product is rounded, then the sum, whatever the map and the batch: so two rows of few terms are known
+    exactly."""
     monkeypatch.setenv("FASTROBUST_BINARY", path)
     w, x = real((6, 5, 1, 1), 1.0), torch.randn(batch, 5, 4, 4)
     want = torch.zeros(batch, 6, 4, 4)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import gallery_claims
 from cli_helpers import Run
 from fastrobust.cli import analyse
 
@@ -43,7 +44,7 @@ def test_refuses(run: Run, tmp_path):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("name", ["trajectory", "landscape", "fosc"])
+@pytest.mark.parametrize("name", list(analyse.topics()))
 def test_every_study_runs(run: Run, tmp_path, name):
     pytest.importorskip("sklearn", reason="the digits need scikit-learn")
     pytest.importorskip("matplotlib", reason="pictures need matplotlib")
@@ -51,3 +52,6 @@ def test_every_study_runs(run: Run, tmp_path, name):
     with np.load(tmp_path / f"{name}.npz") as found:
         assert found.files
     assert (tmp_path / f"{name}.png").stat().st_size > 5000
+    arrays = json.loads((tmp_path / f"{name}.json").read_text())["arrays"]
+    for claim in gallery_claims.STUDIES[name].claims:
+        assert claim.check({key: np.array(value) for key, value in arrays.items()})[1]

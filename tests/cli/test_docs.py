@@ -64,7 +64,7 @@ def test_example(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comm
 
 def indented() -> list[str]:
     """Commands that are shown without their output."""
-    pages = [*DOCS.glob("*.md"), DOCS.parent / "README.md", DOCS.parent / "CONTRIBUTING.md"]
+    pages = [*DOCS.rglob("*.md"), DOCS.parent / "README.md", DOCS.parent / "CONTRIBUTING.md"]
     text = "\n".join(page.read_text() for page in pages)
     return re.findall(r"^    (fastrobust .*|torchrun .*fastrobust\.cli\.(?:attack|certify) .*)$", text, re.MULTILINE)
 

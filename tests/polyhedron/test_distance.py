@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import os
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -19,6 +17,7 @@ from fastrobust.ops import polyhedral_distance
 from fastrobust.reference import polyhedron as reference
 from polyhedron_cases import KINDS, check_signed, rows, short_rows, staircase
 from polyhedron_oracle import NORMS, bisected_float64, close_and_never_above, exact, exact_signed, sorted_float64
+from variant_runs import run_script
 
 
 @pytest.mark.parametrize("p", NORMS)
@@ -303,22 +302,18 @@ def test_errors_name_the_argument():
 def test_variants_give_the_same_bits(tmp_path: pathlib.Path):
     """Every instruction set of this build that this processor runs."""
     script = (
-        "import sys, torch, numpy as np; sys.path.insert(0, sys.argv[1]); from polyhedron_cases import KINDS, rows\n"
+        "import sys, torch, numpy as np; sys.path.insert(0, {folder!r}); from polyhedron_cases import KINDS, rows\n"
         "from fastrobust.ops import polyhedral_distance as f\n"
         "out = [f(*map(torch.tensor, rows(kind, 7, n)), p, signed=True, return_point=True)\n"
         "       for kind in KINDS for n in (1, 40, 785) for p in (1, 1.5, 2, 3, 4, float('inf'))]\n"
-        "torch.save(out, sys.argv[2])\n"
+        "torch.save(out, {file!r})\n"
     )
     results = {}
     available = ("v2", "v3", "v4") if "v2" in fr.build_info()["cpu_variants"] else ()
     for variant in available:
         file = tmp_path / f"{variant}.pt"
-        run = subprocess.run(
-            [sys.executable, "-c", script, os.path.dirname(os.path.dirname(__file__)), str(file)],
-            env={**os.environ, "FASTROBUST_CPU": variant},
-            capture_output=True,
-            text=True,
-        )
+        here = script.format(folder=os.path.dirname(os.path.dirname(__file__)), file=str(file))
+        run = run_script(here, os.environ | {"FASTROBUST_CPU": variant})
         if run.returncode == 0:
             results[variant] = torch.load(file)
         else:

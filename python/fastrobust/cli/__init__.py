@@ -1,4 +1,4 @@
-"""The command line: ``fastrobust info | attack | certify | train | analyse | bench``.
+"""The command line: ``fastrobust info | attack | certify | train | analyse | tables | bench``.
 
 A command is a module with ``add_arguments(parser)`` and ``main(args) -> int``, and one line in :data:`COMMANDS`.
 """
@@ -29,6 +29,9 @@ COMMANDS = {
     ),
     "train": Command("fastrobust.cli.train", "train a robust model by any method; checkpoints, log, curves, accuracy"),
     "analyse": Command("fastrobust.cli.analyse", "studies of the papers, small: arrays, numbers and a picture"),
+    "tables": Command(
+        "fastrobust.cli.tables", "tables of certified training and certificates: ours beside the printed figures"
+    ),
     "bench": Command("fastrobust.cli.bench", "benchmark suites: ratios to the best peer and to the floor"),
 }
 

@@ -29,19 +29,24 @@ CLIP_RULE = (
 def add_model(parser: argparse.ArgumentParser, seed: str) -> None:
     add = parser.add_argument_group("the model").add_argument
     add(
-        "--model", type=Path, metavar="FILE",
+        "--model",
+        type=Path,
+        metavar="FILE",
         help="weights (a state_dict) with --factory or --layout, or with --trust a pickled nn.Module; attack also takes "
         "a TorchScript file or an exported program (.pt2). It maps images in [0, 1] to logits (default: a small CNN "
         "trained on the digits at first use)",
-    )  # fmt: skip
+    )
     add(
-        "--factory", metavar="MODULE:NAME",
+        "--factory",
+        metavar="MODULE:NAME",
         help="package.module:callable or file.py:callable that builds the model; weights are loaded into it strictly",
-    )  # fmt: skip
+    )
     add(
-        "--layout", type=str.lower, choices=tuple(checkpoints.LAYOUTS),
+        "--layout",
+        type=str.lower,
+        choices=tuple(checkpoints.LAYOUTS),
         help="instead of a factory: " + "; ".join(f"{name}: {text}" for name, text in checkpoints.LAYOUTS.items()),
-    )  # fmt: skip
+    )
     add(
         "--activation", type=str.lower, choices=tuple(checkpoints.ACTIVATIONS),
         help="between the layers of a layout (default: relu)",

@@ -49,7 +49,8 @@ def one_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def plain_warnings() -> Iterator[None]:
-    """A warning is one line on stderr, said once; at the end, how often it came again with other figures (of batches)."""
+    """A warning is one line on stderr, said once; at the end, how often it came again with other figures (of
+    batches)."""
     shown: dict[tuple[type[Warning], str], list[str]] = {}
 
     def show(message: Warning | str, category: type[Warning], *_: Any) -> None:

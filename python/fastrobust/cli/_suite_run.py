@@ -21,9 +21,16 @@ from ._workers import Workers
 
 # what --version and its list decide, by the names of args; all are given in the default
 _OF_ONE_ATTACK = {
-    "steps": None, "step_size": None, "restarts": 1, "loss": "ce", "targeted": None, "targets": None, "early_stop": False,
-    "keep": "last", "eot_samples": 1,
-}  # fmt: skip
+    "steps": None,
+    "step_size": None,
+    "restarts": 1,
+    "loss": "ce",
+    "targeted": None,
+    "targets": None,
+    "early_stop": False,
+    "keep": "last",
+    "eot_samples": 1,
+}
 _OF_THE_SUITE = {"version": None, "certify_first": None, "state": None, "curve": None, "page": None}
 
 
@@ -69,8 +76,8 @@ class Part(NamedTuple):
 def evaluate_all(
     args: argparse.Namespace, model: nn.Module, images: Images, setting: dict[str, Any], team: Workers
 ) -> list[Part]:
-    """Part by part, each evaluated by all attacks: what a part gives depends neither on the others nor on the process that
-    does it."""
+    """Part by part, each evaluated by all attacks: what a part gives depends neither on the others nor on the process
+    that does it."""
     options = {key: setting[key] for key in ("eps", "norm", "clip", "normalize", "output", "seed")}
     show = (sys.stderr.isatty() if args.progress is None else args.progress) and team.rank == 0
     mine: dict[int, Part] = {}

@@ -1,4 +1,5 @@
-"""``fastrobust attack``: attack a saved model, or the built-in digits model, and report what is left of its accuracy."""
+"""``fastrobust attack``: attack a saved model, or the built-in digits model, and report what is left of its
+accuracy."""
 
 from __future__ import annotations
 
@@ -55,18 +56,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--attack autoattack: several attacks, each on what the ones before left"
     ).add_argument
     add(
-        "--version", type=suite.version, metavar="VERSION",
+        "--version",
+        type=suite.version,
+        metavar="VERSION",
         help="standard, plus, rand, fast, or attacks with commas between them, such as apgd-ce,square (default: standard)",
-    )  # fmt: skip
+    )
     add(
-        "--certify-first", nargs="?", const=True, metavar="METHOD",
+        "--certify-first",
+        nargs="?",
+        const=True,
+        metavar="METHOD",
         help="images that bounds prove robust are not attacked (default: crown-ibp, and tighter bounds for what the first "
         "attack leaves)",
-    )  # fmt: skip
+    )
     add(
-        "--state", type=common.output, metavar="FILE",
+        "--state",
+        type=common.output,
+        metavar="FILE",
         help="go on where an interrupted run of the same command stopped; one file for each batch, FILE.0, FILE.256, ...",
-    )  # fmt: skip
+    )
     add("--curve", type=common.output, metavar="PNG", help="draw the robust accuracy against seconds")
     add("--page", type=common.output, metavar="HTML", help="save a page with setting, table, curve and warnings")
     run = parser.add_argument_group("running and results")
@@ -204,11 +212,22 @@ def _setting(args: argparse.Namespace, eps: float, images: data.Images, given: s
 def _common_setting(args: argparse.Namespace, eps: float, images: data.Images, given: shared.Given) -> dict[str, Any]:
     info = build_info()
     return {
-        "attack": args.attack, "norm": args.norm, "eps": eps, "output": args.output, "clip": shared.clip_of(args),
-        "normalize": args.normalize, "seed": args.seed, "batch_size": args.batch_size, "model": given.name, "built": given.built,
-        "data": shared.data_text(images), "device": shared.device_text(args.device), "first": args.first,
-        "version": info["version"], "torch": info["torch"],
-    }  # fmt: skip
+        "attack": args.attack,
+        "norm": args.norm,
+        "eps": eps,
+        "output": args.output,
+        "clip": shared.clip_of(args),
+        "normalize": args.normalize,
+        "seed": args.seed,
+        "batch_size": args.batch_size,
+        "model": given.name,
+        "built": given.built,
+        "data": shared.data_text(images),
+        "device": shared.device_text(args.device),
+        "first": args.first,
+        "version": info["version"],
+        "torch": info["torch"],
+    }
 
 
 def _write(

@@ -11,18 +11,19 @@ from ._common import BadArguments
 _SUITES = "fastrobust.benchmarks"
 
 
-def _suites() -> ModuleType:
+def benchmark(name: str) -> ModuleType:
+    """A module of the benchmarks, which an installation may lack."""
     try:
-        return importlib.import_module(f"{_SUITES}.cli")
+        return importlib.import_module(f"{_SUITES}.{name}")
     except ModuleNotFoundError as error:
-        if error.name not in (_SUITES, f"{_SUITES}.cli"):
+        if error.name not in (_SUITES, f"{_SUITES}.{name}"):
             raise
-        raise BadArguments("fastrobust bench: the benchmark suites are not part of this installation") from None
+        raise BadArguments("fastrobust: the benchmark suites are not part of this installation") from None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    _suites().add_arguments(parser)
+    benchmark("cli").add_arguments(parser)
 
 
 def main(args: argparse.Namespace) -> int:
-    return int(_suites().main(args))
+    return int(benchmark("cli").main(args))
