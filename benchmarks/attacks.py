@@ -126,7 +126,8 @@ def same_accuracy(problem: Callable[[], Problem], norm: float, eps: float, share
         first, second = (100 * float(h.double().mean()) for h in held)
         passes = [r["forwards"] + r["backwards"] for r in (mine, theirs)]
         measure = (
-            f"points of robust accuracy: {first:.1f} % and {second:.1f} %, {int((held[0] == held[1]).sum())} of {len(labels)} "
+            f"points of robust accuracy: {first:.1f} % and {second:.1f} %, {int((held[0] == held[1]).sum())} of "
+            f"{len(labels)} "
             f"verdicts alike; forwards {mine['forwards']} and {theirs['forwards']}, backwards {mine['backwards']} and "
             f"{theirs['backwards']}"
         )

@@ -134,7 +134,8 @@ def report(title: str, samples: list[Sample], constants: Mapping[str, float]) ->
     print(f"{title} = {{" + ", ".join(f'"{n}": {v:.3g}' for n, v in constants.items()) + "}")
     tenth = len(ratios) // 10
     print(
-        f"  estimate / measured: least {ratios[0][0]:.2f}, 10 % {ratios[tenth][0]:.2f}, 90 % {ratios[-1 - tenth][0]:.2f}, most {ratios[-1][0]:.2f}"
+        f"  estimate / measured: least {ratios[0][0]:.2f}, 10 % {ratios[tenth][0]:.2f}, 90 % "
+        f"{ratios[-1 - tenth][0]:.2f}, most {ratios[-1][0]:.2f}"
     )
     for ratio, what, t in (*ratios[:3], *ratios[-3:]):
         print(f"    {ratio:.2f} of {t:.0f} us: {what}")

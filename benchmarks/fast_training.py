@@ -145,9 +145,11 @@ def spread(values: list[float]) -> str:
 
 def table(report: dict[str, Any]) -> str:
     lines = [
-        f"{report['data']}, eps {report['eps']:.4g}, {report['epochs']} epochs; mean (least to most) over the seeds; printed: "
+        f"{report['data']}, eps {report['eps']:.4g}, {report['epochs']} epochs; mean (least to most) over the seeds; "
+        "printed: "
         "table 5.11, ResNet-18 on CIFAR-10",
-        f"{'method':10s} {'clean %':24s} {'PGD-50 %':24s} {'AutoAttack fast %':24s} {'seconds':24s} printed PGD-50 / AA",
+        f"{'method':10s} {'clean %':24s} {'PGD-50 %':24s} {'AutoAttack fast %':24s} {'seconds':24s} printed PGD-50 / "
+        "AA",
     ]
     for name, runs in report["rows"].items():
         cells = [spread([r[key] for r in runs]) for key in ("clean", "pgd-50", "autoattack-fast", "seconds")]

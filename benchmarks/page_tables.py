@@ -114,7 +114,8 @@ def work() -> str:
             bounds("CROWN-IBP bounds and backward, batch 100: FC1; CNN", BOUNDS, "crown-ibp bounds and backward", plain),
             bounds("the same with their trained weights", BOUNDS, "crown-ibp bounds and backward", trained),
             bounds(
-                "CROWN-IBP margins of networks of other people (an Intel Xeon): max pooling, batch 16; average pooling, 16; "
+                "CROWN-IBP margins of networks of other people (an Intel Xeon): max pooling, batch 16; average "
+                "pooling, 16; "
                 "batch norm with residual blocks, 8; depthwise, 8; ResNet-18 of width 16, 4", OTHERS, "crown-ibp margins",
                 [
                     "max pooling 16", "leaky, average pooling 16", "batch norm residual 8", "depthwise 8",

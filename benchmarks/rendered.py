@@ -125,7 +125,8 @@ def summary(found: Report) -> str:
     noisy = sum(1 for e in found.behind if e.best and e.best.ratio and e.best.ratio.high >= 1)
     mean = f"; geometric mean {statistics.geometric_mean(ratios):.2f}x" if ratios else ""
     return (
-        f"{len(found.entries)} rows: {len(found.behind)} slower than the best peer with the same result ({noisy} of them within "
+        f"{len(found.entries)} rows: {len(found.behind)} slower than the best peer with the same result ({noisy} of "
+        "them within "
         f"the noise), {len(found.ahead)} as fast or faster, {len(found.unjudged)} without such a peer{mean}. "
         f"{sum(1 for e in found.entries if e.missed)} miss a target."
     )
@@ -201,8 +202,10 @@ def _numbered(head: list[str], lines: Cells, entries: Sequence[Entry], runs: int
 
 
 EXPLAINED = (
-    "A ratio is a peer's time over ours in the same rounds of one run: above 1x ours is faster. The best peer is the fastest "
-    "whose result equals ours. Noise: half the distance of the 20th and 80th percentiles. Of floor: the least time that the "
+    "A ratio is a peer's time over ours in the same rounds of one run: above 1x ours is faster. The best peer is the "
+    "fastest "
+    "whose result equals ours. Noise: half the distance of the 20th and 80th percentiles. Of floor: the least time "
+    "that the "
     "work can take on that machine over ours. Passes: images forwards / backwards through the model in one call."
 )
 

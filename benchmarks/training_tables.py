@@ -327,7 +327,8 @@ TABLES = {
         tuned,
     ),
     "gao": Table(
-        f"Gao et al. 2019, section 5, delta = {GAO_DELTA}: least surrogate loss (goal: eps = {GAO_EPS}), ||W - W_0|| / R for "
+        f"Gao et al. 2019, section 5, delta = {GAO_DELTA}: least surrogate loss (goal: eps = {GAO_EPS}), ||W - W_0|| "
+        "/ R for "
         f"R = {GAO_RADIUS:g}, largest gap to the linear model, loss under other attacks; by width",
         GAO_COLUMNS,
         tuple(map(str, GAO_WIDTHS)),

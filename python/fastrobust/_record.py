@@ -198,7 +198,8 @@ class Recorder(TorchDispatchMode):
         # At constant places an index is as long as those say.
         if tracked and kind.asks and not (kind.name == "index" and not any(s in values for s in storages[1:])):
             raise UnreadableModelError(
-                f"model: forward branches on values of its input ({kind.name}{self.at()}); what it does at other points "
+                f"model: forward branches on values of its input ({kind.name}{self.at()}); what it does at other "
+                "points "
                 "of the input set would not be seen"
             )
         if kind.writes:

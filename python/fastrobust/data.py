@@ -137,7 +137,8 @@ def _checked(images: np.ndarray, labels: np.ndarray, path: str, name: str, rows:
         raise ValueError(f"data: images of {path} have shape {shape}, expected (N, C, H, W), (N, H, W) or (N, F)")
     if labels.shape != shape[:1] or labels.dtype.kind not in "iu":
         raise ValueError(
-            f"data: labels of {path} are {labels.dtype} of shape {tuple(labels.shape)}, expected integers of shape ({shape[0]},)"
+            f"data: labels of {path} are {labels.dtype} of shape {tuple(labels.shape)}, expected integers of shape "
+            f"({shape[0]},)"
         )
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high > np.iinfo(np.int64).max:
@@ -150,7 +151,8 @@ def _checked(images: np.ndarray, labels: np.ndarray, path: str, name: str, rows:
         scaled = torch.from_numpy(np.ascontiguousarray(images, dtype=np.float32))
         if not bool(((scaled >= 0) & (scaled <= 1)).all()):
             raise ValueError(
-                f"data: images of {path} span [{images.min():g}, {images.max():g}], expected floating-point values in [0, 1]"
+                f"data: images of {path} span [{images.min():g}, {images.max():g}], expected floating-point values in "
+                "[0, 1]"
             )
     else:
         raise ValueError(f"data: images of {path} are {images.dtype}, expected uint8 or floating point in [0, 1]")

@@ -268,7 +268,8 @@ def test_values_of_options() -> None:
 @pytest.mark.parametrize("name", sorted(set(fr.training.methods()) - {"projected"}))  # that one is of regression
 def test_every_method_by_its_name(run: Run, tmp_path: Path, name: str) -> None:
     (tmp_path / "masked.py").write_text(
-        "import fastrobust as fr\ndef make():\n    return fr.nn.convert(fr.nn.small_cnn(10, 1, width=4), rate=0.5, gamma=1.0)\n"
+        "import fastrobust as fr\ndef make():\n    return fr.nn.convert(fr.nn.small_cnn(10, 1, width=4), rate=0.5, "
+        "gamma=1.0)\n"
     )
     model = ("--model", f"{tmp_path / 'masked.py'}:make") if name.startswith("edge-popup") else ()
     argv = (

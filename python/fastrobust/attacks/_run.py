@@ -334,7 +334,8 @@ class Run:
         _trust.report(seen.outputs, seen.value, stuck & free, self.objective.name, self.name)
         if same and bool((free & ~stuck).any()):
             _trust.warn(
-                f"{self.name}: no image differs from the clean one: is eps below the spacing of float32 numbers, or of another "
+                f"{self.name}: no image differs from the clean one: is eps below the spacing of float32 numbers, or "
+                "of another "
                 "unit than x?"
             )
 

@@ -170,7 +170,8 @@ def report(outputs: Tensor, value: Tensor, stuck: Tensor, named: str | None, att
     if still:
         hint = ' Where large logits saturate it, loss="margin" or "dlr" do not.' if named in ("ce", "kl") else ""
         warn(
-            f"{attack}: the gradient of {still} of {len(rows)} examples that are not fooled was zero or NaN in the last "
+            f"{attack}: the gradient of {still} of {len(rows)} examples that are not fooled was zero or NaN in the "
+            "last "
             "step: they stayed where they were, and the attack has no strength there. Does the model round, threshold "
             f"or saturate?{hint}"
         )

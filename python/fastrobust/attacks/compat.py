@@ -132,7 +132,8 @@ class AutoAttack:
         if version != "custom":
             if self.attacks_to_run:
                 raise ValueError(
-                    f"attacks_to_run: got {self.attacks_to_run} with version {version!r}, expected version='custom', or no list"
+                    f"attacks_to_run: got {self.attacks_to_run} with version {version!r}, expected version='custom', "
+                    "or no list"
                 )
             self.set_version(version)
 

@@ -243,7 +243,8 @@ def _check_log_softmax(graph: G.Graph, labels: Any, spec: Tensor | None, outward
         return
     if outward:
         raise UnsupportedLayerError(
-            "rounding: got 'outward' for a model that ends in log_softmax, expected a model without it: how that rounds "
+            "rounding: got 'outward' for a model that ends in log_softmax, expected a model without it: how that "
+            "rounds "
             "is not accounted for"
         )
     if labels is None and (spec is None or bool((spec.sum(-1) != 0).any())):

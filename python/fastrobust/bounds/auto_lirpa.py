@@ -250,7 +250,8 @@ class BoundedModule(nn.Module):
         one = inputs[0]
         if not isinstance(one, BoundedTensor) or one.ptb is None:
             raise ValueError(
-                f"x: got {type(one).__name__} without a perturbation, expected one BoundedTensor with a PerturbationLpNorm "
+                f"x: got {type(one).__name__} without a perturbation, expected one BoundedTensor with a "
+                "PerturbationLpNorm "
                 "(or none, after the model was called with one)"
             )
         if not isinstance(one.ptb, PerturbationLpNorm):

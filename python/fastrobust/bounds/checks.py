@@ -103,7 +103,8 @@ def check_clip(clip: Any, x: Tensor) -> tuple[float, float] | tuple[Tensor, Tens
     for name, side in (("low", low), ("high", high)):
         if not broadcasts(side, x):
             raise ValueError(
-                f"clip: got a {name} of shape {tuple(side.shape)}, expected one that broadcasts to x's {tuple(x.shape)}, "
+                f"clip: got a {name} of shape {tuple(side.shape)}, expected one that broadcasts to x's "
+                f"{tuple(x.shape)}, "
                 "as (C, 1, 1) does for images"
             )
         if side.numel() > 1 and side.device != x.device:
@@ -166,7 +167,8 @@ def check_spec(
     if spec is not None:
         if not isinstance(spec, Tensor) or spec.dtype != x.dtype:
             raise TypeError(
-                f"spec: expected a tensor of {x.dtype}, got {spec.dtype if isinstance(spec, Tensor) else type(spec).__name__}"
+                f"spec: expected a tensor of {x.dtype}, got "
+                f"{spec.dtype if isinstance(spec, Tensor) else type(spec).__name__}"
             )
         if spec.dim() not in (2, 3) or spec.shape[-1] != count or (spec.dim() == 3 and spec.shape[0] != batch):
             raise ValueError(f"spec: got shape {tuple(spec.shape)}, expected (S, {count}) or ({batch}, S, {count})")

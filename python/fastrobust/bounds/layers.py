@@ -143,7 +143,8 @@ def _repeated(get: G.Getter, n: int) -> G.Getter:
 def batch_norm(b: Lowering, a: Args) -> Ref:
     if a.get("training") or a.get("running_mean") is None:
         raise ValueError(
-            f"model: a normalisation at '{b.where}' is in training mode or has no running statistics; call model.eval() first"
+            f"model: a normalisation at '{b.where}' is in training mode or has no running statistics; call "
+            "model.eval() first"
         )
     get = lambda key: None if a.get(key) is None else b.constant(a[key])  # noqa: E731
     parts = SimpleNamespace(mean=get("running_mean"), var=get("running_var"), weight=get("weight"), bias=get("bias"))

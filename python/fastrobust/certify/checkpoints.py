@@ -148,7 +148,8 @@ def read(path: str | pathlib.Path, trust: bool = False) -> tuple[nn.Module | dic
     if kind != "pickle":
         raise ValueError(
             f"model: {path} is {'an' if kind[0] == 'e' else 'a'} {kind}, whose layers cannot be told apart; give the "
-            "module itself (torch.save(model), with --trust), or its weights (torch.save(model.state_dict())) with --factory"
+            "module itself (torch.save(model), with --trust), or its weights (torch.save(model.state_dict())) with "
+            "--factory"
         )
     if trust:
         _look_here()

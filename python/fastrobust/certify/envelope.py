@@ -223,7 +223,8 @@ def _check_point(at: Tensor, x: Tensor, clip: Clip) -> Tensor:
         raise TypeError(f"at: got {type(at).__name__}, expected a tensor of x's shape")
     if (at.shape, at.dtype, at.device) != (x.shape, x.dtype, x.device):
         raise ValueError(
-            f"at: got {tuple(at.shape)} {at.dtype} on {at.device}, expected {tuple(x.shape)} {x.dtype} on {x.device}, as x is"
+            f"at: got {tuple(at.shape)} {at.dtype} on {at.device}, expected {tuple(x.shape)} {x.dtype} on {x.device}, "
+            "as x is"
         )
     try:
         check_inputs(at, 0.0, math.inf, clip)

@@ -32,7 +32,8 @@ def add_model(parser: argparse.ArgumentParser, seed: str) -> None:
         "--model",
         type=Path,
         metavar="FILE",
-        help="weights (a state_dict) with --factory or --layout, or with --trust a pickled nn.Module; attack also takes "
+        help="weights (a state_dict) with --factory or --layout, or with --trust a pickled nn.Module; attack also "
+        "takes "
         "a TorchScript file or an exported program (.pt2). It maps images in [0, 1] to logits (default: a small CNN "
         "trained on the digits at first use)",
     )

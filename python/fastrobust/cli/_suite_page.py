@@ -98,7 +98,8 @@ def svg(figure: Any) -> str:
 
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;color:#1f2328;max-width:50em;margin:2em auto;padding:0 1em}"
-    "table{border-collapse:collapse;margin:1em 0}td,th{padding:.2em .8em;border-bottom:1px solid #d0d7de;text-align:right}"
+    "table{border-collapse:collapse;margin:1em 0}td,th{padding:.2em .8em;border-bottom:1px solid "
+    "#d0d7de;text-align:right}"
     "td:first-child,th:first-child{text-align:left}.setting td{text-align:left;border:0;vertical-align:top}"
     "svg{max-width:100%;height:auto}.note{border-left:4px solid #c1121f;padding:.2em .8em;margin:.5em 0}"
     ".big{font-size:1.5em}"
@@ -136,8 +137,10 @@ def page(setting: dict[str, Any], found: dict[str, Any], whole: EvaluationReport
         drawing or "<p>(The curve of robust accuracy against seconds needs matplotlib.)</p>",
         f"<table>{''.join(table)}</table>",
         f'<table class="setting">{"".join(settings)}</table>',
-        "<p>An attack meets the images that the ones before it left; forwards and backwards count images that went through "
-        "the model. What no attack broke may still be broken by another one: the robust accuracy is an upper bound.</p>",
+        "<p>An attack meets the images that the ones before it left; forwards and backwards count images that went "
+        "through "
+        "the model. What no attack broke may still be broken by another one: the robust accuracy is an upper "
+        "bound.</p>",
         "</body></html>",
     ]
     return "\n".join(parts) + "\n"

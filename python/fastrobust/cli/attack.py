@@ -59,21 +59,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--version",
         type=suite.version,
         metavar="VERSION",
-        help="standard, plus, rand, fast, or attacks with commas between them, such as apgd-ce,square (default: standard)",
+        help="standard, plus, rand, fast, or attacks with commas between them, such as apgd-ce,square (default: "
+        "standard)",
     )
     add(
         "--certify-first",
         nargs="?",
         const=True,
         metavar="METHOD",
-        help="images that bounds prove robust are not attacked (default: crown-ibp, and tighter bounds for what the first "
+        help="images that bounds prove robust are not attacked (default: crown-ibp, and tighter bounds for what the "
+        "first "
         "attack leaves)",
     )
     add(
         "--state",
         type=common.output,
         metavar="FILE",
-        help="go on where an interrupted run of the same command stopped; one file for each batch, FILE.0, FILE.256, ...",
+        help="go on where an interrupted run of the same command stopped; one file for each batch, FILE.0, FILE.256, "
+        "...",
     )
     add("--curve", type=common.output, metavar="PNG", help="draw the robust accuracy against seconds")
     add("--page", type=common.output, metavar="HTML", help="save a page with setting, table, curve and warnings")

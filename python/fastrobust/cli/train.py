@@ -31,8 +31,10 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
-        "DIR gets log.json (settings, a record an epoch, results), curves.png, model.pt (the weights at the end), best.pt (the "
-        "weights of the epoch that was most robust on the validation images) and the checkpoints last.pt and previous.pt. "
+        "DIR gets log.json (settings, a record an epoch, results), curves.png, model.pt (the weights at the end), "
+        "best.pt (the "
+        "weights of the epoch that was most robust on the validation images) and the checkpoints last.pt and "
+        "previous.pt. "
         "Settings that are not given are those of the method's paper, for CIFAR-10: see --list."
     )
     add = parser.add_argument_group("the method").add_argument

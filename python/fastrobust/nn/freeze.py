@@ -188,7 +188,8 @@ class FrozenModel(nn.Module):
                 density = "" if row["density"] is None else f"{100 * row['density']:6.2f} %"
                 then = f"; then {row['then']}" if row["then"] else ""
                 lines.append(
-                    f"{row['layer']:<24} {shape:>14} {density:>8}  on {maps:>11}  {row['path']:<6}  {row['reason']}{then}"
+                    f"{row['layer']:<24} {shape:>14} {density:>8}  on {maps:>11}  {row['path']:<6}  "
+                    f"{row['reason']}{then}"
                 )
             lines.append(f"region {number + 1}, in groups of {groups} images, ends at {end}")
         return "\n".join(lines)

@@ -273,7 +273,8 @@ def check_label_values(labels: Tensor, name: str, classes: int) -> None:
     least, most = torch.aminmax(labels)
     if least.item() < 0 or most.item() >= classes:
         raise ValueError(
-            f"{name}: got class indices from {least.item()} to {most.item()}, expected 0 to {classes - 1} ({classes} classes)"
+            f"{name}: got class indices from {least.item()} to {most.item()}, expected 0 to {classes - 1} ({classes} "
+            "classes)"
         )
 
 

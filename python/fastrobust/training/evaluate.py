@@ -112,7 +112,8 @@ def parted(record: dict[str, float]) -> bool:
 
 def warn_parted(record: dict[str, float]) -> None:
     warnings.warn(
-        f"catastrophic overfitting: after epoch {record['epoch']:.0f} the model is right on {record['eval_fgsm']:.1%} of the "
+        f"catastrophic overfitting: after epoch {record['epoch']:.0f} the model is right on {record['eval_fgsm']:.1%} "
+        "of the "
         f"held-out images under FGSM and on {record['eval_pgd']:.1%} under PGD: it resists one step and nothing else",
         OverfittingWarning,
         stacklevel=3,

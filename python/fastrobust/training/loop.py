@@ -40,7 +40,8 @@ class TrainingDiverged(RuntimeError):
 
     def __init__(self, what: str, epoch: int, batch: int) -> None:
         super().__init__(
-            f"{what} in epoch {epoch}, batch {batch}: nothing of this epoch is kept; a checkpoint holds the epochs before"
+            f"{what} in epoch {epoch}, batch {batch}: nothing of this epoch is kept; a checkpoint holds the epochs "
+            "before"
         )
         self.epoch, self.batch = epoch, batch
 
@@ -193,7 +194,8 @@ class _Run:
         count = sums.pop("count")
         if not count:
             raise ValueError(
-                f"loader: got no batch in epoch {epoch + 1}, expected at least one (an iterable that begins anew each epoch)"
+                f"loader: got no batch in epoch {epoch + 1}, expected at least one (an iterable that begins anew each "
+                "epoch)"
             )
         distributed.average_statistics(self.model)
         if not all(bool(t.isfinite().all()) for t in self.model.parameters()):

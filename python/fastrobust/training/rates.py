@@ -30,7 +30,8 @@ class Rates:
             and scheduler.total_steps != epochs * steps
         ):
             raise ValueError(
-                f"scheduler: got one of {scheduler.total_steps} steps, expected {epochs * steps} ({epochs} epochs of {steps})"
+                f"scheduler: got one of {scheduler.total_steps} steps, expected {epochs * steps} ({epochs} epochs of "
+                f"{steps})"
             )
         if isinstance(scheduler, Sequence):
             if isinstance(scheduler, str):
@@ -39,7 +40,8 @@ class Rates:
                 raise ValueError(f"scheduler: got {len(scheduler)} rates, expected one for each of the {epochs} epochs")
         elif scheduler is not None and not self.torch and not callable(scheduler):
             raise TypeError(
-                f"scheduler: got {type(scheduler).__name__}, expected a torch scheduler, one rate an epoch, or a callable"
+                f"scheduler: got {type(scheduler).__name__}, expected a torch scheduler, one rate an epoch, or a "
+                "callable"
             )
 
     def before(self, batch: Batch) -> None:

@@ -100,7 +100,8 @@ def _grad_fake(lower: Tensor, upper: Tensor, *args: Any) -> tuple[Tensor, Tensor
 
 _lines_grad = define(
     "bounds_lines_grad",
-    "(Tensor lower, Tensor upper, Tensor to_slopes, Tensor to_intercepts, int activation, float p0, float p1, bool adaptive)"
+    "(Tensor lower, Tensor upper, Tensor to_slopes, Tensor to_intercepts, int activation, float p0, float p1, bool "
+    "adaptive)"
     " -> (Tensor, Tensor)",
     _grad_kernel,
     _grad_fake,

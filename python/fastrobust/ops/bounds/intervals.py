@@ -271,7 +271,8 @@ def _interval_conv_fake(
 
 _interval_conv = register(
     "bounds_interval_conv2d",
-    "(Tensor center, Tensor radius, Tensor weight, Tensor? bias, int[] stride, int[] padding, int finish, int[] dilation, int groups) "
+    "(Tensor center, Tensor radius, Tensor weight, Tensor? bias, int[] stride, int[] padding, int finish, int[] "
+    "dilation, int groups) "
     "-> (Tensor, Tensor)",
     _interval_conv_kernel,
     _interval_conv_fake,

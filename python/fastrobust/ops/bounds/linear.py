@@ -98,7 +98,8 @@ def _back_kernel(
 
 _back = register(
     "bounds_back_step",
-    "(Tensor A, Tensor b, Tensor slopes, Tensor intercepts, Tensor? example, Tensor? rows, Tensor? minus, Tensor? corner_y, "
+    "(Tensor A, Tensor b, Tensor slopes, Tensor intercepts, Tensor? example, Tensor? rows, Tensor? minus, Tensor? "
+    "corner_y, "
     "Tensor? corner_x, int[] window) -> (Tensor, Tensor)",
     _back_kernel,
     lambda A, b, slopes, *rest: (A.new_empty(_sides_out(A, b, slopes), b.shape[1], A.shape[2]), torch.empty_like(b)),
@@ -228,7 +229,8 @@ def _concretize_kernel(
 
 _concretize = register(
     "bounds_concretize",
-    "(Tensor A, Tensor b, Tensor? example, Tensor? rows, Tensor? minus, Tensor? center, Tensor? radius, Tensor? x, Tensor? eps, float q, "
+    "(Tensor A, Tensor b, Tensor? example, Tensor? rows, Tensor? minus, Tensor? center, Tensor? radius, Tensor? x, "
+    "Tensor? eps, float q, "
     "Tensor? corner_y, Tensor? corner_x, int[] window) -> Tensor",
     _concretize_kernel,
     lambda A, b, *rest: torch.empty_like(b),
@@ -279,7 +281,8 @@ def concretize(
         or math.prod(A.shape[2:]) != math.prod(x.shape[1:])
     ):
         raise ValueError(
-            f"A: got {tuple(A.shape)} with b {tuple(b.shape)} and x {tuple(x.shape)}, expected (B, S, n), (B, S), (B, *shape)"
+            f"A: got {tuple(A.shape)} with b {tuple(b.shape)} and x {tuple(x.shape)}, expected (B, S, n), (B, S), (B, "
+            "*shape)"
         )
     eps = check_eps(eps, x)
     batch, per = b.shape
@@ -329,7 +332,8 @@ def check_eps(eps: Any, x: Tensor) -> float | Tensor:
             return eps.reshape(())
         if eps.dim() == 1 or not broadcasts(eps, x):
             raise ValueError(
-                f"eps: got shape {tuple(eps.shape)}, expected a number, ({x.shape[0]},) or one that broadcasts to {tuple(x.shape)}"
+                f"eps: got shape {tuple(eps.shape)}, expected a number, ({x.shape[0]},) or one that broadcasts to "
+                f"{tuple(x.shape)}"
             )
         return eps.expand(x.shape)
     if isinstance(eps, bool) or not isinstance(eps, (int, float, numbers.Real)):

@@ -162,7 +162,8 @@ pgd_step_out = define("pgd_step_out", f"({_STEP_ARGS}, Tensor(a!) out) -> ()", _
 
 
 _APGD_ARGS = (
-    "Tensor x, Tensor previous, Tensor x0, Tensor grad, Tensor? step_t, float step, Tensor? eps_t, float eps, int norm, "
+    "Tensor x, Tensor previous, Tensor x0, Tensor grad, Tensor? step_t, float step, Tensor? eps_t, float eps, int "
+    "norm, "
     "float lo, float hi, float momentum, Tensor? keep"
 )
 

@@ -126,7 +126,8 @@ def _autograd(
 
 _op = define(
     "polyhedral_distance",
-    "(Tensor a, Tensor b, Tensor lower, Tensor upper, float p, bool is_signed, bool detailed) -> (Tensor, Tensor, Tensor)",
+    "(Tensor a, Tensor b, Tensor lower, Tensor upper, float p, bool is_signed, bool detailed) -> (Tensor, Tensor, "
+    "Tensor)",
     _kernel,
     _fake,
     _autograd,

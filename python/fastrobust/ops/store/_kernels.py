@@ -93,7 +93,8 @@ def _gather_kernel(
 
 gather = define(
     "store_gather",
-    "(Tensor store, Tensor index, Tensor x, Tensor? offsets, Tensor? flips, Tensor? eps_t, float eps, float lo, float hi, "
+    "(Tensor store, Tensor index, Tensor x, Tensor? offsets, Tensor? flips, Tensor? eps_t, float eps, float lo, float "
+    "hi, "
     "int padding, bool augment_first) -> Tensor",
     _gather_kernel,
     lambda store, index, x, *args: _like(x),

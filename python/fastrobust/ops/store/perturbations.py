@@ -31,7 +31,8 @@ def _check_move(offsets: Any, flips: Any, x: Tensor) -> tuple[Tensor | None, Ten
         offsets = ck.need_dense(offsets, "offsets")
         if offsets.dtype not in (torch.int64, torch.int32) or tuple(offsets.shape) != (x.shape[0], 2):
             raise ValueError(
-                f"offsets: got {ck.describe(offsets)}, expected ({x.shape[0]}, 2) integers, pixels down and to the right"
+                f"offsets: got {ck.describe(offsets)}, expected ({x.shape[0]}, 2) integers, pixels down and to the "
+                "right"
             )
         offsets = offsets.to(x.device, torch.int64).contiguous()
     if flips is not None:
