@@ -47,12 +47,24 @@ class Joined(nn.Module):
         return torch.relu(torch.cat([self.a(z), nn.functional.leaky_relu(self.b(z), 0.2)], 1))
 
 
+class Clipped(nn.Module):
+    def __init__(self, low: float | None, high: float | None) -> None:
+        super().__init__()
+        self.low, self.high = low, high
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z.clamp(self.low, self.high)
+
+
 BODIES = {
     "residual with batch norm": (Residual, 32),
     "concat, leaky": (Joined, 12),
     "average pooling": (lambda: nn.Sequential(nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(2, 3, 1), nn.ReLU()), 12),
     "max pooling": (lambda: nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(2, 3, 1), nn.ReLU()), 12),
     "padded max pooling": (lambda: nn.Sequential(nn.MaxPool2d(3, 2, 1), nn.ReLU()), 8),
+    "clipped": (lambda: nn.Sequential(nn.Hardtanh(-0.3, 0.4), nn.Conv2d(2, 3, 3, 2), nn.Hardtanh(-0.1, 0.2)), 3),
+    "two kinds of clips": (lambda: nn.Sequential(nn.Hardtanh(-1, 1), nn.Conv2d(2, 3, 3, 2), nn.ReLU6()), 3),
+    "clipped once": (lambda: nn.Sequential(Clipped(-0.2, None), nn.Conv2d(2, 2, 3, 2), Clipped(None, 0.3)), 2),
     "leaky": (lambda: nn.Sequential(nn.LeakyReLU(0.1), nn.Conv2d(2, 2, 3, 2), nn.LeakyReLU(0.3)), 2),
 }
 
@@ -96,6 +108,31 @@ def test_every_kind_of_graph_is_decided_as_on_a_grid(kind: str) -> None:
     statuses = [s for _, s in found]
     assert statuses.count("unknown") == 0, (kind, found)
     assert "branch" in [s for s, _ in found] and "verified" in statuses
+
+
+def test_a_hard_sigmoid_is_read() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 12), nn.Hardsigmoid(), nn.Linear(12, 12), nn.Hardsigmoid(), nn.Linear(12, 3))
+    with torch.no_grad():
+        model[0].weight.mul_(8)
+        model[2].weight.mul_(8)
+        model[4].weight.mul_(8)
+    x = torch.rand(6, 2)
+    y = model(x).argmax(1)
+    v = fr.certify.verify(model, x, y, 0.2, clip=None, method="ibp", restarts=1, steps=1, timeout=100)
+    assert v.note == "" and "branch" in v.stage and "unknown" not in v.status
+    for i, status in enumerate(v.status):
+        assert status == "falsified" or right(model, x[i] + 0.2 * GRID, int(y[i])), i
+
+
+@pytest.mark.skipif(not _milp.available(), reason="highspy is not installed")
+def test_what_does_not_end_goes_to_the_mixed_integer_solver() -> None:
+    model = network("clipped", 1)
+    x = torch.rand(4, 2, generator=torch.Generator().manual_seed(1))[1:2]
+    y = model(x).argmax(1)
+    v = fr.certify.verify(model, x, y, 0.6, clip=None, method="ibp", restarts=1, steps=1, timeout=100)
+    assert v.status == ["verified"] and v.stage == ["branch"] and 1000 <= int(v.subproblems) < 5000
+    assert right(model, x[0] + 0.6 * GRID, int(y))
 
 
 @pytest.mark.parametrize("norm", [1, 2])

@@ -19,6 +19,8 @@ _DECAY = 0.9  # of the step length
 _MOMENTS = 0.8, 0.95  # of Adam
 _DESCENT = 3  # steps from the minimum of a bound to a counterexample
 _REFRESHED = 48  # rows of hidden bounds that a subproblem may cost
+_PATIENCE = 1000  # subproblems of an example before small ones go to the mixed-integer solver
+_SMALL = 50  # open neurons of such a one
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,13 @@ class Case:
     count: int = 0
     seconds: float = 0.0
     point: Tensor | None = None
+    patience: int = _PATIENCE
     stuck: list[Entry] = field(default_factory=list)  # all neurons fixed, and not proven by the multipliers
+
+
+def _within(split: Tensor, low: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Intervals under the chosen signs."""
+    return torch.where(split > 0, low.clamp(min=0), low), torch.where(split < 0, up.clamp(max=0), up)
 
 
 class Branching:
@@ -109,6 +117,8 @@ class Branching:
             for c, part in batch:
                 c.seconds += spent * len(part) / rows
                 c.count += len(part)
+                if not c.status and c.count >= c.patience and self.leaf is not None:
+                    self._small(c)
                 if c.status:
                     continue
                 if not c.stack:
@@ -172,7 +182,7 @@ class Branching:
         target = torch.tensor([[e.target for e in part] for part in full], device=p.low.device)
         split, alpha, beta, low, up = (stacked(n) for n in ("split", "alpha", "beta", "low", "up"))
         real = torch.tensor([[k < len(part) for k in range(width)] for _, part in batch], device=p.low.device)
-        low, up = torch.where(split > 0, low.clamp(min=0), low), torch.where(split < 0, up.clamp(max=0), up)
+        low, up = _within(split, low, up)
         if p.deep:
             low, up = self._refreshed(which, low, up)
         empty = (low > up).any(2)
@@ -210,6 +220,26 @@ class Branching:
                     s = entry.split.clone()
                     s[j] = side
                     c.stack.append(entry._replace(split=s))
+
+    def _small(self, c: Case) -> None:
+        """What is left of an example that does not end, by the mixed-integer solver, while that succeeds."""
+        begun = time.monotonic()
+        tried = 0
+        while c.stack and not c.status and c.seconds + time.monotonic() - begun < self.o.timeout:
+            entry = c.stack[-1]
+            low, up = _within(entry.split, entry.low, entry.up)
+            if int(((low < 0) & (up > 0)).sum()) > _SMALL:
+                break
+            tried += 1
+            before = len(c.stuck)
+            self._settle(c, c.stack.pop()._replace(low=low, up=up))
+            if len(c.stuck) > before:  # too hard: its children may not be
+                c.stack.append(entry)
+                c.stuck.pop()
+                break
+        c.count += tried
+        c.patience = 2 * c.count
+        c.seconds += time.monotonic() - begun
 
     def _settle(self, c: Case, entry: Entry) -> None:
         """All neurons are fixed and the multipliers did not prove it."""
@@ -390,13 +420,12 @@ class Branching:
 
     # -- hidden bounds -------------------------------------------------------------------------------------------------
     def _refreshed(self, which: Tensor, low: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-        """Bounds of the neurons behind the first level under the chosen signs, where that costs little."""
+        """Bounds of the neurons behind the first level under the chosen signs: intervals, and linear bounds where they
+        cost little."""
         p = self.p
-        wanted = [n for n, k in enumerate(p.levels) if n and 2 * (k.stop - k.start) <= _REFRESHED]
-        if not wanted:
-            return low, up
         of, error = p.of(which, torch.float64), p.error[which].unsqueeze(1)
-        low, up = low.clone(), up.clone()
+        low, up = of.intervals(low, up, p.error[which])
+        wanted = [n for n, k in enumerate(p.levels) if n and 2 * (k.stop - k.start) <= _REFRESHED]
         for n in wanted:
             k = p.levels[n]
             if not bool(((low[..., k] < 0) & (up[..., k] > 0)).any()):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -94,7 +95,7 @@ class Network:
         graph = trace(model, x[:1], exact=True).graph
         if graph.entry is not None or len(graph.result) != 1:
             raise Unsupported(f"the output is of shape {graph.result} an example")
-        graph = _without_pools(graph)
+        graph = _in_relus(graph)
         self.graph = {d: _constants(graph, d) for d in (torch.float64, torch.float32)}
         self.nodes: dict[torch.dtype, list[Any]] = {d: g.nodes for d, g in self.graph.items()}
         self.output, self.classes = graph.output, graph.nodes[graph.output].size
@@ -106,7 +107,7 @@ class Network:
             node: Any = graph.nodes[i]
             if isinstance(node, G.Activation):
                 if node.activation not in ("relu", "leaky_relu"):
-                    raise Unsupported(f"it splits ReLUs and leaky ReLUs, and '{node.where}' is {node.activation}")
+                    raise Unsupported(f"it splits piecewise linear functions, and '{node.where}' is {node.activation}")
                 slope = 0.0 if node.activation == "relu" else float(node.params[0])
                 if not 0 <= slope <= 1:
                     raise Unsupported(f"'{node.where}' is a leaky ReLU of slope {slope}, expected one of [0, 1]")
@@ -172,7 +173,7 @@ class Network:
             size[i] = _absolute(node, before, True)
             given[i] = _absolute(node, [given[j] for j in node.inputs], False)
             single[i] = _absolute(node, [single[j] for j in node.inputs], False)
-            slack = O.slack(node, before)
+            slack = None if isinstance(node, _Shift) else O.slack(node, before)
             if slack is not None:
                 single[i] = single[i] + slack
                 if isinstance(node, G.Scale):
@@ -265,10 +266,14 @@ def _always(t: Tensor | None) -> G.Getter:
     return lambda: t
 
 
-# -- max pooling -------------------------------------------------------------------------------------------------------
-def _without_pools(graph: G.Graph) -> G.Graph:
-    """Max pooling as a tournament of max(a, b) = a + relu(b - a), so that its choices can be split."""
-    if not any(isinstance(n, G.MaxPool) for n in graph.nodes):
+# -- other piecewise linear functions ----------------------------------------------------------------------------------
+class _Shift(G.Scale):
+    """Part of a function that float32 computes without rounding: x + shift or shift - x."""
+
+
+def _in_relus(graph: G.Graph) -> G.Graph:
+    """Max pooling and clipping in ReLUs, so that their choices can be split."""
+    if not any(isinstance(n, G.MaxPool) or _clips(n) for n in graph.nodes):
         return graph
     nodes: list[Any] = []
     moved: list[int] = []
@@ -280,29 +285,59 @@ def _without_pools(graph: G.Graph) -> G.Graph:
     for old in graph.nodes:
         node: Any = copy.copy(old)
         node.inputs, node.consumers = tuple(moved[j] for j in old.inputs), []
-        if not isinstance(node, G.MaxPool):
-            moved.append(add(node))
-            continue
-        shape = nodes[node.inputs[0]].shape
-        places, lost = _positions(shape[1], shape[2], node.window, torch.device("cpu"))
-        inside = places.masked_fill(lost, -1).amax(1, keepdim=True)  # a tap outside repeats one inside
-        places = torch.where(lost, inside, places)
-        channels = torch.arange(shape[0]).view(-1, 1) * (shape[1] * shape[2])
-        taps: list[tuple[Tensor, int]] = []
-        for k in range(places.shape[1]):
-            at = (channels + places[:, k]).flatten()
-            if not any(torch.equal(at, known) for known, _ in taps):
-                taps.append((at, add(_gather(node, at, shape))))
-        entrants = [i for _, i in taps]
-        while len(entrants) > 1:
-            winners = []
-            for a, b in zip(entrants[::2], entrants[1::2], strict=False):
-                more = add(G.Sum((b, a), node.shape, node.where, signs=(1, -1)))
-                gain = add(G.Activation((more,), node.shape, node.where))
-                winners.append(add(G.Sum((a, gain), node.shape, node.where, signs=(1, 1))))
-            entrants = winners + entrants[len(entrants) // 2 * 2 :]
-        moved.append(entrants[0])
+        if isinstance(node, G.MaxPool):
+            moved.append(_tournament(node, nodes[node.inputs[0]].shape, add))
+        else:
+            moved.append(_clipped(node, add) if _clips(node) else add(node))
     return G.Graph(nodes, moved[graph.output], graph.result, [])
+
+
+def _clips(node: Any) -> bool:
+    return isinstance(node, G.Activation) and node.activation in ("hardtanh", "relu6")
+
+
+def _clipped(node: Any, add: Callable[[Any], int]) -> int:
+    """min(max(x, low), high) = high - relu((high - low) - relu(x - low))."""
+    low, high = node.params if node.activation == "hardtanh" else (0.0, 6.0)
+
+    def shifted(i: int, by: float, sign: float) -> int:
+        # the model compares with the float32 nearest to a bound
+        shift, factor = (torch.full(node.shape, t, dtype=torch.float64) for t in (by, sign))
+        return add(_Shift((i,), node.shape, node.where, get_factor=lambda: factor, get_shift=lambda: shift))
+
+    def relu(i: int) -> int:
+        return add(G.Activation((i,), node.shape, node.where))
+
+    low, high = (float(torch.tensor(t)) for t in (low, high))
+    i = node.inputs[0]
+    if low == -math.inf:
+        return i if high == math.inf else shifted(relu(shifted(i, high, -1.0)), high, -1.0)
+    above = relu(shifted(i, -low, 1.0))
+    if high == math.inf:
+        return shifted(above, low, 1.0)
+    return shifted(relu(shifted(above, high - low, -1.0)), high, -1.0)
+
+
+def _tournament(node: Any, shape: G.Shape, add: Callable[[Any], int]) -> int:
+    """Max pooling as rounds of max(a, b) = a + relu(b - a)."""
+    places, lost = _positions(shape[1], shape[2], node.window, torch.device("cpu"))
+    inside = places.masked_fill(lost, -1).amax(1, keepdim=True)  # a tap outside repeats one inside
+    places = torch.where(lost, inside, places)
+    channels = torch.arange(shape[0]).view(-1, 1) * (shape[1] * shape[2])
+    taps: list[tuple[Tensor, int]] = []
+    for k in range(places.shape[1]):
+        at = (channels + places[:, k]).flatten()
+        if not any(torch.equal(at, known) for known, _ in taps):
+            taps.append((at, add(_gather(node, at, shape))))
+    entrants = [i for _, i in taps]
+    while len(entrants) > 1:
+        winners = []
+        for a, b in zip(entrants[::2], entrants[1::2], strict=False):
+            more = add(G.Sum((b, a), node.shape, node.where, signs=(1, -1)))
+            gain = add(G.Activation((more,), node.shape, node.where))
+            winners.append(add(G.Sum((a, gain), node.shape, node.where, signs=(1, 1))))
+        entrants = winners + entrants[len(entrants) // 2 * 2 :]
+    return entrants[0]
 
 
 def _gather(pool: Any, at: Tensor, inner: G.Shape) -> G.Monotone:

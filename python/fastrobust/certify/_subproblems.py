@@ -199,6 +199,23 @@ class Part(NamedTuple):
         value = self.of_rows(start, Lines(*map(grow, lines)), grow(alpha)).value.view(e, p, 2, -1)
         return value[:, :, 0], -value[:, :, 1]
 
+    def intervals(self, low: Tensor, up: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        """Intervals (E, P, U) of what neurons read, from those of the levels before by interval arithmetic, where
+        they are tighter than the given ones. ``error`` (E, U): what rounding can add."""
+        m = self.maps
+        center, radius = (self.sets.low + self.sets.up).flatten(1) / 2, (self.sets.up - self.sets.low).flatten(1) / 2
+        middle = torch.baddbmm(m.c.unsqueeze(2), m.A, center.unsqueeze(2)).squeeze(2)
+        reach = torch.bmm(m.A.abs(), radius.unsqueeze(2)).squeeze(2) + error
+        low, up = low.clone(), up.clone()
+        for k in self.whole.levels:
+            if k.start:
+                a, b = low[..., : k.start].clamp(min=0), up[..., : k.start].clamp(min=0)
+                B = m.B[:, k, : k.start].transpose(1, 2)
+                mid, half = torch.baddbmm(middle[:, None, k], (a + b) / 2, B), (b - a) / 2 @ B.abs() + reach[:, None, k]
+                low[..., k] = torch.maximum(low[..., k], mid - half)
+                up[..., k] = torch.minimum(up[..., k], mid + half)
+        return low, up
+
     def _down(
         self,
         rho: Tensor,
