@@ -2,47 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[Any]
-Arrays = dict[str, Array]
-Check = Callable[[Arrays], tuple[bool | None, str]]  # None: the numbers do not tell
-_HELD = 337  # the quarter of the digits that studies of training hold out
-
-
-class Claim(NamedTuple):
-    """``said``, of the figure or table ``where``; ``check`` answers whether it came out, and the numbers."""
-
-    where: str
-    said: str
-    check: Check
-
-
-class Study(NamedTuple):
-    """``seeds``: how many are run; more than one where a run is cheap. ``images``: whether the data play a part."""
-
-    about: str
-    claims: tuple[Claim, ...]
-    seeds: int = 1
-    images: bool = True
-
-
-def _list(values: Any, form: str = ".3g") -> str:
-    return ", ".join(format(float(v), form if abs(v) < 1000 else ".0f") for v in np.ravel(values))
-
-
-def _above(difference: float, share: float = 0.7) -> bool | None:
-    """Whether a difference of accuracies on the held-out images is above 0; None within two standard errors."""
-    return None if abs(difference) < 2 * float(np.sqrt(2 * share * (1 - share) / _HELD)) else difference > 0
-
-
-def _percent(values: Any) -> str:
-    return f"{_list(100 * np.asarray(values), '.1f')} %"
-
+from . import gallery_training as T
+from .gallery_claim import Array, Arrays, Check, Claim, Study, above, listed, percent
 
 # --- trajectory ------------------------------------------------------------------------------------------------------
 
@@ -50,7 +13,7 @@ def _percent(values: Any) -> str:
 def _maxima(a: Arrays) -> tuple[bool, str]:
     peaks = a["toy_peaks"]
     held = peaks[0].max() == 1 and peaks[-1].max() > 1
-    return bool(held), f"maxima on the circle at scale 0.01: {_list(peaks[0])}, at scale 100: {_list(peaks[-1])}"
+    return bool(held), f"maxima on the circle at scale 0.01: {listed(peaks[0])}, at scale 100: {listed(peaks[-1])}"
 
 
 def _escape(a: Arrays) -> tuple[bool, str]:
@@ -58,7 +21,7 @@ def _escape(a: Arrays) -> tuple[bool, str]:
     held = half[0].max() < half[-1, -1] and half[-1, 0] < half[-1, -1]
     return bool(
         held
-    ), f"median steps to half of the way at scale 0.1: {_list(half[0])}, at scale 1000: {_list(half[-1])}"
+    ), f"median steps to half of the way at scale 0.1: {listed(half[0])}, at scale 1000: {listed(half[-1])}"
 
 
 def _later(a: Arrays) -> tuple[bool, str]:
@@ -67,7 +30,7 @@ def _later(a: Arrays) -> tuple[bool, str]:
     epochs = ", ".join(str(e) for e in a["epochs"])
     return bool(
         held
-    ), f"mean steps to half after {epochs} epochs, ratio 0.3: {_list(half[:, 0])}; 10: {_list(half[:, 1])}"
+    ), f"mean steps to half after {epochs} epochs, ratio 0.3: {listed(half[:, 0])}; 10: {listed(half[:, 1])}"
 
 
 # --- landscape -------------------------------------------------------------------------------------------------------
@@ -75,43 +38,43 @@ def _later(a: Arrays) -> tuple[bool, str]:
 
 def _gradients(a: Arrays) -> tuple[bool, str]:
     norms = a["gradient_norm"]
-    return bool((np.diff(norms) > 0).all()), f"mean norm at eps {_list(a['eps'])}: {_list(norms)}"
+    return bool((np.diff(norms) > 0).all()), f"mean norm at eps {listed(a['eps'])}: {listed(norms)}"
 
 
 def _sharp(a: Arrays) -> tuple[bool, str]:
     top, normal = a["eigenvalues"][:, 0], a["normalised"][:, 0]
     held = (np.diff(top) > 0).all() and (np.diff(normal) > 0).all()
-    return bool(held), f"the largest eigenvalue at eps {_list(a['eps'])}: {_list(top)}; normalised: {_list(normal)}"
+    return bool(held), f"the largest eigenvalue at eps {listed(a['eps'])}: {listed(top)}; normalised: {listed(normal)}"
 
 
 def _directions(a: Arrays) -> tuple[bool, str]:
     middle = a["surface_top"].shape[1] // 2
     rise = lambda rows: rows[:, [0, -1]].mean(axis=1) - rows[:, middle]
     top, flat = rise(a["surface_top"]), rise(a["surface_random"])
-    return bool((top > 5 * np.abs(flat)).all()), f"loss gained at distance 1: {_list(top)} against {_list(flat)}"
+    return bool((top > 5 * np.abs(flat)).all()), f"loss gained at distance 1: {listed(top)} against {listed(flat)}"
 
 
 def _turning(a: Arrays) -> tuple[bool, str]:
     top, flat = a["cosines_top"][:, 1], a["cosines_random"][:, 1]
-    return bool((top < flat).all()), f"cosine at distance 0.2, eps 0.1 and 0.2: {_list(top)} against {_list(flat)}"
+    return bool((top < flat).all()), f"cosine at distance 0.2, eps 0.1 and 0.2: {listed(top)} against {listed(flat)}"
 
 
 def _barrier(a: Arrays) -> tuple[bool, str]:
     loss = a["curve_loss"]
     over = loss.max(axis=1) - loss[:, [0, -1]].max(axis=1)
-    return bool(over[-1] > over[0] + 0.05), f"largest loss on the curve over the worse end: {_list(over)}"
+    return bool(over[-1] > over[0] + 0.05), f"largest loss on the curve over the worse end: {listed(over)}"
 
 
 def _first(a: Arrays) -> tuple[bool, str]:
     errors, far = a["errors_by_tenth"], a["distances_by_tenth"]
     held = errors[0, -1] < errors[-1, -1] and far[0, -1] > far[-1, -1]
-    last = f"error {_percent(errors[:, -1])}, distance {_list(far[:, -1])} in the last tenth of the updates"
-    return bool(held), f"eps {_list(a['eps'])}: {last}"
+    last = f"error {percent(errors[:, -1])}, distance {listed(far[:, -1])} in the last tenth of the updates"
+    return bool(held), f"eps {listed(a['eps'])}: {last}"
 
 
 def _larger(a: Arrays) -> tuple[bool, str]:
     norms = a["norms_by_tenth"].mean(axis=1)
-    return bool((np.diff(norms) < 0).all()), f"mean norm over the updates {_list(norms)} at eps {_list(a['eps'])}"
+    return bool((np.diff(norms) < 0).all()), f"mean norm over the updates {listed(norms)} at eps {listed(a['eps'])}"
 
 
 # --- fosc, dynamic ---------------------------------------------------------------------------------------------------
@@ -119,33 +82,33 @@ def _larger(a: Arrays) -> tuple[bool, str]:
 
 def _by_group(a: Arrays) -> tuple[bool, str]:
     success = a["ball_success"]
-    return bool(success[0] > success[-1]), f"success in ten groups from the lowest FOSC on: {_percent(success)}"
+    return bool(success[0] > success[-1]), f"success in ten groups from the lowest FOSC on: {percent(success)}"
 
 
 def _on_path(a: Arrays) -> tuple[bool, str]:
     fosc, loss = a["median_on_path"], a["loss_on_path"]
     held = fosc[-1] < fosc.max() / 2 and loss[-1] > loss[0]
-    return bool(held), f"median FOSC {_list(fosc)} over ten steps, mean loss {loss[0]:.3g} to {loss[-1]:.3g}"
+    return bool(held), f"median FOSC {listed(fosc)} over ten steps, mean loss {loss[0]:.3g} to {loss[-1]:.3g}"
 
 
 def _lengths(a: Arrays) -> tuple[bool, str]:
     fosc, loss = a["median_by_step"], a["loss_by_step"]
     held = int(fosc.argmin()) in (1, 2, 3) and loss.max() - loss.min() < 0.05 * loss.mean()
     over = ", ".join(f"eps/{k}" for k in a["step_eps_over"])
-    return bool(held), f"median FOSC for {over}: {_list(fosc)}; mean loss {_list(loss)}"
+    return bool(held), f"median FOSC for {over}: {listed(fosc)}; mean loss {listed(loss)}"
 
 
 def _numbers(a: Arrays) -> tuple[bool, str]:
     fosc = a["median_by_steps"]
     held = fosc[1] < 0.7 * fosc[0] and fosc[3] > 0.7 * fosc[1]
-    return bool(held), f"median FOSC after 10, 20, 30, 40 steps: {_list(fosc)}"
+    return bool(held), f"median FOSC after 10, 20, 30, 40 steps: {listed(fosc)}"
 
 
 def _early(a: Arrays) -> tuple[bool, str]:
     fosc = a["median_by_epoch"]
     return bool(
         (fosc[:, 0] < fosc[:, 1:].min(axis=1)).all()
-    ), f"median FOSC, steps of eps/4: {_list(fosc[0])}; eps/8: {_list(fosc[1])}"
+    ), f"median FOSC, steps of eps/4: {listed(fosc[0])}; eps/8: {listed(fosc[1])}"
 
 
 def _methods(a: Arrays, key: str) -> dict[str, Array]:
@@ -155,34 +118,34 @@ def _methods(a: Arrays, key: str) -> dict[str, Array]:
 def _fgsm_first(a: Arrays) -> tuple[bool | None, str]:
     found = _methods(a, "robust_accuracy")
     one, other = found["fgsm-pgd"][-1], found["pgd"][-1]
-    return _above(one - other), f"robust accuracy {_percent([one, other])} with and without FGSM first"
+    return above(one - other), f"robust accuracy {percent([one, other])} with and without FGSM first"
 
 
 def _fgsm_fosc(a: Arrays) -> tuple[bool, str]:
     found = _methods(a, "share_below_0.1")
     one, other = found["fgsm-pgd"][-1], found["pgd"][-1]
-    return bool(one > other), f"share of FOSC below 0.1 at the end {_percent([one, other])}"
+    return bool(one > other), f"share of FOSC below 0.1 at the end {percent([one, other])}"
 
 
 def _compared(a: Arrays) -> tuple[bool | None, str]:
     found = _methods(a, "robust_accuracy")
-    held = _above(float(found["dynamic"][-1] - max(found["pgd"][-1], found["curriculum"][-1])))
-    rows = "; ".join(f"{name} {_percent(found[name])}" for name in ("pgd", "curriculum", "dynamic"))
-    return held, f"at eps {_list(a['budgets'])}: {rows}"
+    held = above(float(found["dynamic"][-1] - max(found["pgd"][-1], found["curriculum"][-1])))
+    rows = "; ".join(f"{name} {percent(found[name])}" for name in ("pgd", "curriculum", "dynamic"))
+    return held, f"at eps {listed(a['budgets'])}: {rows}"
 
 
 def _trained_at(a: Arrays) -> tuple[bool | None, str]:
     found = _methods(a, "robust_accuracy_trained_at")
     gain = found["dynamic"] - found["pgd"]
-    return _above(
+    return above(
         float(gain[-1] - gain[0])
-    ), f"dynamic less standard at eps {_list(a['budgets'])}: {_list(100 * gain, '+.1f')} points"
+    ), f"dynamic less standard at eps {listed(a['budgets'])}: {listed(100 * gain, '+.1f')} points"
 
 
 def _concentrated(a: Arrays) -> tuple[bool, str]:
     found = _methods(a, "median_fosc")
     held = found["dynamic"][-1] < found["dynamic"][0] and found["dynamic"][-1] < found["pgd"][-1]
-    rows = "; ".join(f"{name} {_list(found[name])}" for name in ("pgd", "curriculum", "dynamic"))
+    rows = "; ".join(f"{name} {listed(found[name])}" for name in ("pgd", "curriculum", "dynamic"))
     return bool(held), f"median FOSC at epochs {', '.join(str(e) for e in a['epochs'])}: {rows}"
 
 
@@ -191,7 +154,7 @@ def _concentrated(a: Arrays) -> tuple[bool, str]:
 
 def _distance(a: Arrays) -> tuple[bool, str]:
     d = a["d_distance"]
-    return bool(d.max() < 0.25), f"between plain, FGSM and PGD training, rows of the table: {_list(d)}"
+    return bool(d.max() < 0.25), f"between plain, FGSM and PGD training, rows of the table: {listed(d)}"
 
 
 def _itself(a: Arrays) -> tuple[bool, str]:
@@ -199,7 +162,7 @@ def _itself(a: Arrays) -> tuple[bool, str]:
     others = d[~np.eye(len(d), dtype=bool)]
     return bool(
         np.diag(d).max() < others.min()
-    ), f"with itself {_list(np.diag(d))}, with another {others.min():.3g} and more"
+    ), f"with itself {listed(np.diag(d))}, with another {others.min():.3g} and more"
 
 
 def _correlated(a: Arrays) -> tuple[bool, str]:
@@ -210,7 +173,7 @@ def _correlated(a: Arrays) -> tuple[bool, str]:
 def _order(a: Arrays) -> tuple[bool, str]:
     bounds = a["lipschitz"]
     held = (np.diff(bounds, axis=1) < 0).all()
-    rows = "; ".join(f"eps {e:g}: {_list(row)}" for e, row in zip(a["budgets"], bounds, strict=True))
+    rows = "; ".join(f"eps {e:g}: {listed(row)}" for e, row in zip(a["budgets"], bounds, strict=True))
     return bool(held), f"bounds after hard, random, easy thirds at {rows}"
 
 
@@ -221,13 +184,13 @@ def _row(a: Arrays, key: str, setting: str) -> Array:
 def _hard_fails(a: Arrays) -> tuple[bool, str]:
     last, train = _row(a, "last_test_error", "pgd 0.1"), _row(a, "last_train_error", "pgd 0.1")
     held = last[0] > last[1] and last[0] > last[2]
-    return bool(held), f"test error after hard, random, easy thirds {_percent(last)}, training error {_percent(train)}"
+    return bool(held), f"test error after hard, random, easy thirds {percent(last)}, training error {percent(train)}"
 
 
 def _easy_stays(a: Arrays) -> tuple[bool | None, str]:
     rise = _row(a, "last_test_error", "pgd 0.1") - _row(a, "best_test_error", "pgd 0.1")
-    held = _above(float(min(rise[0], rise[1]) - rise[2]))
-    return held, f"last less best test error {_list(100 * rise, '.1f')} points"
+    held = above(float(min(rise[0], rise[1]) - rise[2]))
+    return held, f"last less best test error {listed(100 * rise, '.1f')} points"
 
 
 def _weaker(a: Arrays) -> tuple[bool, str]:
@@ -235,7 +198,7 @@ def _weaker(a: Arrays) -> tuple[bool, str]:
     gaps = [gap(name) for name in ("plain", "fgsm", "pgd 0.1")]
     return bool(
         gaps[2] > max(gaps[:2])
-    ), f"test error after hard less easy thirds {_list(100 * np.array(gaps), '+.1f')} points"
+    ), f"test error after hard less easy thirds {listed(100 * np.array(gaps), '+.1f')} points"
 
 
 def _grows(a: Arrays) -> tuple[bool, str]:
@@ -243,19 +206,19 @@ def _grows(a: Arrays) -> tuple[bool, str]:
     gaps = [gap("plain"), gap("pgd 0.025"), gap("pgd 0.1")]
     return bool(
         gaps[0] < gaps[1] < gaps[2]
-    ), f"the same at eps 0, 0.025, 0.1: {_list(100 * np.array(gaps), '+.1f')} points"
+    ), f"the same at eps 0, 0.025, 0.1: {listed(100 * np.array(gaps), '+.1f')} points"
 
 
 def _l2(a: Arrays) -> tuple[bool, str]:
     last = _row(a, "last_test_error", "pgd l2 0.6")
-    return bool(last[0] > last[2]), f"test error after hard, random, easy thirds {_percent(last)}"
+    return bool(last[0] > last[2]), f"test error after hard, random, easy thirds {percent(last)}"
 
 
 def _more(a: Arrays) -> tuple[bool, str]:
     best = a["growing_best_test_error"]
     return bool(
         best[-1] <= best.min() + 1e-9
-    ), f"best test error with the easiest {_percent(a['shares'])}: {_percent(best)}"
+    ), f"best test error with the easiest {percent(a['shares'])}: {percent(best)}"
 
 
 def _features(a: Arrays) -> tuple[bool, str]:
@@ -278,8 +241,8 @@ def _gamma(a: Arrays) -> tuple[bool, str]:
     table, gammas = a["robust_accuracy"], a["gammas"]
     best = gammas[table.argmax(axis=1)]
     held = best[-1] < 1 and best[-1] <= best[0]
-    rows = "; ".join(f"r = {r:g}: {_percent(row)}" for r, row in zip(a["rates"], table, strict=True))
-    return bool(held), f"best gamma {_list(best)} for r = {_list(a['rates'])}; gamma {_list(gammas)} at {rows}"
+    rows = "; ".join(f"r = {r:g}: {percent(row)}" for r, row in zip(a["rates"], table, strict=True))
+    return bool(held), f"best gamma {listed(best)} for r = {listed(a['rates'])}; gamma {listed(gammas)} at {rows}"
 
 
 def _gathered(a: Arrays) -> tuple[bool, str]:
@@ -299,12 +262,12 @@ def _saved(a: Arrays) -> tuple[bool, str]:
     saved = a["flops_saved"]
     return bool(
         (saved > 0).all()
-    ), f"{_percent(saved)} in training, evaluation, backward (thesis: about 45 and 32 % for RN34)"
+    ), f"{percent(saved)} in training, evaluation, backward (thesis: about 45 and 32 % for RN34)"
 
 
 def _equal(a: Arrays) -> tuple[bool, str]:
     dense, best = float(a["equal_width_robust_accuracy"]), float(a["robust_accuracy"][-1].max())
-    return best > dense, f"{_percent([best, dense])}"
+    return best > dense, f"{percent([best, dense])}"
 
 
 def _last_norm(a: Arrays) -> tuple[bool, str]:
@@ -312,12 +275,12 @@ def _last_norm(a: Arrays) -> tuple[bool, str]:
     held = with_it.mean() > without.mean() and np.ptp(with_it) < np.ptp(without)
     return bool(
         held
-    ), f"score range {_list(a['score_ranges'])}: {_percent(without)} without, {_percent(with_it)} with it"
+    ), f"score range {listed(a['score_ranges'])}: {percent(without)} without, {percent(with_it)} with it"
 
 
 def _comparable(a: Arrays) -> tuple[bool, str]:
     constant, binary = (float(row.max()) for row in a["by_init"][1])
-    return abs(constant - binary) < 0.06, f"best with the last batch norm {_percent([constant, binary])}"
+    return abs(constant - binary) < 0.06, f"best with the last batch norm {percent([constant, binary])}"
 
 
 # --- theory ----------------------------------------------------------------------------------------------------------
@@ -328,7 +291,7 @@ def _printed(theorem: int, rows: int) -> Check:
         regret, bound = a["regret"][theorem, rows], a["bound"][theorem, rows]
         return bool(
             (regret <= bound).all()
-        ), f"regret {_list(regret)} against {_list(bound)} after {_list(a['steps'])} steps"
+        ), f"regret {listed(regret)} against {listed(bound)} after {listed(a['steps'])} steps"
 
     return check
 
@@ -340,25 +303,27 @@ def _derived(a: Arrays) -> tuple[bool, str]:
 
 def _wang(a: Arrays) -> tuple[bool, str]:
     left, right = a["wang_left"], a["wang_right"]
-    return bool((left <= right).all()), f"{_list(left[:, 1])} against {_list(right[:, 1])} at FOSC {_list(a['deltas'])}"
+    return bool(
+        (left <= right).all()
+    ), f"{listed(left[:, 1])} against {listed(right[:, 1])} at FOSC {listed(a['deltas'])}"
 
 
 def _wide_loss(key: str, distance: str) -> Check:
     def check(a: Arrays) -> tuple[bool, str]:
         widths = ", ".join(str(w) for w in a["widths"])
-        return bool(a[key][-1] < 0.1), f"loss {_list(a[key])} and distance {_list(a[distance])} at widths {widths}"
+        return bool(a[key][-1] < 0.1), f"loss {listed(a[key])} and distance {listed(a[distance])} at widths {widths}"
 
     return check
 
 
 def _linear(a: Arrays) -> tuple[bool, str]:
     gap = a["linearisation_gap"]
-    return bool((np.diff(gap) < 0).all()), f"{_list(gap)}"
+    return bool((np.diff(gap) < 0).all()), f"{listed(gap)}"
 
 
 def _robust_costs(a: Arrays) -> tuple[bool, str]:
     plain, robust = a["plain_loss"], a["loss"]
-    return bool((plain < robust).all()), f"loss after as many steps {_list(plain)} plain, {_list(robust)} robust"
+    return bool((plain < robust).all()), f"loss after as many steps {listed(plain)} plain, {listed(robust)} robust"
 
 
 def _shattered(a: Arrays) -> tuple[bool, str]:
@@ -375,7 +340,7 @@ def _all_hold(a: Arrays) -> tuple[bool, str]:
 
 def _max_margin(a: Arrays) -> tuple[bool, str]:
     last = a["cosines"][:, -1]
-    return bool((last > 0.95).all()), f"cosine after 20 000 steps at budgets {_list(a['budgets'])}: {_list(last)}"
+    return bool((last > 0.95).all()), f"cosine after 20 000 steps at budgets {listed(a['budgets'])}: {listed(last)}"
 
 
 STUDIES: dict[str, Study] = {
@@ -409,9 +374,31 @@ STUDIES: dict[str, Study] = {
         Claim("Figure 4b", "its gain over standard training grows with the training's eps.", _trained_at),
         Claim("Figure 5", "dynamic training's FOSC falls, to below that of standard one.", _concentrated),
     )),
+    "steps": Study("PGD training by the attack's steps (Wang et al. 2019).", (
+        Claim("Figure 2a", "steps of eps/2 or eps/4 train best.", T.step_sizes),
+        Claim("Figure 2b", "more steps than reach the surface bring little.", T.step_numbers),
+    ), 3),
+    "schedules": Study("Warm-up of eps (thesis 4.2.4).", (
+        Claim("Figure 4.2", "the worst-case loss has a kink, and a larger one for a larger eps.", T.kink),
+        Claim("Figure 4.9", "warm-up of eps does better over the rates than a constant eps.", T.by_rate),
+        Claim("Figure 4.10", "warm-up of the rate does not do the same.", T.rate_warm_up),
+        Claim("Figure 4.14", "warm-up of eps is better at every width.", T.by_width),
+    ), 2),
+    "weights": Study("Easy and hard examples treated unlike (thesis 4.3.5).", (
+        Claim("Figure 4.23b", "easier examples weigh more.", T.weights_grow),
+        Claim("Figure 4.24", "a smaller beta closes the gap between training and test error.", T.by_beta),
+        Claim("Figure 4.25", "so does reweighting.", T.reweighted),
+        Claim("Figure 4.26", "weights and difficulty go together.", T.weight_correlation),
+        Claim("Figure 4.27", "the label's share of adaptive targets and difficulty go together.", T.share_correlation),
+    ), 3),
+    "corruptions": Study("Difficulty of corrupted images (thesis 4.3.1).", (
+        Claim("Table 4.4", "difficulty under a corruption is another than under an attack: distances are larger than "
+              "within a method.", T.corrupted),
+    ), 3),
     "difficulty": Study("How hard each example is (thesis 4.3).", (
         Claim("Table 4.3", "difficulty depends on the data: distances are far below 1/3.", _distance),
         Claim("Table 4.3", "a method agrees with itself better than with another.", _itself),
+        Claim("Table 4.3", "nor does the architecture or the duration matter much.", T.architectures),
         Claim("Figure 4.15", "difficulty by loss and by 0-1 error go together.", _correlated),
         Claim("Table 4.5", "the Lipschitz bound is larger after harder examples.", _order),
     )),
@@ -435,6 +422,7 @@ STUDIES: dict[str, Study] = {
     "initialisation": Study("Scores and weights at the start (thesis 5.1.4).", (
         Claim("Table 5.3", "the last batch norm helps, and makes the range of the scores matter less.", _last_norm),
         Claim("Table 5.4", "binary weights are as good as signed Kaiming constants.", _comparable),
+        Claim("Table 5.5", "both hold for plain training, too.", T.plainly),
     )),
     "theory": Study("Statements of the thesis as two sides.", (
         Claim("Chapters 3 to 5", "the statements hold on two classes of the digits.", _all_hold),

@@ -3,8 +3,9 @@ import pytest
 import torch
 
 from benchmarks import gallery_claims
-from fastrobust.analysis import _topics, _topics_dynamic, _topics_overfitting, _topics_small
+from fastrobust.analysis import _topics, _topics_dynamic, _topics_overfitting, _topics_schedules, _topics_small
 from fastrobust.analysis import _topics_training as topics
+from fastrobust.analysis import _topics_weights as weighed
 from fastrobust.cli import analyse
 
 SMALL = {  # as little as runs
@@ -12,6 +13,15 @@ SMALL = {  # as little as runs
     topics: {"_EPOCHS": 1, "_NOISE": (60, 150)},
     _topics_dynamic: {"_EPOCHS": 2, "_STEPS": 1, "_BUDGETS": (0.05, 0.1)},
     _topics_overfitting: {"_EPOCHS": 2, "_STEPS": 1},
+    _topics_schedules: {
+        "_EPOCHS": 2,
+        "_STEPS": 1,
+        "_RATES": (1e-3, 3e-3),
+        "_WIDTHS": (2, 4),
+        "_WANG_EPOCHS": 1,
+        "_COUNTS": (1, 2, 3),
+    },
+    weighed: {"_EPOCHS": 10, "_STEPS": 1, "_WARM_UP": 2},
     _topics_small: {
         "_EPOCHS": 1,
         "_STEPS": 1,
@@ -31,6 +41,10 @@ def test_the_command_knows_all():
         "landscape",
         "fosc",
         "dynamic",
+        "steps",
+        "schedules",
+        "weights",
+        "corruptions",
         "difficulty",
         "overfitting",
         "subnetwork",
@@ -44,7 +58,19 @@ def test_the_command_knows_all():
 
 @pytest.mark.filterwarnings("ignore::fastrobust.attacks.AttackWarning")
 @pytest.mark.parametrize(
-    "name", ["early", "dynamic", "overfitting", "initialisation", "convergence", "overparametrized"]
+    "name",
+    [
+        "early",
+        "dynamic",
+        "steps",
+        "schedules",
+        "overfitting",
+        "weights",
+        "corruptions",
+        "initialisation",
+        "convergence",
+        "overparametrized",
+    ],
 )
 def test_each_is_what_it_says(name, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="pictures need matplotlib")
@@ -76,9 +102,27 @@ def test_each_is_what_it_says(name, tmp_path, monkeypatch):
         assert (d[:, 0] > d[:, 1]).all() and arrays["group_activations"].shape == (2, 10)
     elif name == "initialisation":
         table = arrays["by_init"]
+        assert arrays["plain_by_init"].shape == (2, 2, 2)
         assert table.shape == (2, 2, 2) and np.isfinite(table).all() and arrays["curves"].shape == (2, 2, 1)
         np.testing.assert_array_equal(table[:, 1, 0], arrays["by_range"][:, 1])  # binary, gamma 0.1, range 0.01
         np.testing.assert_array_equal(arrays["curves"][..., -1], arrays["by_range"])
+    elif name == "steps":
+        assert arrays["accuracy_by_step"].shape == (5, 3) and arrays["accuracy_by_steps"].shape == (3, 3)
+        assert (arrays["accuracy_by_step"][:, 0] >= arrays["accuracy_by_step"][:, 1] - 0.2).all()
+    elif name == "schedules":
+        np.testing.assert_array_equal(arrays["error_by_width"][:, 1], arrays["error_by_rate"][:, 1])
+        theta, eps = arrays["sketch_theta"], arrays["sketch_eps"]
+        inputs = np.linspace(-1, 1, 201)  # the worst of many, not the formula
+        brute = np.logaddexp(0, theta[None, :, None] * (1 + eps[:, None, None] * inputs)).max(-1)
+        np.testing.assert_allclose(arrays["sketch_loss"], brute, atol=1e-12)
+        assert (arrays["eps_by_progress"][:, 0] == 0).all() and (np.diff(arrays["eps_by_progress"]) >= 0).all()
+    elif name == "weights":
+        assert arrays["curves"].shape == (6, 10, 3) and np.isclose(arrays["weight"].mean(), 1)
+        assert (arrays["label_share"] >= 0.1).all() and (arrays["label_share"] <= 1).all()
+        np.testing.assert_array_equal(arrays["curves"][0], arrays["curves"][-1])  # beta 1 is ATTA
+    elif name == "corruptions":
+        assert arrays["d_distance"].shape == (3, 18) and (arrays["d_distance"] <= 0.5).all()
+        np.testing.assert_allclose(arrays["between_methods"], arrays["between_methods"].T)
     elif name == "convergence":
         assert (arrays["derived_bound"] >= arrays["regret"]).all()
     else:

@@ -35,7 +35,7 @@ def test_a_section_counts_the_seeds_in_which_it_came_out():
     assert "**Did not come out**: 0." in "\n".join(gallery.section("name", study, result))
     unknown = gallery_claims.Study("About.", (gallery_claims.Claim("Figure 1", "a.", lambda a: (None, "0.1")),))
     assert "**Within the error of so few images**: 0.1." in "\n".join(gallery.section("name", unknown, result))
-    assert gallery_claims._above(0.01) is None and gallery_claims._above(0.2) and gallery_claims._above(-0.2) is False
+    assert gallery_claims.above(0.01) is None and gallery_claims.above(0.2) and gallery_claims.above(-0.2) is False
     result["seeds"] = {"0": {"a": 5}}
     assert "**Came out**: 5." in "\n".join(gallery.section("name", study, result))
 

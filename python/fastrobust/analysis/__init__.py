@@ -3,6 +3,7 @@
 from . import (
     connectivity,
     convergence,
+    corruptions,
     difficulty,
     fosc,
     landscape,
@@ -13,6 +14,6 @@ from . import (
 )
 
 __all__ = [
-    "connectivity", "convergence", "difficulty", "fosc", "landscape", "overparametrized", "subnetwork", "theory",
-    "trajectory",
+    "connectivity", "convergence", "corruptions", "difficulty", "fosc", "landscape", "overparametrized", "subnetwork",
+    "theory", "trajectory",
 ]  # fmt: skip

@@ -23,15 +23,18 @@ _WIDTHS, _DESCENT, _GAME_STEPS = (16, 64, 256), 100, (250, 1000, 4000)
 
 
 def initialisation(images: Tensor, labels: Tensor, seed: int) -> tuple[Arrays, Draw]:
-    """Thesis tables 5.3 and 5.4, figure 5.1: robust accuracy of subnetworks (97 % pruned) with and without the last
-    batch norm, by the range of the scores, and by how weights are initialised and gamma; learning curves."""
+    """Thesis tables 5.3 to 5.5, figure 5.1: robust accuracy of subnetworks (97 % pruned) with and without the last
+    batch norm, by the range of the scores, and by how weights are initialised and gamma; learning curves; and the
+    accuracy of plainly trained ones."""
     held = torch.arange(len(images)) % 4 == 0
     batches = loader(images[~held], labels[~held], _BATCH, seed=seed)
     method = make("edge-popup", eps=_EPS, steps=_STEPS)
     judge = lambda m: _robust(m, images[held], labels[held], _EPS)
     ranges = [{"rate": _RATE, "gamma": 0.1, "init": "binary", "score_range": a} for a in _RANGES]
     inits = [{"rate": _RATE, "gamma": g, "init": i} for i in _INITS for g in _GAMMAS if (i, g) != ("binary", 0.1)]
-    by_range, by_init, curves = [], [], []
+    clean = lambda m: _robust(m, images[held], labels[held], 0.0)
+    plain = [{"rate": _RATE, "gamma": g, "init": i} for i in _INITS for g in _GAMMAS]
+    by_range, by_init, curves, plainly = [], [], [], []
     for last in (False, True):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -43,6 +46,9 @@ def initialisation(images: Tensor, labels: Tensor, seed: int) -> tuple[Arrays, D
             base, batches, [*ranges, *inits], judge, epochs=_EPOCHS, method=method, seed=seed,
             callbacks=lambda m, _, curve=curve: curve.append(judge(m)),
         )  # fmt: skip
+        vanilla = make("edge-popup", eps=0.0, steps=1)
+        found_plain = nets.study(base, batches, plain, clean, epochs=_EPOCHS, method=vanilla, seed=seed)
+        plainly.append(found_plain.reshape(len(_INITS), len(_GAMMAS)))
         by_range.append(found[: len(ranges)])
         table = np.append(found[len(ranges) :], np.nan)
         table[-2:] = found[1], table[-2]  # binary, gamma 0.1 is the range 0.01 of before
@@ -51,7 +57,7 @@ def initialisation(images: Tensor, labels: Tensor, seed: int) -> tuple[Arrays, D
     arrays: Arrays = {
         "score_ranges": np.array(_RANGES), "last_norm": np.array([False, True]), "by_range": np.stack(by_range),
         "inits": np.array(_INITS), "gammas": np.array(_GAMMAS), "by_init": np.stack(by_init),
-        "curves": np.stack(curves),
+        "curves": np.stack(curves), "plain_by_init": np.stack(plainly),
     }  # fmt: skip
 
     def plot(figure: Any) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..attacks import pgd
 from ..attacks._modes import undisturbed
 from ..nn.masked import masked_layers
-from ..nn.zoo import thesis_cnn
+from ..nn.zoo import lenet, thesis_cnn
 from ..training import loader
 from ..training.loop import train
 from ..training.registry import make
@@ -28,8 +28,9 @@ _NOISE = (4500, 9000)  # examples and inputs of theorem 4.6: with fewer it says 
 
 
 def difficulty(images: Tensor, labels: Tensor, seed: int = 0) -> Found:
-    """Difficulty under plain, FGSM and PGD training of two initialisations each, their D-distances (table 4.3), groups
-    (figure 4.21), and training on the hardest, random and easiest third (figures 4.17, table 4.5)."""
+    """Difficulty under plain, FGSM and PGD training of two initialisations each, their D-distances (table 4.3, right),
+    those between architectures and durations of PGD training (left), groups (figure 4.21), and training on the
+    hardest, random and easiest third (figures 4.17, table 4.5)."""
     names = {"plain": make("plain"), "fgsm": make("pgd", eps=_EPS, steps=1), "pgd": make("pgd", eps=_EPS, steps=_STEPS)}
     tables, d, errors = {}, {}, {}
     for name, method in names.items():
@@ -49,9 +50,21 @@ def difficulty(images: Tensor, labels: Tensor, seed: int = 0) -> Found:
         _subsets(images, labels, method, order, seed)
         for method, order in ((small, hardness.difficulty(recorder.losses)), (names["pgd"], d["pgd", 0]))
     ]
+    kinds = {("CNN", _EPOCHS): d["pgd", 0]}
+    for name, epochs in (("CNN", max(1, _EPOCHS // 2)), ("LeNet", _EPOCHS), ("LeNet", max(1, _EPOCHS // 2))):
+        recorder = hardness.Recorder(names["pgd"])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed + 1)
+            other = lenet(int(labels.max()) + 1, _shape(images), width=4) if name == "LeNet" else None
+        _trained(images, labels, recorder, seed + 1, epochs, other)
+        kinds[name, epochs] = hardness.difficulty(recorder.losses)
     arrays = {
         "methods": np.array(list(names)),
         "d_distance": distance,
+        "architectures": np.array([f"{name}, {epochs} epochs" for name, epochs in kinds]),
+        "d_distance_architectures": np.array(
+            [[hardness.d_distance(a, b) for a in kinds.values()] for b in kinds.values()]
+        ),
         "difficulty": d["pgd", 0],
         "difficulty_by_error": errors["pgd", 0],
         "correlation": np.corrcoef(d["pgd", 0], errors["pgd", 0])[0, 1],

@@ -22,7 +22,7 @@ _SMALL = 100  # numbers: an array of up to so many is written out in the JSON fi
 def topics() -> dict[str, Any]:
     """By name: function(images, labels, seed) -> (arrays, draw(path))."""
     found: dict[str, Any] = {}
-    for module in ("", "_dynamic", "_training", "_overfitting", "_small"):
+    for module in ("", "_dynamic", "_schedules", "_training", "_overfitting", "_weights", "_small"):
         found |= importlib.import_module(f"fastrobust.analysis._topics{module}").TOPICS
     return found
 
