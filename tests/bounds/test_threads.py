@@ -30,6 +30,21 @@ def found(name: str, method: str, p: float, threads: int) -> list[Tensor]:
     return [plain.lower, plain.upper, margins.detach(), *grads]
 
 
+def products_of_torch_change() -> bool:
+    """Whether the matrix library behind ``@`` gives other bits with other threads, as MKL 2024.2 does on an AMD EPYC
+    for left sides of 5 or 10 rows: gradients of weights are its products."""
+    g = torch.Generator().manual_seed(0)
+    before, found = torch.get_num_threads(), []
+    a, b = torch.randn(10, 280, generator=g), torch.randn(280, 12, generator=g)
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append([a[:rows, :k] @ b[:k] for rows in (5, 10) for k in (70, 280)])
+    finally:
+        torch.set_num_threads(before)
+    return not all(map(torch.equal, *found))
+
+
 @pytest.mark.parametrize("name", ["mlp-relu", "mlp-tanh", "cnn"])
 @pytest.mark.parametrize("method", ONE_PASS)
 @pytest.mark.parametrize("p", [math.inf, 2.0])
@@ -39,5 +54,9 @@ def test_threads_change_no_bit(name: str, method: str, p: float) -> None:
     one = found(name, method, p, 1)
     torch.set_rng_state(state)
     two = found(name, method, p, 2)
-    for a, b in zip(one, two, strict=True):
-        assert torch.equal(a, b)
+    changes = products_of_torch_change()
+    for i, (a, b) in enumerate(zip(one, two, strict=True)):
+        if i >= 3 and changes:
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        else:
+            assert torch.equal(a, b)
