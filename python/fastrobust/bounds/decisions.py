@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 WAYS: dict[str, str] = {
     "one call": "intervals of a small chain, one call of the compiled module",
-    "chain op": "lines from intervals of a ReLU chain, one op",
     "graph op": "lines from intervals, or intervals, of a graph of stages, one op",
     "neuron kernel": "rows of single neurons of an image to the input, one kernel, living neurons alone",
     "image kernel": "rows of images to the input, one kernel, living neurons alone",
