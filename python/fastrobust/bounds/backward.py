@@ -437,11 +437,13 @@ class Backward:
             recorded = recorded or not ops.direct(w, slopes, intercepts)
             window = step.grown(window)
             steps.append(step)
-        # where gradients are recorded the kernel takes whole images only
+        # where gradients are recorded the kernel takes whole images and a box only
         if not steps or not allowed("convolution kernel"):
             return []
-        if recorded and (r.window is not None or not r.A.is_cpu or not len(self.chunk.example)):
-            declined("convolution kernel", "gradients are recorded, and rows are windows", node.index)
+        box_alone = self.region.ball is None and ops.recordable(steps)
+        if recorded and not (box_alone and r.window is None and r.A.is_cpu and len(self.chunk.example)):
+            why = "gradients are recorded, and rows are windows, the set is a ball, or a layer has groups or dilation"
+            declined("convolution kernel", why, node.index)
             return []
         took("convolution kernel", node.index)
         return steps

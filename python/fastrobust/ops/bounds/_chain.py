@@ -3,7 +3,7 @@ cache.
 
 The way down is that of any graph of stages (``bounds_stage_rows``). Where gradients are recorded over a box, one kernel
 takes a few rows of an example back up at a time; it reads the coefficients below each convolution as the way down kept
-them, or goes down again where they are too many. Over balls, and with groups or dilation, nothing is kept.
+them, or goes down again where they are too many. It takes neither balls nor groups nor dilation.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from . import linear
 from ._live import LiveStep
 from ._rows import Groups, address, by_example, dense, lanes_of, native, rows_args, spread_lanes, taps_of
 
-_CHUNK_NUMBERS = 1 << 20  # of the largest coefficients of a chunk in the backward pass: 4 MB
 MOST_STEPS = 32  # that the kernel of the gradients takes
 _MOST_KEPT = 1 << 24  # numbers between the layers that are kept for the backward pass
 Pair = tuple[Tensor, Tensor]
@@ -61,6 +60,11 @@ class ConvStep(NamedTuple):
         return self.weight.is_cpu and native(self.weight) and spread_lanes(self.weight, width) > 0
 
 
+def recordable(steps: list[ConvStep]) -> bool:
+    """Whether the kernel of the gradients takes these, over a box."""
+    return len(steps) <= MOST_STEPS and all(s.plain for s in steps)
+
+
 def concretize_through(
     A: Tensor,
     b: Tensor,
@@ -76,7 +80,7 @@ def concretize_through(
 ) -> Tensor:
     """``concretize_rows`` of rows that first pass through ``steps`` (``linear_back_step`` and the adjoint of a
     convolution each): the coefficients between the layers never leave a core's cache. float32 on the CPU; recorded only
-    without windows.
+    over a box, without windows, groups and dilation (``recordable``).
 
     Windows grow from step to step until they would be as large as the image.
     """
@@ -84,10 +88,10 @@ def concretize_through(
     tensors = [t for step in steps for t in (step.slopes, step.intercepts, step.weight)]
     if linear.direct(A, b, *maps, *tensors):
         return through(A, b, example, steps, box, ball, q, rows, corner, window, minus)
-    if corner is not None:
-        raise ValueError("corner: windows are not recorded")
+    if corner is not None or box is None or ball is not None or not recordable(steps):
+        raise ValueError("steps: got gradients to record, expected a box, whole maps, no groups and no dilation")
     plain = [s._replace(slopes=None, intercepts=None, weight=None) for s in steps]  # type: ignore[arg-type]
-    out: Tensor = _Through.apply(plain, q, example, rows, minus, A, b, *maps, *tensors)
+    out: Tensor = _Through.apply(plain, example, rows, minus, A, b, *box, *tensors)
     return out
 
 
@@ -213,69 +217,30 @@ class _Through(torch.autograd.Function):
     def forward(
         ctx: Any,
         steps: list[ConvStep],
-        q: float,
         example: Tensor,
         rows: Any,
         minus: Any,
         A: Tensor,
         b: Tensor,
-        c: Any,
-        r: Any,
-        x: Any,
-        e: Any,
+        c: Tensor,
+        r: Tensor,
         *tensors: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(example, rows, minus, A, c, r, x, e, *tensors)
-        ctx.steps, ctx.q = steps, q
-        box, ball = None if c is None else (c, r), None if x is None else (x, e)
+        ctx.save_for_backward(example, rows, minus, A, c, r, *tensors)
+        ctx.steps = steps
         steps = _filled(steps, tensors)
-        ctx.at_once = x is None and len(steps) <= MOST_STEPS and all(s.plain for s in steps)
-        ctx.between = between_of(steps, A.shape[0], b) if ctx.at_once else None
-        return through(A, b, example, steps, box, ball, q, rows, None, None, minus, ctx.between)
+        ctx.between = between_of(steps, A.shape[0], b)
+        return through(A, b, example, steps, (c, r), None, 1.0, rows, None, None, minus, ctx.between)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
-        example, rows, minus, A, c, r, x, e, *tensors = ctx.saved_tensors
+        example, rows, minus, A, c, r, *tensors = ctx.saved_tensors
         steps, need = _filled(ctx.steps, tensors), ctx.needs_input_grad
-        if ctx.at_once:
-            wanted = (*need[7:9], [need[11 + 3 * i + 2] for i in range(len(steps))])
-            own, to_c, to_r, of_steps = chain_gradient(A, example, rows, minus, c, r, steps, g, wanted, ctx.between)
-            own = gradients._to_rows(own, A, rows, minus)
-            return (None, None, None, None, None, own, g, to_c, to_r, None, None, *[t for s in of_steps for t in s])
-        if len(example) > 1 and bool((example[1:] < example[:-1]).any()):  # chunks are examples
-            order = example.argsort(stable=True)
-            example, g = example[order], g[:, order]
-            back = torch.empty_like(order)
-            back[order] = torch.arange(len(order))
-            if rows is None:
-                A = A[:, order]
-            else:
-                rows, minus = rows[order], None if minus is None else minus[order]
-        else:
-            back = None
-        batch = steps[0].slopes.shape[1]
-        largest = max(s.weight.shape[0] * s.shape[1] * s.shape[2] for s in steps)
-        per = max(1, batch * _CHUNK_NUMBERS // max(1, g.numel() * largest))
-        parts, weights = [], [torch.zeros_like(s.weight) if need[11 + 3 * i + 2] else None for i, s in enumerate(steps)]
-        ends = torch.searchsorted(example, torch.arange(0, batch + per, per)).tolist()
-        for first, begin, end in zip(range(0, batch, per), ends, ends[1:], strict=False):
-            at, part = slice(begin, end), slice(first, min(batch, first + per))
-            chosen = (None if rows is None else rows[at], None if minus is None else minus[at])
-            some = [s._replace(slopes=s.slopes[:, part], intercepts=s.intercepts[:, part]) for s in steps]
-            ends_of = [None if t is None else t[part] for t in (c, r, x, e)]
-            a = A[:, at] if rows is None else A
-            parts.append(_chunk(a, g[:, at], example[at] - first, *chosen, some, ends_of, ctx.q, need[7:11], weights))
-        to_a = [p[0] for p in parts]
-        g_a = torch.cat(to_a, 1) if rows is None else torch.stack(to_a).sum(0)
-        if back is not None and rows is None:
-            g_a = g_a[:, back]
-        g_b = g if back is None else g[:, back]
-        maps = [None if p is None else torch.cat([q[1][i] for q in parts]) for i, p in enumerate(parts[0][1])]
-        found: list[Any] = []
-        for i, w in enumerate(weights):
-            found += [torch.cat([p[2][i][j] for p in parts], 1) for j in (0, 1)] + [w]
-        return (None, None, None, None, None, g_a, g_b, *maps, *found)
+        wanted = (*need[6:8], [need[8 + 3 * i + 2] for i in range(len(steps))])
+        own, to_c, to_r, of_steps = chain_gradient(A, example, rows, minus, c, r, steps, g, wanted, ctx.between)
+        own = gradients._to_rows(own, A, rows, minus)
+        return (None, None, None, None, own, g, to_c, to_r, *[t for s in of_steps for t in s])
 
 
 def chain_gradient(
@@ -327,46 +292,3 @@ def chain_gradient(
         w = None if t is None else t[:, : kh * kw * channels].view(o, kh, kw, channels).permute(0, 3, 1, 2)
         found.append((*pair, w))
     return to_a, to_c, to_r, found
-
-
-def _chunk(
-    A: Tensor,
-    g: Tensor,
-    example: Tensor,
-    rows: Any,
-    minus: Any,
-    steps: list[ConvStep],
-    maps: list[Any],
-    q: float,
-    need: Any,
-    weights: list[Any],
-) -> tuple[Tensor, list[Any], list[Any]]:
-    """Gradients of A, of the maps of the input set and of each step's lines; adds those of the weights."""
-    sides, count = g.shape
-    b = A.new_zeros(sides, count)
-    kept = []
-    for step in steps:
-        args = [A, b, step.slopes, step.intercepts, example, rows, minus, None, None, []]
-        scaled = linear._back_kernel(*args)[0]
-        k, (channels, height, width) = scaled.shape[0], step.shape
-        image = scaled.view(k * count, height, width, channels).permute(0, 3, 1, 2)
-        kept.append((step, args, image))
-        rows = minus = None
-        out = conv.adjoint(image, step.weight, step.stride, step.padding, step.shape_in[1:], step.dilation, step.groups)
-        A = out.permute(0, 2, 3, 1).reshape(k, count, math.prod(step.shape_in))
-    last = gradients.concretize([A, b, example, None, None, *maps, q, None, None, []], (*[True] * 5, *need), g)
-    to_maps = [t if n else None for t, n in zip(last[5:9], need, strict=True)]
-    to_rows: Any = last[0]
-    lines: list[Any] = [None] * len(steps)
-    for i, (step, args, image) in reversed(list(enumerate(kept))):
-        channels, height, width = step.shape_in
-        to_out = to_rows.reshape(len(image), height, width, channels).permute(0, 3, 1, 2)
-        plain = [image, step.weight, step.stride, step.padding, (height, width), step.dilation, step.groups]
-        found: Any = gradients.spread(plain, (True, weights[i] is not None), to_out)
-        to_image, to_weight = found[:2]
-        if to_weight is not None:
-            weights[i] += to_weight
-        to_scaled = to_image.permute(0, 2, 3, 1).reshape(len(image) // max(1, count), count, math.prod(step.shape))
-        found = gradients.back_step(args, None, to_scaled, g)
-        to_rows, lines[i] = found[0], found[2:4]
-    return to_rows, to_maps, lines
