@@ -17,7 +17,7 @@ WAYS: dict[str, str] = {
     "neuron kernel": "rows of single neurons of an image to the input, one kernel, living neurons alone",
     "image kernel": "rows of images to the input, one kernel, living neurons alone",
     "living layers": "rows through a chain to the input, living neurons alone",
-    "convolution kernel": "rows through convolutions to the input, one kernel",
+    "convolution kernel": "recorded rows through convolutions to the input, one kernel",
     "walk": "node by node",
     "slope search": "node by node, again and again with better slopes",
 }

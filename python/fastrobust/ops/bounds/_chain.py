@@ -16,9 +16,7 @@ import torch
 from torch import Tensor
 
 from ... import _C
-from ...reference.bounds import Window
 from . import _autograd as gradients
-from . import _conv as conv
 from . import linear
 from ._live import LiveStep
 from ._rows import Groups, address, by_example, dense, lanes_of, native, rows_args, spread_lanes, taps_of
@@ -46,18 +44,10 @@ class ConvStep(NamedTuple):
         """Whether the kernel of the gradients takes it."""
         return self.groups == 1 and self.dilation == (1, 1)
 
-    def grown(self, window: tuple[int, int] | None) -> tuple[int, int] | None:
-        """A window of the activation as one of the convolution's input; None: it covers the image, as None does."""
-        if window is None:
-            return None
-        spans = conv.spans(self.weight.shape, self.dilation)
-        h, w = ((n - 1) * s + k for n, s, k in zip(window, self.stride, spans, strict=True))
-        return (h, w) if h * w < self.shape_in[1] * self.shape_in[2] else None
-
-    def fits(self, window: tuple[int, int] | None) -> bool:
-        """Whether ``concretize_through`` takes rows of such windows here."""
-        width = self.shape[2] if window is None else window[1]
-        return self.weight.is_cpu and native(self.weight) and spread_lanes(self.weight, width) > 0
+    @property
+    def fits(self) -> bool:
+        """Whether ``concretize_through`` takes rows here."""
+        return self.weight.is_cpu and native(self.weight) and spread_lanes(self.weight, self.shape[2]) > 0
 
 
 def recordable(steps: list[ConvStep]) -> bool:
@@ -66,82 +56,36 @@ def recordable(steps: list[ConvStep]) -> bool:
 
 
 def concretize_through(
-    A: Tensor,
-    b: Tensor,
-    example: Tensor,
-    steps: list[ConvStep],
-    box: Pair | None,
-    ball: Pair | None,
-    q: float,
-    rows: Tensor | None = None,
-    corner: Pair | None = None,
-    window: Window | None = None,
+    A: Tensor, b: Tensor, example: Tensor, steps: list[ConvStep], box: Pair, rows: Tensor | None = None,
     minus: Tensor | None = None,
-) -> Tensor:
-    """``concretize_rows`` of rows that first pass through ``steps`` (``linear_back_step`` and the adjoint of a
-    convolution each): the coefficients between the layers never leave a core's cache. float32 on the CPU; recorded only
-    over a box, without windows, groups and dilation (``recordable``).
-
-    Windows grow from step to step until they would be as large as the image.
-    """
-    maps = (*(box or (None, None)), *(ball or (None, None)))
+) -> Tensor:  # fmt: skip
+    """``concretize_rows`` of rows of whole maps that first pass through ``steps`` (``linear_back_step`` and the adjoint
+    of a convolution each): the coefficients between the layers never leave a core's cache. float32 on the CPU; recorded
+    without groups and dilation (``recordable``)."""
     tensors = [t for step in steps for t in (step.slopes, step.intercepts, step.weight)]
-    if linear.direct(A, b, *maps, *tensors):
-        return through(A, b, example, steps, box, ball, q, rows, corner, window, minus)
-    if corner is not None or box is None or ball is not None or not recordable(steps):
-        raise ValueError("steps: got gradients to record, expected a box, whole maps, no groups and no dilation")
+    if linear.direct(A, b, *box, *tensors):
+        return through(A, b, example, steps, box, rows, minus)
+    if not recordable(steps):
+        raise ValueError("steps: got gradients to record, expected no groups, no dilation and at most 32 steps")
     plain = [s._replace(slopes=None, intercepts=None, weight=None) for s in steps]  # type: ignore[arg-type]
     out: Tensor = _Through.apply(plain, example, rows, minus, A, b, *box, *tensors)
     return out
 
 
 def through(
-    A: Tensor,
-    b: Tensor,
-    example: Tensor,
-    steps: list[ConvStep],
-    box: Pair | None,
-    ball: Pair | None,
-    q: float,
-    rows: Tensor | None,
-    corner: Pair | None,
-    window: Any,
-    minus: Tensor | None,
+    A: Tensor, b: Tensor, example: Tensor, steps: list[ConvStep], box: Pair, rows: Tensor | None, minus: Tensor | None,
     between: Any = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The kernel; ``between``: room for what the gradients take up again (``between_of``)."""
     if not b.numel():
         return torch.empty_like(b)
     A, b, example = dense(A), dense(b), dense(example)
     rows, minus = (None if t is None else t.contiguous() for t in (rows, minus))
-    maps = [None if t is None else dense(t) for t in (*(box or (None, None)), *(ball or (None, None)))]
-    dual = 0 if ball is None else linear._DUAL[q]
-    graph, kept = _graph(steps, A, b, rows, minus, maps, dual, window and window[:2], between)
-    y, x = (None, None) if corner is None else (dense(corner[0]), dense(corner[1]))
-    out = torch.empty_like(b)
-    _C.bounds_stage_rows(
-        graph, example.data_ptr(), b.data_ptr(), out.data_ptr(), corner_y=address(y), corner_x=address(x)
-    )
-    del kept
-    return out
-
-
-def _graph(
-    steps: list[ConvStep],
-    A: Tensor,
-    b: Tensor,
-    rows: Any,
-    minus: Any,
-    maps: list[Any],
-    dual: int,
-    size: tuple[int, int] | None,
-    between: Any,
-) -> tuple[_C.Graph, list[Any]]:
-    """The steps as the kernel is told of them, and the tensors that must stay alive meanwhile."""
+    center, radius = map(dense, box)
     entry = _C.GraphEntry(
         A.data_ptr(), A.shape[1] * A.shape[2] if A.shape[0] == 2 else 0, address(rows), address(minus)
     )
-    stages, links, kept = [], [], [A, rows, minus, *maps]
+    stages, links, kept = [], [], []
     for i, step in enumerate(steps):
         slopes, intercepts = dense(step.slopes), dense(step.intercepts)
         lanes = lanes_of(step.weight)
@@ -149,17 +93,17 @@ def _graph(
         kept += [slopes, intercepts, taps]
         (c, h, w), of_lines = step.shape, (slopes.data_ptr(), slopes.shape[0], intercepts.data_ptr())
         start: Any = {"entry": 0} if i == 0 else {"kept_in": address(between and between[i - 1])}
-        stages.append(_C.GraphStage((h, w, c), max(0, i - 1), int(i > 0), *of_lines, window=size or (0, 0), **start))
+        stages.append(_C.GraphStage((h, w, c), max(0, i - 1), int(i > 0), *of_lines, **start))
         how: Any = {"kernel": step.weight.shape[2:], "stride": step.stride, "padding": step.padding, "lanes": lanes,
                "dilation": step.dilation, "groups": step.groups}  # fmt: skip
         links.append(_C.GraphLink(i, _C.LinkKind.conv, weight=taps.data_ptr(), **how))
-        size = step.grown(size)
     c, h, w = steps[-1].shape_in
-    kept_in = address(between and between[-1])
-    stages.append(_C.GraphStage((h, w, c), len(steps) - 1, 1, window=size or (0, 0), kept_in=kept_in))
+    stages.append(_C.GraphStage((h, w, c), len(steps) - 1, 1, kept_in=address(between and between[-1])))
     sizes = steps[0].slopes.shape[1], b.shape[1], b.shape[0]
-    center, radius, x, eps = map(address, maps)
-    return _C.Graph(stages, links, [entry], *sizes, center, radius, x, eps, dual), kept
+    graph = _C.Graph(stages, links, [entry], *sizes, center.data_ptr(), radius.data_ptr())
+    out = torch.empty_like(b)
+    _C.bounds_stage_rows(graph, example.data_ptr(), b.data_ptr(), out.data_ptr())
+    return out
 
 
 def between_of(steps: Sequence[ConvStep | LiveStep], matrices: int, b: Tensor) -> list[Tensor] | None:
@@ -230,7 +174,7 @@ class _Through(torch.autograd.Function):
         ctx.steps = steps
         steps = _filled(steps, tensors)
         ctx.between = between_of(steps, A.shape[0], b)
-        return through(A, b, example, steps, (c, r), None, 1.0, rows, None, None, minus, ctx.between)
+        return through(A, b, example, steps, (c, r), rows, minus, ctx.between)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

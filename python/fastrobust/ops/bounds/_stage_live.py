@@ -90,9 +90,7 @@ def rows_of_chain(
     if live:
         groups = groups_of(rows, batch, b.device)
         return concretize_live(A, b, rows.example, steps, box, None, 1.0, *pick, below, groups)
-    return chain.through(
-        A, b, rows.example, conv_steps(steps), box, None, 1.0, pick[0], None, None, pick[1], below
-    )  # fmt: skip
+    return chain.through(A, b, rows.example, conv_steps(steps), box, *pick, below)
 
 
 def conv_steps(steps: list[LiveStep]) -> list[chain.ConvStep]:
