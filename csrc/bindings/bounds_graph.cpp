@@ -37,12 +37,11 @@ GraphLink make_link(int source, LinkKind kind, float sign, Address weight, Pair 
 }
 
 GraphStage make_stage(std::array<int64_t, 3> map, int first, int links, Address slopes, int slope_sides,
-                      Address intercepts, bool shared, int entry, Address kept_in, Address kept_out, Pair window) {
+                      Address intercepts, bool shared, int entry, Address kept_in, Address kept_out) {
   GraphStage s;
   s.map_height = map[0], s.map_width = map[1], s.channels = map[2];
   s.first = first, s.links = links;
   s.slopes = at(slopes), s.slope_sides = slope_sides, s.intercepts = at(intercepts), s.shared = shared;
-  s.window_height = window[0], s.window_width = window[1];
   s.entry = entry, s.kept_in = at(kept_in), s.kept_out = at(kept_out);
   return s;
 }
@@ -145,35 +144,14 @@ GraphArgs with_examples(const Graph& graph, Address example) {
   return g;
 }
 
-// Windows go down a chain of convolutions only: elsewhere they would meet others.
-void check_windows(const Graph& graph, bool corners) {
-  bool before = corners;
-  for (size_t i = 0; i < graph.stages.size(); ++i) {
-    const GraphStage& s = graph.stages[i];
-    if (s.windowed() && !before)
-      throw std::invalid_argument(
-          "window: got one behind a whole map or without corners, expected it where rows start");
-    const GraphLink* l = s.links > 0 ? &graph.links[static_cast<size_t>(s.first)] : nullptr;
-    const bool alone =
-        l == nullptr ? i == 0
-                     : s.links == 1 && s.entry < 0 && l->kind == LinkKind::conv && l->source + 1 == static_cast<int>(i);
-    if (corners && (!alone || s.kept_in != nullptr || s.kept_out != nullptr))
-      throw std::invalid_argument("window: got rows of a graph, or such as are kept, expected a chain of convolutions");
-    before = s.windowed();
-  }
-}
-
 bool has_end(const GraphArgs& g) { return g.end.center != nullptr || g.end.dual != Dual::none; }
 
 // out: the bounds, 0 without an input set; offset: b at the input, or 0.
-void stage_rows(const Graph& graph, Address example, Address b, Address out, Address offset, Address corner_y,
-                Address corner_x) {
+void stage_rows(const Graph& graph, Address example, Address b, Address out, Address offset) {
   if (graph.empty()) return;
   GraphArgs g = with_examples(graph, example);
   g.b = pointer<const float>(b, g.rows, "b");
   g.end.out = at(out), g.offset = at(offset);
-  g.corner_y = at<const int64_t>(corner_y), g.corner_x = at<const int64_t>(corner_x);
-  check_windows(graph, g.corner_y != nullptr && g.corner_x != nullptr);
   if (has_end(g) != (out != 0))
     throw std::invalid_argument(out == 0 ? "out: got none, expected room for the bounds over the input set"
                                          : "out: got room for bounds, expected an input set with it");
@@ -188,7 +166,6 @@ void stage_grad(const Graph& graph, Address example, Address starts, Address fro
   if (graph.empty()) return;
   GraphGradArgs g;
   g.graph = with_examples(graph, example);
-  check_windows(graph, false);
   if (g.graph.end.dual != Dual::none)
     throw std::invalid_argument("dual: got a ball, expected a box, or no input set and the gradient of the rows there");
   g.graph.starts = pointer<const int64_t>(starts, g.graph.rows, "starts");
@@ -236,7 +213,7 @@ void bind_bounds_graph(py::module_& m) {
   py::class_<GraphStage>(m, "GraphStage", py::module_local())
       .def(py::init(&make_stage), arg("map"), arg("first"), arg("links"), arg("slopes") = Address{0},
            arg("slope_sides") = 1, arg("intercepts") = Address{0}, arg("shared") = false, arg("entry") = -1,
-           arg("kept_in") = Address{0}, arg("kept_out") = Address{0}, arg("window") = none)
+           arg("kept_in") = Address{0}, arg("kept_out") = Address{0})
       .def_readonly("slope_sides", &GraphStage::slope_sides)
       .def_readonly("shared", &GraphStage::shared)
       .def_readonly("entry", &GraphStage::entry);
@@ -259,7 +236,7 @@ void bind_bounds_graph(py::module_& m) {
         arg("offset") = Address{0}, arg("window") = none, arg("corner_y") = Address{0}, arg("corner_x") = Address{0});
   m.def("bounds_live_graph_window", &live_graph_window, arg("graph"), arg("groups"));
   m.def("bounds_stage_rows", &stage_rows, arg("graph"), arg("example"), arg("b"), arg("out"),
-        arg("offset") = Address{0}, arg("corner_y") = Address{0}, arg("corner_x") = Address{0});
+        arg("offset") = Address{0});
   m.def("bounds_stage_grad", &stage_grad, arg("graph"), arg("example"), arg("starts"), arg("from_"), arg("to_stages"),
         arg("to_weights"), arg("to_center"), arg("to_radius"), arg("from_map") = Address{0});
 }

@@ -92,15 +92,6 @@ bool margin_rows(uintptr_t labels, int64_t batch, int64_t classes, uintptr_t out
   return true;
 }
 
-// out[i] = from[pick[i]] - from[minus[i]]; minus or 0.
-void picked(uintptr_t from, uintptr_t pick, uintptr_t minus, uintptr_t out, int64_t count) {
-  const float* x = pointer<const float>(from, count, "from");
-  const int64_t* plus = pointer<const int64_t>(pick, count, "pick");
-  const int64_t* less = reinterpret_cast<const int64_t*>(minus);
-  float* to = pointer<float>(out, count, "out");
-  for (int64_t i = 0; i < count; ++i) to[i] = x[plus[i]] - (less != nullptr ? x[less[i]] : 0.f);
-}
-
 // Whether no number is infinite or NaN.
 bool all_finite(uintptr_t numbers, int64_t count) {
   const float* x = pointer<const float>(numbers, count, "numbers");
@@ -224,7 +215,6 @@ void bind_bounds_layers(py::module_& m) {
   m.def("bounds_product", &product);
   m.def("bounds_sign_product", &sign_product);
   m.def("bounds_margin_rows", &margin_rows);
-  m.def("bounds_picked", &picked);
   m.def("all_finite", &all_finite);
   m.def("bounds_pick_grad", &pick_grad);
   m.def("bounds_interval_grad", &interval_grad);

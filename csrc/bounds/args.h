@@ -91,10 +91,6 @@ struct SpreadArgs {
   int64_t count = 0, in_h = 0, in_w = 0, in_c = 0, out_h = 0, out_w = 0, out_c = 0;
   int64_t kernel_h = 1, kernel_w = 1, stride_y = 1, stride_x = 1, pad_y = 0, pad_x = 0, lanes = 16;
   int64_t dilation_y = 1, dilation_x = 1, groups = 1;
-  // Where the window of positions of an example starts on the output, in its coordinates: [origins], repeated; or null.
-  const int64_t* origin_y = nullptr;
-  const int64_t* origin_x = nullptr;
-  int64_t origins = 1;
 };
 
 // Rows at an activation of an image, through a chain of activation, convolution, activation, ..., convolution whose
@@ -129,8 +125,7 @@ struct ChainArgs {
 // are rows of one example that need the same windows of every map. Stages are activations (or linear nodes, with their
 // lines) in the order in which rows reach them, the network's input last; what a stage reads comes from earlier ones.
 // Whole maps, a box or a ball.
-// stage_rows takes the same with all neurons: rows one after the other, `example` of each; of whole maps, or down a
-// chain of convolutions windows of them, which grow from stage to stage. Windows keep nothing.
+// stage_rows takes the same with all neurons: rows of whole maps one after the other, `example` of each.
 enum class LinkKind : int {
   identity,  // sign times the very coefficients
   conv,      // a convolution from this stage to the source, turned around
@@ -155,19 +150,13 @@ struct GraphStage {
   int slope_sides = 1;
   bool shared = false;  // one map for all examples
   int64_t map_height = 0, map_width = 0, channels = 0;
-  int64_t window_height = 0, window_width = 0;  // of stage_rows: rows are windows of the map; 0: the map
-  int first = 0, links = 0;                     // of GraphArgs::links
-  int entry = -1;                               // of GraphArgs::entries: rows that start here
+  int first = 0, links = 0;  // of GraphArgs::links
+  int entry = -1;            // of GraphArgs::entries: rows that start here
   // stage_rows: [1 or 2, rows, map], what arrives (where there are links) and what leaves, for the gradients; or null
   float* kept_in = nullptr;
   float* kept_out = nullptr;
 
   int64_t numbers() const { return map_height * map_width * channels; }
-  // Of a row.
-  bool windowed() const { return window_height != 0; }
-  int64_t height() const { return windowed() ? window_height : map_height; }
-  int64_t width() const { return windowed() ? window_width : map_width; }
-  int64_t length() const { return height() * width() * channels; }
 };
 struct GraphEntry {
   const float* a = nullptr;  // [sides_a, rows of a, map]
@@ -182,10 +171,8 @@ struct GraphArgs {
   int count = 0;
   int64_t examples = 0, rows = 0, groups = 0;
   int sides = 1;
-  const int64_t* starts = nullptr;    // [groups + 1]: the rows of group i are starts[i], ..., starts[i + 1] - 1
-  const int64_t* order = nullptr;     // [rows] or null: row i of the groups is row order[i] of the rest
-  const int64_t* corner_y = nullptr;  // [rows] of the windows at the first stage, as in Rows
-  const int64_t* corner_x = nullptr;
+  const int64_t* starts = nullptr;   // [groups + 1]: the rows of group i are starts[i], ..., starts[i + 1] - 1
+  const int64_t* order = nullptr;    // [rows] or null: row i of the groups is row order[i] of the rest
   const int64_t* example = nullptr;  // [groups]
   const int64_t* y = nullptr;        // [groups], the position of the unit vectors; null: rows of whole maps
   const int64_t* x = nullptr;

@@ -26,7 +26,7 @@ FR_HD void add_to(float* FR_RESTRICT o, const float* FR_RESTRICT v, int64_t n) {
   for (; i < n; ++i) o[i] += v[i];
 }
 
-// Where the taps of one row of positions go: the examples' images, or windows of them, start at `origin`.
+// Where the taps of one row of positions go.
 struct Place {
   float* out;                    // of the example
   int64_t top, first_y, last_y;  // of the taps that lie on it
@@ -78,10 +78,6 @@ FR_HD void add_row(const SpreadArgs& g, int64_t row, const float* taps) {
   float* out = g.out + item * size;
   if (y == 0) std::memset(out, 0, static_cast<size_t>(size) * sizeof(float));
   Place at{out, y * g.stride_y - g.pad_y, 0, 0, -g.pad_x};
-  if (g.origin_y != nullptr) {
-    at.top += g.origin_y[item % g.origins];
-    at.left += g.origin_x[item % g.origins];
-  }
   at.first_y = std::max<int64_t>(0, (g.dilation_y - 1 - at.top) / g.dilation_y);
   at.last_y = at.top >= g.out_h ? 0 : std::min(g.kernel_h, (g.out_h - 1 - at.top) / g.dilation_y + 1);
   if (g.dilation_x != 1)
@@ -99,7 +95,7 @@ class Lines {
   // Whether the lines of a row of positions lie side by side, and enough of them fit.
   static bool serve(const SpreadArgs& g) {
     return g.lanes == kLanes && g.kernel_w == 4 && g.out_c == 1 && 4 % g.stride_x == 0 && g.pad_x < kLanes &&
-           g.dilation_y == 1 && g.dilation_x == 1 && g.origin_y == nullptr && Lines(g).numbers() <= kMost;
+           g.dilation_y == 1 && g.dilation_x == 1 && Lines(g).numbers() <= kMost;
   }
   explicit Lines(const SpreadArgs& g)
       : g_(g),
@@ -247,8 +243,6 @@ void spread_depthwise(const SpreadArgs& g, int64_t begin, int64_t end) {
   const Floats weight(d.numbers());
   d.turn(g.weight, g.lanes, weight.get());
   for (int64_t i = begin; i < end; ++i) {
-    if (g.origin_y != nullptr)
-      d.pad_y = g.pad_y - g.origin_y[i % g.origins], d.pad_x = g.pad_x - g.origin_x[i % g.origins];
     std::fill_n(g.out + i * d.image(), d.image(), 0.f);
     d.spread(g.a + i * d.result(), weight.get(), g.out + i * d.image());
   }
@@ -258,13 +252,11 @@ void spread_depthwise(const SpreadArgs& g, int64_t begin, int64_t end) {
 void spread_groups(const SpreadArgs& g, int64_t begin, int64_t end) {
   SpreadArgs one = g;
   one.groups = 1, one.in_c = g.in_c / g.groups, one.out_c = g.out_c / g.groups;
-  const int64_t some = g.origin_y != nullptr ? 1 : 8, in = g.in_h * g.in_w, out = g.out_h * g.out_w;
+  const int64_t some = 8, in = g.in_h * g.in_w, out = g.out_h * g.out_w;
   const Floats a(some * in * one.in_c), found(some * out * one.out_c);
   one.a = a.get(), one.out = found.get();
   for (int64_t i = begin; i < end; i += some) {
     const int64_t n = std::min(some, end - i);
-    if (g.origin_y != nullptr)
-      one.origins = 1, one.origin_y = g.origin_y + i % g.origins, one.origin_x = g.origin_x + i % g.origins;
     for (int64_t k = 0; k < g.groups; ++k) {
       one.weight = g.weight + k * one.in_c * g.lanes;
       copy_channels(g.a + i * in * g.in_c + k * one.in_c, n * in, one.in_c, g.in_c, a.get(), one.in_c);

@@ -36,12 +36,12 @@ struct StagePlan {
       for (int l = s.first; l < s.first + s.links; ++l) k = std::max(k, out[static_cast<size_t>(g.links[l].source)]);
       in[static_cast<size_t>(i)] = k;
       out[static_cast<size_t>(i)] = s.slope_sides == 2 ? g.sides : k;
-      widest = std::max(widest, s.length());
+      widest = std::max(widest, size_of(s));
       int64_t free = 0;
       for (int j = 0; j < i; ++j)
-        if (last[static_cast<size_t>(j)] > i) free = std::max(free, at[static_cast<size_t>(j)] + g.stages[j].length());
+        if (last[static_cast<size_t>(j)] > i) free = std::max(free, at[static_cast<size_t>(j)] + size_of(g.stages[j]));
       at[static_cast<size_t>(i)] = free;
-      scaled = std::max(scaled, free + s.length());
+      scaled = std::max(scaled, free + size_of(s));
     }
     block = std::clamp<int64_t>(kStageNumbers / std::max<int64_t>(1, g.sides * (scaled + 2 * widest)), 1, kStageRows);
     if (block > 3) block -= block % 3;  // rows share reads of their lines by threes

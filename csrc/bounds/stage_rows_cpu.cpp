@@ -22,9 +22,9 @@ struct Gather {
 
   void reset(const GraphLink& l, const GraphStage& from, const GraphStage& to) {
     const int64_t up = l.kernel_h - 1 - l.pad_y, left = l.kernel_w - 1 - l.pad_x;
-    serves = kMostTaps > 1 && !from.windowed() && l.kind == LinkKind::conv && l.groups == 1 && l.dilation_y == 1 &&
-             l.dilation_x == 1 && l.stride_y == 1 && l.stride_x == 1 && up >= 0 && left >= 0 &&
-             to.channels % kLanes == 0 && to.channels <= kMostTaps * kLanes;
+    serves = kMostTaps > 1 && l.kind == LinkKind::conv && l.groups == 1 && l.dilation_y == 1 && l.dilation_x == 1 &&
+             l.stride_y == 1 && l.stride_x == 1 && up >= 0 && left >= 0 && to.channels % kLanes == 0 &&
+             to.channels <= kMostTaps * kLanes;
     if (!serves) return;
     border = {
         to.map_height, to.map_width, from.map_height, from.map_width, from.channels, l.kernel_h, l.kernel_w, 1, 1, up,
@@ -54,7 +54,6 @@ class Block {
   void run(int64_t begin, int64_t n) {
     begin_ = begin, n_ = n;
     for (int side = 0; side < g_.sides; ++side) std::copy_n(g_.b + side * g_.rows + begin, n, b_ + side * n);
-    if (g_.corner_y != nullptr) std::copy_n(g_.corner_y + begin, n, y_), std::copy_n(g_.corner_x + begin, n, x_);
     for (int i = 0; i < g_.count; ++i) {
       const Rows r = arrive(i);
       if (i + 1 < g_.count)
@@ -71,25 +70,16 @@ class Block {
     if (s.kept_out != nullptr) return s.kept_out + begin_ * size_of(s);
     return scaled_.get() + plan_.block * g_.sides * plan_.at[static_cast<size_t>(i)];
   }
-  int64_t apart(int i) const { return (g_.stages[i].kept_out != nullptr ? g_.rows : n_) * g_.stages[i].length(); }
+  int64_t apart(int i) const { return (g_.stages[i].kept_out != nullptr ? g_.rows : n_) * size_of(g_.stages[i]); }
 
   // The sum of everything that reaches a stage.
   Rows arrive(int i) {
     const GraphStage& s = g_.stages[i];
-    const int64_t size = s.length();
+    const int64_t size = size_of(s);
     const int matrices = plan_.in[static_cast<size_t>(i)];
     Rows r;
     r.count = n_, r.length = size, r.sides = g_.sides;
     r.example = g_.example + begin_;
-    if (s.windowed()) {
-      r.corner_y = y_, r.corner_x = x_;
-      r.height = s.window_height, r.width = s.window_width, r.channels = s.channels;
-      r.map_height = s.map_height, r.map_width = s.map_width;
-    }
-    if (s.links == 1 && g_.stages[g_.links[s.first].source].windowed()) {
-      const GraphLink& l = g_.links[s.first];
-      for (int64_t k = 0; k < n_; ++k) y_[k] = y_[k] * l.stride_y - l.pad_y, x_[k] = x_[k] * l.stride_x - l.pad_x;
-    }
     if (s.links == 0) {
       const GraphEntry& e = g_.entries[s.entry];
       r.a = e.a;
@@ -116,7 +106,7 @@ class Block {
   bool bring(const GraphLink& l, const GraphStage& s, int m, float* to, bool first) {
     const GraphStage& from = g_.stages[l.source];
     const float* a = scaled(l.source) + (plan_.out[static_cast<size_t>(l.source)] == 2 ? m : 0) * apart(l.source);
-    const int64_t numbers = n_ * s.length();
+    const int64_t numbers = n_ * size_of(s);
     if (l.kind == LinkKind::identity) {
       if (first) std::fill_n(to, numbers, 0.f);
       add_to(to, a, l.sign, numbers);
@@ -131,7 +121,7 @@ class Block {
       }
       return false;
     }
-    if (const Gather& gather = gathers_[&l - g_.links]; gather.serves) {  // never of windows
+    if (const Gather& gather = gathers_[&l - g_.links]; gather.serves) {
       float* out = first ? to : spare_.get();
       std::fill_n(bordered_.get(), gather.border.numbers(), 0.f);
       for (int64_t i = 0; i < n_; ++i) {
@@ -145,14 +135,10 @@ class Block {
     SpreadArgs p;
     p.a = a, p.weight = l.weight, p.out = first ? to : spare_.get();
     p.count = n_;
-    p.in_h = from.height(), p.in_w = from.width(), p.in_c = from.channels;
-    p.out_h = s.height(), p.out_w = s.width(), p.out_c = s.channels;
+    p.in_h = from.map_height, p.in_w = from.map_width, p.in_c = from.channels;
+    p.out_h = s.map_height, p.out_w = s.map_width, p.out_c = s.channels;
     p.kernel_h = l.kernel_h, p.kernel_w = l.kernel_w, p.stride_y = l.stride_y, p.stride_x = l.stride_x;
-    p.lanes = l.lanes;
-    if (!from.windowed())
-      p.pad_y = l.pad_y, p.pad_x = l.pad_x;
-    else if (!s.windowed())  // where the windows lie on the whole map
-      p.origin_y = y_, p.origin_x = x_, p.origins = n_;
+    p.lanes = l.lanes, p.pad_y = l.pad_y, p.pad_x = l.pad_x;
     p.dilation_y = l.dilation_y, p.dilation_x = l.dilation_x, p.groups = l.groups;
     spread_items(p, 0, n_);
     if (!first) add_to(to, spare_.get(), 1.f, numbers);
@@ -179,7 +165,7 @@ class Block {
     back.slope_sides = s.slope_sides, back.sides_out = matrices;
     back.b = b_, back.b_out = next;
     // the kernel puts its matrices one after the other
-    const bool direct = matrices == 1 || apart(i) == n_ * s.length();
+    const bool direct = matrices == 1 || apart(i) == n_ * size_of(s);
     back.out = direct ? scaled(i) : spare_.get();
     back_rows(back, 0, n_);
     std::copy_n(next, g_.sides * n_, b_);
@@ -207,7 +193,6 @@ class Block {
   Floats bordered_;
   Floats scaled_, values_, spare_;
   int64_t begin_ = 0, n_ = 0, zeros_[kStageRows];
-  int64_t y_[kStageRows], x_[kStageRows];  // corners of the windows, where the rows stand
   float b_[2 * kStageRows];
 };
 

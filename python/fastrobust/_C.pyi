@@ -268,7 +268,6 @@ class GraphStage:
         entry: int = -1,
         kept_in: _Address = 0,
         kept_out: _Address = 0,
-        window: _Pair = ...,
     ) -> None: ...
     @property
     def entry(self) -> int: ...
@@ -534,7 +533,6 @@ def bounds_margin_rows(labels: int, batch: int, classes: int, out: int, /) -> bo
 def bounds_pick_grad(
     device: int, stream: int, from_: int, pick: int, minus: int, out: int, count: int, length: int, rows: int, /
 ) -> None: ...
-def bounds_picked(from_: int, pick: int, minus: int, out: int, count: int, /) -> None: ...
 def bounds_pool_picks(
     is_double: bool,
     lower: int,
@@ -631,8 +629,6 @@ def bounds_stage_rows(
     b: _Address,
     out: _Address,
     offset: _Address = 0,
-    corner_y: _Address = 0,
-    corner_x: _Address = 0,
 ) -> None: ...
 def bounds_support(
     device: int,

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fastrobust.bounds import compute_bounds, intervals, ways
+from fastrobust.bounds.decisions import recorded
 from fastrobust.bounds.trace import trace
 from fastrobust.ops import bounds as ops
 from fastrobust.ops.bounds import _chain as _bounds_chain
@@ -309,7 +310,7 @@ def rows_and_spread(a: Tensor, w: Tensor) -> Tensor:
 @pytest.mark.parametrize("sides", ["both", "lower"])
 @pytest.mark.usefixtures("engine_alone")
 def test_convolutions_at_once_equal_one_by_one(
-    method: str, norm: float, clip: tuple[float, float] | None, sides: str, monkeypatch: pytest.MonkeyPatch
+    method: str, norm: float, clip: tuple[float, float] | None, sides: str
 ) -> None:
     torch.manual_seed(3)
     net = nn.Sequential(
@@ -327,13 +328,11 @@ def test_convolutions_at_once_equal_one_by_one(
     x, y = torch.rand(3, 2, 12, 14), torch.tensor([1, 0, 3])
     net[7] = nn.Linear(net[:7](x).shape[1], 9)
     net.requires_grad_(False)
-    calls = []
-    through = ops.concretize_through
-    monkeypatch.setattr(ops, "concretize_through", lambda *a: calls.append(len(a[3])) or through(*a))
     kwargs = {"eps": 0.02, "norm": norm, "clip": clip, "method": method, "labels": y, "sides": sides}
-    got = compute_bounds(net, x, **kwargs)
-    assert calls  # the kernel was used
-    with ways(without="convolution kernel"):
+    with recorded() as log:
+        got = compute_bounds(net, x, **kwargs)
+    assert any(d.taken and d.way == "image kernel" for d in log)
+    with ways(without=("image kernel", "neuron kernel")):
         want = compute_bounds(net, x, **kwargs)
     wide = compute_bounds(net.double(), x.double(), **kwargs)
     near(got.lower, want.lower)
@@ -343,7 +342,7 @@ def test_convolutions_at_once_equal_one_by_one(
         near(got.upper, wide.upper)
 
 
-@pytest.mark.parametrize("chunk", [1, 1 << 20])
+@pytest.mark.parametrize("kept", [0, 1 << 24])
 @pytest.mark.parametrize("method", ["crown-ibp", "ibp-linear"])
 @pytest.mark.parametrize(
     "norm,clip,sides", [(math.inf, (0.0, 1.0), "both"), (math.inf, None, "lower"), (2.0, (0.0, 1.0), "lower")]
@@ -356,11 +355,11 @@ def test_gradients_through_convolutions_at_once(
     clip: tuple[float, float] | None,
     sides: str,
     flat: bool,
-    chunk: int,
+    kept: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Against float64, with and without a layer between the convolutions and the margins, in chunks of one example and
-    at once."""
+    """Against float64, with and without a layer between the convolutions and the margins, with the rows between the
+    layers kept and not."""
     torch.manual_seed(5)
     convs = [
         nn.Conv2d(2, 5, 4, 2, 1),
@@ -372,7 +371,7 @@ def test_gradients_through_convolutions_at_once(
     ]
     tail = [nn.Flatten(), nn.Linear(32, 4)] if flat else [nn.Flatten(), nn.Linear(32, 9), nn.ReLU(), nn.Linear(9, 4)]
     net = nn.Sequential(*convs, *tail)
-    monkeypatch.setattr(_bounds_chain, "_CHUNK_NUMBERS", chunk)
+    monkeypatch.setattr(_bounds_chain, "_MOST_KEPT", kept)
     calls = []
     through = ops.concretize_through
     monkeypatch.setattr(ops, "concretize_through", lambda *a: calls.append(1) or through(*a))
@@ -390,7 +389,7 @@ def test_gradients_through_convolutions_at_once(
         return list(torch.autograd.grad(value, [x, eps, *net.parameters()]))
 
     got, wide = grads(torch.float32), grads(torch.float64)
-    assert calls
+    assert bool(calls) == (norm == math.inf)  # over balls node by node
     for g, w in zip(got, wide, strict=True):
         near(g, w, 1e-4)
 

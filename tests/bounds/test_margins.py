@@ -1,4 +1,4 @@
-"""Plain ReLU networks in one op: bounds and every gradient against the engine in float64, its kernels against their
+"""Chains of ReLUs in one op: bounds and every gradient against the engine in float64, its kernels against their
 definitions."""
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fastrobust.ops import bounds as ops
 from fastrobust.ops.bounds import _autograd as gradients
 from fastrobust.ops.bounds import _chain as _bounds_chain
 from fastrobust.ops.bounds import _conv as conv
-from fastrobust.ops.bounds import margins as margin_bounds
+from fastrobust.ops.bounds import _stage_live as stage_live
 from fastrobust.ops.bounds._relu_box import relu_box, relu_box_gradient
 from fastrobust.ops.bounds._rows import turned
 from variant_runs import outputs_by_variant
@@ -93,7 +93,7 @@ def near(got: list[Tensor], want: list[Tensor], tolerance: float = 2e-5) -> None
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether the op took each call in float32."""
-    return spied(monkeypatch, "margins_of_plan")
+    return spied(monkeypatch, "margins_of_stages")
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -128,7 +128,7 @@ def test_bounds_and_gradients_equal_the_engine(
 def test_unrecorded_bounds_without_dead_neurons(
     name: str, leave_out: bool, taken: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(margin_bounds, "leaving_out_pays", lambda *a: leave_out)
+    monkeypatch.setattr(stage_live, "leaving_out_pays", lambda *a: leave_out)
     torch.manual_seed(2)
     net, shape, classes = network(name)
     with torch.no_grad():
@@ -153,7 +153,7 @@ def test_unrecorded_bounds_without_dead_neurons(
 def test_gradients_without_dead_neurons(
     name: str, leave_out: bool, method: str, sides: str, taken: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(margin_bounds, "leaving_out_pays", lambda *a: leave_out)
+    monkeypatch.setattr(stage_live, "leaving_out_pays", lambda *a: leave_out)
     for batch, classes in itertools.product((1, 7), (2, 5, 21)):
         torch.manual_seed(batch)
         net, shape, _ = network(name)
@@ -179,7 +179,7 @@ def test_gradients_of_convolutions_without_dead_neurons(
 ) -> None:
     """Windows of whole vectors: neurons are taken one by one where few have lines; one side's and two sides' rows, in
     several turns."""
-    monkeypatch.setattr(margin_bounds, "leaving_out_pays", lambda *a: leave_out)
+    monkeypatch.setattr(stage_live, "leaving_out_pays", lambda *a: leave_out)
     for batch, classes, kept in ((1, 2, 1 << 24), (3, 10, 0), (7, 10, 1 << 24), (2, 35, 1 << 24)):
         monkeypatch.setattr(_bounds_chain, "_MOST_KEPT", kept)
         torch.manual_seed(batch)
@@ -204,35 +204,6 @@ def test_gradients_of_convolutions_without_dead_neurons(
         assert taken == [True, True]
         near(got, bounds_and_gradients(net, x, 0.03, y, torch.float64, True, **kwargs))
         taken.clear()
-
-
-def test_what_is_left_to_the_engine(taken: list[bool]) -> None:
-    x = torch.rand(2, 1, 6, 6)
-    tail = [nn.Flatten(), nn.Linear(36, 3)]
-    nets = [
-        nn.Sequential(nn.Conv2d(1, 1, 3, 1, 1), nn.Tanh(), *tail),
-        nn.Sequential(nn.Conv2d(1, 1, 3, 1, 2, dilation=2), nn.ReLU(), *tail),
-        nn.Sequential(nn.MaxPool2d(3, 1, 1), nn.Conv2d(1, 1, 3, 1, 1), nn.ReLU(), *tail),
-        nn.Sequential(*tail),
-        nn.Sequential(
-            nn.Flatten(),
-            nn.Linear(36, 36),
-            nn.ReLU(),
-            nn.Unflatten(1, (1, 6, 6)),
-            nn.Conv2d(1, 1, 3, 1, 1),
-            nn.ReLU(),
-            *tail,
-        ),
-    ]
-    for net in nets:
-        compute_bounds(net.eval(), x, 0.1, method="crown-ibp", labels=torch.tensor([0, 2]))
-        assert not taken.pop()
-    plain = nn.Sequential(nn.Conv2d(1, 1, 3, 1, 1), nn.ReLU(), *tail)
-    compute_bounds(plain, x, 0.1, method="crown-ibp", max_memory=1)
-    assert not taken.pop()
-    for change in ({"norm": 2}, {"intersect": True}, {"return_linear": True}, {"method": "crown"}):
-        compute_bounds(plain, x, 0.1, **{"method": "crown-ibp", **change})
-        assert not taken or not taken.pop()
 
 
 def test_weights_changed_in_place_are_noticed() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fastrobust.ops.bounds import margins as margin_bounds
+from fastrobust.ops.bounds import _stage_live as stage_live
 from fastrobust.ops.bounds._product import sign_product
 from variant_runs import outputs_by_variant
 
@@ -92,9 +92,9 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         calls.append(sign_product(*args))
         return calls[-1]
 
-    monkeypatch.setattr(margin_bounds, "sign_product", spy)
-    monkeypatch.setattr(margin_bounds, "_MANY", 1)
-    monkeypatch.setattr(margin_bounds, "_FEW", 0.0)
+    monkeypatch.setattr(stage_live, "sign_product", spy)
+    monkeypatch.setattr(stage_live, "MANY", 1)
+    monkeypatch.setattr(stage_live, "FEW", 0.0)
     return calls
 
 
@@ -121,7 +121,7 @@ def nets() -> dict[str, tuple[tuple[int, ...], nn.Sequential]]:
 def test_gradients_from_signs(
     name: str, method: str, sides: str, leave_out: bool, used: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(margin_bounds, "leaving_out_pays", lambda *a: leave_out)
+    monkeypatch.setattr(stage_live, "leaving_out_pays", lambda *a: leave_out)
     shape, net = nets()[name]
     for batch in (1, 3, 7, 16):
         torch.manual_seed(batch)

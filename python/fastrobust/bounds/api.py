@@ -18,7 +18,6 @@ from fastrobust.bounds.checks import check_inputs, check_method, check_options, 
 from fastrobust.bounds.decisions import declined, took
 from fastrobust.bounds.engine import METHODS, Engine
 from fastrobust.bounds.intervals import small_margins
-from fastrobust.bounds.margins import margins_of_plan
 from fastrobust.bounds.region import Region
 from fastrobust.bounds.results import Bounds, LinearBounds, Options
 from fastrobust.bounds.self_check import check_contained
@@ -28,7 +27,7 @@ from fastrobust.bounds.stage_margins import Asked, margins_of_stages
 from fastrobust.bounds.trace import first_parameter, trace
 from fastrobust.ops._library import full_precision
 from fastrobust.ops.bounds import check_norm, finite
-from fastrobust.ops.bounds.margins import Rows
+from fastrobust.ops.bounds._stage import Rows
 
 from .._eager import left_to_python
 
@@ -157,12 +156,9 @@ def compute_bounds(
         keep_pages()
     first, second = (minus, plus) if negative else (plus, minus)
     taken: tuple[Tensor, Any] | None = None
-    if usual and first is not None and method != "ibp" and not intersect:
-        alone = margins_of_plan(graph, inner, radius, cut, method, Rows(example, first, second, count), max_memory)
-        taken = None if alone is None else (alone, None)
-    if taken is None and (why := _no_op(rounding, return_intermediate, len(example))):
+    if why := _no_op(rounding, return_intermediate, len(example)):
         declined("graph op", why)
-    elif taken is None:
+    else:
         if first is None:  # rows of a matrix, or negated outputs
             first, second = torch.arange(len(example), device=x.device) if plus is None else plus, None
         asked = Asked(Rows(example, first, second, count), matrix, negative and minus is None, return_linear)

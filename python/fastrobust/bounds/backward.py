@@ -156,7 +156,7 @@ class Backward:
                 total = self._through_live(r, live)
                 break
             if not pending and not self.keep_input and (steps := self._convolutions(node, r)):
-                total = self._through(node, r, steps)
+                total = self._through(r, steps)
                 break
             if (found := self._graph(node, {**pending, i: r})) is not None:
                 total, kept = found
@@ -416,13 +416,14 @@ class Backward:
         return ops.concretize_live(A, chunk.b, chunk.example, steps, box, ball, self.region.q, r.pick, r.minus)
 
     def _convolutions(self, node: G.Node, r: Rows) -> list[ops.ConvStep]:
-        """The activations and convolutions from ``node`` down to the input, where a kernel takes all of them; else
-        nothing."""
-        if r.A is None or r.A.dim() != 5 or self.slack or not self.region.has_kernel or not ops.direct():
+        """The activations and convolutions from ``node`` down to the input, where a kernel with gradients takes all of
+        them, over a box; else nothing. What is not recorded takes the image kernel."""
+        if r.A is None or r.A.dim() != 5 or r.window is not None or self.slack or not ops.direct():
             return []
-        maps = [t for pair in self.region.flattened(True) if pair is not None for t in pair]
-        recorded = not ops.direct(r.A, self.chunk.b, *maps)
-        window = None if r.window is None else tuple(r.A.shape[3:])
+        box, ball = self.region.flattened(True)
+        if box is None or ball is not None or not r.A.is_cpu or not len(self.chunk.example):
+            return []
+        recorded = not ops.direct(r.A, self.chunk.b, *box)
         steps = []
         for act, conv in conv_chain(self.graph, node.index):
             line = self.lines.get(act.index)
@@ -431,17 +432,14 @@ class Backward:
             slopes, intercepts = line.flattened(True)
             w, shape_in = conv.get_weight(), self.graph.input_shapes(conv)[0]
             how = (conv.stride, conv.padding, shape_in, conv.dilation, conv.groups)
-            step = ops.ConvStep(slopes, intercepts, act.shape, w, *how)
-            if not step.fits(window):
+            steps.append(ops.ConvStep(slopes, intercepts, act.shape, w, *how))
+            if not steps[-1].fits:
                 return []
             recorded = recorded or not ops.direct(w, slopes, intercepts)
-            window = step.grown(window)
-            steps.append(step)
-        # where gradients are recorded the kernel takes whole images only
-        if not steps or not allowed("convolution kernel"):
+        if not steps or not recorded or not allowed("convolution kernel"):
             return []
-        if recorded and (r.window is not None or not r.A.is_cpu or not len(self.chunk.example)):
-            declined("convolution kernel", "gradients are recorded, and rows are windows", node.index)
+        if not ops.recordable(steps):
+            declined("convolution kernel", "a layer has groups or dilation, or there are too many", node.index)
             return []
         took("convolution kernel", node.index)
         return steps
@@ -459,23 +457,11 @@ class Backward:
             self.graph, self.region, self.lines, flat, chunk.b, chunk.example, self.max_memory, self.keep_input
         )
 
-    def _through(self, node: G.Node, r: Rows, steps: list[ops.ConvStep]) -> Tensor:
-        box, ball = self.region.flattened(True)
-        corner, window = (None, None) if r.window is None else self._placement(node, r)
+    def _through(self, r: Rows, steps: list[ops.ConvStep]) -> Tensor:
+        box, _ = self.region.flattened(True)
+        assert box is not None
         chunk = self.chunk
-        return ops.concretize_through(
-            _flatten(r.A, True),
-            chunk.b,
-            chunk.example,
-            steps,
-            box,
-            ball,
-            self.region.q,
-            r.pick,
-            corner,
-            window,
-            r.minus,
-        )
+        return ops.concretize_through(_flatten(r.A, True), chunk.b, chunk.example, steps, box, r.pick, r.minus)
 
     # -- the ends ------------------------------------------------------------------------------------------------------
     def _concretize_node(self, node: G.Node, r: Rows) -> None:

@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 
 WAYS: dict[str, str] = {
     "one call": "intervals of a small chain, one call of the compiled module",
-    "chain op": "lines from intervals of a ReLU chain, one op",
     "graph op": "lines from intervals, or intervals, of a graph of stages, one op",
     "neuron kernel": "rows of single neurons of an image to the input, one kernel, living neurons alone",
     "image kernel": "rows of images to the input, one kernel, living neurons alone",
     "living layers": "rows through a chain to the input, living neurons alone",
-    "convolution kernel": "rows through convolutions to the input, one kernel",
+    "convolution kernel": "recorded rows through convolutions to the input, one kernel",
     "walk": "node by node",
     "slope search": "node by node, again and again with better slopes",
 }

@@ -15,7 +15,6 @@ from fastrobust._input_sets import dual_norm, eps_like
 from fastrobust.bounds import graph as G
 from fastrobust.bounds import outward as O
 from fastrobust.bounds.backward import Backward, Chunk, Lines, Rows
-from fastrobust.bounds.chains import conv_chain
 from fastrobust.bounds.decisions import took
 from fastrobust.bounds.needed import needed
 from fastrobust.bounds.region import Box, Region
@@ -463,7 +462,7 @@ def _numbers_before_kernel(graph: G.Graph, lines: dict[int, Lines], start: int, 
     node, size, given = graph.nodes[start], 0, True  # the rows of a layer at the start are those of its weight
     while len(node.inputs) == 1:
         if len(node.shape) == 3 and isinstance(node, (G.Activation, G.MaxPool)):
-            taken = conv_chain(graph, node.index) or takes_images(graph, lines, node.index, max_memory)
+            taken = takes_images(graph, lines, node.index, max_memory)
             return size if taken else None
         before = graph.nodes[node.inputs[0]]
         weights = isinstance(node, G.Dense) or (isinstance(node, G.Conv) and node.dilation == (1, 1))

@@ -375,7 +375,6 @@ class Graph:
             for j in n.inputs:
                 self.nodes[j].consumers.append(i)
         self.chain: Any = False  # of fastrobust.bounds.intervals; False: not looked for yet
-        self.plan: Any = False  # of fastrobust.bounds.margins
         self.staged: Any = False  # of fastrobust.bounds.stage_margins
         if self.reads is None:
             kinds = (Activation, MaxPool)

@@ -10,11 +10,9 @@ from torch import Tensor
 
 from fastrobust.bounds import graph as G
 from fastrobust.bounds.decisions import allowed, declined, took
-from fastrobust.bounds.margins import flat
 from fastrobust.bounds.region import Region
 from fastrobust.ops import bounds as ops
-from fastrobust.ops.bounds._stage import Heads, Link, Parameters, Stage, channels_first
-from fastrobust.ops.bounds.margins import Image, Rows
+from fastrobust.ops.bounds._stage import Heads, Image, Link, Parameters, Rows, Stage, channels_first
 from fastrobust.ops.bounds.stage_op import stage_margins
 
 _KINDS = {"crown-ibp": "crown", "ibp-linear": "parallel", "ibp": None}
@@ -210,6 +208,13 @@ def _image(shape: tuple[int, ...]) -> Image:
     if len(shape) not in (1, 2, 3):
         raise _Other
     return shape[0], shape[1] if len(shape) == 3 else 1, shape[-1] if len(shape) > 1 else 1
+
+
+def flat(t: Tensor, image: Image) -> Tensor:
+    """(B, *shape) as (B, n), channels innermost."""
+    if image[0] > 1 and image[1] * image[2] > 1:
+        t = t.reshape(-1, *image).movedim(1, -1)
+    return t.reshape(len(t), -1).contiguous()
 
 
 def _above(graph: G.Graph) -> tuple[list[int], set[int]]:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from fastrobust.bounds import graph as G
-from fastrobust.bounds.chains import conv_chain
 from fastrobust.bounds.decisions import allowed, declined
 from fastrobust.bounds.region import Region
 from fastrobust.ops import bounds as ops
@@ -195,9 +194,6 @@ def concretize_units(
     x, node = region.x, graph.nodes[start]
     if not x.is_cpu or x.dtype != torch.float32 or len(node.shape) != 3 or not len(example):
         return None
-    both = region.box is not None and region.ball is not None
-    if both and not keep and isinstance(node, G.Conv) and len(conv_chain(graph, node.inputs[0])) == 1:
-        return None  # one convolution more: ``concretize_through`` keeps the windows in the cache
     plan = _plan(graph, lines, [], start)
     if plan is None or not _fits(plan, max_memory):
         return None

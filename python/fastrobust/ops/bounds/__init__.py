@@ -1,7 +1,7 @@
 """Interval and linear bound propagation: the ops that :mod:`fastrobust.bounds` is made of."""
 
 from ...reference.bounds import Clip, Window
-from ._chain import ConvStep, concretize_through
+from ._chain import ConvStep, concretize_through, recordable
 from ._graph import MOST_ROWS, GraphLink, GraphStage, Unit, concretize_graph, graph_maps
 from ._lines import interval_activation, relax, relax_behind, support
 from ._live import LiveStep, concretize_live, leaving_out_pays
@@ -77,6 +77,7 @@ __all__ = [
     "needs_grad",
     "product",
     "product_with_transpose",
+    "recordable",
     "relax",
     "relax_behind",
     "relax_max_pool",

@@ -3,7 +3,7 @@ cache.
 
 The way down is that of any graph of stages (``bounds_stage_rows``). Where gradients are recorded over a box, one kernel
 takes a few rows of an example back up at a time; it reads the coefficients below each convolution as the way down kept
-them, or goes down again where they are too many. Over balls, and with groups or dilation, nothing is kept.
+them, or goes down again where they are too many. It takes neither balls nor groups nor dilation.
 """
 
 from __future__ import annotations
@@ -16,14 +16,11 @@ import torch
 from torch import Tensor
 
 from ... import _C
-from ...reference.bounds import Window
 from . import _autograd as gradients
-from . import _conv as conv
 from . import linear
 from ._live import LiveStep
 from ._rows import Groups, address, by_example, dense, lanes_of, native, rows_args, spread_lanes, taps_of
 
-_CHUNK_NUMBERS = 1 << 20  # of the largest coefficients of a chunk in the backward pass: 4 MB
 MOST_STEPS = 32  # that the kernel of the gradients takes
 _MOST_KEPT = 1 << 24  # numbers between the layers that are kept for the backward pass
 Pair = tuple[Tensor, Tensor]
@@ -47,97 +44,48 @@ class ConvStep(NamedTuple):
         """Whether the kernel of the gradients takes it."""
         return self.groups == 1 and self.dilation == (1, 1)
 
-    def grown(self, window: tuple[int, int] | None) -> tuple[int, int] | None:
-        """A window of the activation as one of the convolution's input; None: it covers the image, as None does."""
-        if window is None:
-            return None
-        spans = conv.spans(self.weight.shape, self.dilation)
-        h, w = ((n - 1) * s + k for n, s, k in zip(window, self.stride, spans, strict=True))
-        return (h, w) if h * w < self.shape_in[1] * self.shape_in[2] else None
+    @property
+    def fits(self) -> bool:
+        """Whether ``concretize_through`` takes rows here."""
+        return self.weight.is_cpu and native(self.weight) and spread_lanes(self.weight, self.shape[2]) > 0
 
-    def fits(self, window: tuple[int, int] | None) -> bool:
-        """Whether ``concretize_through`` takes rows of such windows here."""
-        width = self.shape[2] if window is None else window[1]
-        return self.weight.is_cpu and native(self.weight) and spread_lanes(self.weight, width) > 0
+
+def recordable(steps: list[ConvStep]) -> bool:
+    """Whether the kernel of the gradients takes these, over a box."""
+    return len(steps) <= MOST_STEPS and all(s.plain for s in steps)
 
 
 def concretize_through(
-    A: Tensor,
-    b: Tensor,
-    example: Tensor,
-    steps: list[ConvStep],
-    box: Pair | None,
-    ball: Pair | None,
-    q: float,
-    rows: Tensor | None = None,
-    corner: Pair | None = None,
-    window: Window | None = None,
+    A: Tensor, b: Tensor, example: Tensor, steps: list[ConvStep], box: Pair, rows: Tensor | None = None,
     minus: Tensor | None = None,
-) -> Tensor:
-    """``concretize_rows`` of rows that first pass through ``steps`` (``linear_back_step`` and the adjoint of a
-    convolution each): the coefficients between the layers never leave a core's cache. float32 on the CPU; recorded only
-    without windows.
-
-    Windows grow from step to step until they would be as large as the image.
-    """
-    maps = (*(box or (None, None)), *(ball or (None, None)))
+) -> Tensor:  # fmt: skip
+    """``concretize_rows`` of rows of whole maps that first pass through ``steps`` (``linear_back_step`` and the adjoint
+    of a convolution each): the coefficients between the layers never leave a core's cache. float32 on the CPU; recorded
+    without groups and dilation (``recordable``)."""
     tensors = [t for step in steps for t in (step.slopes, step.intercepts, step.weight)]
-    if linear.direct(A, b, *maps, *tensors):
-        return through(A, b, example, steps, box, ball, q, rows, corner, window, minus)
-    if corner is not None:
-        raise ValueError("corner: windows are not recorded")
+    if linear.direct(A, b, *box, *tensors):
+        return through(A, b, example, steps, box, rows, minus)
+    if not recordable(steps):
+        raise ValueError("steps: got gradients to record, expected no groups, no dilation and at most 32 steps")
     plain = [s._replace(slopes=None, intercepts=None, weight=None) for s in steps]  # type: ignore[arg-type]
-    out: Tensor = _Through.apply(plain, q, example, rows, minus, A, b, *maps, *tensors)
+    out: Tensor = _Through.apply(plain, example, rows, minus, A, b, *box, *tensors)
     return out
 
 
 def through(
-    A: Tensor,
-    b: Tensor,
-    example: Tensor,
-    steps: list[ConvStep],
-    box: Pair | None,
-    ball: Pair | None,
-    q: float,
-    rows: Tensor | None,
-    corner: Pair | None,
-    window: Any,
-    minus: Tensor | None,
+    A: Tensor, b: Tensor, example: Tensor, steps: list[ConvStep], box: Pair, rows: Tensor | None, minus: Tensor | None,
     between: Any = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The kernel; ``between``: room for what the gradients take up again (``between_of``)."""
     if not b.numel():
         return torch.empty_like(b)
     A, b, example = dense(A), dense(b), dense(example)
     rows, minus = (None if t is None else t.contiguous() for t in (rows, minus))
-    maps = [None if t is None else dense(t) for t in (*(box or (None, None)), *(ball or (None, None)))]
-    dual = 0 if ball is None else linear._DUAL[q]
-    graph, kept = _graph(steps, A, b, rows, minus, maps, dual, window and window[:2], between)
-    y, x = (None, None) if corner is None else (dense(corner[0]), dense(corner[1]))
-    out = torch.empty_like(b)
-    _C.bounds_stage_rows(
-        graph, example.data_ptr(), b.data_ptr(), out.data_ptr(), corner_y=address(y), corner_x=address(x)
-    )
-    del kept
-    return out
-
-
-def _graph(
-    steps: list[ConvStep],
-    A: Tensor,
-    b: Tensor,
-    rows: Any,
-    minus: Any,
-    maps: list[Any],
-    dual: int,
-    size: tuple[int, int] | None,
-    between: Any,
-) -> tuple[_C.Graph, list[Any]]:
-    """The steps as the kernel is told of them, and the tensors that must stay alive meanwhile."""
+    center, radius = map(dense, box)
     entry = _C.GraphEntry(
         A.data_ptr(), A.shape[1] * A.shape[2] if A.shape[0] == 2 else 0, address(rows), address(minus)
     )
-    stages, links, kept = [], [], [A, rows, minus, *maps]
+    stages, links, kept = [], [], []
     for i, step in enumerate(steps):
         slopes, intercepts = dense(step.slopes), dense(step.intercepts)
         lanes = lanes_of(step.weight)
@@ -145,17 +93,17 @@ def _graph(
         kept += [slopes, intercepts, taps]
         (c, h, w), of_lines = step.shape, (slopes.data_ptr(), slopes.shape[0], intercepts.data_ptr())
         start: Any = {"entry": 0} if i == 0 else {"kept_in": address(between and between[i - 1])}
-        stages.append(_C.GraphStage((h, w, c), max(0, i - 1), int(i > 0), *of_lines, window=size or (0, 0), **start))
+        stages.append(_C.GraphStage((h, w, c), max(0, i - 1), int(i > 0), *of_lines, **start))
         how: Any = {"kernel": step.weight.shape[2:], "stride": step.stride, "padding": step.padding, "lanes": lanes,
                "dilation": step.dilation, "groups": step.groups}  # fmt: skip
         links.append(_C.GraphLink(i, _C.LinkKind.conv, weight=taps.data_ptr(), **how))
-        size = step.grown(size)
     c, h, w = steps[-1].shape_in
-    kept_in = address(between and between[-1])
-    stages.append(_C.GraphStage((h, w, c), len(steps) - 1, 1, window=size or (0, 0), kept_in=kept_in))
+    stages.append(_C.GraphStage((h, w, c), len(steps) - 1, 1, kept_in=address(between and between[-1])))
     sizes = steps[0].slopes.shape[1], b.shape[1], b.shape[0]
-    center, radius, x, eps = map(address, maps)
-    return _C.Graph(stages, links, [entry], *sizes, center, radius, x, eps, dual), kept
+    graph = _C.Graph(stages, links, [entry], *sizes, center.data_ptr(), radius.data_ptr())
+    out = torch.empty_like(b)
+    _C.bounds_stage_rows(graph, example.data_ptr(), b.data_ptr(), out.data_ptr())
+    return out
 
 
 def between_of(steps: Sequence[ConvStep | LiveStep], matrices: int, b: Tensor) -> list[Tensor] | None:
@@ -213,69 +161,30 @@ class _Through(torch.autograd.Function):
     def forward(
         ctx: Any,
         steps: list[ConvStep],
-        q: float,
         example: Tensor,
         rows: Any,
         minus: Any,
         A: Tensor,
         b: Tensor,
-        c: Any,
-        r: Any,
-        x: Any,
-        e: Any,
+        c: Tensor,
+        r: Tensor,
         *tensors: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(example, rows, minus, A, c, r, x, e, *tensors)
-        ctx.steps, ctx.q = steps, q
-        box, ball = None if c is None else (c, r), None if x is None else (x, e)
+        ctx.save_for_backward(example, rows, minus, A, c, r, *tensors)
+        ctx.steps = steps
         steps = _filled(steps, tensors)
-        ctx.at_once = x is None and len(steps) <= MOST_STEPS and all(s.plain for s in steps)
-        ctx.between = between_of(steps, A.shape[0], b) if ctx.at_once else None
-        return through(A, b, example, steps, box, ball, q, rows, None, None, minus, ctx.between)
+        ctx.between = between_of(steps, A.shape[0], b)
+        return through(A, b, example, steps, (c, r), rows, minus, ctx.between)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
-        example, rows, minus, A, c, r, x, e, *tensors = ctx.saved_tensors
+        example, rows, minus, A, c, r, *tensors = ctx.saved_tensors
         steps, need = _filled(ctx.steps, tensors), ctx.needs_input_grad
-        if ctx.at_once:
-            wanted = (*need[7:9], [need[11 + 3 * i + 2] for i in range(len(steps))])
-            own, to_c, to_r, of_steps = chain_gradient(A, example, rows, minus, c, r, steps, g, wanted, ctx.between)
-            own = gradients._to_rows(own, A, rows, minus)
-            return (None, None, None, None, None, own, g, to_c, to_r, None, None, *[t for s in of_steps for t in s])
-        if len(example) > 1 and bool((example[1:] < example[:-1]).any()):  # chunks are examples
-            order = example.argsort(stable=True)
-            example, g = example[order], g[:, order]
-            back = torch.empty_like(order)
-            back[order] = torch.arange(len(order))
-            if rows is None:
-                A = A[:, order]
-            else:
-                rows, minus = rows[order], None if minus is None else minus[order]
-        else:
-            back = None
-        batch = steps[0].slopes.shape[1]
-        largest = max(s.weight.shape[0] * s.shape[1] * s.shape[2] for s in steps)
-        per = max(1, batch * _CHUNK_NUMBERS // max(1, g.numel() * largest))
-        parts, weights = [], [torch.zeros_like(s.weight) if need[11 + 3 * i + 2] else None for i, s in enumerate(steps)]
-        ends = torch.searchsorted(example, torch.arange(0, batch + per, per)).tolist()
-        for first, begin, end in zip(range(0, batch, per), ends, ends[1:], strict=False):
-            at, part = slice(begin, end), slice(first, min(batch, first + per))
-            chosen = (None if rows is None else rows[at], None if minus is None else minus[at])
-            some = [s._replace(slopes=s.slopes[:, part], intercepts=s.intercepts[:, part]) for s in steps]
-            ends_of = [None if t is None else t[part] for t in (c, r, x, e)]
-            a = A[:, at] if rows is None else A
-            parts.append(_chunk(a, g[:, at], example[at] - first, *chosen, some, ends_of, ctx.q, need[7:11], weights))
-        to_a = [p[0] for p in parts]
-        g_a = torch.cat(to_a, 1) if rows is None else torch.stack(to_a).sum(0)
-        if back is not None and rows is None:
-            g_a = g_a[:, back]
-        g_b = g if back is None else g[:, back]
-        maps = [None if p is None else torch.cat([q[1][i] for q in parts]) for i, p in enumerate(parts[0][1])]
-        found: list[Any] = []
-        for i, w in enumerate(weights):
-            found += [torch.cat([p[2][i][j] for p in parts], 1) for j in (0, 1)] + [w]
-        return (None, None, None, None, None, g_a, g_b, *maps, *found)
+        wanted = (*need[6:8], [need[8 + 3 * i + 2] for i in range(len(steps))])
+        own, to_c, to_r, of_steps = chain_gradient(A, example, rows, minus, c, r, steps, g, wanted, ctx.between)
+        own = gradients._to_rows(own, A, rows, minus)
+        return (None, None, None, None, own, g, to_c, to_r, *[t for s in of_steps for t in s])
 
 
 def chain_gradient(
@@ -327,46 +236,3 @@ def chain_gradient(
         w = None if t is None else t[:, : kh * kw * channels].view(o, kh, kw, channels).permute(0, 3, 1, 2)
         found.append((*pair, w))
     return to_a, to_c, to_r, found
-
-
-def _chunk(
-    A: Tensor,
-    g: Tensor,
-    example: Tensor,
-    rows: Any,
-    minus: Any,
-    steps: list[ConvStep],
-    maps: list[Any],
-    q: float,
-    need: Any,
-    weights: list[Any],
-) -> tuple[Tensor, list[Any], list[Any]]:
-    """Gradients of A, of the maps of the input set and of each step's lines; adds those of the weights."""
-    sides, count = g.shape
-    b = A.new_zeros(sides, count)
-    kept = []
-    for step in steps:
-        args = [A, b, step.slopes, step.intercepts, example, rows, minus, None, None, []]
-        scaled = linear._back_kernel(*args)[0]
-        k, (channels, height, width) = scaled.shape[0], step.shape
-        image = scaled.view(k * count, height, width, channels).permute(0, 3, 1, 2)
-        kept.append((step, args, image))
-        rows = minus = None
-        out = conv.adjoint(image, step.weight, step.stride, step.padding, step.shape_in[1:], step.dilation, step.groups)
-        A = out.permute(0, 2, 3, 1).reshape(k, count, math.prod(step.shape_in))
-    last = gradients.concretize([A, b, example, None, None, *maps, q, None, None, []], (*[True] * 5, *need), g)
-    to_maps = [t if n else None for t, n in zip(last[5:9], need, strict=True)]
-    to_rows: Any = last[0]
-    lines: list[Any] = [None] * len(steps)
-    for i, (step, args, image) in reversed(list(enumerate(kept))):
-        channels, height, width = step.shape_in
-        to_out = to_rows.reshape(len(image), height, width, channels).permute(0, 3, 1, 2)
-        plain = [image, step.weight, step.stride, step.padding, (height, width), step.dilation, step.groups]
-        found: Any = gradients.spread(plain, (True, weights[i] is not None), to_out)
-        to_image, to_weight = found[:2]
-        if to_weight is not None:
-            weights[i] += to_weight
-        to_scaled = to_image.permute(0, 2, 3, 1).reshape(len(image) // max(1, count), count, math.prod(step.shape))
-        found = gradients.back_step(args, None, to_scaled, g)
-        to_rows, lines[i] = found[0], found[2:4]
-    return to_rows, to_maps, lines

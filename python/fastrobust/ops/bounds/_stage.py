@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ._pool import PoolWindow
 from ._rows import dense
-from .margins import Image
 
+Image = tuple[int, int, int]
 _LINEAR = ("input", "linear", "scale")
 
 
@@ -27,6 +27,16 @@ class Link(NamedTuple):
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
     window: PoolWindow | None = None
+
+
+class Rows(NamedTuple):
+    """The rows: outputs ``plus`` (less ``minus``) of each row's ``example``, as many of each and one after the other;
+    lower bounds, or both."""
+
+    example: Tensor
+    plus: Tensor
+    minus: Tensor | None
+    sides: int
 
 
 class Stage(NamedTuple):

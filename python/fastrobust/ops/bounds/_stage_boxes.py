@@ -16,9 +16,8 @@ from . import _lines as lines
 from ._pool import PoolWindow, relax_max_pool
 from ._relu_box import relu_box
 from ._rows import address, dense
-from ._stage import Held, Link, Parameters, Stage, by_channel, channels_first, flat_of, image_of, signed
+from ._stage import Held, Image, Link, Parameters, Stage, by_channel, channels_first, flat_of, image_of, signed
 from .intervals import RELU, _interval_conv_kernel, center_linear, relu_center, to_center
-from .margins import Image
 
 _CENTER = 0
 

@@ -11,8 +11,10 @@ from ... import _C
 from ...reference.relaxations import interval_activation
 from .._library import on_cpu
 from . import _autograd as gradients
+from . import _chain as chain
 from . import _conv as conv
-from . import _lines
+from . import _lines, linear
+from ._live import live_gradient
 from ._pool import relax_max_pool
 from ._product import matrix_product
 from ._relu_box import is_shared, relu_box_gradient
@@ -22,6 +24,7 @@ from ._stage import (
     Held,
     Link,
     Parameters,
+    Rows,
     Stage,
     by_channel,
     channels_first,
@@ -31,8 +34,8 @@ from ._stage import (
     signed,
 )
 from ._stage_boxes import max_pool
+from ._stage_live import Chain, conv_steps, from_signs, groups_of, only_link, signs_pay
 from .intervals import CENTER
-from .margins import Rows
 from .stages import Told, forward, graph_of, spread
 
 Pair = tuple[Any, Any]
@@ -101,7 +104,7 @@ class _Backward:
             kind,
         )
         self.held: list[Held] = kept["held"]
-        self.kept: dict[Any, Any] = kept.get("rows", {})
+        self.kept: dict[Any, Any] = dict(kept.get("rows", {}))
         # of the bounds, or of the rows at the input and of their offsets
         self.g, self.of_map = dense(grads[-1]), dense(grads[0]) if len(grads) > 1 else None
         self.input_too = input_too
@@ -112,9 +115,8 @@ class _Backward:
         self.to_matrices: list[Any] = [None] * len(heads.stages)
         self.to_lines: dict[int, Any] = {}
         self.to_boxes: dict[int, Pair] = {}  # of centre and radius behind a stage
-        batch = len(self.held[0].center)
-        per = len(rows.plus) // max(1, batch)
-        self.groups = torch.arange(0, len(rows.plus) + 1, max(1, per), device=self.g.device), None
+        self.through: dict[int, Tensor] = {}  # of W c, where the rows tell it
+        self.groups = groups_of(rows, len(self.held[0].center), self.g.device)
 
     def run(self) -> list[Any]:
         if self.kind is None:
@@ -177,7 +179,11 @@ class _Backward:
     def _rows_up(self) -> None:
         to_reached: dict[int, Tensor] = {}  # gradients of the rows at each stage
         entry = {i: k for k, i in enumerate(self.heads.stages)}
-        if 0 in self.kept:
+        if "chain" in self.kept:
+            self._from_chain(self.kept["chain"], to_reached, entry)
+        elif (i := self._first(entry)) and self._from_first(i, to_reached, entry):
+            self.kept.pop(i, None)
+        elif 0 in self.kept:
             A, pick, _ = self.kept[0]
             self._arrived(0, self._ended(A, pick), to_reached, entry)
         else:
@@ -185,6 +191,65 @@ class _Backward:
         for i in range(1, len(self.stages)):
             if i in self.kept:
                 self._arrived(i, self._up(i, to_reached), to_reached, entry)
+
+    def _from_chain(self, below: Chain, to_reached: dict[int, Tensor], entry: dict[int, int]) -> None:
+        """ReLUs and convolutions in one kernel, down to the input."""
+        wanted, box, steps = self.input_too, self.held[0][:2], conv_steps(below.steps)
+        need = (wanted, wanted, [True] * len(steps))
+        to_a, to_c, to_r, of_steps = chain.chain_gradient(
+            below.A, self.rows.example, *below.pick, *box, steps, self.g, need, below.between, self.groups, True
+        )
+        if wanted:
+            self._add_box(0, to_c, to_r)
+        for i, (slopes, intercepts, to_w) in zip(below.order, of_steps, strict=True):
+            self.to_lines[i] = slopes, intercepts
+            self._add_weight(self.stages[i].links[0], to_w)
+        self._arrived(below.order[0], to_a, to_reached, entry)
+
+    def _first(self, entry: dict[int, int]) -> int:
+        """The stage of a first dense layer through which alone rows reach the input; 0 where there is none."""
+        if "living" in self.kept:
+            return int(self.kept["living"].order[0])
+        if self.of_map is not None or 0 not in self.kept or 0 in entry or not on_cpu(self.g):
+            return 0
+        read = [i for i, s in enumerate(self.stages) if any(link.source == 0 for link in s.links)]
+        link = only_link(self.stages[read[0]]) if len(read) == 1 else None
+        return read[0] if link is not None and link.dense else 0
+
+    def _from_first(self, i: int, to_reached: dict[int, Tensor], entry: dict[int, int]) -> bool:
+        """From the input up through the first layer; False where the usual way is the better one."""
+        stage, at, rows = self.stages[i], self.held[i], self.rows
+        link, before, live = stage.links[0], self.stages[0].shape, self.kept.get("living")
+        assert link.at is not None
+        w, lines = self.given.weights[link.at], (at.slopes, at.intercepts)
+        A, pick, scaled = self.kept[i] if live is None else (live.A, live.pick, None)
+        below = self.kept[0].A if live is None else live.between[0]
+        found = None
+        if signs_pay(self.shared, at.living):
+            if scaled is None:
+                args: list[Any] = [A, torch.zeros_like(self.g), *lines, rows.example, *pick, None, None, []]
+                scaled = linear._back_kernel(*args)[0]
+            flat = channels_first(below.flatten(0, 1), before).view(below.shape)
+            given = (flat, scaled, dense(w), at.bias, at.center)
+            found = from_signs(*given, self.held[0].radius[0], self.g, rows.example)
+        if found is not None:
+            to_scaled, to_w, self.through[i] = found
+            args = [A, self.g, *lines, rows.example, *pick, None, None, []]
+            to_a, *self.to_lines[i] = gradients.back_rows_kernel(args, to_scaled, self.g, self.groups)
+            self._add_weight(link, to_w)
+        elif live is not None:
+            to_below = self._ended(below, (None, None))
+            to_a, self.to_lines[i], to_w = live_gradient(
+                A, pick[0], pick[1], rows.example, live.steps[0], to_below, self.g, self.groups
+            )
+            self._add_weight(link, channels_first(to_w, before))
+            if pick[0] is not None:  # of the whole matrix
+                self.to_matrices[entry[i]] = to_a
+                return True
+        else:
+            return False
+        self._arrived(i, to_a, to_reached, entry)
+        return True
 
     def _ended(self, A: Tensor, pick: Pair) -> Tensor:
         """The gradient of the rows at the input."""
@@ -332,6 +397,8 @@ class _Backward:
             shared = is_shared(at.center, at.radius)
             told = shared, at.bias, stage.shape[0], self.kind == "crown"
             g_c, g_r, to_bias = relu_box_gradient(at.center, at.radius, *told, lines, after)
+            if i in self.through:
+                g_c += self.through[i]
         elif stage.relaxed:
             g_c, g_r, to_bias = self._activation_up(stage, at, lines, after)
         else:
@@ -417,7 +484,11 @@ class _Backward:
             c, r, w, g_c, g_r = [dense(t) for t in (c, r, w, g_c, g_r)]
             if on_cpu(w):
                 to_c, to_r = ((torch.empty_like(t) if wanted else None) for t in (c, r))
-                to_w = torch.zeros_like(w)
+                # the kernel adds to what is there
+                own = self.to_weights[link.at] if link.sign > 0 else None
+                to_w = torch.zeros_like(w) if own is None else dense(own)
+                if own is not None:
+                    self.to_weights[link.at] = None
                 sizes = c.shape[0], r.shape[0], c.shape[1], stage.size
                 _C.bounds_interval_grad(
                     c.data_ptr(), r.data_ptr(), w.data_ptr(), g_c.data_ptr(), g_r.data_ptr(), to_w.data_ptr(),

@@ -5,9 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import linear
-from ._stage import Heads, Parameters, Stage
+from ._stage import Heads, Parameters, Rows, Stage
 from ._stage_gradients import Margins
-from .margins import Rows
 from .stages import forward
 
 

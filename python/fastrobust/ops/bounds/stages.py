@@ -2,10 +2,9 @@
 
 A stage is an activation, a linear node that several nodes read, or a scaling, together with the products and sums that
 feed it; stage 0 is the input. Intervals go up the stages and, where lines are wanted (CROWN-IBP, IBP-inspired linear
-bounds), rows of coefficients come down again; the gradients of both are written by hand. As in
-:mod:`fastrobust.ops.bounds.margins`, which is faster for chains of ReLUs, kernels follow one another with nothing
-between them and maps are flat with their channels innermost. The definition is the engine of :mod:`fastrobust.bounds`.
-float32.
+bounds), rows of coefficients come down again; the gradients of both are written by hand. Kernels follow one another
+with nothing between them and maps are flat with their channels innermost. Where a chain of ReLUs is left, neurons
+without lines are left out if that pays. The definition is the engine of :mod:`fastrobust.bounds`. float32.
 """
 
 from __future__ import annotations
@@ -22,9 +21,22 @@ from . import linear
 from ._conv import adjoint_definition
 from ._product import matrix_product
 from ._rows import address, dense, lanes_of, taps_of
-from ._stage import Heads, Held, Link, Parameters, Stage, by_channel, channels_last, flat_of, image_of, signed
+from ._stage import (
+    Heads,
+    Held,
+    Image,
+    Link,
+    Parameters,
+    Rows,
+    Stage,
+    by_channel,
+    channels_last,
+    flat_of,
+    image_of,
+    signed,
+)
 from ._stage_boxes import boxes_of
-from .margins import Image, Rows
+from ._stage_live import rows_of_chain
 
 
 def spread(a: Tensor, taps: Tensor, shape: Image, source: Image, kernel: Any, link: Link) -> Tensor:
@@ -84,6 +96,10 @@ def rows_down(
             continue
         A, pick = _meet(entry.pop(i, None), reached.pop(i, None), picks)
         stage, at = stages[i], held[i]
+        if not (entry or reached or keep):
+            bounds = rows_of_chain(stages, given, held, i, A, pick, b, rows, kept)
+            if bounds is not None:
+                return (bounds,)
         if stage.relaxed:
             scaled, b = linear._back_kernel(A, b, at.slopes, at.intercepts, rows.example, *pick, None, None, [])
         else:
@@ -96,6 +112,11 @@ def rows_down(
             down = _link_down(link, stage, stages[j], given, scaled, rows.example, at.index)
             reached[j] = down if j not in reached else reached[j] + down
     given_rows = {i: _meet(entry.get(i), reached.get(i), picks) for i in {*entry, *reached}}
+    if len(given_rows) == 1 and not keep:
+        ((i, (A, pick)),) = given_rows.items()
+        bounds = rows_of_chain(stages, given, held, i, A, pick, b, rows, kept) if i else None
+        if bounds is not None:
+            return (bounds,)
     return _rows_of_images(stages, given, held, b, rows.example, given_rows, kept, keep)
 
 
