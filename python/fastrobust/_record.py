@@ -13,11 +13,13 @@ import functools
 import linecache
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
 
 from fastrobust._places import Constant, Place, Read, Value, inside, place_of, replaced
@@ -431,6 +433,18 @@ def without_recording(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     return stack
 
 
+@contextlib.contextmanager
+def _written_out() -> Iterator[None]:
+    """Within, attention runs as products and a softmax, not as one operation that hides them."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
 def record(model: Any, x: Tensor, *, named: bool = False) -> Recording:
     """Calls ``model(x)`` on a copy of x (a batch as the model takes it) and returns what happened. No statistics,
     random state or parameter moves: what would move them raises. ``named``: steps know the module and the line they
@@ -444,7 +458,7 @@ def record(model: Any, x: Tensor, *, named: bool = False) -> Recording:
         x = x.clone(memory_format=torch.preserve_format)
         recorder = Recorder(model, named)
         source = recorder.start(x)
-        with recorder:
+        with recorder, _written_out():
             result = unwrapped(model)(x)
         told: list[Any] = []
         output = recorder._marked(result, told) if not isinstance(result, dict) else replaced(result, recorder.marker)

@@ -212,7 +212,7 @@ def compute_bounds(
             low, up = ends[0] if sides != "upper" else None, ends[1] if sides != "lower" else None
         else:
             # without rows or lines there is nothing to choose
-            searches = method == "alpha-crown" and len(example) > 0 and len(engine.lines) > 0
+            searches = engine.search is not None and len(example) > 0 and len(engine.lines) > 0
             keeps = return_linear and not searches
             out, kept = engine.final(example, plus, minus, matrix, count, keeps, negative)
             if searches and engine.search is not None:

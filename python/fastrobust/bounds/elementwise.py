@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastrobust._places import Constant
 from fastrobust.bounds import graph as G
+from fastrobust.bounds import products as P
 from fastrobust.bounds.builder import Ref, Tracked, per_example
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def add(sign: int, swapped: bool = False) -> Callable[[Lowering, Args], Ref]:
 def multiply(b: Lowering, a: Args) -> Ref:
     x, y = operand(b, a["self"], b.size), operand(b, a["other"], b.size)
     if isinstance(x, Ref) and isinstance(y, Ref):
-        raise b.fail("a product of two tensors that depend on the input")
+        return P.times(b, x, y)
     return b.affine(x, y) if isinstance(x, Ref) else b.affine(y, x)
 
 
@@ -61,7 +62,8 @@ def divide(b: Lowering, a: Args) -> Ref:
         raise b.fail("a division with rounding")
     x, y = operand(b, a["self"], b.size), operand(b, a["other"], b.size)
     if isinstance(y, Ref):
-        raise b.fail("a division by a tensor that depends on the input")
+        below = P.applied(b, y, "reciprocal")
+        return P.times(b, x, below) if isinstance(x, Ref) else b.affine(below, x)
     return b.affine(x, (lambda: y().double().reciprocal()) if callable(y) else 1.0 / float(y))
 
 

@@ -16,7 +16,8 @@ from fastrobust.bounds import graph as G
 from fastrobust.bounds import outward as O
 from fastrobust.bounds.backward import Backward, Chunk, Lines, Rows
 from fastrobust.bounds.chains import conv_chain
-from fastrobust.bounds.decisions import took
+from fastrobust.bounds.decisions import declined, took
+from fastrobust.bounds.joint import Joint, Product
 from fastrobust.bounds.needed import needed
 from fastrobust.bounds.region import Box, Region
 from fastrobust.bounds.slope_search import Wanted, best_rows, lines_before
@@ -75,6 +76,9 @@ class Engine:
         self.exact: list[bool] = [False] * len(graph.nodes)
         self.diagonal: list[bool] = [False] * len(graph.nodes)
         self.search = search if method == "alpha-crown" else None
+        kept = next((n for n in graph.nodes if isinstance(n, Joint)), None)
+        if kept is not None and self.search is not None:
+            self.search = declined("slope search", f"{type(kept).__name__.lower()} at {kept.where!r} has CROWN's lines")
         self.layouts: dict[int, Tensor] = {}  # weights with their columns in channels-last order
 
     # -- intervals -----------------------------------------------------------------------------------------------------
@@ -91,9 +95,22 @@ class Engine:
                 if self.tighten and loose and isinstance(self.graph.nodes[j], G.LinearNode):
                     self._tighten(j)
                 self.lines[i] = self._relax(node)
+            if isinstance(node, Joint) and self.kind is not None:
+                for j in dict.fromkeys(node.inputs):
+                    if self.tighten and not self.exact[j] and self._has_rows(j):
+                        self._tighten(j)
+                self.lines[i] = Lines(*node.relax([self.boxes[j].ends for j in node.inputs], self.kind))
             self.boxes[i] = self._interval(i, node)
             if self.outward:
                 self.boxes[i] = self._widened(i, node)
+
+    def _has_rows(self, j: int) -> bool:
+        """Whether linear bounds can be tighter than the interval of node j: not where it holds the values of a function
+        of one number, or of a softmax, alone."""
+        node: Any = self.graph.nodes[j]
+        while isinstance(node, G.Reshape) or isinstance(node, G.Monotone) and node.places is not None:
+            node = self.graph.nodes[node.inputs[0]]
+        return isinstance(node, (G.LinearNode, Product))
 
     def _widened(self, i: int, node: Any) -> Box:
         """The interval with what float32 evaluation of the node can add; remembers it for the linear bounds."""
@@ -260,7 +277,7 @@ class Engine:
         if self.search is not None and self.search.hidden != 0 and lines_before(self, j):
             out, _ = best_rows(self, Wanted(j, example, neuron), self._hidden_search(j), out)
         low, up = (t.flatten(1).index_put((example, neuron), v).view(t.shape) for t, v in zip((l, u), out, strict=True))
-        if self.intersect:
+        if self.intersect or any(isinstance(self.graph.nodes[c], Joint) for c in self.graph.nodes[j].consumers):
             low, up = torch.maximum(low, l), torch.minimum(up, u)
         elif not self.refine_all:  # what was linear stays so, also where only the float32 error moved it past a kink
             by = self.slack.get(j, 0.0)

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastrobust._places import wave
 from fastrobust._record import ModelMismatchError, without_recording
 from fastrobust.bounds import graph as G
+from fastrobust.bounds.joint import Centred, Joint
 from fastrobust.reference import relaxations
 
 
@@ -70,8 +71,10 @@ def _value(node: G.Node, given: list[Tensor], absolute: bool) -> Tensor:
             return torch.cat(given, node.dim + 1)
         case G.Reshape():
             return t.reshape(len(t), *node.shape)
-        case G.Monotone():
+        case G.Monotone() | Centred():
             return node.function(t)
+        case Joint():
+            return node.value(given)
         case G.MaxPool():
             return node.pool(t)
     assert isinstance(node, G.Activation)
