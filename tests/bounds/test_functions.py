@@ -42,7 +42,7 @@ def test_lines_and_ranges_hold_everywhere(name: str, dtype: torch.dtype, kind: s
     assert (lines.slopes[0].double() * x + lines.intercepts[0].double() <= y).all()
     assert (lines.slopes[-1].double() * x + lines.intercepts[1].double() >= y).all()
     below, above = functions.interval(low, up, name)
-    room = 4 * torch.finfo(dtype).eps * y.abs()
+    room = 4 * torch.finfo(dtype).eps * y.abs() + torch.finfo(dtype).tiny
     assert (below.double() <= y + room).all() and (above.double() >= y - room).all()
     assert (below.double() >= y.amin(0) - 1e-3 * (1 + y.abs().amax(0))).all()  # and no wider
 

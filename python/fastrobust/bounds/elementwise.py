@@ -35,12 +35,21 @@ def scaled(b: Lowering, v: Any, k: float) -> Any:
     return (lambda: v() * k) if callable(v) else v * k
 
 
+def without_infinities(v: Any) -> Any:
+    """A constant as it is, or with +-1e30 in place of infinite numbers: masks of attention, which a softmax turns into
+    0 either way. Anything else that reads them is told from the model by the comparison with it."""
+    if callable(v):
+        return G.Derived(lambda: v().clamp(-1e30, 1e30)) if bool(torch.isinf(v()).any()) else v
+    return v if isinstance(v, Ref) else min(max(v, -1e30), 1e30)
+
+
 def add(sign: int, swapped: bool = False) -> Callable[[Lowering, Args], Ref]:
     def handle(b: Lowering, a: Args) -> Ref:
         x, y = (a["other"], a["self"]) if swapped else (a["self"], a["other"])
         first, second = operand(b, x, b.size), operand(b, y, b.size)
         alpha = float(a.get("alpha", 1))
         second = scaled(b, second, alpha)
+        first, second = without_infinities(first), without_infinities(second)
         if isinstance(first, Ref) and isinstance(second, Ref):
             return b.add(G.Sum((first.index, second.index), b.shape(first), b.where, signs=(1, sign)))
         if isinstance(first, Ref):
@@ -184,7 +193,7 @@ def choose(b: Lowering, a: Args) -> Ref:
     parts = []
     for v, get in ((a["self"], mask), (a["other"], lambda: ~mask())):
         t = operand(b, v, b.size)
-        t = t if isinstance(t, Ref) else fixed(b, t)
+        t = t if isinstance(t, Ref) else fixed(b, without_infinities(t))
         parts.append(b.affine(t, get).index)
     return b.add(G.Sum(tuple(parts), per_example(b.size), b.where, signs=(1, 1)))
 
@@ -197,7 +206,7 @@ def masked_fill(b: Lowering, a: Args) -> Ref:
     if isinstance(value, Tracked):
         filled = b.affine(b.expanded(value, b.size), mask)
         return b.add(G.Sum((x.index, filled.index), b.shape(x), b.where, signs=(1, 1)))
-    get = b.constant(value)
+    get = without_infinities(b.constant(value))
     return b.affine(x, None, lambda: mask() * (get() if callable(get) else float(get)))
 
 

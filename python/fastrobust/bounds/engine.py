@@ -15,6 +15,7 @@ from fastrobust._input_sets import dual_norm, eps_like
 from fastrobust.bounds import graph as G
 from fastrobust.bounds import outward as O
 from fastrobust.bounds.backward import Backward, Chunk, Lines, Rows
+from fastrobust.bounds.builder import unsupported
 from fastrobust.bounds.chains import conv_chain
 from fastrobust.bounds.decisions import declined, took
 from fastrobust.bounds.joint import Joint, Product
@@ -64,6 +65,10 @@ class Engine:
         self.refine_all = refine == "all"
         self.sharpen = exact_input and region.box is not None and region.ball is not None
         self.outward = outward
+        joint = next((n for n in graph.nodes if isinstance(n, Joint)), None)
+        if outward and joint is not None:
+            why = " with rounding='outward': how float32 rounds it is not accounted for"
+            raise unsupported(type(joint).__name__.lower(), joint.where, why)
         self.known_sizes = sizes_must_be_known(region.x.device)
         self.slack: dict[int, Tensor] = {}  # float32 errors of the linear nodes
         self.keep = keep  # intermediate bounds are asked for
@@ -76,9 +81,9 @@ class Engine:
         self.exact: list[bool] = [False] * len(graph.nodes)
         self.diagonal: list[bool] = [False] * len(graph.nodes)
         self.search = search if method == "alpha-crown" else None
-        kept = next((n for n in graph.nodes if isinstance(n, Joint)), None)
-        if kept is not None and self.search is not None:
-            self.search = declined("slope search", f"{type(kept).__name__.lower()} at {kept.where!r} has CROWN's lines")
+        if joint is not None and self.search is not None:
+            why = f"{type(joint).__name__.lower()} at {joint.where!r} has no free slopes: CROWN's lines are kept"
+            self.search = declined("slope search", why)
         self.layouts: dict[int, Tensor] = {}  # weights with their columns in channels-last order
 
     # -- intervals -----------------------------------------------------------------------------------------------------
@@ -413,11 +418,23 @@ class Engine:
                 offsets.append(kept[1])
         joined = torch.cat(bounds, 1)
         offset = torch.cat(offsets, 1) if keep else None
-        if self.outward and matrix is not None:  # the product with the rows is one layer more
-            reach = O.magnitude(self.boxes[start]).flatten(1)[example]
-            extra = torch.stack([-1.0 * (by := O.rows_error(matrix, reach)), by])[:sides]
+        if self.outward and (matrix is not None or self.graph.log_softmax):
+            by = self._error_behind(example, matrix)
+            extra = torch.stack([-by, by])[:sides]
             joined, offset = joined + extra, None if offset is None else offset + extra
         return joined, ((torch.cat(maps, 1), offset) if keep else None)
+
+    def _error_behind(self, example: Tensor, matrix: Tensor | None) -> Tensor:
+        """Float32 errors (R,) of what follows the output node: the log-softmax, and the product with the rows, which is
+        one layer more."""
+        box = self.boxes[self.graph.output]
+        reach = O.magnitude(box).flatten(1)[example]
+        own = torch.zeros_like(reach[:, 0])
+        if self.graph.log_softmax:
+            size, error = (t[example] for t in O.log_softmax_error(box))
+            reach = torch.maximum(reach, size[:, None])
+            own = error * (2.0 if matrix is None else matrix.abs().sum(1))
+        return own if matrix is None else own + O.rows_error(matrix, reach)
 
     def intersected(
         self, out: Tensor, example: Tensor, plus: Any, minus: Any, matrix: Any, count: int, negative: bool

@@ -69,7 +69,7 @@ class Function(Joint):
         if functions.FUNCTIONS[self.name].starts is not None and bool(functions.outside(low, self.name).any()):
             raise ValueError(
                 f"model: {self.name} at {self.where!r} is not bounded on the set: what it reads may be as small as "
-                f"{float(low.min()):.3g}, expected more than 0 (a smaller eps, or a tighter method)"
+                f"{float(low.detach().min()):.3g}, expected more than 0 (a smaller eps, or a tighter method)"
             )
         return functions.interval(low, up, self.name)
 

@@ -143,6 +143,14 @@ def instance_norm(b: Lowering, a: Args) -> Ref | None:
     return _with_affine(b, y, a, (1,) * (len(x.size) - 2))
 
 
+def gated(b: Lowering, a: Args) -> Ref:
+    """The first half along ``dim`` times the sigmoid of the second."""
+    x = a["self"]
+    half = x.size[a["dim"]] // 2
+    one, gate = (b.moved(x, lambda t, k=k: t.narrow(a["dim"], k * half, half)).ref for k in (0, 1))
+    return times(b, one, b.activation(gate, "sigmoid"))
+
+
 def variance(root: bool) -> Callable[[Lowering, Args], Ref]:
     def handle(b: Lowering, a: Args) -> Ref:
         x, dims = a["self"], a.get("dim")

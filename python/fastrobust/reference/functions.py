@@ -38,6 +38,7 @@ _MISH = (-2.256376396396079, 1.4905711794854285, -1.1924312145154952, 50.0)
 
 
 def _mish(x: Tensor) -> Tensor:
+    x = x.clamp(min=-1e3)
     t = torch.tanh(F.softplus(x))
     return t + x * (1 - t * t) * torch.sigmoid(x)
 
@@ -73,14 +74,14 @@ FUNCTIONS: dict[str, Function] = {
     ),
     "square": Function(torch.square, lambda x: 2 * x, lambda d: [0.5 * d], 1, least=0.0),
     "hardswish": Function(
-        F.hardswish,
+        lambda x: F.hardswish(x.clamp(min=-3)),  # 0 at minus infinity, too
         lambda x: torch.where(x <= -3, 0.0, torch.where(x >= 3, 1.0, (2 * x + 3) / 6)),
         lambda d: [3 * d - 1.5],
         0,
         (-3.0, 3.0),
         -1.5,
     ),
-    "mish": Function(F.mish, _mish, _mish_meets, 0, (), _MISH[2]),
+    "mish": Function(lambda x: F.mish(x.clamp(min=-1e3)), _mish, _mish_meets, 0, (), _MISH[2]),
 }
 
 
@@ -110,7 +111,7 @@ def _intercepts(f: Function, d: Tensor, l: Tensor, u: Tensor) -> tuple[Tensor, T
         points = [torch.full_like(d, k) for k in f.kinks] + f.meets(d)
         inside = [(l < t) & (t < u) for t in points]
         size = d.abs() * torch.maximum(l.abs(), u.abs()) + torch.maximum(sl.abs(), su.abs())
-        pad = 8 * torch.finfo(d.dtype).eps * size + torch.finfo(d.dtype).tiny
+        pad = 8 * torch.finfo(d.dtype).eps * size + 1e-28  # also where products vanish
     for t, m in zip(points, inside, strict=True):
         values.append(torch.where(m, f.value(torch.where(m, t, l)) - d * t.where(m, l), values[0]))
     found = torch.stack(values)
