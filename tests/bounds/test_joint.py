@@ -219,16 +219,16 @@ def test_lines_of_softmax(width: float, dtype: torch.dtype) -> None:
     torch.manual_seed(2)
     l = (3 * torch.randn(5, 4, 6)).to(dtype)
     u = l + width * torch.rand_like(l)
-    node = J.Softmax((0,), (4, 6), "here")
-    low, up = node.interval([(l, u)])
-    slopes, ends = node.relax([(l, u)], "crown")
+    node, apart = J.Softmax((0,), (4, 6), "here"), J.Differences((0,), (4, 6, 6), "here").interval([(l, u)])
+    low, up = node.interval([apart])
+    slopes, ends = node.relax([apart], "crown")
     slopes, ends = slopes.double(), ends.double()
     for step in range(200):
         t = torch.rand_like(l) if step % 2 else torch.randn_like(l).sign() * 0.5 + 0.5
         x = torch.minimum(torch.maximum(l + t * (u - l), l), u).double()
         p = x.softmax(-1)
         assert (low.double() <= p * (1 + 1e-6)).all() and (up.double() >= p * (1 - 1e-6)).all()
-        line = (slopes * x.unsqueeze(-2)).sum(-1) + ends
+        line = (slopes * (x.unsqueeze(-2) - x.unsqueeze(-1))).sum(-1) + ends
         assert (line[0] <= p).all() and (line[1] >= p).all()
     if width <= 1:  # the interval is the range: its ends are attained
         at = torch.where(torch.eye(6, dtype=torch.bool), u.unsqueeze(-2), l.unsqueeze(-2)).softmax(-1)

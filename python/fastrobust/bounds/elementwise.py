@@ -39,8 +39,8 @@ def without_infinities(v: Any) -> Any:
     """A constant as it is, or with +-1e30 in place of infinite numbers: masks of attention, which a softmax turns into
     0 either way. Anything else that reads them is told from the model by the comparison with it."""
     if callable(v):
-        return G.Derived(lambda: v().clamp(-1e30, 1e30)) if bool(torch.isinf(v()).any()) else v
-    return v if isinstance(v, Ref) else min(max(v, -1e30), 1e30)
+        return G.Derived(lambda: v().clamp(-G.MASKED, G.MASKED)) if bool(torch.isinf(v()).any()) else v
+    return v if isinstance(v, Ref) else min(max(v, -G.MASKED), G.MASKED)
 
 
 def add(sign: int, swapped: bool = False) -> Callable[[Lowering, Args], Ref]:

@@ -18,7 +18,7 @@ from fastrobust.bounds.backward import Backward, Chunk, Lines, Rows
 from fastrobust.bounds.builder import unsupported
 from fastrobust.bounds.chains import conv_chain
 from fastrobust.bounds.decisions import declined, took
-from fastrobust.bounds.joint import Joint, Product
+from fastrobust.bounds.joint import Differences, Joint, Product
 from fastrobust.bounds.needed import needed
 from fastrobust.bounds.region import Box, Region
 from fastrobust.bounds.slope_search import Wanted, best_rows, lines_before
@@ -35,6 +35,7 @@ METHODS: dict[str, tuple[bool, str | None]] = {
     "crown": (True, "crown"),
     "alpha-crown": (True, "crown"),  # the rows of the output with the best slopes
 }
+_DIFFERENCES = 1 << 14  # before a softmax, up to which each gets linear bounds of its own
 _HEAP_BYTES = 64 << 20  # of the heap that may be free between pieces
 _CACHE_BYTES = 4 << 20  # rows of a chunk that fit a core's cache, where no graph is recorded
 
@@ -103,11 +104,21 @@ class Engine:
             if isinstance(node, Joint) and self.kind is not None:
                 for j in dict.fromkeys(node.inputs):
                     if self.tighten and not self.exact[j] and self._has_rows(j):
-                        self._tighten(j)
+                        self._tighten_for_joint(j)
                 self.lines[i] = Lines(*node.relax([self.boxes[j].ends for j in node.inputs], self.kind))
             self.boxes[i] = self._interval(i, node)
             if self.outward:
                 self.boxes[i] = self._widened(i, node)
+
+    def _tighten_for_joint(self, j: int) -> None:
+        """Of many differences those numbers get linear bounds that are subtracted."""
+        node = self.graph.nodes[j]
+        if not isinstance(node, Differences) or node.size <= _DIFFERENCES:
+            return self._tighten(j)
+        i = node.inputs[0]
+        if not self.exact[i] and self._has_rows(i):
+            self._tighten(i)
+            self.boxes[j] = Box(node.interval([self.boxes[i].ends]))
 
     def _has_rows(self, j: int) -> bool:
         """Whether linear bounds can be tighter than the interval of node j: not where it holds the values of a function
@@ -272,6 +283,7 @@ class Engine:
     def _tighten(self, j: int) -> None:
         """Replaces the interval of node j by linear bounds wherever lines are made from it."""
         l, u = self.boxes[j].ends
+        node = self.graph.nodes[j]
         self.exact[j] = True
         wanted = torch.ones_like(l, dtype=torch.bool) if self.refine_all else needed(self.graph, j, l, u)
         shown = wanted | (l < u) if self.keep else wanted
@@ -282,7 +294,7 @@ class Engine:
         if self.search is not None and self.search.hidden != 0 and lines_before(self, j):
             out, _ = best_rows(self, Wanted(j, example, neuron), self._hidden_search(j), out)
         low, up = (t.flatten(1).index_put((example, neuron), v).view(t.shape) for t, v in zip((l, u), out, strict=True))
-        if self.intersect or any(isinstance(self.graph.nodes[c], Joint) for c in self.graph.nodes[j].consumers):
+        if self.intersect or any(isinstance(self.graph.nodes[c], (Joint, Differences)) for c in node.consumers):
             low, up = torch.maximum(low, l), torch.minimum(up, u)
         elif not self.refine_all:  # what was linear stays so, also where only the float32 error moved it past a kink
             by = self.slack.get(j, 0.0)
@@ -418,15 +430,16 @@ class Engine:
                 offsets.append(kept[1])
         joined = torch.cat(bounds, 1)
         offset = torch.cat(offsets, 1) if keep else None
-        if self.outward and (matrix is not None or self.graph.log_softmax):
-            by = self._error_behind(example, matrix)
+        if (by := self.error_behind(example, matrix)) is not None:
             extra = torch.stack([-by, by])[:sides]
             joined, offset = joined + extra, None if offset is None else offset + extra
         return joined, ((torch.cat(maps, 1), offset) if keep else None)
 
-    def _error_behind(self, example: Tensor, matrix: Tensor | None) -> Tensor:
-        """Float32 errors (R,) of what follows the output node: the log-softmax, and the product with the rows, which is
-        one layer more."""
+    def error_behind(self, example: Tensor, matrix: Tensor | None) -> Tensor | None:
+        """Rounding outward, float32 errors (R,) of what follows the output node: the log-softmax, and the product with
+        the rows, which is one layer more."""
+        if not self.outward or (matrix is None and not self.graph.log_softmax):
+            return None
         box = self.boxes[self.graph.output]
         reach = O.magnitude(box).flatten(1)[example]
         own = torch.zeros_like(reach[:, 0])

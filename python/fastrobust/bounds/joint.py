@@ -1,5 +1,5 @@
 """Nonlinear nodes that the kernels have no stage for: functions of one number, products of two bounded values,
-softmax. And the subtraction of means, which their normalisations need.
+softmax. And the differences and the subtraction of means that softmax and normalisations need.
 
 Each has its interval, and lines or planes: slopes on every input and two intercepts. ``Backward`` asks for what a node
 makes of rows; the engine for the rest. Everything is torch, so that gradients are recorded and any device serves.
@@ -138,35 +138,31 @@ def _corners(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> G.Ends:
 
 @dataclass(eq=False)
 class Softmax(Joint):
-    """Of the last dimension of (rows, n): p_i = 1 / g_i, g_i = sum_j exp(x_j - x_i) (Shi et al. 2020, Bonaert et al.
-    2021), so that an interval is exact and no product is bounded. Lines: chords (above) and tangents (below) of every
-    exp, then the tangent of 1 / g at the middle of its interval below, the chord above; a constant where that is
+    """p_i = 1 / g_i, g_i = sum_j exp(d_ij), of the differences d_ij = x_j - x_i (rows, n, n) (Shi et al. 2020, Bonaert et
+    al. 2021), so that an interval is exact and no product is bounded. Lines: chords (above) and tangents (below) of
+    every exp, then the tangent of 1 / g at the middle of its interval below, the chord above; a constant where that is
     tighter at the centre."""
 
     def value(self, given: list[Tensor]) -> Tensor:
-        return given[0].softmax(-1)
+        return given[0].exp().sum(-1).reciprocal()
 
-    def _sums(self, l: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The differences (B, rows, i, j) from below and above, and the interval of g."""
-        a, b = l.unsqueeze(-2) - u.unsqueeze(-1), u.unsqueeze(-2) - l.unsqueeze(-1)
-        own = torch.eye(l.shape[-1], dtype=torch.bool, device=l.device)
-        a, b = a.masked_fill(own, 0.0), b.masked_fill(own, 0.0)
-        eps = torch.finfo(l.dtype).eps
-        by = (l.shape[-1] + 8) * eps + eps * torch.maximum(a.abs(), b.abs()).detach().amax(-1).clamp(max=100)
-        return a, b, a.exp().sum(-1) * (1 - by), b.exp().sum(-1) * (1 + by)
+    @staticmethod
+    def _sums(a: Tensor, b: Tensor) -> G.Ends:
+        """The interval of g."""
+        eps = torch.finfo(a.dtype).eps
+        by = (a.shape[-1] + 8) * eps + eps * torch.maximum(a.abs(), b.abs()).detach().amax(-1).clamp(max=100)
+        return a.exp().sum(-1) * (1 - by), b.exp().sum(-1) * (1 + by)
 
     def interval(self, bounds: list[G.Ends]) -> G.Ends:
-        _, _, least, most = self._sums(*bounds[0])
+        least, most = self._sums(*bounds[0])
         return most.reciprocal().clamp(0, 1), least.reciprocal().clamp(0, 1)
 
     def relax(self, bounds: list[G.Ends], kind: str) -> tuple[Any, Tensor]:
-        l, u = bounds[0]
-        a, b, least, most = self._sums(l, u)
+        a, b = bounds[0]
+        least, most = self._sums(a, b)
         flat = torch.stack([most.reciprocal(), least.reciprocal()]).clamp(0, 1)
         fine = (most < 1e15).detach()  # else squares overflow
-        own = torch.eye(l.shape[-1], dtype=torch.bool, device=l.device)
-        wide = fine.unsqueeze(-1) & ~own
-        a, b = torch.where(wide, a, 0.0), torch.where(wide, b, 0.0)
+        a, b = (torch.where(fine.unsqueeze(-1), t, 0.0) for t in (a, b))
         width, low, high = b - a, a.exp(), b.exp()
         middle = a + 0.5 * width
         narrow = width < 1e-2
@@ -179,18 +175,16 @@ class Softmax(Joint):
         g = 0.5 * least + 0.5 * most
         first, second = (g * g).reciprocal(), (least * most).reciprocal()
         slopes, ends = [], []
-        centre, reach = 0.5 * l + 0.5 * u, torch.maximum(l.abs(), u.abs()).detach()
-        eps = (2 * l.shape[-1] + 160) * torch.finfo(l.dtype).eps
+        reach = torch.maximum(a.abs(), b.abs()).detach()
+        eps = (2 * a.shape[-1] + 160) * torch.finfo(a.dtype).eps
         sides = ((chord, over, first, 2 / g), (touch, under, second, least.reciprocal() + most.reciprocal()))
         for side, (slope, rest, factor, constant) in enumerate(sides):
-            s = torch.where(own, 0.0, -slope * factor.unsqueeze(-1))
-            s = s - torch.diag_embed(s.sum(-1))
-            e = constant - factor * (1 + torch.where(own, 0.0, rest).sum(-1))
+            s = -slope * factor.unsqueeze(-1)
+            e = constant - factor * rest.sum(-1)
             with torch.no_grad():
-                terms = (slope.abs() * torch.maximum(a.abs(), b.abs()) + torch.maximum(rest.abs(), high)).sum(-1)
-                size = factor * (1 + terms) + constant + (s.abs() * reach.unsqueeze(-2)).sum(-1)
+                size = factor * (slope * reach + torch.maximum(rest.abs(), high)).sum(-1) + constant
             e = e - eps * size if side == 0 else e + eps * size
-            there = ((s * centre.unsqueeze(-2)).sum(-1) + e).detach()
+            there = ((s * middle).sum(-1) + e).detach()
             better = fine & ((there > flat[0]) if side == 0 else (there < flat[1]))
             slopes.append(torch.where(better.unsqueeze(-1), s, 0.0))
             ends.append(torch.where(better, e, flat[side]))
@@ -198,8 +192,24 @@ class Softmax(Joint):
 
     def back(self, slopes: Any, A: Tensor, example: Tensor, sides: int) -> list[Tensor]:
         below, above = slopes[:, example]
-        found = [p.unsqueeze(-2) @ below + q.unsqueeze(-2) @ above for p, q in split(A, sides)]
-        return [torch.stack(found).squeeze(-2)]
+        return [torch.stack([p.unsqueeze(-1) * below + q.unsqueeze(-1) * above for p, q in split(A, sides)])]
+
+
+@dataclass(eq=False)
+class Differences(G.LinearNode):
+    """d_ij = x_j - x_i of (rows, n), as (rows, n, n)."""
+
+    def function(self, x: Tensor) -> Tensor:
+        return x.unsqueeze(-2) - x.unsqueeze(-1)
+
+    def transpose(self, a: Tensor, shapes: list[G.Shape]) -> list[Tensor]:
+        return [a.sum(-2) - a.sum(-1)]
+
+    def interval(self, bounds: list[G.Ends]) -> G.Ends:
+        l, u = bounds[0]
+        low, up = l.unsqueeze(-2) - u.unsqueeze(-1), u.unsqueeze(-2) - l.unsqueeze(-1)
+        own = torch.eye(l.shape[-1], dtype=torch.bool, device=l.device)
+        return low.masked_fill(own, 0.0), up.masked_fill(own, 0.0)
 
 
 @dataclass(eq=False)
@@ -236,4 +246,4 @@ def normalised_range(low: Tensor, up: Tensor, eps: float) -> G.Ends:
     return at(low, low < 0), at(up, up > 0)
 
 
-__all__ = ["Centred", "Function", "Joint", "Product", "Softmax", "normalised_range", "offset", "split"]
+__all__ = ["Centred", "Differences", "Function", "Joint", "Product", "Softmax", "normalised_range", "offset", "split"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastrobust.bounds import graph as G
-from fastrobust.bounds.joint import Joint
+from fastrobust.bounds.joint import Differences, Joint
 from fastrobust.ops import bounds as ops
 
 
@@ -26,7 +26,7 @@ def needed(graph: G.Graph, i: int, l: Tensor, u: Tensor) -> Tensor:
             if _read_by_nonlinear(graph, c):  # a max pooling reads what a ReLU lets pass
                 low, up = ops.interval_activation(l, u, node.activation, node.params)
                 mask |= (low < up) & needed(graph, c, low, up)
-        elif isinstance(node, Joint):
+        elif isinstance(node, (Joint, Differences)):
             mask |= l < u
         elif isinstance(node, G.MaxPool):
             low, up = node.interval([(l, u)])

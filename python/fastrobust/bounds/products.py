@@ -74,7 +74,9 @@ def softmax(b: Lowering, a: Args) -> Ref:
     if a.get("half_to_float") or a.get("dtype") not in (None, torch.float32, torch.float64):
         raise b.fail("a softmax in another precision")
     rows, restored = _last(b, x, [a["dim"]])
-    return restored(b.add(J.Softmax((rows.index,), b.shape(rows), b.where)))
+    count, n = b.shape(rows)
+    apart = b.add(J.Differences((rows.index,), (count, n, n), b.where))
+    return restored(b.add(J.Softmax((apart.index,), (count, n), b.where)))
 
 
 def _moments(b: Lowering, rows: Ref, divisor: float) -> tuple[Ref, Ref]:
