@@ -248,7 +248,14 @@ def test_range_of_normalised_values(size: int) -> None:
     assert (above <= size**0.5).all() and (below >= -(size**0.5)).all()
 
 
-def test_causal_attention() -> None:
+@pytest.mark.parametrize("mask", [None, "bool", "float"])
+def test_masked_attention(mask: str | None) -> None:
+    seen = torch.tensor([[1, 0, 1], [1, 1, 0], [0, 1, 1]], dtype=torch.bool)
+    given: dict[str, Any] = {"is_causal": True}
+    if mask is not None:
+        added = torch.zeros(3, 3).masked_fill(~seen, -torch.inf) + 0.3 * torch.rand(3, 3)
+        given = {"attn_mask": seen if mask == "bool" else added}
+
     class Causal(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -256,7 +263,7 @@ def test_causal_attention() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             q, k, v = self.qkv(x.view(-1, 3, 4)).unsqueeze(1).chunk(3, -1)
-            return self.head(F.scaled_dot_product_attention(q, k, v, is_causal=True).flatten(1))
+            return self.head(F.scaled_dot_product_attention(q, k, v, **given).flatten(1))
 
     torch.manual_seed(0)
     model, x = Causal().eval(), torch.rand(2, 12)

@@ -18,7 +18,7 @@ from fastrobust.bounds.backward import Backward, Chunk, Lines, Rows
 from fastrobust.bounds.builder import unsupported
 from fastrobust.bounds.chains import conv_chain
 from fastrobust.bounds.decisions import declined, took
-from fastrobust.bounds.joint import Differences, Joint, Product
+from fastrobust.bounds.joint import Differences, Joint, tighten_inputs
 from fastrobust.bounds.needed import needed
 from fastrobust.bounds.region import Box, Region
 from fastrobust.bounds.slope_search import Wanted, best_rows, lines_before
@@ -35,7 +35,6 @@ METHODS: dict[str, tuple[bool, str | None]] = {
     "crown": (True, "crown"),
     "alpha-crown": (True, "crown"),  # the rows of the output with the best slopes
 }
-_DIFFERENCES = 1 << 14  # before a softmax, up to which each gets linear bounds of its own
 _HEAP_BYTES = 64 << 20  # of the heap that may be free between pieces
 _CACHE_BYTES = 4 << 20  # rows of a chunk that fit a core's cache, where no graph is recorded
 
@@ -99,34 +98,15 @@ class Engine:
                 # the interval after an activation is the range over its input's, which linear bounds cannot beat
                 loose = not self.exact[j] or self.sharpen
                 if self.tighten and loose and isinstance(self.graph.nodes[j], G.LinearNode):
-                    self._tighten(j)
+                    self.tighten_node(j)
                 self.lines[i] = self._relax(node)
             if isinstance(node, Joint) and self.kind is not None:
-                for j in dict.fromkeys(node.inputs):
-                    if self.tighten and not self.exact[j] and self._has_rows(j):
-                        self._tighten_for_joint(j)
+                if self.tighten:
+                    tighten_inputs(self, node)
                 self.lines[i] = Lines(*node.relax([self.boxes[j].ends for j in node.inputs], self.kind))
             self.boxes[i] = self._interval(i, node)
             if self.outward:
                 self.boxes[i] = self._widened(i, node)
-
-    def _tighten_for_joint(self, j: int) -> None:
-        """Of many differences those numbers get linear bounds that are subtracted."""
-        node = self.graph.nodes[j]
-        if not isinstance(node, Differences) or node.size <= _DIFFERENCES:
-            return self._tighten(j)
-        i = node.inputs[0]
-        if not self.exact[i] and self._has_rows(i):
-            self._tighten(i)
-            self.boxes[j] = Box(node.interval([self.boxes[i].ends]))
-
-    def _has_rows(self, j: int) -> bool:
-        """Whether linear bounds can be tighter than the interval of node j: not where it holds the values of a function
-        of one number, or of a softmax, alone."""
-        node: Any = self.graph.nodes[j]
-        while isinstance(node, G.Reshape) or isinstance(node, G.Monotone) and node.places is not None:
-            node = self.graph.nodes[node.inputs[0]]
-        return isinstance(node, (G.LinearNode, Product))
 
     def _widened(self, i: int, node: Any) -> Box:
         """The interval with what float32 evaluation of the node can add; remembers it for the linear bounds."""
@@ -280,7 +260,7 @@ class Engine:
             found += self._biases(self.graph.nodes[j], node.index, sign * s)
         return found if len({b.shape for _, b in found}) <= 1 else []
 
-    def _tighten(self, j: int) -> None:
+    def tighten_node(self, j: int) -> None:
         """Replaces the interval of node j by linear bounds wherever lines are made from it."""
         l, u = self.boxes[j].ends
         node = self.graph.nodes[j]

@@ -183,7 +183,9 @@ class Form:
 def bijective(node: Any, before: G.Node) -> bool:
     """Whether node has every number of the one before once."""
     places = node.places
-    return places is not None and node.size == before.size and torch.equal(places.sort().values, torch.arange(node.size))
+    return (
+        places is not None and node.size == before.size and torch.equal(places.sort().values, torch.arange(node.size))
+    )
 
 
 def copy(node: Any) -> Any:

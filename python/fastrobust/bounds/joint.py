@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from fastrobust.bounds import graph as G
+from fastrobust.bounds.region import Box
 from fastrobust.reference import functions
 
-Sides = list[tuple[Tensor, Tensor]]  # (A, offset) of the lower bound, and of the upper one
+MOST_DIFFERENCES = 1 << 14  # before a softmax, up to which each gets linear bounds of its own
 
 
 @dataclass(eq=False)
@@ -246,4 +247,36 @@ def normalised_range(low: Tensor, up: Tensor, eps: float) -> G.Ends:
     return at(low, low < 0), at(up, up > 0)
 
 
-__all__ = ["Centred", "Differences", "Function", "Joint", "Product", "Softmax", "normalised_range", "offset", "split"]
+def tighten_inputs(engine: Any, node: Joint) -> None:
+    """Linear bounds for what ``node`` reads; of many differences, for the numbers that are subtracted."""
+    for j in dict.fromkeys(node.inputs):
+        before = engine.graph.nodes[j]
+        i = before.inputs[0] if isinstance(before, Differences) and before.size > MOST_DIFFERENCES else j
+        if engine.exact[i] or not _has_rows(engine.graph, i):
+            continue
+        engine.tighten_node(i)
+        if i != j:
+            engine.boxes[j] = Box(before.interval([engine.boxes[i].ends]))
+
+
+def _has_rows(graph: G.Graph, j: int) -> bool:
+    """Whether linear bounds can be tighter than the interval of node j: not where it holds the values of a function of
+    one number, or of a softmax, alone."""
+    node: Any = graph.nodes[j]
+    while isinstance(node, G.Reshape) or (isinstance(node, G.Monotone) and node.places is not None):
+        node = graph.nodes[node.inputs[0]]
+    return isinstance(node, (G.LinearNode, Product))
+
+
+__all__ = [
+    "Centred",
+    "Differences",
+    "Function",
+    "Joint",
+    "Product",
+    "Softmax",
+    "normalised_range",
+    "offset",
+    "split",
+    "tighten_inputs",
+]

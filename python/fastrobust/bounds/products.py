@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -105,8 +106,16 @@ def normalised(b: Lowering, rows: Ref, eps: float) -> Ref:
     centred, variance = _moments(b, rows, n)
     scale = applied(b, b.affine(variance, None, eps), "rsqrt")
     spread = b.pick(scale, torch.arange(count).repeat_interleave(n), (count, n))
-    ranged = lambda low, up: J.normalised_range(low, up, eps)  # noqa: E731
+
+    def ranged(low: Tensor, up: Tensor) -> G.Ends:
+        return J.normalised_range(low, up, eps)
+
     return b.add(J.Product((centred.index, spread.index), (count, n), b.where, ranged=ranged))
+
+
+def _per_channel(get: G.Getter, tail: tuple[int, ...]) -> Tensor:
+    t: Tensor = get()
+    return t.view(-1, *tail)
 
 
 def _with_affine(b: Lowering, y: Ref, a: Args, tail: tuple[int, ...] | None) -> Ref:
@@ -115,7 +124,7 @@ def _with_affine(b: Lowering, y: Ref, a: Args, tail: tuple[int, ...] | None) -> 
     for key in ("weight", "bias"):
         get = None if a.get(key) is None else b.constant(a[key])
         if get is not None and tail is not None:
-            get = G.Derived(lambda get=get: get().view(-1, *tail))
+            get = G.Derived(functools.partial(_per_channel, get, tail))
         found.append(get)
     return y if found == [None, None] else b.affine(y, *found)
 
@@ -149,7 +158,8 @@ def gated(b: Lowering, a: Args) -> Ref:
     """The first half along ``dim`` times the sigmoid of the second."""
     x = a["self"]
     half = x.size[a["dim"]] // 2
-    one, gate = (b.moved(x, lambda t, k=k: t.narrow(a["dim"], k * half, half)).ref for k in (0, 1))
+    one = b.moved(x, lambda t: t.narrow(a["dim"], 0, half)).ref
+    gate = b.moved(x, lambda t: t.narrow(a["dim"], half, half)).ref
     return times(b, one, b.activation(gate, "sigmoid"))
 
 
@@ -170,7 +180,7 @@ def variance(root: bool) -> Callable[[Lowering, Args], Ref]:
 
 def vector_norm(b: Lowering, a: Args) -> Ref:
     x, dims = a["self"], a.get("dim")
-    if float(a.get("ord", a.get("p", 2))) != 2 or a.get("dtype") not in (None, torch.float32, torch.float64):
+    if float(a.get("ord") or 0) != 2 or a.get("dtype") not in (None, torch.float32, torch.float64):
         raise b.fail("a norm", " (of another kind than 2)")
     dims = list(range(len(x.size))) if dims in (None, []) else [dims] if isinstance(dims, int) else list(dims)
     rows, _ = _last(b, x, dims)
