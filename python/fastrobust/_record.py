@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
 
 from fastrobust._places import Constant, Place, Read, Value, inside, place_of, replaced
@@ -433,16 +432,24 @@ def without_recording(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     return stack
 
 
+# (whether it is on, the switch, what it has to be) of what runs attention as one operation, or as products and a softmax
+_FUSED = tuple(
+    (getattr(torch.backends.cuda, f"{name}_sdp_enabled"), getattr(torch.backends.cuda, f"enable_{name}_sdp"), on)
+    for name, on in (("flash", False), ("mem_efficient", False), ("cudnn", False), ("math", True))
+) + ((torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, False),)
+
+
 @contextlib.contextmanager
 def _written_out() -> Iterator[None]:
     """Within, attention runs as products and a softmax, not as one operation that hides them."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    before = [enabled() for enabled, _, _ in _FUSED]
     try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
+        for _, switch, on in _FUSED:
+            switch(on)
+        yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+        for (_, switch, _), was in zip(_FUSED, before, strict=True):
+            switch(was)
 
 
 def record(model: Any, x: Tensor, *, named: bool = False) -> Recording:
