@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -299,3 +300,16 @@ def test_best_slopes_keep_crowns_lines_and_say_so() -> None:
     assert torch.equal(best.lower, plain.lower)
     told = str(fr.bounds.explain(model, x, 0.01, method="alpha-crown", **options))
     assert "slope search" in told and "CROWN's lines" in told
+
+
+def test_torchs_switches_of_attention_stay_as_they_were() -> None:
+    model, x = _model("vit")
+    before = torch.backends.cuda.flash_sdp_enabled(), torch.backends.mha.get_fastpath_enabled()
+    run = lambda: [compute_bounds(model, x, 0.01) for _ in range(5)]  # noqa: E731
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert before == (torch.backends.cuda.flash_sdp_enabled(), torch.backends.mha.get_fastpath_enabled())
+    assert before == (True, True)
