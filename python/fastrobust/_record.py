@@ -13,6 +13,7 @@ import functools
 import linecache
 import os
 import sys
+import threading
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -431,6 +432,39 @@ def without_recording(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     return stack
 
 
+# (whether it is on, the switch, what it has to be) of what runs attention as one operation, or as products and a softmax
+_FUSED: tuple[tuple[Any, Any, bool], ...] = tuple(
+    (getattr(torch.backends.cuda, f"{name}_sdp_enabled"), getattr(torch.backends.cuda, f"enable_{name}_sdp"), on)
+    for name, on in (("flash", False), ("mem_efficient", False), ("cudnn", False), ("math", True))
+) + ((torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, False),)
+
+
+class _WrittenOut:
+    """Within, attention runs as products and a softmax, not as one operation that hides them. The switches are torch's
+    and of all threads: the first that enters turns them, the last that leaves turns them back."""
+
+    def __init__(self) -> None:
+        self.lock, self.inside, self.before = threading.Lock(), 0, [False] * len(_FUSED)
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if self.inside == 0:
+                self.before = [enabled() for enabled, _, _ in _FUSED]
+                for _enabled, switch, on in _FUSED:
+                    switch(on)
+            self.inside += 1
+
+    def __exit__(self, *_: Any) -> None:
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                for (_enabled, switch, _on), was in zip(_FUSED, self.before, strict=True):
+                    switch(was)
+
+
+_WRITTEN_OUT = _WrittenOut()
+
+
 def record(model: Any, x: Tensor, *, named: bool = False) -> Recording:
     """Calls ``model(x)`` on a copy of x (a batch as the model takes it) and returns what happened. No statistics,
     random state or parameter moves: what would move them raises. ``named``: steps know the module and the line they
@@ -444,7 +478,7 @@ def record(model: Any, x: Tensor, *, named: bool = False) -> Recording:
         x = x.clone(memory_format=torch.preserve_format)
         recorder = Recorder(model, named)
         source = recorder.start(x)
-        with recorder:
+        with recorder, _WRITTEN_OUT:
             result = unwrapped(model)(x)
         told: list[Any] = []
         output = recorder._marked(result, told) if not isinstance(result, dict) else replaced(result, recorder.marker)

@@ -209,6 +209,18 @@ def test_models_that_bounds_cannot_read_are_attacked_all_the_same() -> None:
     assert found.report.robust_accuracy == _call().report.robust_accuracy
 
 
+def test_models_that_end_in_log_softmax_are_proven_as_their_logits() -> None:
+    x, y = h.digits_batch(30)
+    logits = h.digits_model()
+    options = {"eps": 0.01, "version": SHORT[:1], "certify_first": True, "return_details": True, "check": False}
+    found, want = (
+        fr.attacks.autoattack(m, x, y, **options).report
+        for m in (nn.Sequential(logits, nn.LogSoftmax(1)).eval(), logits)
+    )
+    assert want.certified is not None and want.certified > 5
+    assert found.certified is not None and want.certified - 1 <= found.certified <= want.certified
+
+
 def test_normalised_models_are_proven_as_they_are_attacked() -> None:
     x, y = h.digits_batch(30)
     torch.manual_seed(0)

@@ -261,3 +261,31 @@ def test_an_interval_that_begins_at_zero_is_not_given_up(method: str) -> None:
     assert (outward.lower <= near.lower).all() and (outward.upper >= near.upper).all()
     torch.testing.assert_close(outward.lower, near.lower, rtol=0, atol=1e-4)
     torch.testing.assert_close(outward.upper, near.upper, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["ibp", "crown-ibp", "crown", "alpha-crown"])
+def test_margins_of_log_softmax_hold_what_float32_rounds(method: str) -> None:
+    """Real margins are those of the logits; evaluated ones differ by the two subtractions of each output."""
+    torch.manual_seed(0)
+    logits = nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 6)).eval()
+    with torch.no_grad():
+        logits[2].bias.add_(torch.tensor([300.0, -200.0, 0.0, 7.0, 0.3, 250.0]))
+    model = nn.Sequential(*logits, nn.LogSoftmax(1)).eval()
+    x, y = torch.rand(16, 5), torch.arange(16) % 6
+    spec = torch.tensor([[1.0, -1.0, 0, 0, 0, 0], [0.25, 0.5, 0.25, 0.0, 0.0, -1.0]])
+    with torch.no_grad():
+        for eps in (0.0, 0.01):
+            found = compute_bounds(model, x, eps, method=method, labels=y, rounding="outward")
+            rows = compute_bounds(model, x, eps, method=method, spec=spec, rounding="outward")
+            for step in range(50):
+                points = x + 0.999 * eps * torch.empty_like(x).uniform_(-1, 1) * (step > 0)
+                exact = copy.deepcopy(model).double()(points.double())
+                z = model(points)
+                for out in (z, exact):
+                    own = out.gather(1, y[:, None]).double() - out.double()
+                    margins = own[torch.arange(6) != y[:, None]].view(16, 5)
+                    assert (found.lower.double() <= margins).all() and (margins <= found.upper.double()).all()
+                combined = z @ spec.t()
+                assert (rows.lower <= combined).all() and (combined <= rows.upper).all()
+            bare = compute_bounds(logits, x, eps, method=method, labels=y, rounding="outward")
+            assert (found.lower <= bare.lower).all() and (found.lower >= bare.lower - 1e-3).all()

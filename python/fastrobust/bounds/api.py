@@ -208,7 +208,7 @@ def compute_bounds(
             low, up = ends[0] if sides != "upper" else None, ends[1] if sides != "lower" else None
         else:
             # without rows or lines there is nothing to choose
-            searches = method == "alpha-crown" and len(example) > 0 and len(engine.lines) > 0
+            searches = engine.search is not None and len(example) > 0 and len(engine.lines) > 0
             keeps = return_linear and not searches
             out, kept = engine.final(example, plus, minus, matrix, count, keeps, negative)
             if searches and engine.search is not None:
@@ -237,13 +237,7 @@ def _check_log_softmax(graph: G.Graph, labels: Any, spec: Tensor | None, outward
     """A model that ends in log_softmax is bounded before it, which leaves differences of outputs as they are."""
     if not graph.log_softmax:
         return
-    if outward:
-        raise UnsupportedLayerError(
-            "rounding: got 'outward' for a model that ends in log_softmax, expected a model without it: how that "
-            "rounds "
-            "is not accounted for"
-        )
-    if labels is None and (spec is None or bool((spec.sum(-1) != 0).any())):
+    if labels is None and (spec is None or bool(((spec.double() if outward else spec).sum(-1) != 0).any())):
         raise UnsupportedLayerError(
             "model: it ends in log_softmax, whose own values have no bounds here, but margins are those of what it "
             "reads; give labels, or a spec whose rows sum to 0"

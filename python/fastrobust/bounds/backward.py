@@ -18,6 +18,7 @@ from torch import Tensor
 from fastrobust.bounds import graph as G
 from fastrobust.bounds.chains import conv_chain, live_steps
 from fastrobust.bounds.decisions import allowed, declined, took
+from fastrobust.bounds.joint import Joint, offset
 from fastrobust.bounds.outward import RELATIVE
 from fastrobust.bounds.region import Region, flat
 from fastrobust.bounds.stages import concretize_images
@@ -228,6 +229,10 @@ class Backward:
             return self._linear(node, r)
         if isinstance(node, G.MaxPool):
             return [self._max_pool(node, r)]
+        if isinstance(node, Joint):
+            A, line, example = self._dense(node, r), self.lines[node.index], self.chunk.example
+            self._add(offset(A, line.intercepts, example, len(self.chunk.b)))
+            return [Rows(a) for a in node.back(line.slopes, A, example, len(self.chunk.b))]
         return [self._activation(node, r)]
 
     def _add(self, offset: Tensor) -> None:

@@ -17,9 +17,10 @@ SUPPORTED = (
     "linear layers and products with constant matrices, convolutions and transposed ones, batch normalisation "
     "(eval), dropout (eval), "
     "ReLU, LeakyReLU, PReLU, ReLU6, Hardtanh, Hardsigmoid, Sigmoid, Tanh, Softplus, ELU, SELU, CELU, SiLU, GELU, "
-    "arctan, abs, clamp, "
-    "maximum, minimum; average and maximum pooling, max and min over dimensions; +, -, * and / with constants, sums "
-    "of branches, mean, sum, "
+    "Hardswish, Mish, arctan, exp, log, sqrt, rsqrt, reciprocal, squares, abs, clamp, "
+    "maximum, minimum; average and maximum pooling, max and min over dimensions; +, -, * and / with constants and of "
+    "bounded values, products of matrices, softmax, attention, LayerNorm, GroupNorm, InstanceNorm, RMSNorm, sums "
+    "of branches, mean, sum, var, std, 2-norms, "
     "cat, stack, views, permutations, slices, index by constants, pad, interpolation, in-place forms of all of these; "
     "log_softmax at the end (margins)"
 )

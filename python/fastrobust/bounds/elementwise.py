@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastrobust._places import Constant
 from fastrobust.bounds import graph as G
+from fastrobust.bounds import products as P
 from fastrobust.bounds.builder import Ref, Tracked, per_example
 
 if TYPE_CHECKING:
@@ -34,12 +35,21 @@ def scaled(b: Lowering, v: Any, k: float) -> Any:
     return (lambda: v() * k) if callable(v) else v * k
 
 
+def without_infinities(v: Any) -> Any:
+    """A constant as it is, or with +-1e30 in place of infinite numbers: masks of attention, which a softmax turns into
+    0 either way. Anything else that reads them is told from the model by the comparison with it."""
+    if callable(v):
+        return G.Derived(lambda: v().clamp(-G.MASKED, G.MASKED)) if bool(torch.isinf(v()).any()) else v
+    return v if isinstance(v, Ref) else min(max(v, -G.MASKED), G.MASKED)
+
+
 def add(sign: int, swapped: bool = False) -> Callable[[Lowering, Args], Ref]:
     def handle(b: Lowering, a: Args) -> Ref:
         x, y = (a["other"], a["self"]) if swapped else (a["self"], a["other"])
         first, second = operand(b, x, b.size), operand(b, y, b.size)
         alpha = float(a.get("alpha", 1))
         second = scaled(b, second, alpha)
+        first, second = without_infinities(first), without_infinities(second)
         if isinstance(first, Ref) and isinstance(second, Ref):
             return b.add(G.Sum((first.index, second.index), b.shape(first), b.where, signs=(1, sign)))
         if isinstance(first, Ref):
@@ -52,7 +62,7 @@ def add(sign: int, swapped: bool = False) -> Callable[[Lowering, Args], Ref]:
 def multiply(b: Lowering, a: Args) -> Ref:
     x, y = operand(b, a["self"], b.size), operand(b, a["other"], b.size)
     if isinstance(x, Ref) and isinstance(y, Ref):
-        raise b.fail("a product of two tensors that depend on the input")
+        return P.times(b, x, y)
     return b.affine(x, y) if isinstance(x, Ref) else b.affine(y, x)
 
 
@@ -61,7 +71,8 @@ def divide(b: Lowering, a: Args) -> Ref:
         raise b.fail("a division with rounding")
     x, y = operand(b, a["self"], b.size), operand(b, a["other"], b.size)
     if isinstance(y, Ref):
-        raise b.fail("a division by a tensor that depends on the input")
+        below = P.applied(b, y, "reciprocal")
+        return P.times(b, x, below) if isinstance(x, Ref) else b.affine(below, x)
     return b.affine(x, (lambda: y().double().reciprocal()) if callable(y) else 1.0 / float(y))
 
 
@@ -182,7 +193,7 @@ def choose(b: Lowering, a: Args) -> Ref:
     parts = []
     for v, get in ((a["self"], mask), (a["other"], lambda: ~mask())):
         t = operand(b, v, b.size)
-        t = t if isinstance(t, Ref) else fixed(b, t)
+        t = t if isinstance(t, Ref) else fixed(b, without_infinities(t))
         parts.append(b.affine(t, get).index)
     return b.add(G.Sum(tuple(parts), per_example(b.size), b.where, signs=(1, 1)))
 
@@ -195,7 +206,7 @@ def masked_fill(b: Lowering, a: Args) -> Ref:
     if isinstance(value, Tracked):
         filled = b.affine(b.expanded(value, b.size), mask)
         return b.add(G.Sum((x.index, filled.index), b.shape(x), b.where, signs=(1, 1)))
-    get = b.constant(value)
+    get = without_infinities(b.constant(value))
     return b.affine(x, None, lambda: mask() * (get() if callable(get) else float(get)))
 
 

@@ -15,7 +15,9 @@ from fastrobust._input_sets import dual_norm, eps_like
 from fastrobust.bounds import graph as G
 from fastrobust.bounds import outward as O
 from fastrobust.bounds.backward import Backward, Chunk, Lines, Rows
+from fastrobust.bounds.builder import unsupported
 from fastrobust.bounds.decisions import took
+from fastrobust.bounds.joint import Differences, Joint, tighten_inputs
 from fastrobust.bounds.needed import needed
 from fastrobust.bounds.region import Box, Region
 from fastrobust.bounds.slope_search import Wanted, best_rows, lines_before
@@ -62,6 +64,10 @@ class Engine:
         self.refine_all = refine == "all"
         self.sharpen = exact_input and region.box is not None and region.ball is not None
         self.outward = outward
+        joint = next((n for n in graph.nodes if isinstance(n, Joint)), None)
+        if outward and joint is not None:
+            why = " with rounding='outward': how float32 rounds it is not accounted for"
+            raise unsupported(type(joint).__name__.lower(), joint.where, why)
         self.known_sizes = sizes_must_be_known(region.x.device)
         self.slack: dict[int, Tensor] = {}  # float32 errors of the linear nodes
         self.keep = keep  # intermediate bounds are asked for
@@ -74,6 +80,9 @@ class Engine:
         self.exact: list[bool] = [False] * len(graph.nodes)
         self.diagonal: list[bool] = [False] * len(graph.nodes)
         self.search = search if method == "alpha-crown" else None
+        if joint is not None and self.search is not None:
+            why = f"{type(joint).__name__.lower()} at {joint.where!r} has no free slopes: CROWN's lines are kept"
+            self.search = declined("slope search", why)
         self.layouts: dict[int, Tensor] = {}  # weights with their columns in channels-last order
 
     # -- intervals -----------------------------------------------------------------------------------------------------
@@ -88,8 +97,12 @@ class Engine:
                 # the interval after an activation is the range over its input's, which linear bounds cannot beat
                 loose = not self.exact[j] or self.sharpen
                 if self.tighten and loose and isinstance(self.graph.nodes[j], G.LinearNode):
-                    self._tighten(j)
+                    self.tighten_node(j)
                 self.lines[i] = self._relax(node)
+            if isinstance(node, Joint) and self.kind is not None:
+                if self.tighten:
+                    tighten_inputs(self, node)
+                self.lines[i] = Lines(*node.relax([self.boxes[j].ends for j in node.inputs], self.kind))
             self.boxes[i] = self._interval(i, node)
             if self.outward:
                 self.boxes[i] = self._widened(i, node)
@@ -246,9 +259,10 @@ class Engine:
             found += self._biases(self.graph.nodes[j], node.index, sign * s)
         return found if len({b.shape for _, b in found}) <= 1 else []
 
-    def _tighten(self, j: int) -> None:
+    def tighten_node(self, j: int) -> None:
         """Replaces the interval of node j by linear bounds wherever lines are made from it."""
         l, u = self.boxes[j].ends
+        node = self.graph.nodes[j]
         self.exact[j] = True
         wanted = torch.ones_like(l, dtype=torch.bool) if self.refine_all else needed(self.graph, j, l, u)
         shown = wanted | (l < u) if self.keep else wanted
@@ -259,7 +273,7 @@ class Engine:
         if self.search is not None and self.search.hidden != 0 and lines_before(self, j):
             out, _ = best_rows(self, Wanted(j, example, neuron), self._hidden_search(j), out)
         low, up = (t.flatten(1).index_put((example, neuron), v).view(t.shape) for t, v in zip((l, u), out, strict=True))
-        if self.intersect:
+        if self.intersect or any(isinstance(self.graph.nodes[c], (Joint, Differences)) for c in node.consumers):
             low, up = torch.maximum(low, l), torch.minimum(up, u)
         elif not self.refine_all:  # what was linear stays so, also where only the float32 error moved it past a kink
             by = self.slack.get(j, 0.0)
@@ -395,11 +409,24 @@ class Engine:
                 offsets.append(kept[1])
         joined = torch.cat(bounds, 1)
         offset = torch.cat(offsets, 1) if keep else None
-        if self.outward and matrix is not None:  # the product with the rows is one layer more
-            reach = O.magnitude(self.boxes[start]).flatten(1)[example]
-            extra = torch.stack([-1.0 * (by := O.rows_error(matrix, reach)), by])[:sides]
+        if (by := self.error_behind(example, matrix)) is not None:
+            extra = torch.stack([-by, by])[:sides]
             joined, offset = joined + extra, None if offset is None else offset + extra
         return joined, ((torch.cat(maps, 1), offset) if keep else None)
+
+    def error_behind(self, example: Tensor, matrix: Tensor | None) -> Tensor | None:
+        """Rounding outward, float32 errors (R,) of what follows the output node: the log-softmax, and the product with
+        the rows, which is one layer more."""
+        if not self.outward or (matrix is None and not self.graph.log_softmax):
+            return None
+        box = self.boxes[self.graph.output]
+        reach = O.magnitude(box).flatten(1)[example]
+        own = torch.zeros_like(reach[:, 0])
+        if self.graph.log_softmax:
+            size, error = (t[example] for t in O.log_softmax_error(box))
+            reach = torch.maximum(reach, size[:, None])
+            own = error * (2.0 if matrix is None else matrix.abs().sum(1))
+        return own if matrix is None else own + O.rows_error(matrix, reach)
 
     def intersected(
         self, out: Tensor, example: Tensor, plus: Any, minus: Any, matrix: Any, count: int, negative: bool

@@ -118,7 +118,7 @@ class Form:
             kinds = {type(n) for n in made}
             if kinds == {G.Reshape} and len(made[0].shape) == 3 and len(self.nodes[0].shape) != 3:
                 found = None
-            elif kinds == {G.Monotone} and all(bijective(n) for n in made):
+            elif kinds == {G.Monotone} and all(bijective(n, self.nodes[0]) for n in made):
                 found = made[0].places
                 if any(not torch.equal(n.places, found) for n in made):
                     return
@@ -173,16 +173,19 @@ class Form:
         node = self.nodes.get(i)
         if isinstance(node, G.Reshape):
             return self._pieces(node.inputs[0], number)
-        if isinstance(node, G.Monotone) and bijective(node):
+        if isinstance(node, G.Monotone) and bijective(node, self.before(node)):
             return node.places, [(self.before(node).shape, self._pieces(node.inputs[0], number))]
         if isinstance(node, G.Concat):
             return node.dim, [(self.nodes[j].shape, self._pieces(j, number)) for j in node.inputs]
         return (0, [])
 
 
-def bijective(node: Any) -> bool:
+def bijective(node: Any, before: G.Node) -> bool:
+    """Whether node has every number of the one before once."""
     places = node.places
-    return places is not None and torch.equal(places.sort().values, torch.arange(node.size))
+    return (
+        places is not None and node.size == before.size and torch.equal(places.sort().values, torch.arange(node.size))
+    )
 
 
 def copy(node: Any) -> Any:

@@ -20,6 +20,7 @@ from fastrobust.ops.bounds import PoolWindow, product, spread
 Shape = tuple[int, ...]
 Getter = Callable[[], Any]  # a tensor or None, read when the node runs
 Ends = tuple[Tensor, Tensor]
+MASKED = 1e30  # in place of infinite numbers, which only masks before a softmax are
 F_ = TypeVar("F_", bound=Callable[..., Any])
 
 _VALUES: ContextVar[dict[Any, tuple[bool, Any]] | None] = ContextVar("fastrobust_values", default=None)

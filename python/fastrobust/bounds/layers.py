@@ -15,6 +15,7 @@ from torch import Tensor
 from fastrobust._places import Constant, Read, inside, replaced
 from fastrobust._record import Step
 from fastrobust.bounds import graph as G
+from fastrobust.bounds import products as P
 from fastrobust.bounds.builder import Ref, Tracked, per_example
 from fastrobust.bounds.elementwise import scaled
 
@@ -25,9 +26,9 @@ Args = dict[str, Any]
 
 
 def matmul(b: Lowering, x: Any, y: Any, size: tuple[int, ...]) -> Ref:
-    """The product of two matrices, one of which is constant."""
+    """The product of two matrices."""
     if isinstance(x, Tracked) and isinstance(y, Tracked):
-        raise b.fail("a product of two tensors that depend on the input")
+        return P.matrices(b, x, y)
     if isinstance(x, Tracked):
         n, k = x.size
         return b.dense(b.to_shape(x.ref, (k,) if n == 1 else (n, k)), b.matrix(y, True), lambda: None)
@@ -78,7 +79,8 @@ def bmm(b: Lowering, a: Args) -> Ref:
     x: Any = a["batch1"] if "batch1" in a else a["self"]
     y: Any = a["batch2"] if "batch2" in a else a["mat2"]
     if isinstance(x, Tracked) and isinstance(y, Tracked):
-        raise b.fail("a product of two tensors that depend on the input")
+        out = P.matrices(b, x, y)
+        return with_bias(b, out, a) if "batch1" in a else out
     c = y if isinstance(x, Tracked) else x
     count, size = c.tensor.shape[0], b.size
     if isinstance(x, Tracked) and (count == 1 or c.tensor.stride(0) == 0):
@@ -101,7 +103,7 @@ def bmm(b: Lowering, a: Args) -> Ref:
 
 def linear(b: Lowering, a: Args) -> Ref:
     if isinstance(a["weight"], Tracked):
-        raise b.fail("a product of two tensors that depend on the input")
+        raise b.fail("a linear layer whose weight depends on the input")
     bias = (lambda: None) if a.get("bias") is None else b.constant(a["bias"])
     return b.dense(a["input"].ref, b.constant(a["weight"]), bias)
 
@@ -141,6 +143,8 @@ def _repeated(get: G.Getter, n: int) -> G.Getter:
 
 
 def batch_norm(b: Lowering, a: Args) -> Ref:
+    if a.get("running_mean") is None and (found := P.instance_norm(b, a)) is not None:
+        return found
     if a.get("training") or a.get("running_mean") is None:
         raise ValueError(
             f"model: a normalisation at '{b.where}' is in training mode or has no running statistics; call "

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastrobust.bounds import graph as G
+from fastrobust.bounds.joint import Differences, Joint
 from fastrobust.ops import bounds as ops
 
 
@@ -25,6 +26,8 @@ def needed(graph: G.Graph, i: int, l: Tensor, u: Tensor) -> Tensor:
             if _read_by_nonlinear(graph, c):  # a max pooling reads what a ReLU lets pass
                 low, up = ops.interval_activation(l, u, node.activation, node.params)
                 mask |= (low < up) & needed(graph, c, low, up)
+        elif isinstance(node, (Joint, Differences)):
+            mask |= l < u
         elif isinstance(node, G.MaxPool):
             low, up = node.interval([(l, u)])
             contested = ops.relax_max_pool(l, u, node.window).intercepts[1] > 0
@@ -36,7 +39,7 @@ def needed(graph: G.Graph, i: int, l: Tensor, u: Tensor) -> Tensor:
 
 
 def _read_by_nonlinear(graph: G.Graph, i: int) -> bool:
-    return any(isinstance(graph.nodes[c], (G.Activation, G.MaxPool)) for c in graph.nodes[i].consumers)
+    return any(isinstance(graph.nodes[c], (G.Activation, G.MaxPool, Joint)) for c in graph.nodes[i].consumers)
 
 
 def _is_relu(node: G.Node) -> bool:

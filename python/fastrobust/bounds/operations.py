@@ -15,7 +15,9 @@ from fastrobust._record import Step
 from fastrobust.bounds import elementwise as E
 from fastrobust.bounds import graph as G
 from fastrobust.bounds import layers as L
+from fastrobust.bounds import products as P
 from fastrobust.bounds.builder import Ref, Tracked, per_example
+from fastrobust.reference.functions import FUNCTIONS
 
 if TYPE_CHECKING:
     from fastrobust.bounds.lowering import Lowering
@@ -131,6 +133,9 @@ HANDLERS: dict[str, Callable[[Lowering, Args], Ref]] = {
     "amin": L.extreme_of(-1),
     "max": lambda b, a: (E.extreme(1) if "other" in a else L.extreme_of(1))(b, a),
     "min": lambda b, a: (E.extreme(-1) if "other" in a else L.extreme_of(-1))(b, a),
+    **{name: P.function(name) for name in FUNCTIONS}, "pow": P.power, "_softmax": P.softmax, "softmax": P.softmax,
+    "_safe_softmax": P.softmax, "native_layer_norm": P.layer_norm, "native_group_norm": P.group_norm,
+    "var": P.variance(False), "std": P.variance(True), "linalg_vector_norm": P.vector_norm, "glu": P.gated,
     "cat": concatenate, "stack": concatenate, "upsample_linear1d": interpolated, "upsample_bilinear2d": interpolated,
     **dict.fromkeys(_MOVING, moved),
     **dict.fromkeys(("cumsum", "upsample_bicubic2d", "upsample_trilinear3d", "avg_pool3d", "_adaptive_avg_pool3d",

@@ -93,6 +93,16 @@ def rows_error(matrix: Tensor, reach: Tensor) -> Tensor:
     return torch.where(exact, torch.zeros_like(error), error)
 
 
+def log_softmax_error(box: Box) -> tuple[Tensor, Tensor]:
+    """Of outputs z - max - log(sum exp) that float32 computes from z (B, K) in ``box``: how large they may be, and what
+    each is wrong by, both (B,). max and the logarithm are one number for all outputs of an example, whatever they are
+    rounded to: that number falls out of margins, and what stays are the roundings of the two subtractions, of numbers
+    no larger than max z - min z + log K."""
+    l, u = box.ends
+    size = (u.flatten(1).amax(1) - l.flatten(1).amin(1)) + math.log(max(1, l[0].numel())) + 1.0
+    return size, _error(4, size)
+
+
 def activation_error(node: G.Activation, box: Box, value: Tensor) -> Tensor | float:
     """Bound of the float32 error of an activation, for inputs in ``box`` and values of at most ``value``."""
     if node.activation in _EXACT:

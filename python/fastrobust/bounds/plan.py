@@ -133,7 +133,9 @@ class _Rules(Form):
         """One order of another, which may be where the values began."""
         j = self._through_reshapes(node.inputs[0])
         before = self.nodes[j]
-        if not bijective(node) or not isinstance(before, G.Monotone) or not bijective(before):
+        if not isinstance(before, G.Monotone) or not bijective(before, self.before(before)):
+            return False
+        if not bijective(node, before):
             return False
         places, source = before.places[node.places], before.inputs[0]  # type: ignore[index]
         if torch.equal(places, torch.arange(len(places))):
@@ -142,7 +144,7 @@ class _Rules(Form):
 
     def activation_above_moves(self, i: int, node: G.Activation) -> bool:
         before = self.before(node)
-        if not isinstance(before, G.Monotone) or not bijective(before):
+        if not isinstance(before, G.Monotone) or not bijective(before, self.before(before)):
             return False
         source = before.inputs[0]
         inner = self.nodes[source].shape
@@ -153,7 +155,7 @@ class _Rules(Form):
 
     def sum_of_moves(self, i: int, node: G.Sum) -> bool:
         parts: list[Any] = [self.nodes[j] for j in node.inputs]
-        if not all(isinstance(p, G.Monotone) and bijective(p) for p in parts):
+        if not all(isinstance(p, G.Monotone) and bijective(p, self.before(p)) for p in parts):
             return False
         places, inner = parts[0].places, self.before(parts[0]).shape
         if any(not torch.equal(p.places, places) or self.before(p).shape != inner for p in parts):
@@ -177,7 +179,8 @@ class _Rules(Form):
             if not all(isinstance(self.nodes[k], G.Dense) for k in self.readers[0]):
                 return False
         else:
-            maps = isinstance(before, G.Monotone) and bijective(before) and len(self.before(before).shape) == 3
+            maps = isinstance(before, G.Monotone) and bijective(before, self.before(before))
+            maps = maps and len(self.before(before).shape) == 3
             if not maps or not torch.equal(before.places[order], torch.arange(len(order))):
                 return False
         a = self.add(folds.moves(j, shape, order, inner, node.where), i)

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastrobust._places import wave
 from fastrobust._record import ModelMismatchError, without_recording
 from fastrobust.bounds import graph as G
+from fastrobust.bounds.joint import Centred, Differences, Joint
 from fastrobust.reference import relaxations
 
 
@@ -33,7 +34,8 @@ def evaluate(graph: G.Graph, x: Tensor) -> tuple[Tensor, Tensor]:
         size = _value(node, [t.abs() for t in given], True) if sums else y
         values.append(y)
         if y.numel():
-            largest = torch.maximum(largest, size.abs().flatten(1).amax(1))
+            sizes = size.abs().flatten(1)
+            largest = torch.maximum(largest, sizes.where(sizes < 0.5 * G.MASKED, 0.0).amax(1))  # masks are no terms
     out = values[graph.output]
     return (out.log_softmax(1) if graph.log_softmax else out), largest
 
@@ -70,8 +72,10 @@ def _value(node: G.Node, given: list[Tensor], absolute: bool) -> Tensor:
             return torch.cat(given, node.dim + 1)
         case G.Reshape():
             return t.reshape(len(t), *node.shape)
-        case G.Monotone():
+        case G.Monotone() | Centred() | Differences():
             return node.function(t)
+        case Joint():
+            return node.value(given)
         case G.MaxPool():
             return node.pool(t)
     assert isinstance(node, G.Activation)

@@ -363,7 +363,9 @@ def best_rows(
                     None,
                 )
             else:
-                value, kept = _best(engine, graph, wanted.start, example, rows, options, here, keep)
+                of = None if wanted.matrix is None else wanted.matrix[part]
+                behind = engine.error_behind(example, of) if wanted.start == engine.graph.output else None
+                value, kept = _best(engine, graph, wanted.start, example, rows, options, here, keep, behind)
             bounds.append(sign * value)
             if keep:
                 assert kept is not None
@@ -385,6 +387,7 @@ def _best(
     options: SlopeSearch,
     begin: Tensor,
     keep: bool,
+    behind: Tensor | None = None,
 ) -> tuple[Tensor, Any]:
     fixed = Rows(None if rows.A is None else rows.A.detach(), plus=rows.plus, minus=rows.minus, negative=rows.negative)
     remembers = keep or engine.outward or begin.requires_grad
@@ -396,6 +399,8 @@ def _best(
     lines = {i: _recorded(engine, s, example, slopes.get(i)) for i, s in problem.slopes.items()}
     slack = {i: t[example] for i, t in engine.slack.items()}
     value, kept, _ = problem.bound(lines, slack=slack)
+    if behind is not None:
+        value, kept = value - behind, (kept[0], kept[1] - behind)
     return torch.maximum(value, begin), kept
 
 
