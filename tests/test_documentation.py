@@ -188,6 +188,8 @@ def test_names_in_the_pages_exist() -> None:
                 assert isinstance(value, types.ModuleType), name
                 importlib.import_module(f"{value.__name__}.{part}")
             value = getattr(value, part)
+    code = "\n".join(text for path in PAGES for text in examples(path))
+    assert {name.partition(".")[0] for name in found} | set(re.findall(r"\bfr\.(\w+)", code)) <= set(fr.__all__)
 
 
 def public() -> Iterator[tuple[str, object]]:

@@ -14,6 +14,8 @@ from torch import nn
 
 from . import data
 
+__all__ = ["cache_folder", "digits_cnn", "mnist_cnn", "train_digits"]
+
 _FORMAT = 1  # of the cached weights: raise it when the model or its training changes
 _EPOCHS, _BATCH = 12, 128
 
