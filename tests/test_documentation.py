@@ -283,6 +283,22 @@ def test_the_support_matrix_is_what_the_ops_do() -> None:
     assert support["matrix"]() in (DOCS / "support.md").read_text(), "python docs/_mkdocs/support.py --write"
 
 
+def test_every_op_has_its_section() -> None:
+    """A heading of its name, its five rows, and a block that calls it; the index leads there."""
+    sections: dict[str, str] = {}
+    for path in (DOCS / "ops").glob("*.md"):
+        for name, text in re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", path.read_text(), re.DOTALL | re.MULTILINE):
+            if name in fr.ops.__all__:
+                assert name not in sections, name
+                sections[name] = text
+                assert f"[`{name}`](ops/{path.name}#{name})" in (DOCS / "ops.md").read_text()
+    assert set(sections) == {n for n in fr.ops.__all__ if inspect.isfunction(getattr(fr.ops, n))}
+    for name, text in sections.items():
+        rows = re.findall(r"^\| (\w+) \| \S.* \|$", text, re.MULTILINE)
+        assert [*rows[-5:]] == ["formula", "shapes", "dtypes", "cost", "source"], name
+        assert any(f"fr.ops.{name}(" in block for _, block in _BLOCK.findall(text)), name
+
+
 def test_files_that_the_pages_name_exist() -> None:
     """Of the repository; `*`, `<family>` and names in capitals stand for several."""
     found = set()
