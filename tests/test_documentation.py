@@ -188,6 +188,8 @@ def test_names_in_the_pages_exist() -> None:
                 assert isinstance(value, types.ModuleType), name
                 importlib.import_module(f"{value.__name__}.{part}")
             value = getattr(value, part)
+    code = "\n".join(text for path in PAGES for text in examples(path))
+    assert {name.partition(".")[0] for name in found} | set(re.findall(r"\bfr\.(\w+)", code)) <= set(fr.__all__)
 
 
 def public() -> Iterator[tuple[str, object]]:
@@ -279,6 +281,22 @@ def test_the_support_matrix_is_what_the_ops_do() -> None:
     support = runpy.run_path(str(DOCS / "_mkdocs" / "support.py"))
     assert set(support["OPS"]) == {n for n in fr.ops.__all__ if inspect.isfunction(getattr(fr.ops, n))}
     assert support["matrix"]() in (DOCS / "support.md").read_text(), "python docs/_mkdocs/support.py --write"
+
+
+def test_every_op_has_its_section() -> None:
+    """A heading of its name, its five rows, and a block that calls it; the index leads there."""
+    sections: dict[str, str] = {}
+    for path in (DOCS / "ops").glob("*.md"):
+        for name, text in re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", path.read_text(), re.DOTALL | re.MULTILINE):
+            if name in fr.ops.__all__:
+                assert name not in sections, name
+                sections[name] = text
+                assert f"[`{name}`](ops/{path.name}#{name})" in (DOCS / "ops.md").read_text()
+    assert set(sections) == {n for n in fr.ops.__all__ if inspect.isfunction(getattr(fr.ops, n))}
+    for name, text in sections.items():
+        rows = re.findall(r"^\| (\w+) \| \S.* \|$", text, re.MULTILINE)
+        assert [*rows[-5:]] == ["formula", "shapes", "dtypes", "cost", "source"], name
+        assert any(f"fr.ops.{name}(" in block for _, block in _BLOCK.findall(text)), name
 
 
 def test_files_that_the_pages_name_exist() -> None:

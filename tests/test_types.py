@@ -11,7 +11,7 @@ import pytest
 import fastrobust as fr
 
 ROOT = Path(__file__).resolve().parents[1]
-FAMILIES = ("ops", "attacks", "bounds", "certify", "nn", "training", "analysis")
+FAMILIES = ("ops", "attacks", "bounds", "certify", "data", "models", "nn", "training", "analysis")
 
 
 def public() -> list[str]:

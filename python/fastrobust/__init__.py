@@ -11,7 +11,7 @@ if __version__.partition("+")[0] != _version.__version__:
         "reinstall the package (pip install --force-reinstall .)"
     )
 
-from . import analysis, attacks, bounds, certify, nn, ops, reference, training  # noqa: E402
+from . import analysis, attacks, bounds, certify, data, models, nn, ops, reference, training  # noqa: E402
 from ._info import build_info  # noqa: E402
 from ._record import ModelMismatchError, UnreadableModelError  # noqa: E402
 
@@ -24,6 +24,8 @@ __all__ = [
     "bounds",
     "build_info",
     "certify",
+    "data",
+    "models",
     "nn",
     "ops",
     "reference",

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+__all__ = ["Images", "MissingDependency", "digits", "find_folder", "load"]
+
 ARCHIVES = {"mnist": "mnist.npz", "cifar10": "cifar10_subset.npz"}
 NAMES = ("digits", *ARCHIVES)
 ENVIRONMENT = "FASTROBUST_DATA"

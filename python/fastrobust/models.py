@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,9 @@ from torch import nn
 
 from . import data
 
-_FORMAT = 1  # of the cached weights: raise it when the model or its training changes
+__all__ = ["cache_folder", "digits_cnn", "mnist_cnn", "train_digits"]
+
+_FORMAT = 2  # of the cached weights: raise it when the model or its training changes
 _EPOCHS, _BATCH = 12, 128
 
 
@@ -100,16 +100,10 @@ def _restore(model: nn.Sequential, path: Path, seed: int) -> bool:
 
 
 def _keep(model: nn.Sequential, path: Path, seed: int) -> None:
-    """Write beside the target and rename, so that no reader ever sees half a file."""
-    temporary = None
+    from .training.checkpoint import write
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            temporary = file.name
-            torch.save({"format": _FORMAT, "seed": seed, "state": model.state_dict()}, file)
-        os.replace(temporary, path)
+        write(path, {"format": _FORMAT, "seed": seed, "state": model.state_dict()})
     except OSError as error:
         print(f"fastrobust: the digits model is not cached ({error})", file=sys.stderr)
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)

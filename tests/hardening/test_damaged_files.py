@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import random
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,29 +101,30 @@ def test_what_is_read_is_what_was_written(kind: Callable[[Path], File], tmp_path
     assert refused > 75
 
 
-def test_a_training_goes_on_from_the_whole_one_of_two_checkpoints(tmp_path: Path) -> None:
-    """One flipped bit in a weight, which torch.load does not see."""
+@pytest.mark.parametrize("where", ["weight", "directory"])
+def test_a_training_goes_on_from_the_whole_one_of_two_checkpoints(where: str, tmp_path: Path) -> None:
+    """One flipped bit that torch.load does not see: in a weight, or in the archive's directory, where it makes a part
+    a folder, which is read as nothing."""
     for epoch in (1, 2):
         checkpoint.save(tmp_path, {"epoch": epoch, "weight": torch.full((100,), float(epoch))})
     body = bytearray((tmp_path / "last.pt").read_bytes())
-    body[body.index(torch.full((3,), 2.0).numpy().tobytes()) + 2] ^= 1
+    if where == "weight":
+        body[body.index(torch.full((3,), 2.0).numpy().tobytes()) + 2] ^= 1
+    else:
+        body[body.index(b"PK\x01\x02", body.rindex(b"/data/0") - 60) + 38] ^= 16  # external attributes
     (tmp_path / "last.pt").write_bytes(body)
-    assert not torch.load(tmp_path / "last.pt")["weight"].eq(2).all()
-    with pytest.warns(UserWarning, match=r"going on from .*previous\.pt, since last\.pt: its part .* is damaged"):
+    assert torch.load(tmp_path / "last.pt")["epoch"] == 2  # of the weight: another one, or what the memory held before
+    with pytest.warns(UserWarning, match=r"going on from .*previous\.pt, since last\.pt: .* is damaged"):
         found = checkpoint.load(tmp_path)
     assert found is not None and found["epoch"] == 1 and found["weight"].eq(1).all()
 
 
-def test_checksums_are_written_where_the_process_asked_for_none(tmp_path: Path) -> None:
-    options: Any = torch.serialization
-    if not hasattr(options, "set_crc32_options"):
-        pytest.skip("this torch always writes checksums")
-    options.set_crc32_options(False)
-    try:
-        checkpoint.save(tmp_path, {"epoch": 1})
-        assert not options.get_crc32_options()
-    finally:
-        options.set_crc32_options(True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert checkpoint.load(tmp_path) == {"format": checkpoint.FORMAT, "epoch": 1}
+def test_a_state_whose_directory_calls_a_part_empty(tmp_path: Path) -> None:
+    """Nothing has the checksum 0, so that zipfile finds nothing wrong."""
+    file = evaluation(tmp_path)
+    body = bytearray(file.path.read_bytes())
+    at = body.index(b"PK\x01\x02", body.rindex(b"robust.npy") - 60) + 16
+    body[at : at + 12] = bytes(12)  # checksum and sizes
+    file.path.write_bytes(body)
+    with pytest.raises(ValueError, match="which is no state of an evaluation"):
+        file.read()

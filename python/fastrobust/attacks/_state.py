@@ -17,6 +17,8 @@ from torch import Tensor
 from ._modes import owner
 from ._report import EvaluationReport
 
+_FLAGS = ("robust", "proven", "alive")
+
 
 @dataclasses.dataclass
 class Progress:
@@ -84,9 +86,10 @@ def load(path: Path, marks: dict[str, str], x: Tensor) -> Progress | None:
         return None
     try:
         with np.load(path) as file:
-            arrays = {name: file[name] for name in ("words", "robust", "proven", "alive", "adv")}
+            arrays = {name: file[name] for name in ("words", *_FLAGS, "adv")}
         words = json.loads(arrays["words"].tobytes())
         there = words["marks"]
+        flags = {name: torch.from_numpy(arrays[name]) for name in _FLAGS}  # what lacks its head comes as bytes
     except Exception as error:  # whatever numpy, zipfile and json make of a damaged file
         raise ValueError(f"state: got {path}, which is no state of an evaluation, expected one or no file") from error
     other = sorted(name for name in {*there, *marks} if there.get(name) != marks.get(name))
@@ -95,7 +98,7 @@ def load(path: Path, marks: dict[str, str], x: Tensor) -> Progress | None:
             f"state: got {path}, the state of another evaluation ({', '.join(other)} differ), expected one of this "
             "evaluation; remove the file or give another path"
         )
-    flags = {name: torch.from_numpy(arrays[name].copy()).to(x.device) for name in ("robust", "proven", "alive")}
+    flags = {name: flag.to(x.device) for name, flag in flags.items()}
     adv, rows = x.clone(), (~flags["robust"]).nonzero()[:, 0]
     if len(rows):
         stored = torch.from_numpy(arrays["adv"].copy()).view(x.dtype).reshape(len(rows), *x.shape[1:])

@@ -6,11 +6,11 @@ did best on held-out images. All are read by ``torch.load(path, weights_only=Tru
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import tempfile
 import warnings
-import zipfile
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 FORMAT = 1
+_DIGITS = 64  # of a SHA-256 in hexadecimal
 
 
 def write(path: Path, content: Any, before: Path | None = None) -> None:
@@ -26,8 +27,8 @@ def write(path: Path, content: Any, before: Path | None = None) -> None:
     full disk leaves the old one. ``before``: a name for the old file."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     try:
-        with os.fdopen(handle, "wb") as file:
-            _save_with_checksums(content, file)
+        with os.fdopen(handle, "w+b") as file:
+            _save_sealed(content, file)
             file.flush()
             os.fsync(file.fileno())
         if before is not None and path.exists():
@@ -44,27 +45,35 @@ def write(path: Path, content: Any, before: Path | None = None) -> None:
             os.close(folder)
 
 
-def _save_with_checksums(content: Any, file: IO[bytes]) -> None:
-    """``torch.save`` with the archive's checksums, whatever the process has asked of it."""
-    options: Any = torch.serialization
-    if not hasattr(options, "set_crc32_options"):  # torch < 2.6 always writes them
-        torch.save(content, file)
-        return
-    before = options.get_crc32_options()
-    options.set_crc32_options(True)
-    try:
-        torch.save(content, file)
-    finally:
-        options.set_crc32_options(before)
+def _save_sealed(content: Any, file: IO[bytes]) -> None:
+    """``torch.save``, and the SHA-256 of all of it as the archive's comment, which ``torch.load`` passes over. The
+    archive's own checksums cover its parts, not its directory: one flipped bit there, and ``torch.load`` made other
+    weights of whole parts."""
+    torch.save(content, file)
+    file.seek(-2, os.SEEK_END)  # the comment's length, the archive's last word
+    file.write(_DIGITS.to_bytes(2, "little"))
+    file.write(_digest(file, file.tell()))
+
+
+def _digest(file: IO[bytes], size: int) -> bytes:
+    """Of the first ``size`` bytes; the file stands behind them afterwards."""
+    found = hashlib.sha256()
+    file.seek(0)
+    while size and (part := file.read(min(size, 1 << 20))):
+        found.update(part)
+        size -= len(part)
+    return found.hexdigest().encode()
 
 
 def read(path: Path) -> Any:
-    """A file of :func:`write`. ``torch.load`` does not look at the checksums: of a file damaged on the disk it makes
-    other weights without a word."""
-    with zipfile.ZipFile(path) as archive:
-        if (damaged := archive.testzip()) is not None:
-            raise ValueError(f"its part {damaged} is damaged")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    """A file of :func:`write`, whole or not at all: of a damaged one ``torch.load`` makes other weights without a
+    word."""
+    size = path.stat().st_size - _DIGITS
+    with path.open("rb") as file:
+        if size < 0 or _digest(file, size) != file.read():
+            raise ValueError("it is no checkpoint of a training or is damaged: its checksum is not that of its content")
+        file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def save(folder: Path, content: dict[str, Any]) -> None:
@@ -89,7 +98,7 @@ def load(folder: Path) -> dict[str, Any] | None:
             content: Any = read(path)
             if not isinstance(content, dict) or content.get("format") != FORMAT:
                 raise ValueError("it is no checkpoint of a training, or one of another version")
-        except Exception as error:  # whatever zipfile and torch.load make of a damaged file
+        except Exception as error:  # whatever torch.load makes of a damaged file
             reasons.append(f"{path.name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
             continue
         if reasons:
