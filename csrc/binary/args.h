@@ -79,12 +79,16 @@ struct Epilogue {
 // List (segment s, row r) adds offsets[ptr[2 (s rows + r)] ...] and subtracts offsets[ptr[2 (s rows + r) + 1] ...];
 // the sum runs over the segments in order, in each over the plus list and then over the minus list. With `values`,
 // entry e adds values[e] x[offsets[e] + i], the product rounded by itself; the minus lists are then empty.
+// With `order`, on the CPU and where a row is one pixel of one image: lists of sixteen rows side by side, one a row in
+// the order of its sum. Slice s holds rows order[16 s ...], -1 for none; number e of its row i is entry 16 (ptr[s] + e)
+// + i, which has the value 0 where that row has ended.
 struct GatherArgs {
   const float* x = nullptr;
   float* out = nullptr;
   const int32_t* ptr = nullptr;
   const int32_t* offsets = nullptr;
-  const float* values = nullptr;  // [entries] or null: signs
+  const float* values = nullptr;   // [entries] or null: signs
+  const int32_t* order = nullptr;  // [16 slices] or null
   int64_t rows = 0, segments = 1, entries = 0;
   int64_t depth = 0;                  // channels read per segment
   int64_t blocks = 0;                 // groups of `lanes` images

@@ -329,10 +329,60 @@ FR_HD void clear(float* p, int64_t n) {
     std::memset(p, 0, static_cast<size_t>(n) * sizeof(float));
 }
 
+// sum + x[offsets] * values, in the lanes whose value is not zero.
+FR_HD Vec add_lanes(Vec sum, const float* x, const int32_t* offsets, const float* values) {
+#if defined(__AVX512F__)
+  const __m512 value = _mm512_loadu_ps(values);
+  const __mmask16 some = _mm512_cmp_ps_mask(value, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+  const __m512i at = _mm512_loadu_si512(offsets);
+  const __m512 read = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), some, at, x, sizeof(float));
+  return _mm512_mask_add_ps(sum.v, some, sum.v, _mm512_mul_ps(read, value));
+#else
+  alignas(kLanes * sizeof(float)) float sums[kLanes];
+  store(sums, sum);
+  for (int i = 0; i < kLanes; ++i)
+    if (values[i] != 0.f) sums[i] = sums[i] + x[offsets[i]] * values[i];
+  return load(sums);
+#endif
+}
+
+// Rows of one pixel of one image (see `order`): a row is a single number, so sixteen rows make a vector.
+void gather_side_by_side(const GatherArgs& a) {
+  constexpr int64_t kEntry = 10, kRow = 15;  // in vector additions
+  const int64_t slices = (a.rows + kLanes - 1) / kLanes;
+  const int64_t work = kEntry * a.entries / kLanes / slices + kRow * kLanes + 1;
+  // A layer is one of several that take ten microseconds each: waking a thread for it costs as much as it saves.
+  parallel_for(a.blocks * slices, std::max<int64_t>(1, 2 * kGrainWork / work), [&](int64_t first, int64_t last) {
+    alignas(kLanes * sizeof(float)) float room[2 * kLanes], sums[kLanes];
+    std::vector<Gap> gaps;
+    find_gaps(a, 0, kLanes, true, gaps);
+    for (int64_t item = first; item < last; ++item) {
+      const int64_t block = item / slices, slice = item % slices;
+      const float* const x = a.x + block * a.x_block + a.x_origin;
+      Vec sum(0.f);
+      for (int64_t e = a.ptr[slice]; e < a.ptr[slice + 1]; ++e)
+        sum = add_lanes(sum, x, a.offsets + e * kLanes, a.values + e * kLanes);
+      store(sums, sum);
+      const int64_t out = block * a.out_block + a.out_origin;
+      const Tile t{a, x, out, 0, 0, block * a.rows * (a.out_plane / kLanes), nullptr, room};
+      for (int64_t i = 0; i < kLanes; ++i) {
+        const int64_t row = a.order[slice * kLanes + i];
+        if (row < 0) continue;
+        Vec number(sums[i]);
+        finish<1, 1>(t, row, &number);
+        for (const Gap& gap : gaps)
+          for (float* const written : {a.out, a.epilogue.pre, a.epilogue.slopes})
+            if (written != nullptr) clear(written + out + row * a.out_plane + gap.at, gap.length);
+      }
+    }
+  });
+}
+
 }  // namespace
 
 void gather_cpu(const GatherArgs& a) {
   if (a.blocks == 0 || a.rows == 0 || a.height == 0 || a.width == 0) return;
+  if (a.order != nullptr) return gather_side_by_side(a);
   const int64_t vectors = (run_length(a) + kLanes - 1) / kLanes, line = a.pitch * a.lanes;
   const int64_t x_line = a.x_pitch * a.lanes;
   const int64_t most = a.segments > 1 ? kSegmentTile : kMaxTile;

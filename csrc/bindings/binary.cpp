@@ -33,6 +33,7 @@ void launch(int device, Address stream, const GatherArgs& a) {
     binary().gather(a);
     return;
   }
+  if (a.order != nullptr) throw std::invalid_argument("order: expected the CPU, got device " + std::to_string(device));
 #if defined(FASTROBUST_HAS_CUDA)
   const DeviceGuard guard(device);
   gather_cuda(a, as<void>(stream));
@@ -63,8 +64,8 @@ void launch(int device, Address, const DirectArgs& a) {
 }
 
 // What only the lists and the layouts decide: ptr, offsets, rows, segments, entries, blocks, x_block, x_origin,
-// out_block, out_origin, out_plane, height, width, pitch, lanes, depth, x_pitch, x_stride, values
-using GatherShape = std::array<int64_t, 19>;
+// out_block, out_origin, out_plane, height, width, pitch, lanes, depth, x_pitch, x_stride, values, order
+using GatherShape = std::array<int64_t, 20>;
 
 // kind, a, b
 using ActTuple = std::tuple<int32_t, float, float>;
@@ -109,6 +110,10 @@ GatherArgs gather_args(Address x, Address out, const GatherShape& shape, Address
   a.ptr = pointer<const int32_t>(static_cast<Address>(shape[0]), 1, "ptr");
   a.offsets = pointer<const int32_t>(static_cast<Address>(shape[1]), a.entries, "offsets");
   a.values = as<const float>(static_cast<Address>(shape[18]));
+  a.order = as<const int32_t>(static_cast<Address>(shape[19]));
+  if (a.order != nullptr && (a.values == nullptr || a.segments != 1 || a.lanes != 1 || a.height * a.width > 1))
+    throw std::invalid_argument("order: expected one pixel of one image and values, got " + std::to_string(a.lanes) +
+                                " lanes of " + std::to_string(a.height) + "x" + std::to_string(a.width));
   a.borders = borders;
   a.epilogue.scale = as<const float>(scale);
   a.epilogue.shift = as<const float>(shift);

@@ -24,6 +24,14 @@ FR_HD V portable_exp(V a) {
   return select(a < V(-87.f), V(0.f), scale_exponent(p, t));
 }
 
+// Of the nearest number in [-87, 87].
+template <class V>
+FR_HD V bounded_exp(V a) {
+  V t;
+  const V p = exp_parts(vmin(vmax(a, V(-87.f)), V(87.f)), t);
+  return scale_exponent(p, t);
+}
+
 // Of any number: overflow to infinity, NaN; 0 below -87, where a subnormal number would take the processor long.
 template <class V>
 FR_HD V quick_exp(V a) {

@@ -124,6 +124,14 @@ inline void run_block() {
 }
 
 inline void launch(dim3 grid, dim3 block, size_t shared, const std::function<void()>& body) {
+  // What the driver refuses.
+  const uint64_t threads = uint64_t{block.x} * block.y * block.z, blocks = uint64_t{grid.x} * grid.y * grid.z;
+  if (threads == 0 || threads > 1024 || blocks == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535 ||
+      shared > 48 * 1024) {
+    std::fprintf(stderr, "cuda_emulation: no device starts %ux%ux%u blocks of %llu threads with %zu bytes\n", grid.x,
+                 grid.y, grid.z, static_cast<unsigned long long>(threads), shared);
+    std::abort();
+  }
   Machine& m = machine();
   m.grid = grid;
   m.block = block;

@@ -80,7 +80,7 @@ class Forward:
             lists = fm.strided_plan(unit.packed, unit.geometry, native, (how.write.height, how.write.width))
             read = how.read if lists is None else native
         if lists is None:
-            lists = fm.plan(unit.packed, unit.geometry, how.read, False)
+            lists = fm.plan(unit.packed, unit.geometry, how.read, False, self.cpu)
         x = self._form(unit.source, read)
         residual = None if unit.residual is None else self._form(unit.residual, how.write)
         kept, act = self.keep and bool(act_code(unit)), unit.act

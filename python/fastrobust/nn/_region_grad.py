@@ -24,6 +24,7 @@ class Backward:
         self, region: Graph, group: Group, gates: Gates, state: State, parts: list[Tensor], wanted: tuple[bool, ...],
     ) -> None:  # fmt: skip
         self.region, self.group, self.s = region, group, Schedule()
+        self.cpu = fm.device_of(parts[0])[0] < 0
         arena = self.s.given()
         given = [self.s.given(shape=tuple(x.shape), strides=x.stride()) for x in parts]
         count = len(given) - region.inputs
@@ -85,7 +86,7 @@ class Backward:
         how, source = self.group.reads[i], unit.source
         target, have = how.read, self.sums.setdefault(source, {})
         assert unit.packed is not None
-        lists = fm.plan(unit.packed, unit.geometry, how.write, True)
+        lists = fm.plan(unit.packed, unit.geometry, how.write, True, self.cpu)
         residual = have.pop(target, None)
         x = self._as(grad, how.write)
         maker = self.region.nodes[source] if source >= 0 else None

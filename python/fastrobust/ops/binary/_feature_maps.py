@@ -291,6 +291,7 @@ class Plan:
     depth: int = 0  # channels read per segment
     stride: int = 1  # outputs read every such pixel and line
     values: Tensor | None = None
+    order: Tensor | None = None  # of rows side by side
     bound: Recent = dataclasses.field(default_factory=Recent)
 
     def bind(self, source: Maps, target: Maps) -> tuple[int, ...]:
@@ -303,7 +304,7 @@ class Plan:
                 self.ptr.data_ptr(), self.offsets.data_ptr(), self.rows, self.segments, self.offsets.numel(),
                 source.blocks, source.block, source.origin, target.block, target.origin, target.plane,
                 *target.phase_size, target.pitch, target.lanes, self.depth, source.pitch, self.stride,
-                address(self.values),
+                address(self.values), address(self.order),
             ))  # fmt: skip
         return found[2]
 
@@ -318,14 +319,46 @@ def kept_with(packed: PackedWeight, name: str) -> Recent:
     return found
 
 
-def plan(packed: PackedWeight, geometry: ConvGeometry, source: Maps, transposed: bool) -> Plan:
-    """The plan of a packed weight for maps laid out as `source`, built once."""
+def plan(packed: PackedWeight, geometry: ConvGeometry, source: Maps, transposed: bool, cpu: bool = False) -> Plan:
+    """The plan of a packed weight for maps laid out as `source`, built once. cpu: it is for the CPU alone."""
     plans = kept_with(packed, "plans")
-    key = (geometry, transposed, source.lanes, source.plane, source.pitch, len(packed.shape))
+    single = cpu and source.lanes == 1 and source.height * source.width == 1
+    single = single and packed.kept > 0 and geometry.stride == (1, 1) and geometry.padding == (0, 0)
+    single = single and conv_shape(packed.shape)[2:] == (1, 1)
+    key = (geometry, transposed, source.lanes, source.plane, source.pitch, len(packed.shape), single)
     found: Plan | None = plans.get(key)
     if found is None:
-        found = plans[key] = build_lists(packed, geometry, transposed, source.lanes, source.plane, source.pitch)
+        found = build_lists(packed, geometry, transposed, source.lanes, source.plane, source.pitch)
+        found = plans[key] = side_by_side(found) if single else found
     return found
+
+
+def side_by_side(lists: Plan) -> Plan:
+    """The same sums in the same order for one pixel of one image, sixteen rows at a time.
+
+    Such a row is a single number, and its many short lists end where no processor expects it. Here a row has one list,
+    its signs are values, whose products are exact, and rows of like length lie side by side (`order` in args.h).
+    """
+    rows, entries = lists.rows, lists.ptr.diff().to(torch.int64)
+    at = torch.arange(entries.numel()).repeat_interleave(entries)
+    row = at % (2 * rows) // 2
+    sort = row.argsort(stable=True)  # segments ascending, in each what is added before what is subtracted
+    row, counts = row[sort], torch.bincount(row, minlength=rows)
+    values = 1.0 - 2.0 * (at % 2).to(torch.float32) if lists.values is None else lists.values
+    slices = -(-rows // VECTOR)
+    order = torch.full((slices * VECTOR,), -1, dtype=torch.int64)
+    order[:rows] = counts.argsort(descending=True, stable=True)
+    lengths = counts[order[::VECTOR]]  # the first of a slice is the longest
+    ptr = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    place = torch.empty(rows, dtype=torch.int64)
+    place[order[:rows]] = torch.arange(rows)
+    number = torch.arange(row.numel()) - (counts.cumsum(0) - counts)[row]
+    target = VECTOR * (ptr[place[row] // VECTOR] + number) + place[row] % VECTOR
+    wide = torch.zeros(VECTOR * int(ptr[-1]), dtype=torch.int32)
+    signs = torch.zeros(wide.shape, dtype=torch.float32)
+    wide[target], signs[target] = lists.offsets[sort], values[sort]
+    depth = lists.depth * lists.segments
+    return Plan(ptr.to(torch.int32), wide, rows, depth=depth, values=signs, order=order.to(torch.int32))
 
 
 def strided_plan(packed: PackedWeight, geometry: ConvGeometry, source: Maps, out: tuple[int, int]) -> Plan | None:
