@@ -16,7 +16,7 @@ from fastrobust.bounds import graph as G
 from fastrobust.bounds import outward as O
 from fastrobust.bounds.backward import Backward, Chunk, Lines, Rows
 from fastrobust.bounds.builder import unsupported
-from fastrobust.bounds.decisions import took
+from fastrobust.bounds.decisions import declined, took
 from fastrobust.bounds.joint import Differences, Joint, tighten_inputs
 from fastrobust.bounds.needed import needed
 from fastrobust.bounds.region import Box, Region
