@@ -17,7 +17,7 @@ import argparse
 import os
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,16 +68,16 @@ def attacked(
     each = -(-points // max(1, len(x)))
     ends, border = -(-each // 2), -(-each // 4)
     generator = torch.Generator().manual_seed(seed)
+    options: dict[str, Any] = {
+        "eps": eps, "norm": norm, "clip": (0.0, 1.0), "loss": "margin", "steps": _STEPS, "random_start": True,
+        "check": False,
+    }  # fmt: skip
     count, fooled, least = 0, 0, torch.inf
     for k in range(each):
         for part in torch.arange(len(x)).split(_AT_ONCE):
             own, label = x[part], y[part]
             if k < ends:
-                start = {"first_example": part, "random_start": True, "seed": seed + k}
-                found = fr.attacks.pgd(
-                    model, own, label, eps=eps, norm=norm, clip=(0.0, 1.0), loss="margin", steps=_STEPS, check=False,
-                    **start,
-                )  # fmt: skip
+                found = fr.attacks.pgd(model, own, label, seed=seed + k, first_example=part, **options)
             else:
                 found = drawn(own, eps, norm, k < ends + border, generator)
             value = margins(model, found, label)
