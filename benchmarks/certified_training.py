@@ -55,7 +55,7 @@ ROWS = [
     Row("plain", "plain"),
     *(Row(m, m, options={"eps": 0.1}) for m in ("kw", "ibp", "crown-ibp")),
     *(Row(m, m, options=per(m, "fc1", "Linf")) for m in ("l-per", "l-per+at", "i-per", "i-per+at")),
-    *(Row(m, m, options={"eps": 0.1}) for m in ("sabr", "mtl-ibp")),
+    *(Row(m, m, options={"eps": 0.1}) for m in ("mmr", "mmr+at", "sabr", "mtl-ibp")),
     Row("l2 l-per+at", "l-per+at", 0.3, norm="L2", options=per("l-per+at", "fc1", "L2")),
     Row("cnn i-per+at", "i-per+at", network="cnn", options=per("i-per+at", "cnn", "Linf")),
 ]

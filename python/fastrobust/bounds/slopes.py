@@ -20,6 +20,8 @@ from fastrobust.ops import bounds as ops
 from fastrobust.reference import relaxations
 
 _NARROW = 1e-2  # width below which a curved activation keeps its lines
+# Adam's, with little memory: bounds are concave in the slopes of one layer, and have kinks, on which a long mean overshoots
+_MOMENTS = 0.5, 0.8
 _CURVED = 0.02  # of a step, for curved activations: their best slopes lie near CROWN's
 
 
@@ -29,20 +31,20 @@ class SlopeSearch:
 
     iterations: bounds computed, the first with CROWN's slopes. hidden: the same for hidden neurons, None: half as many,
     0: they keep CROWN's intervals, which is much faster in deep networks. lr, decay: length of the first step, and its
-    factor an iteration (None: so that it falls to a tenth).
+    factor an iteration (None: so that it falls to a twentieth).
     stop: rows whose lower bound is above this (upper bounds: below minus this) are left alone, None: none. 0 is enough
     for margins of which the sign counts.
     """
 
     iterations: int = 20
-    lr: float = 0.5
+    lr: float = 0.4
     decay: float | None = None
     stop: float | None = None
     hidden: int | None = None
 
     def length(self, count: int) -> float:
         """Of step ``count``, from 1."""
-        decay = 0.1 ** (1 / self.iterations) if self.decay is None else self.decay
+        decay = 0.05 ** (1 / self.iterations) if self.decay is None else self.decay
         return self.lr * decay ** (count - 1)
 
     def __post_init__(self) -> None:
@@ -157,12 +159,13 @@ class Slopes:
 
     def move(self, gradient: Tensor, length: float, count: int) -> None:
         """One step of Adam upwards, ``count`` from 1."""
-        self.mean.lerp_(gradient, 0.1)
-        self.square.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+        old, older = _MOMENTS
+        self.mean.lerp_(gradient, 1 - old)
+        self.square.mul_(older).addcmul_(gradient, gradient, value=1 - older)
         # both corrections of the averages' start in the length of the step
-        unit = math.sqrt(1 - 0.999**count)
+        unit = math.sqrt(1 - older**count)
         size = torch.sqrt(self.square, out=gradient).add_(1e-8 * unit)
-        length *= (_CURVED if self.curved else 1.0) * unit / (1 - 0.9**count)
+        length *= (_CURVED if self.curved else 1.0) * unit / (1 - old**count)
         self.at.addcdiv_(self.mean, size, value=length).clamp_(self.low, self.high)
 
     def remember(self, better: Tensor) -> None:
