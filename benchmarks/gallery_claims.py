@@ -383,7 +383,7 @@ STUDIES: dict[str, Study] = {
         Claim("Figure 4.9", "warm-up of eps does better over the rates than a constant eps.", T.by_rate),
         Claim("Figure 4.10", "warm-up of the rate does not do the same.", T.rate_warm_up),
         Claim("Figure 4.14", "warm-up of eps is better at every width.", T.by_width),
-    ), 2),
+    )),
     "weights": Study("Easy and hard examples treated unlike (thesis 4.3.5).", (
         Claim("Figure 4.23b", "easier examples weigh more.", T.weights_grow),
         Claim("Figure 4.24", "a smaller beta closes the gap between training and test error.", T.by_beta),

@@ -75,12 +75,29 @@ def test_log_softmax_at_the_end_changes_no_verdict() -> None:
     plain, found = (fr.certify.verify(m, x, y, 0.2, timeout=20) for m in (model, ended))
     assert found.status == plain.status
     assert found.stage.count("branch") >= 1
-    with pytest.raises(fr.bounds.UnsupportedLayerError, match="log_softmax"):
-        fr.certify.verify(ended, x, y, 0.06, rounding="outward")
+    outward = fr.certify.verify(ended, x, y, 0.06, rounding="outward", timeout=20)
+    assert "verified" in outward.status
+    assert outward.status == fr.certify.verify(model, x, y, 0.06, rounding="outward", timeout=20).status
 
 
 @pytest.mark.parametrize("layer", [nn.GroupNorm(2, 4), nn.LayerNorm([4, 4, 4]), nn.Mish(), nn.Softmax(1)])
-def test_layers_without_bounds_are_refused_by_name(layer: nn.Module) -> None:
+def test_layers_that_are_bounded_and_not_split_are_told(layer: nn.Module) -> None:
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), layer, nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)).eval()
-    with pytest.raises(fr.bounds.UnsupportedLayerError, match=f"{type(layer).__name__} at '1' is not supported"):
+    x = torch.rand(8, 1, 6, 6)
+    y = model(x).argmax(1)
+    tiny = fr.certify.verify(model, x, y, 1e-4)
+    assert tiny.stage == ["bounds"] * 8 and tiny.note == ""
+    found = fr.certify.verify(model, x, y, 0.2, restarts=1, steps=2)
+    assert "branch" not in found.stage
+    assert "unknown" not in found.status or found.note.startswith("branch and bound: left out, because ")
+
+
+def test_layers_without_bounds_are_refused_by_name() -> None:
+    class Sine(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sin(x)
+
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), Sine(), nn.Flatten(), nn.Linear(64, 3)).eval()
+    with pytest.raises(fr.bounds.UnsupportedLayerError, match="sin"):
         fr.certify.verify(model, torch.rand(2, 1, 6, 6), torch.tensor([0, 1]), 0.05)

@@ -45,6 +45,6 @@ def test_strided_reads_equal_phases(kernel, padding, dilation, size, init, monke
 
 def test_only_sixteen_lanes_are_read_with_a_stride() -> None:
     program = fm.new_program()
-    shape = (1 << 60,) * 2 + (4, 1, 0, 1, 64, 0, 64, 0, 16, 2, 2, 3, 8, 1, 5, 2, 0)
+    shape = (1 << 60,) * 2 + (4, 1, 0, 1, 64, 0, 64, 0, 16, 2, 2, 3, 8, 1, 5, 2, 0, 0)
     with pytest.raises(ValueError, match="x_stride: expected 1, or 2 with sixteen lanes, got 2"):
         program.gather(1 << 56, 2 << 56, shape, 0, 0, 0, 0, 0, 0, 0, 0, 0, 4, NONE.code, RELU.code, False)
