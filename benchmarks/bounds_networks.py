@@ -240,7 +240,8 @@ def transposed(width: int = 8) -> nn.Module:
 @dataclass(frozen=True)
 class Net:
     """A network, its inputs and its bars; ``small``: options with which a test takes milliseconds. first: methods whose
-    rows use one example, since the peer would take minutes. The peer gets group and layer normalisations written out."""
+    rows use one example, since the peer would take minutes. The peer gets group and layer normalisations written
+    out."""
 
     make: Callable[..., nn.Module]
     shape: tuple[int, ...]

@@ -432,7 +432,7 @@ def without_recording(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     return stack
 
 
-# (whether it is on, the switch, what it has to be) of what runs attention as one operation, or as products and a softmax
+# (whether it is on, the switch, what it has to be) of what runs attention as one operation, or written out
 _FUSED: tuple[tuple[Any, Any, bool], ...] = tuple(
     (getattr(torch.backends.cuda, f"{name}_sdp_enabled"), getattr(torch.backends.cuda, f"enable_{name}_sdp"), on)
     for name, on in (("flash", False), ("mem_efficient", False), ("cudnn", False), ("math", True))

@@ -86,8 +86,8 @@ class Function(Joint):
 
 @dataclass(eq=False)
 class Product(Joint):
-    """x * y, or with ``matrices`` x @ y, (b, N, K) times (b, K, M), of two bounded values. Planes: of the two below (and
-    above) that touch at corners (McCormick 1976) the mean,
+    """x * y, or with ``matrices`` x @ y, (b, N, K) times (b, K, M), of two bounded values. Planes: of the two below
+    (and above) that touch at corners (McCormick 1976) the mean,
 
         cy x + cx y - cx cy -+ rx ry,          c, r: centres and radii,
 
@@ -139,8 +139,8 @@ def _corners(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> G.Ends:
 
 @dataclass(eq=False)
 class Softmax(Joint):
-    """p_i = 1 / g_i, g_i = sum_j exp(d_ij), of the differences d_ij = x_j - x_i (rows, n, n) (Shi et al. 2020, Bonaert et
-    al. 2021), so that an interval is exact and no product is bounded. Lines: chords (above) and tangents (below) of
+    """p_i = 1 / g_i, g_i = sum_j exp(d_ij), of the differences d_ij = x_j - x_i (rows, n, n) (Shi et al. 2020,
+    Bonaert et al. 2021), so that an interval is exact and no product is bounded. Lines: chords (above) and tangents (below) of
     every exp, then the tangent of 1 / g at the middle of its interval below, the chord above; a constant where that is
     tighter at the centre."""
 
@@ -231,8 +231,8 @@ class Centred(G.LinearNode):
 
 
 def normalised_range(low: Tensor, up: Tensor, eps: float) -> G.Ends:
-    """The interval of d_i / sqrt(mean(d^2) + eps) for d within [low, up] (..., n): it grows with d_i, and the squares of
-    the others are least or most, by its sign."""
+    """The interval of d_i / sqrt(mean(d^2) + eps) for d within [low, up] (..., n): it grows with d_i, and the
+    squares of the others are least or most, by its sign."""
     n = low.shape[-1]
     most = torch.maximum(low * low, up * up)
     least = torch.where((low > 0) | (up < 0), torch.minimum(low * low, up * up), 0.0)
