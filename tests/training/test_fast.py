@@ -266,6 +266,12 @@ def test_weights_of_labels_that_are_out_of_the_question(method: Reweight | Adapt
     assert bool(grad.isfinite().all())
 
 
+def test_resets_are_those_of_the_public_code() -> None:
+    """Which counts epochs from 1: ``if epoch % 10 == 0`` (ATTA, 38 epochs), 10 and 20 (ATAS, 30 epochs)."""
+    assert list(ATTA(EPS).resets) == [epoch - 1 for epoch in range(1, 38 + 1) if epoch % 10 == 0]
+    assert list(ATAS(EPS).resets) == [epoch - 1 for epoch in range(1, 30 + 1) if epoch in (10, 20)]
+
+
 def test_atas_warms_up_resets_and_keeps_its_average() -> None:
     x, y = images()
     method, model = ATAS(EPS, warm_up=2, resets=(3,), shift=0, flip=False), net()

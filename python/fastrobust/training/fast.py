@@ -139,8 +139,9 @@ class ATTA(Stored):
     (The authors' TRADES variant still attacks the cross-entropy, and their mean loss is divided by the batch size
     again.)
     step_size: eps / 2 when None (4/255 for 8/255). resets: epochs, counted from 0, at which the perturbations are drawn
-    anew (never on MNIST). init_scale: standard deviation of the first perturbations, unclamped as the authors'.
-    shift, flip: the crops (with that padding) and mirror images; 0 and False for digits. dtype: of the store.
+    anew (the code: 10, 20 and 30, counted from 1; never on MNIST). init_scale: standard deviation of the first
+    perturbations, unclamped as the authors'. shift, flip: the crops (with that padding) and mirror images; 0 and False
+    for digits. dtype: of the store.
     """
 
     def __init__(
@@ -155,7 +156,7 @@ class ATTA(Stored):
         beta: float = 6.0,
         shift: int = 4,
         flip: bool = True,
-        resets: tuple[int, ...] = (10, 20, 30),
+        resets: tuple[int, ...] = (9, 19, 29),
         init_scale: float = 0.001,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
