@@ -11,6 +11,7 @@ from torch import Tensor
 
 import attack_helpers as h
 import fastrobust as fr
+from fastrobust.attacks import classes, compat
 
 
 def _bad() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
@@ -171,6 +172,51 @@ def test_what_the_model_returns(answer: Any, message: str) -> None:
     x, y = h.small_batch(4)
     with pytest.raises(ValueError, match=message):
         fr.attacks.pgd(answer, x, y, eps=0.1)
+
+
+ATTACKS = ("fgsm", "pgd", "apgd", "fab", "square", "cw_inf", "cw_l2", "deepfool", "malt", "autoattack")
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_one_logit_is_no_classification(attack: str) -> None:
+    """It is always the largest: every attack would find the model robust. Made to two, it is attacked."""
+    x, y = h.small_batch(4, classes=2)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(x[0].numel(), 1))
+    options: dict[str, Any] = {} if attack in ("cw_l2", "deepfool") else {"eps": 0.5}
+    run = getattr(fr.attacks, attack)
+    with pytest.raises(
+        ValueError, match=r"model: returned \(4, 1\) .*at least 2 classes; .*output=lambda z: torch.cat"
+    ):
+        run(model, x, y * 0, **options)
+    both = lambda z: torch.cat([torch.zeros_like(z), z], 1)
+    y = both(model(x)).argmax(1)
+    adv = run(model, x, y, output=both, **options)
+    assert bool((both(model(adv)).argmax(1) != y).any())
+
+
+def test_one_output_of_a_loss_of_ones_own() -> None:
+    x, _ = h.small_batch(4)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(x[0].numel(), 1))
+    adv = fr.attacks.pgd(model, x, torch.zeros(4), eps=0.1, loss=lambda z, y: z[:, 0])
+    assert bool((model(adv) > model(x)).all())
+
+
+@pytest.mark.parametrize("kind", ["PGD", "MultiAttack", "AutoAttack"])
+@pytest.mark.parametrize("bad", ["inputs", "labels"])
+@pytest.mark.parametrize("convert", [Tensor.numpy, Tensor.tolist])
+def test_classes_of_others_want_tensors(kind: str, bad: str, convert: Any) -> None:
+    x, y = h.small_batch(4)
+    model = h.small_model()
+    one = classes.PGD(model, steps=1)
+    call: Any = {
+        "PGD": one,
+        "MultiAttack": classes.MultiAttack([one, classes.PGD(model, steps=2)]),
+        "AutoAttack": compat.AutoAttack(model, eps=0.1, verbose=False).run_standard_evaluation,
+    }[kind]
+    name = f"{bad}" if kind != "AutoAttack" else {"inputs": "x_orig", "labels": "y_orig"}[bad]
+    with pytest.raises(TypeError, match=rf"{name}: got .*expected a tensor"):
+        call(*((convert(x), y) if bad == "inputs" else (x, convert(y))))
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,25 @@ def test_logits_that_are_no_numbers(value: float, loss: str) -> None:
         fr.attacks.pgd(lambda t: model(t) + hidden, x, torch.arange(7) % 4, eps=0.1, loss=loss)
 
 
+@pytest.mark.parametrize("attack", ["apgd", "fab", "square"])
+def test_clean_images_without_numbers(attack: str) -> None:
+    """They count as fooled before the first step, so that no step sees them."""
+    x, y = h.small_batch()
+    model = h.small_model()
+    with pytest.warns(AttackWarning, match=r"returned NaN or inf for 7 of 7 clean images"):
+        getattr(fr.attacks, attack)(lambda z: model(z) * torch.nan, x, y, eps=0.1)
+
+
+def test_outputs_without_numbers_are_not_randomised() -> None:
+    x, y = h.small_batch()
+    model = h.small_model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = fr.attacks.autoattack(lambda z: model(z) * torch.nan, x, y, eps=0.1, return_details=True)
+    notes = found.report.notes
+    assert any("NaN or inf" in note for note in notes) and not any("randomised" in note for note in notes)
+
+
 class _Noisy(nn.Module):
     def __init__(self, draw: Callable[[], Any]) -> None:
         super().__init__()

@@ -195,6 +195,7 @@ class Attack:
 
     def __call__(self, inputs: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         inputs = ck.need_tensor(inputs, "inputs").detach()
+        labels = None if labels is None else ck.need_tensor(labels, "labels")
         if self.device is not None:
             inputs, labels = inputs.to(self.device), None if labels is None else labels.to(self.device)
         half = inputs.dtype in (torch.float16, torch.bfloat16)

@@ -109,7 +109,8 @@ class Victim:
     def _fits(self, outputs: Any, x: Tensor) -> bool:
         if not isinstance(outputs, Tensor) or outputs.dim() == 0 or outputs.shape[0] != x.shape[0]:
             return False
-        return not self.logits or (outputs.dim() == 2 and outputs.is_floating_point())
+        # one logit is always the largest: nothing would ever count as fooled
+        return not self.logits or (outputs.dim() == 2 and outputs.shape[1] > 1 and outputs.is_floating_point())
 
 
 def _select(outputs: Any, key: Output) -> Any:
@@ -134,6 +135,11 @@ def _hint(outputs: Any, x: Tensor) -> str:
         return f"; pick one, say output={next(iter(outputs))!r}"
     if isinstance(outputs, (tuple, list)):
         return "; pick one, say output=0"
+    if isinstance(outputs, Tensor) and outputs.dim() == 2 and outputs.shape == (x.shape[0], 1):
+        return (
+            " with at least 2 classes; of one logit for two classes make both: "
+            "output=lambda z: torch.cat([torch.zeros_like(z), z], 1)"
+        )
     if isinstance(outputs, Tensor) and outputs.dim() >= 1 and outputs.shape[0] == x.shape[0]:
         return "; for anything but classification give loss= a callable(outputs, y)"
     return ""

@@ -89,6 +89,8 @@ class Task:
             for _ in range(run.samples - 1):
                 outputs = outputs + run.model(self.victim, self.x0)
         outputs = outputs if run.samples == 1 else outputs / run.samples
+        if self.check and outputs.is_floating_point():
+            _trust.warn_broken(outputs, "clean images")
         if self.labels is not None:
             run.check_classes(self.labels, outputs)
         return outputs

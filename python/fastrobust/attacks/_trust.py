@@ -148,6 +148,16 @@ def nothing_to_report(outputs: Tensor, value: Tensor, grad: Tensor) -> bool:
     return low < 0 and still > 0 and all(map(math.isfinite, sums))
 
 
+def warn_broken(outputs: Tensor, what: str) -> None:
+    rows = outputs.flatten(1) if outputs.dim() > 1 else outputs[:, None]
+    broken = int((rows.isnan() | (rows == math.inf)).any(1).sum())
+    if broken:
+        warn(
+            f"model: returned NaN or inf for {broken} of {len(rows)} {what}; NaN counts as the "
+            "largest output, so neither the attack nor what it calls fooled can be trusted there"
+        )
+
+
 def report(outputs: Tensor, value: Tensor, stuck: Tensor, named: str | None, attack: str = "pgd") -> None:
     """Warnings about the last step of an attack. ``stuck`` (B,): not fooled, and every gradient coordinate that may
     move is zero or NaN. Such a step does not move, so zero in the last step means that every step after the gradient
@@ -160,12 +170,7 @@ def report(outputs: Tensor, value: Tensor, stuck: Tensor, named: str | None, att
             f"{attack}: the loss of {bad} of {value.numel()} examples was not finite in the last step; "
             "NaN gradient coordinates did not move, so the attack is weaker than it looks"
         )
-    broken = int((rows.isnan() | (rows == math.inf)).any(1).sum())
-    if broken:
-        warn(
-            f"model: returned NaN or inf for {broken} of {len(rows)} examples in the last step; NaN counts as the "
-            "largest output, so neither the attack nor what it calls fooled can be trusted there"
-        )
+    warn_broken(rows, "examples in the last step")
     still = int(stuck.sum())
     if still:
         hint = ' Where large logits saturate it, loss="margin" or "dlr" do not.' if named in ("ce", "kl") else ""

@@ -274,7 +274,7 @@ class Evaluation:
             )
         if not bool(outputs.isfinite().all()):
             self._warn(report, "the model's outputs are NaN or inf for some clean images")
-        if self.samples == 1 and not torch.equal(outputs, self._outputs(self.images[index])):
+        if self.samples == 1 and not _same(outputs, self._outputs(self.images[index])):
             self._warn(
                 report,
                 "the model gives other outputs for the same images: it is randomised, and one pass judges it "
@@ -456,6 +456,11 @@ class _Normalized(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         found: Tensor = self.model((x - self.mean) / self.std)
         return found
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Also in where they are NaN."""
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def _share(flags: Tensor) -> float:

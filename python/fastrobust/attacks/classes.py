@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..ops import _checks as ck
 from ._interface import Attack as Attack
 from ._modes import undisturbed
 from .apgd import apgd
@@ -366,7 +367,7 @@ class MultiAttack(Attack):
     def __call__(self, inputs: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         if labels is None:
             raise ValueError("labels: got None, expected the true classes")
-        inputs = inputs.detach()
+        inputs, labels = ck.need_tensor(inputs, "inputs").detach(), ck.need_tensor(labels, "labels")
         if self.device is not None:
             inputs, labels = inputs.to(self.device), labels.to(self.device)
         final, left = inputs.clone(), torch.arange(len(inputs), device=inputs.device)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..ops import _checks as ck
+from ._model import Victim
 from ._modes import owner, undisturbed
 from ._report import EvaluationReport
 from .autoattack import EvaluationResult, autoattack
@@ -177,12 +178,12 @@ class AutoAttack:
         return x.device
 
     def _run(self, names: list[str], x: Tensor, y: Tensor, bs: int, state: Any) -> EvaluationResult:
-        place = self._place(x)
+        place = self._place(ck.need_tensor(x, "x_orig"))
         seed = int(time.time()) if self.seed is None else self.seed
         found = autoattack(
             self.model,
             x.to(place),
-            y.to(place),
+            ck.need_tensor(y, "y_orig").to(place),
             eps=self.epsilon,
             norm=self.norm,
             batch_size=bs,
@@ -202,7 +203,7 @@ class AutoAttack:
     def _labels(self, x: Tensor, bs: int) -> Tensor:
         place = self._place(x)
         with undisturbed(self.model, "eval"), torch.no_grad():
-            parts = [self.model(part.to(place)).argmax(1).to(x.device) for part in x.split(bs)]
+            parts = [Victim(self.model)(part.to(place)).argmax(1).to(x.device) for part in x.split(bs)]
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64, device=x.device)
 
     def run_standard_evaluation(
