@@ -20,7 +20,15 @@ NAMES = {math.inf: "Linf", 2.0: "L2", 1.0: "L1"}
 
 
 def standard(
-    model: nn.Module, x: Tensor, y: Tensor, *, norm: float, eps: float, steps: int | None, queries: int | None
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    norm: float,
+    eps: float,
+    steps: int | None,
+    queries: int | None,
+    seed: int = 0,
 ) -> Call:
     """The standard evaluation. The first call counts passes, too, and no later one. ``steps`` and ``queries``, where
     given, are those of every attack and of Square."""
@@ -28,7 +36,7 @@ def standard(
     if norm not in NAMES:
         raise Unavailable(f"has no attack for norm {norm}")
     attack = library.AutoAttack(
-        model, norm=NAMES[norm], eps=eps, version="standard", device=x.device, verbose=False, seed=0
+        model, norm=NAMES[norm], eps=eps, version="standard", device=x.device, verbose=False, seed=seed
     )
     if steps is not None:
         for part in (attack.apgd, attack.apgd_targeted):
