@@ -8,10 +8,14 @@ their name. A template holds no figure of its own.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from . import figures
 
 PGD, AVX2, LINES, BINARY, NETS = "pgd-cpu", "bounds-avx2-cpu", "lines-cpu", "binary-cpu", "networks-cpu"
 BOUNDS, FULL, OTHERS = "bounds-cpu-2026-11-21", "bounds-full-cpu", "bounds-networks-cpu"
 STEPS, VICTIMS, DISTANCES = "attack-steps-cpu", "victims-cpu", "polyhedron-cpu"
+EVALUATIONS = "attacks-cpu"
 
 
 DENSE = "dense NCHW or dense NHWC"
@@ -69,6 +73,44 @@ def attacks() -> str:
             ["beside the passes, a step of APGD; FAB; Square at batch 64 to 250", "the public AutoAttack", beside],
         ],
     )  # fmt: skip
+
+
+def autoattack(results: Path = figures.SHIPPED) -> str:
+    """Whole evaluations; a row that no run of the suite "attacks" holds yet, or whose results differ, is left out."""
+    public, standard = "AutoAttack", "standard"
+    rows = [
+        (f"{text}, {images}: L-inf; L2; L1", [f"{work} {norm} {model}" for norm in ("Linf", "L2", "L1")], peer, name)
+        for images, end in (("MNIST", ""), ("CIFAR-10", ", CIFAR-10"))
+        for text, work, model, peer, name in (
+            ("standard, a plain CNN", "standard", f"plain{end}", public, "the public one"),
+            ("standard, a PGD-trained CNN", "standard", f"PGD-trained{end}", public, "the public one"),
+            ('`version="fast"`, a plain CNN', "fast", f"plain{end}", standard, "our standard one"),
+            ('`version="fast"`, a PGD-trained CNN', "fast", f"PGD-trained{end}", standard, "our standard one"),
+        )
+    ]
+    rows.append(
+        (
+            "standard with `certify_first`, a provably trained network", ["certify first Linf provably trained"],
+            public, "the public one",
+        )
+    )  # fmt: skip
+    return table(
+        ["AutoAttack, same accuracy", "Peer", "Ratio"],
+        (
+            [text, name, places(EVALUATIONS, titles, peer)]
+            for text, titles, peer, name in rows
+            if all(held(place(EVALUATIONS, title, peer), results) for title in titles)
+        ),
+    )
+
+
+def held(cell: str, results: Path) -> bool:
+    """Whether the results hold the figure of a place."""
+    try:
+        figures.value(cell.strip("{ }"), results)
+    except ValueError:
+        return False
+    return True
 
 
 def work() -> str:
@@ -243,6 +285,7 @@ def activations() -> str:
 TEMPLATES = {
     "figures_steps": steps(),
     "figures_attacks": attacks(),
+    "figures_autoattack": autoattack(),
     "figures_work": work(),
     "binary_layers": layers(),
     "binary_densities": densities(),

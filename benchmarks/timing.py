@@ -113,7 +113,7 @@ EFFORT = {
 }
 
 
-# One sample is enough of a call that takes longer.
+# One sample is enough of a call that takes longer: the one that told its cost, before which it was called already.
 SLOW_SECONDS = 10.0
 # Calls shorter than this are made a few times before their cost is believed, and once before each sample.
 WARM_SECONDS = 0.05
@@ -143,7 +143,8 @@ def interleave(
     What a call finds in the caches and on the heap depends on the one before it: in one order a 0.3 ms convolution took
     1.3 to 1.6 times as long in the place behind the copies of the floor as in the place behind another convolution.
     A call that runs long gets fewer samples, taken in the first rounds: never fewer than effort.least, or three
-    where that many would take longer than the whole row should, or one of a call of more than SLOW_SECONDS.
+    where that many would take longer than the whole row should, or one of a call of more than SLOW_SECONDS, which is
+    not called again for it.
     """
     plan: dict[str, tuple[int, int]] = {}
     found: dict[str, tuple[int, float]] = {}
@@ -158,9 +159,8 @@ def interleave(
         calls_a_round = repeats + warm
         wanted = int(share / max(cost * calls_a_round, 1e-9))
         least = effort.least if cost * effort.least <= effort.seconds else min(3, effort.least)
-        least = 1 if cost > SLOW_SECONDS else least
-        plan[name] = (repeats, max(least, min(effort.rounds, wanted)))
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+        plan[name] = (repeats, 0 if cost > SLOW_SECONDS else max(least, min(effort.rounds, wanted)))
+    samples: dict[str, list[float]] = {name: [cost] if cost > SLOW_SECONDS else [] for name, (_, cost) in found.items()}
     names = list(calls)
     orders = random.Random(0)
     collecting = gc.isenabled()

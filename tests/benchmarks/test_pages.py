@@ -28,6 +28,26 @@ def test_templates_hold_no_figure_of_their_own():
         assert re.fullmatch(r"\w+", name)
 
 
+def test_whole_evaluations_leave_out_what_no_run_holds(tmp_path):
+    assert page_tables.autoattack(tmp_path).count("\n") == 1
+    spread = lambda v: {"median": v, "p20": v, "p80": v}
+
+    def row(work, norm, model, peer, ratio, status="ok"):
+        return {
+            "work": work, "axes": {"norm": norm, "model": model}, "ours": {"status": "ok", "seconds": spread(1.0)},
+            "peers": [{"name": peer, "status": status, "ratio": spread(ratio)}], "floor": None,
+        }  # fmt: skip
+
+    rows = [row("standard", norm, "PGD-trained", "AutoAttack", 1.5) for norm in ("Linf", "L2", "L1")]
+    rows += [row("standard", norm, "plain", "AutoAttack", 20) for norm in ("Linf", "L2")]
+    rows += [row("fast", norm, "plain", "standard", 3, "differs") for norm in ("Linf", "L2", "L1")]
+    rows += [row("certify first", "Linf", "provably trained", "AutoAttack", 11)]
+    (tmp_path / "attacks-cpu-2020-01-01.json").write_text(json.dumps({"rows": rows}))
+    lines = pages.filled(page_tables.autoattack(tmp_path), tmp_path).splitlines()[2:]
+    assert [line.split(" | ")[-1] for line in lines] == ["1.50x; 1.50x; 1.50x |", "11x |"]
+    assert "PGD-trained CNN, MNIST" in lines[0] and "certify_first" in lines[1]
+
+
 @pytest.fixture
 def results(tmp_path):
     def row(work, size, ours, **peers):
