@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 import fastrobust as fr
 
+from .agreement_table import means
 from .attacks import BARS, RADII_OF, Problem, trained_problem
 from .case import Context, once
 from .peers import auto_attack
@@ -58,7 +59,7 @@ def verdicts(problem: Problem, norm: float, eps: float, seed: int, short: bool) 
 
 def row(problem: Problem, norm: float, eps: float, seed: int, short: bool) -> dict[str, Any]:
     ours, theirs = verdicts(problem, norm, eps, seed, short)
-    percent = lambda flags: 100 * float(flags.double().mean())
+    percent = lambda flags: 100 * int(flags.sum()) / len(flags)
     model, x, y = problem
     with torch.no_grad():
         clean = percent(model(x).argmax(1) == y)
@@ -68,25 +69,6 @@ def row(problem: Problem, norm: float, eps: float, seed: int, short: bool) -> di
         "only the public one breaks": int((ours & ~theirs).sum()),
         "held": {"ours": ours.nonzero()[:, 0].tolist(), "public": theirs.nonzero()[:, 0].tolist()},
     }  # fmt: skip
-
-
-def means(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Over the seeds of each network and norm; what two runs of one attack differ in by luck, too."""
-    found: dict[str, dict[str, Any]] = {}
-    for name in dict.fromkeys(r["problem"] for r in rows):
-        part = [r for r in rows if r["problem"] == name]
-        mean = lambda field, part=part: sum(r[field] for r in part) / len(part)
-        pairs = [(a, b) for k, a in enumerate(part) for b in part[:k]]
-        luck = lambda who, pairs=pairs: max(
-            (len(set(a["held"][who]) ^ set(b["held"][who])) for a, b in pairs), default=0
-        )
-        found[name] = {
-            "seeds": len(part), "points": part[0]["points"], "clean": part[0]["clean"], "ours": mean("ours"),
-            "public": mean("public"), "apart": mean("ours") - mean("public"),
-            "verdicts apart": max(r["points"] - r["alike"] for r in part),
-            "verdicts of seeds apart": {"ours": luck("ours"), "public": luck("public")},
-        }  # fmt: skip
-    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -31,7 +31,7 @@ class Table(NamedTuple):
 
 def tables(results: Path = figures.SHIPPED) -> dict[str, Table]:
     """Every table that is made of committed files, by the name in its markers."""
-    from . import bounds_table, network_table, page_tables
+    from . import agreement_table, bounds_table, network_table, page_tables
 
     made = {
         "networks": Table(("networks-cpu",), lambda runs: network_table.markdown(*network_table.read(runs))),
@@ -40,6 +40,7 @@ def tables(results: Path = figures.SHIPPED) -> dict[str, Table]:
             lambda runs: bounds_table.markdown(*bounds_table.read(runs)),
         ),
     }
+    made["attack_agreement"] = Table(("attack-agreement-cpu",), agreement_table.markdown)
     for name, template in page_tables.TEMPLATES.items():
         made[name] = Table((), lambda _, template=template: filled(template.strip(), results))  # type: ignore[misc]
     return made

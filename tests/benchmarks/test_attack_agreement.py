@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastrobust.benchmarks import attack_agreement
+from fastrobust.benchmarks import agreement_table, attack_agreement
 
 
 def _row(seed: int, ours: list[int], public: list[int]) -> dict[str, object]:
@@ -19,12 +19,19 @@ def _row(seed: int, ours: list[int], public: list[int]) -> dict[str, object]:
 
 
 def test_means_over_seeds() -> None:
-    found = attack_agreement.means([_row(0, [1, 2, 3], [1, 2]), _row(1, [1, 2], [1, 2, 4]), _row(2, [1, 2], [1, 2])])
+    found = agreement_table.means([_row(0, [1, 2, 3], [1, 2]), _row(1, [1, 2], [1, 2, 4]), _row(2, [1, 2], [1, 2])])
     assert list(found) == ["some"]
     some = found["some"]
     assert some["ours"] == pytest.approx(70 / 3) and some["public"] == pytest.approx(70 / 3)
     assert some["apart"] == 0 and some["verdicts apart"] == 1 and some["seeds"] == 3
     assert some["verdicts of seeds apart"] == {"ours": 1, "public": 1}
+
+
+def test_the_table(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps({"rows": [_row(0, [1, 2, 3], [1, 2])]}))
+    (line,) = agreement_table.markdown([file]).splitlines()[2:]
+    assert line == "| some | 1 | 100.0 % | 30.00 % | 20.00 % | +10.00 | 1 | |"
 
 
 def test_a_run_goes_on_where_its_file_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
